@@ -1,0 +1,435 @@
+"""Which weights and activations get a quantizer, and what stays float and why.
+
+A *weight site* is one weight tensor (layers that share it are one site). An *activation site* is a connected component
+of layer calls and the tensors that they read: layers reading one tensor share it, and a head applied to five feature
+levels is one site with five tensors. The components come from a real forward pass, so any Python control flow works.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hawq_lightning.errors import HawqError, nearest
+
+QUANTIZABLE: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Sequence[Pattern] | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What gets a quantizer.
+
+    Attributes:
+        name: ``<layer>.weight`` or ``<first reader>.input``.
+        kind: ``weight`` or ``activation``.
+        layers: the layers that use the weight, or that read the activation.
+        shape: of the weight; of the first activation tensor without its batch axis.
+        numel: weight elements; activation elements of one image, all tensors together.
+        channels: number of weight scales (1 for activations).
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    numel: int
+    channels: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantizable layer: its two sites and its multiply-accumulates for one image."""
+
+    name: str
+    type: str
+    weight: str
+    activation: str | None
+    macs: int
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Layer:
+        """Read back ``dataclasses.asdict``."""
+        reads = raw.get("activation")
+        return cls(
+            str(raw["name"]), str(raw["type"]), str(raw["weight"]), None if reads is None else str(reads), int(raw["macs"])
+        )
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """A module, or an operation inside one, that stays float, and why."""
+
+    name: str
+    type: str
+    reason: str
+    bytes: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """All sites, the layers that tie them, and what stays float. Iterating gives the sites.
+
+    ``layers`` are in the order in which the forward pass first calls them.
+    """
+
+    sites: tuple[Site, ...]
+    layers: tuple[Layer, ...]
+    floats: tuple[FloatPart, ...] = ()
+    traced: bool = True
+    _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._index.update({s.name: s for s in self.sites})
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        """The site called ``name``."""
+        if name not in self._index:
+            raise HawqError(f"No site is called {name!r}.{nearest(name, self._index)}")
+        return self._index[name]
+
+    @property
+    def weights(self) -> tuple[Site, ...]:
+        """The weight sites."""
+        return tuple(s for s in self.sites if s.kind == "weight")
+
+    @property
+    def activations(self) -> tuple[Site, ...]:
+        """The activation sites."""
+        return tuple(s for s in self.sites if s.kind == "activation")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a line, sites first, then what stays float; shares are of bytes and of MACs."""
+        total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
+        total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
+        macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
+        out: list[dict[str, Any]] = []
+        for s in self.sites:
+            weight = s.kind == "weight"
+            out.append(
+                asdict(s)
+                | {
+                    "quantized": True,
+                    "bytes_share": 4 * s.numel / total_bytes if weight else 0.0,
+                    "macs_share": macs_of[s.name] / total_macs if weight else 0.0,
+                }
+            )
+        for f in self.floats:
+            out.append(
+                asdict(f)
+                | {"quantized": False, "bytes_share": f.bytes / total_bytes, "macs_share": f.macs / total_macs}
+            )
+        return out
+
+    def __str__(self) -> str:
+        lines = [f"{'site':40} {'kind':10} {'shape':>18} {'elements':>10} {'bytes':>7} {'MACs':>7}"]
+        for r in self.rows():
+            what = r["kind"] if r["quantized"] else "float"
+            shape = "x".join(map(str, r["shape"])) if r["quantized"] else r["type"]
+            count = r["numel"] if r["quantized"] else r["bytes"] // 4
+            why = "" if r["quantized"] else f"  {r['reason']}"
+            lines.append(
+                f"{r['name']:40} {what:10} {shape:>18} {count:>10,} {r['bytes_share']:7.1%} {r['macs_share']:7.1%}{why}"
+            )
+        if not self.traced:
+            lines.append("No example batch was given: activations, MACs and call order are unknown.")
+        return "\n".join(lines)
+
+
+def layer_type(module: nn.Module) -> type[nn.Module]:
+    """The module's type; for a fake-quant twin the type that it stands in for."""
+    return getattr(type(module), "float_type", type(module))
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of the weight that gets one scale an index: the output channels."""
+    return 1 if issubclass(layer_type(module), nn.modules.conv._ConvTransposeNd) else 0
+
+
+def batch_images(batch: Any, _top: bool = True) -> int:
+    """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
+
+    Args:
+        batch: a tensor, or any nesting of tuples, lists and dicts; the inputs come first.
+
+    Raises:
+        HawqError: there is no tensor in the batch, or the first has no axis.
+    """
+    if isinstance(batch, torch.Tensor):
+        if batch.ndim == 0:
+            raise HawqError("The batch's first tensor has no batch axis.")
+        return int(batch.shape[0])
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            if isinstance(value, (torch.Tensor, Mapping, list, tuple)):
+                return batch_images(value, _top=False)
+    elif isinstance(batch, (list, tuple)) and batch:
+        if not _top and isinstance(batch[0], (torch.Tensor, Mapping)) and isinstance(batch, (list, tuple)):
+            return len(batch)
+        return batch_images(batch[0], _top=False)
+    raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on the inputs of a batch: the tensor itself, the first of a tuple, or a dict's values by name."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
+def quantizable_layers(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+) -> tuple[dict[str, nn.Module], list[FloatPart]]:
+    """Layers that can get quantizers, by name, and the parametrized modules that cannot, with the reason.
+
+    Args:
+        model: any module; fake-quant twins count as the layers that they stand in for.
+        include: glob on the layer's name, module type, or ``f(name, module) -> bool``; several mean any of them.
+        exclude: likewise; wins over ``include``.
+
+    Raises:
+        HawqError: a pattern that matches no layer.
+    """
+    found: dict[str, nn.Module] = {}
+    floats: list[FloatPart] = []
+    candidates: dict[str, nn.Module] = {}
+    for name, module in _named_modules(model):
+        own = [p for n, p in module.named_parameters(recurse=False)]
+        if layer_type(module) in QUANTIZABLE:
+            candidates[name] = module
+        elif own and not name.endswith("_quantizer"):
+            size = sum(p.numel() * p.element_size() for p in own if not isinstance(p, nn.UninitializedParameter))
+            floats.append(FloatPart(name, type(module).__name__, _why_float(module), size, 0))
+    for patterns in (include, exclude):
+        for pattern in _as_list(patterns):
+            if not any(_matches(pattern, n, m) for n, m in candidates.items()):
+                shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+                hint = nearest(shown, [*candidates, *{type(m).__name__ for m in candidates.values()}])
+                raise HawqError(f"The pattern {shown!r} matches no quantizable layer.{hint}")
+    for name, module in candidates.items():
+        weight = module.weight
+        wanted = not _as_list(include) or any(_matches(p, name, module) for p in _as_list(include))
+        dropped = any(_matches(p, name, module) for p in _as_list(exclude))
+        if isinstance(weight, nn.UninitializedParameter):
+            floats.append(FloatPart(name, layer_type(module).__name__, "not initialised yet", 0, 0))
+        elif wanted and not dropped:
+            found[name] = module
+        else:
+            floats.append(_left_out(name, module, "excluded" if dropped else "not included"))
+    return found, floats
+
+
+def find_sites(
+    model: nn.Module,
+    run: Callable[[], Any] | None,
+    images: int = 1,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> SiteTable:
+    """Find all sites of ``model`` by one real forward pass ``run()`` over ``images`` images (no gradients).
+
+    Raises:
+        HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
+    """
+    layers, floats = quantizable_layers(model, include, exclude)
+    if not layers:
+        kinds = ", ".join(t.__name__ for t in QUANTIZABLE)
+        raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {kinds}.")
+    if run is None:
+        return _assemble(layers, {n: 0 for n in layers}, [], floats, 1, traced=False)
+    reads: list[tuple[str, torch.Tensor, tuple[int, int]]] = []
+    macs: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            # the tensor is kept, so that its id stays its own; an in-place change makes it another one
+            reads.append((name, x, (id(x), x._version)))
+            macs[name] = macs.get(name, 0) + _macs(module, x, output)
+
+        return record
+
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not reads:
+        raise HawqError("The forward pass called none of the quantizable layers: " + ", ".join(list(layers)[:4]) + ".")
+    for name in [n for n in layers if n not in macs]:
+        floats.append(_left_out(name, layers.pop(name), "not called in the forward pass"))
+    floats += _functional(counter, macs, layers, floats, images)
+    ordered = {name: layers[name] for name in macs}
+    return _assemble(ordered, {n: c // images for n, c in macs.items()}, reads, floats, images, traced=True)
+
+
+def sites(
+    model: nn.Module,
+    example_batch: Any = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] = default_forward,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> SiteTable:
+    """Every site of a model, and what is *not* quantized, with shares of bytes and MACs.
+
+    Args:
+        model: any ``nn.Module``; it is left as it was.
+        example_batch: one batch, inputs first; without it only the weights are known.
+        forward: how to run the model on the batch.
+        include: glob on layer names, layer type, or ``f(name, module) -> bool``; a list means any of them.
+        exclude: likewise; wins over ``include``.
+
+    Raises:
+        HawqError: no quantizable layer, or a pattern that matches none.
+    """
+    if example_batch is None:
+        return find_sites(model, None, 1, include, exclude)
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        return find_sites(model, lambda: forward(model, example_batch), batch_images(example_batch), include, exclude)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    # a compiled wrapper is the same module under a longer name
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
+def _as_list(patterns: Patterns) -> list[Pattern]:
+    if patterns is None:
+        return []
+    return list(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]  # type: ignore[list-item]
+
+
+def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    if isinstance(pattern, str):
+        return fnmatch.fnmatchcase(name, pattern) or pattern == layer_type(module).__name__
+    if isinstance(pattern, type):
+        return issubclass(layer_type(module), pattern)
+    return bool(pattern(name, module))
+
+
+def _why_float(module: nn.Module) -> str:
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    if isinstance(module, QUANTIZABLE):
+        return f"a subclass of {next(t for t in type(module).__mro__ if t in QUANTIZABLE).__name__} with a forward of its own"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "a look-up, not a product"
+    if isinstance(module, nn.MultiheadAttention):
+        return "functional attention"
+    return "not a convolution or linear layer"
+
+
+def _left_out(name: str, module: nn.Module, reason: str) -> FloatPart:
+    size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    return FloatPart(name, layer_type(module).__name__, reason, size, 0)
+
+
+def _macs(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> int:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    positions = x if issubclass(layer_type(module), nn.modules.conv._ConvTransposeNd) else output
+    return positions.numel() * weight[0].numel()
+
+
+def _functional(
+    counter: FlopCounterMode, macs: Mapping[str, int], layers: Mapping[str, nn.Module], floats: Sequence[FloatPart], images: int
+) -> list[FloatPart]:
+    """Products outside the sites (attention, recurrent nets, functional calls), one entry in all."""
+    rest = counter.get_total_flops() // 2 - sum(macs.values())
+    if rest <= sum(macs.values()) * 1e-6:
+        return []
+    names = ", ".join(f.name or f.type for f in floats if f.reason in ("functional attention", "recurrent"))
+    return [FloatPart(names or "(functional)", "operations", "products outside convolution and linear layers", 0, rest // images)]
+
+
+def _assemble(
+    layers: Mapping[str, nn.Module],
+    macs: Mapping[str, int],
+    reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
+    floats: Sequence[FloatPart],
+    images: int,
+    traced: bool,
+) -> SiteTable:
+    owners: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        owners.setdefault(id(module.weight), []).append(name)
+    weight_of = {name: f"{names[0]}.weight" for names in owners.values() for name in names}
+    out = []
+    for names in owners.values():
+        module = layers[names[0]]
+        shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+        out.append(
+            Site(f"{names[0]}.weight", "weight", tuple(names), shape, _product(shape), shape[channel_axis(module)])
+        )
+    activation_of: dict[str, str] = {}
+    for readers, tensors in _components(reads):
+        name = f"{readers[0]}.input"
+        per_image = sum(t.numel() for t in tensors) // images
+        shape = tuple(tensors[0].shape[1:])
+        out.append(Site(name, "activation", tuple(readers), shape, per_image))
+        activation_of |= {reader: name for reader in readers}
+    table = tuple(
+        Layer(n, layer_type(m).__name__, weight_of[n], activation_of.get(n), macs[n]) for n, m in layers.items()
+    )
+    return SiteTable(tuple(out), table, tuple(floats), traced)
+
+
+def _components(
+    reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
+) -> list[tuple[list[str], list[torch.Tensor]]]:
+    parent: dict[Any, Any] = {}
+
+    def root(x: Any) -> Any:
+        parent.setdefault(x, x)
+        while parent[x] != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    for name, _, key in reads:
+        parent[root(name)] = root(key)
+    groups: dict[Any, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
+    for name, tensor, key in reads:
+        readers, tensors = groups.setdefault(root(name), ([], {}))
+        if name not in readers:
+            readers.append(name)
+        tensors[key] = tensor
+    return [(readers, list(tensors.values())) for readers, tensors in groups.values()]
+
+
+def _product(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
