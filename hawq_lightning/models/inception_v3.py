@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hawq_lightning.models.source import build, require
+from hawq_lightning.models.weights import build, require
 
 AUXILIARY = "AuxLogits"
 
@@ -50,9 +50,6 @@ def inception_v3(
         model.training_only = (AUXILIARY,) if auxiliary else ()
         return model
 
-    def without_auxiliary(name: str) -> str | None:
-        return name if auxiliary or not name.startswith(f"{AUXILIARY}.") else None
-
     return build(
         "inception_v3",
         make,
@@ -60,7 +57,7 @@ def inception_v3(
         weights=weights,
         source="torchvision" if num_classes == 1000 else None,
         head="fc",
-        rename=without_auxiliary,
+        drop=() if auxiliary else (AUXILIARY,),
     )
 
 

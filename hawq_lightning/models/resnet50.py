@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hawq_lightning.models.source import build, require
+from hawq_lightning.models.weights import build, require
 
 
 def resnet50(num_classes: int = 1000, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning.errors import HawqError
-from hawq_lightning.models.source import build, require
+from hawq_lightning.models.weights import build, require
 
 BOX_LOSSES = ("smooth_l1", "l1")
 BETA = 1 / 9  # where smooth-L1 turns from a parabola into a line; Detectron's value for RetinaNet

@@ -6,7 +6,7 @@ import importlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 
 
-def require(module: str, extra: str) -> ModuleType:
+def require(module: str, extra: str) -> Any:
     """Import an optional dependency.
 
     Args:
@@ -38,6 +38,7 @@ def build(
     pretrained: bool = False,
     weights: str | Path | None = None,
     source: str | None = None,
+    **fitting: Any,
 ) -> nn.Module:
     """A network with its library's weights, weights from disk, or fresh ones.
 
@@ -47,6 +48,7 @@ def build(
         pretrained: ask for the download.
         weights: a file to read instead.
         source: the library that can download; ``None`` when nobody publishes weights for this variant.
+        **fitting: ``head``, ``drop`` and ``rename`` of :func:`load_weights`.
 
     Raises:
         HawqError: both or neither can be had, or the file does not fit.
@@ -55,7 +57,7 @@ def build(
         raise HawqError(f"{name}: give either pretrained=true or weights={weights}, not both.")
     if not pretrained:
         net = make(False)
-        return net if weights is None else load_weights(net, weights)
+        return net if weights is None else load_weights(net, weights, **fitting)
     if source is None:
         raise HawqError(f"{name}: nobody publishes weights for this variant; give weights=/path/to/file.pt instead.")
     try:
@@ -135,7 +137,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:

@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.models.source import require
+from hawq_lightning.models.weights import require
 
 SCHEDULES = ("onecycle", "cosine", "none")
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
