@@ -1,0 +1,125 @@
+"""Fake-quant twins of the quantizable layers, made in place: same object, Parameters and names, another class.
+
+Swapping ``__class__`` keeps aliases, hooks, Python lists, tied weights, pickling and deepcopy intact, which replacing
+the module does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from hawq_lightning.sites import channel_axis
+
+
+class QuantizedLayer(nn.Module):
+    """What all twins share. ``float_type`` is the layer type that a twin stands in for."""
+
+    float_type: type[nn.Module]
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
+    weight: torch.Tensor
+
+    @property
+    def quantized_weight(self) -> torch.Tensor:
+        """The weight as the forward pass uses it."""
+        return self.weight_quantizer(self.weight)
+
+
+class QLinear(QuantizedLayer, nn.Linear):
+    """Linear layer, both operands quantized."""
+
+    float_type = nn.Linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As ``nn.Linear``."""
+        return F.linear(self.input_quantizer(input), self.quantized_weight, self.bias)
+
+
+class _QConv(QuantizedLayer, nn.modules.conv._ConvNd):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As the float convolution."""
+        return self._conv_forward(self.input_quantizer(input), self.quantized_weight, self.bias)  # type: ignore[operator]
+
+
+class QConv1d(_QConv, nn.Conv1d):
+    """1-D convolution, both operands quantized."""
+
+    float_type = nn.Conv1d
+
+
+class QConv2d(_QConv, nn.Conv2d):
+    """2-D convolution, both operands quantized."""
+
+    float_type = nn.Conv2d
+
+
+class QConv3d(_QConv, nn.Conv3d):
+    """3-D convolution, both operands quantized."""
+
+    float_type = nn.Conv3d
+
+
+class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
+    spatial: int
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        """As the float transposed convolution."""
+        pad = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, self.spatial, self.dilation  # type: ignore[arg-type]
+        )
+        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
+        x = self.input_quantizer(input)
+        return run(x, self.quantized_weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
+
+
+class QConvTranspose1d(_QConvTranspose, nn.ConvTranspose1d):
+    """1-D transposed convolution, both operands quantized."""
+
+    float_type = nn.ConvTranspose1d
+    spatial = 1
+
+
+class QConvTranspose2d(_QConvTranspose, nn.ConvTranspose2d):
+    """2-D transposed convolution, both operands quantized."""
+
+    float_type = nn.ConvTranspose2d
+    spatial = 2
+
+
+class QConvTranspose3d(_QConvTranspose, nn.ConvTranspose3d):
+    """3-D transposed convolution, both operands quantized."""
+
+    float_type = nn.ConvTranspose3d
+    spatial = 3
+
+
+TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    twin.float_type: twin
+    for twin in (
+        QLinear, QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d,
+    )  # fmt: skip
+}
+
+
+def make_twin(layer: nn.Module) -> QuantizedLayer:
+    """Turn a layer into its twin in place, quantizers off; a twin stays as it is."""
+    if isinstance(layer, QuantizedLayer):
+        return layer
+    axis = channel_axis(layer)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    layer.__class__ = TWINS[type(layer)]
+    assert isinstance(layer, QuantizedLayer)
+    layer.weight_quantizer = WeightQuantizer(weight.shape[axis], axis).to(weight.device)
+    layer.input_quantizer = ActivationQuantizer().to(weight.device)
+    return layer
+
+
+def make_float(layer: nn.Module) -> nn.Module:
+    """Undo :func:`make_twin`: the plain layer again, with the weight that it holds."""
+    if isinstance(layer, QuantizedLayer):
+        del layer.weight_quantizer, layer.input_quantizer
+        layer.__class__ = layer.float_type  # type: ignore[assignment]
+    return layer

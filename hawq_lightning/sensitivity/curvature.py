@@ -1,0 +1,129 @@
+"""Factors of the loss's Hessian at the boundary: random vectors u with E[u u^T] equal to it.
+
+Softmax cross-entropy (any smoothing, soft labels, class weights, reduction) and elementwise losses are recognised by
+probing the operator, never by name; anything else gets the general two-backward form <J^T z, J^T H z>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hawq_lightning.sensitivity.boundary import OutputHessian
+
+_FULL_ROTATION = 32  # classes; beyond it only the most likely ones are rotated
+
+
+@dataclass
+class Softmax:
+    """``c_n (diag(p) - p p^T)`` for every row n of ``probability``; ``axis`` holds the classes."""
+
+    probability: torch.Tensor
+    scale: torch.Tensor
+    axis: int
+    rotation: torch.Tensor | None = None
+
+    def factor(self, z: torch.Tensor) -> torch.Tensor:
+        """``sqrt(c) (sqrt(p) z - p <sqrt(p), z>)``."""
+        root = self.probability.sqrt()
+        return self.scale.sqrt() * (root * z - self.probability * (root * z).sum(self.axis, keepdim=True))
+
+    def rotated(self, z: torch.Tensor) -> torch.Tensor:
+        """``z`` rotated onto the factor's singular vectors: same mean, up to 7 times less variance."""
+        if self.rotation is None:
+            p = self.probability.movedim(self.axis, -1)
+            classes = min(_FULL_ROTATION, p.shape[-1])
+            self._top = p.topk(classes, -1).indices if classes < p.shape[-1] else None
+            q = p if self._top is None else p.gather(-1, self._top)
+            square = (p * p).sum(-1)[..., None, None]
+            eye = torch.eye(classes, dtype=p.dtype, device=p.device)
+            gram = (q[..., :, None] * q[..., None, :]).sqrt() * (eye - q[..., :, None] - q[..., None, :] + square)
+            self.rotation = torch.linalg.eigh(gram).eigenvectors
+        x = z.movedim(self.axis, -1)
+        if self._top is None:
+            y = torch.matmul(self.rotation, x[..., None])[..., 0]
+        else:
+            y = x.scatter(-1, self._top, torch.matmul(self.rotation, x.gather(-1, self._top)[..., None])[..., 0])
+        return y.movedim(-1, self.axis)
+
+
+@dataclass
+class Diagonal:
+    """An elementwise loss: second derivative ``d`` of either sign."""
+
+    d: torch.Tensor
+
+
+Block = Softmax | Diagonal
+
+
+def recognise(hessian: OutputHessian, generator: torch.Generator) -> list[Block] | None:
+    """Closed forms for every boundary tensor, or ``None`` where one has none (or two tensors are coupled).
+
+    Two products with the operator decide: one with a random vector over all tensors at once, one with all ones.
+    """
+    probe = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values]
+    answer = hessian(probe)
+    diagonal = hessian([torch.ones_like(v) for v in hessian.values])
+    size = max(float(h.abs().max()) for h in answer) if answer else 0.0
+    blocks: list[Block] = []
+    for f, v, h, d in zip(hessian.values, probe, answer, diagonal):
+        tolerance = (1e-4 if f.dtype == torch.float64 else 3e-3) * float(h.norm()) + 1e-7 * size
+        if float((h - d * v).norm()) <= tolerance:
+            blocks.append(Diagonal(d))
+            continue
+        block = _softmax(f, v, h, tolerance)
+        if block is None:
+            return None
+        blocks.append(block)
+    return blocks
+
+
+def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float) -> Softmax | None:
+    for axis in dict.fromkeys((1 % f.ndim, f.ndim - 1)):
+        if f.ndim == 1 and axis == 0 and f.shape[0] < 2:
+            continue
+        p = torch.softmax(f, axis)
+        q = p * (v - (p * v).sum(axis, keepdim=True))
+        norm = (q * q).sum(axis, keepdim=True)
+        scale = (q * h).sum(axis, keepdim=True) / norm.clamp_min(torch.finfo(f.dtype).tiny)
+        if float((h - scale * q).norm()) <= tolerance and float(scale.min()) >= -1e-6 * float(scale.abs().max()):
+            # a saturated image has no curvature left to measure its scale by; take its neighbours'
+            solid = norm > 1e-10 * norm.max()
+            typical = scale[solid].median() if bool(solid.any()) else scale.max()
+            return Softmax(p, torch.where(solid, scale, typical).clamp_min(0), axis)
+    return None
+
+
+@dataclass
+class Draw:
+    """What to send back: ``pairs`` of (coefficient, vectors) whose squared norms add up; or ``two`` vectors z, Hz."""
+
+    pairs: list[tuple[float, list[torch.Tensor]]]
+    two: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+
+def draw(
+    hessian: OutputHessian, blocks: Sequence[Block] | None, z: Sequence[torch.Tensor], *, rotate: bool = True
+) -> Draw:
+    """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
+
+    Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
+    clipping.
+    """
+    if blocks is None:
+        return Draw([], (list(z), hessian(z)))
+    plus, minus = [], []
+    for block, signs in zip(blocks, z):
+        if isinstance(block, Softmax):
+            plus.append(block.factor(block.rotated(signs) if rotate else signs))
+            minus.append(torch.zeros_like(signs))
+        else:
+            plus.append(block.d.clamp_min(0).sqrt() * signs)
+            minus.append((-block.d).clamp_min(0).sqrt() * signs)
+    pairs = [(1.0, plus)]
+    if any(bool(m.any()) for m in minus):
+        pairs.append((-1.0, minus))
+    return Draw(pairs)

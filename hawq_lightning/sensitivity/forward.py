@@ -1,0 +1,97 @@
+"""A forward pass of one batch, ready for probes: site gradients, boundary, output Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.sensitivity.boundary import OutputHessian, Outputs, find_boundary
+from hawq_lightning.sensitivity.network import Network
+from hawq_lightning.sites import SiteTable
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass
+class Setting:
+    """What stays the same over all batches of a measurement."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    table: SiteTable
+    loss_fn: LossFn
+    keep_copies: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Remember a sentence for the user, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+
+@dataclass
+class Pass:
+    """One batch after its forward pass."""
+
+    loss: torch.Tensor
+    network: Network
+    hessian: OutputHessian
+
+
+@contextmanager
+def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) -> Iterator[Pass]:
+    """Run the loss on ``batch`` with hooks in place; inside, probes may go back through the graph.
+
+    Raises:
+        HawqError: the loss is no finite scalar, or does not depend on the layers.
+    """
+    cut: frozenset[int] = frozenset()
+    for _ in range(2):
+        network = Network(setting.layers, setting.table, setting.keep_copies)
+        network.per_image = per_image
+        with network, Outputs(setting.model, cut) as outputs, torch.enable_grad():
+            loss = check_loss(setting.loss_fn(setting.model, batch))
+            boundary, nested, _ = find_boundary(loss, outputs.edges)
+            if not boundary:
+                raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
+            if nested and not cut:
+                cut = frozenset(boundary)
+                setting.note("The loss also reads an inner feature; its paths were separated.")
+                continue
+            yield Pass(loss, network, OutputHessian(loss, outputs, boundary))
+            return
+
+
+def check_loss(loss: Any) -> torch.Tensor:
+    """Return the loss if it is a finite scalar with a graph.
+
+    Raises:
+        HawqError: otherwise, in one sentence.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise HawqError(f"The loss is {type(loss).__name__}, not a tensor; give loss_fn(module, batch) -> scalar.")
+    if loss.numel() != 1:
+        raise HawqError(f"The loss has shape {list(loss.shape)}, not a scalar; reduce it in loss_fn.")
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise HawqError(f"The loss is {loss.item()}; traces need a finite loss.")
+    if loss.grad_fn is None:
+        raise HawqError("The loss does not depend on the model's parameters, so it has no curvature in them.")
+    return loss.reshape(())
+
+
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        HawqError: it names the layer.
+    """
+    for name, module in layers.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise HawqError(f"Layer {name!r}: its {key} holds NaN or infinity.")
