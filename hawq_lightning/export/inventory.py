@@ -53,13 +53,21 @@ def owning(model: nn.Module, weights: Iterable[IndexedSite]) -> set[int]:
 
 
 def rest_of(model: nn.Module, owned: set[int]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Keys and tensor of all in the state dict that is neither a quantizer's nor the weight of an ``owned`` layer."""
+    """Keys and tensor of all in the state dict that is neither a quantizer's nor the weight of an ``owned`` layer.
+
+    What a module names in its attribute ``training_only`` (an auxiliary head) is no part of the deployed network.
+    """
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    skipped = tuple(f"{n}.{part}.".lstrip(".") for n, m in modules.items() for part in getattr(m, "training_only", ()))
     groups: dict[int, tuple[list[str], torch.Tensor]] = {}
     for raw, tensor in model.state_dict(keep_vars=True).items():
         key = plain(raw)
         owner = modules.get(key.rpartition(".")[0])
-        if isinstance(owner, Quantizer) or (key.rpartition(".")[2] == "weight" and id(owner) in owned):
+        if (
+            key.startswith(skipped)
+            or isinstance(owner, Quantizer)
+            or (key.rpartition(".")[2] == "weight" and id(owner) in owned)
+        ):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise HawqError(f"The model's state holds {key!r}, a {type(tensor).__name__}; only tensors can be packed.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,7 +172,7 @@ def assemble(
     ops = require("torchvision.ops", "detection")
     norm = ops.FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
 
-    trunk = build(
+    trunk: Any = build(
         body,
         lambda download: getattr(models, body)(weights="IMAGENET1K_V1" if download else None, norm_layer=norm),
         pretrained=pretrained_body,
