@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Three stages of ``blocks`` basic blocks, widths ``channels`` x (1, 2, 4), global average pooling, one linear layer.
+    """Three stages of ``blocks`` basic blocks, widths ``channels`` x (1, 2, 4), average pooling, one linear layer.
 
     Args:
         blocks: n blocks a stage; the depth is 6n + 2.
