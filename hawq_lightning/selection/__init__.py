@@ -1,0 +1,30 @@
+"""Traces, perturbations and costs -> frontier -> plan (paper section 2.3). Plain numbers; no Lightning, no Hydra."""
+
+from hawq_lightning.selection.baselines import SELECTORS
+from hawq_lightning.selection.budget import Bound, parse_budget
+from hawq_lightning.selection.frontier import Frontier, frontier
+from hawq_lightning.selection.latency import LatencyTable
+from hawq_lightning.selection.monotone import set_b, set_b_size
+from hawq_lightning.selection.plans import PlanFrontier, problem_of, recost
+from hawq_lightning.selection.problem import Problem
+from hawq_lightning.selection.robustness import Stability, stability, with_stability
+from hawq_lightning.selection.select import select
+
+__all__ = [
+    "SELECTORS",
+    "Bound",
+    "Frontier",
+    "LatencyTable",
+    "PlanFrontier",
+    "Problem",
+    "Stability",
+    "frontier",
+    "parse_budget",
+    "problem_of",
+    "recost",
+    "select",
+    "set_b",
+    "set_b_size",
+    "stability",
+    "with_stability",
+]
