@@ -94,16 +94,16 @@ def read_coco(
     bad: list[str] = []
     for entry in annotations:
         number = entry.get("id", "?")
-        if entry.get("image_id") not in sizes:
-            raise HawqError(f"{path}: annotation {number} is of image {entry.get('image_id')!r}, which is not listed.")
-        key = entry["image_id"]
-        if entry.get("category_id") not in names:
-            raise HawqError(f"{path}: annotation {number} is of category {entry.get('category_id')!r}, not listed.")
+        key, category = _whole(entry, "image_id", "annotation", path), _whole(entry, "category_id", "annotation", path)
+        if key not in sizes:
+            raise HawqError(f"{path}: annotation {number} is of image {key}, which is not listed.")
+        if category not in names:
+            raise HawqError(f"{path}: annotation {number} is of category {category}, which is not listed.")
         box, complaint = _corners(entry.get("bbox"), sizes[key], f"{path}: annotation {number} of {files[key]}")
         if complaint:
             bad.append(complaint)
         if box is not None:
-            rows[key].append((box, label_of[entry["category_id"]], bool(entry.get("iscrowd", 0))))
+            rows[key].append((box, label_of[category], bool(entry.get("iscrowd", 0))))
     if bad and bad_boxes == "error":
         raise HawqError(f"{bad[0]} ({len(bad)} such); bad_boxes=fix clips or drops them.")
     if bad:
