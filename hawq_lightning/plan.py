@@ -129,7 +129,7 @@ class Plan:
             HawqError: not a plan, an unknown version, or a field out of range; the message names it.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise HawqError(f"This is not a plan: expected a JSON object with \"format\": \"{FORMAT}\".")
+            raise HawqError(f'This is not a plan: expected a JSON object with "format": "{FORMAT}".')
         if data.get("version") != VERSION:
             raise HawqError(f"Plan version {data.get('version')!r} is unknown here; this release reads {VERSION}.")
         try:

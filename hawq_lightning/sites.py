@@ -68,7 +68,11 @@ class Layer:
         """Read back ``dataclasses.asdict``."""
         reads = raw.get("activation")
         return cls(
-            str(raw["name"]), str(raw["type"]), str(raw["weight"]), None if reads is None else str(reads), int(raw["macs"])
+            str(raw["name"]),
+            str(raw["type"]),
+            str(raw["weight"]),
+            None if reads is None else str(reads),
+            int(raw["macs"]),
         )
 
 
@@ -259,7 +263,7 @@ def find_sites(
         kinds = ", ".join(t.__name__ for t in QUANTIZABLE)
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {kinds}.")
     if run is None:
-        return _assemble(layers, {n: 0 for n in layers}, [], floats, 1, traced=False)
+        return _assemble(layers, dict.fromkeys(layers, 0), [], floats, 1, traced=False)
     reads: list[tuple[str, torch.Tensor, tuple[int, int]]] = []
     macs: dict[str, int] = {}
 
@@ -366,14 +370,22 @@ def _macs(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> int:
 
 
 def _functional(
-    counter: FlopCounterMode, macs: Mapping[str, int], layers: Mapping[str, nn.Module], floats: Sequence[FloatPart], images: int
+    counter: FlopCounterMode,
+    macs: Mapping[str, int],
+    layers: Mapping[str, nn.Module],
+    floats: Sequence[FloatPart],
+    images: int,
 ) -> list[FloatPart]:
     """Products outside the sites (attention, recurrent nets, functional calls), one entry in all."""
     rest = counter.get_total_flops() // 2 - sum(macs.values())
     if rest <= sum(macs.values()) * 1e-6:
         return []
     names = ", ".join(f.name or f.type for f in floats if f.reason in ("functional attention", "recurrent"))
-    return [FloatPart(names or "(functional)", "operations", "products outside convolution and linear layers", 0, rest // images)]
+    return [
+        FloatPart(
+            names or "(functional)", "operations", "products outside convolution and linear layers", 0, rest // images
+        )
+    ]
 
 
 def _assemble(
@@ -401,7 +413,7 @@ def _assemble(
         per_image = sum(t.numel() for t in tensors) // images
         shape = tuple(tensors[0].shape[1:])
         out.append(Site(name, "activation", tuple(readers), shape, per_image))
-        activation_of |= {reader: name for reader in readers}
+        activation_of |= dict.fromkeys(readers, name)
     table = tuple(
         Layer(n, layer_type(m).__name__, weight_of[n], activation_of.get(n), macs[n]) for n, m in layers.items()
     )

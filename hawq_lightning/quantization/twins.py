@@ -68,7 +68,13 @@ class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """As the float transposed convolution."""
         pad = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, self.spatial, self.dilation  # type: ignore[arg-type]
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            self.spatial,
+            self.dilation,  # type: ignore[arg-type]
         )
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
         x = self.input_quantizer(input)
@@ -99,7 +105,13 @@ class QConvTranspose3d(_QConvTranspose, nn.ConvTranspose3d):
 TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     twin.float_type: twin
     for twin in (
-        QLinear, QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d,
+        QLinear,
+        QConv1d,
+        QConv2d,
+        QConv3d,
+        QConvTranspose1d,
+        QConvTranspose2d,
+        QConvTranspose3d,
     )  # fmt: skip
 }
 

@@ -28,6 +28,7 @@ class Setting:
     loss_fn: LossFn
     keep_copies: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, float] = field(default_factory=dict)
 
     def note(self, sentence: str) -> None:
         """Remember a sentence for the user, once."""

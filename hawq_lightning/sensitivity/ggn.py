@@ -15,7 +15,7 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian
-from hawq_lightning.sensitivity.curvature import Block, Draw, draw, recognise
+from hawq_lightning.sensitivity.curvature import Block, Draw, Softmax, draw, recognise
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass
 from hawq_lightning.sensitivity.network import Overwritten
 
@@ -127,8 +127,14 @@ def probe_batch(
 
 def _blocks(setting: Setting, hessian: OutputHessian, generator: torch.Generator) -> list[Block] | None:
     if hessian.linear:
-        setting.note("The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found.")
+        setting.note(
+            "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
+        )
     blocks = recognise(hessian, generator)
     if blocks is None:
-        setting.note("The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used.")
+        setting.note(
+            "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."
+        )
+    elif len(blocks) == 1 and isinstance(blocks[0], Softmax):
+        setting.facts["classes"] = blocks[0].probability.shape[blocks[0].axis]
     return blocks

@@ -55,6 +55,7 @@ def measure(
     progress: bool | Bar = True,
     images_of: Callable[[Any], int] = batch_images,
     share: Share | None = None,
+    reuse: Callable[[str], Sensitivity | None] | None = None,
 ) -> Sensitivity:
     """Average Hessian traces of every weight and activation (paper 2.1, 2.2), with standard errors.
 
@@ -77,6 +78,7 @@ def measure(
         progress: show a bar.
         images_of: number of images in a batch.
         share: for several processes, see :class:`Share`.
+        reuse: fingerprint -> an earlier measurement of the same weights, data and settings, or ``None``.
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their images.
@@ -86,7 +88,9 @@ def measure(
             weights that hold NaN, no curvature anywhere, unknown estimator or pattern.
     """
     if estimator not in ESTIMATORS:
-        raise HawqError(f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}")
+        raise HawqError(
+            f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}"
+        )
     if distribution not in ("rademacher", "gaussian"):
         raise HawqError(f"Unknown distribution {distribution!r}; use 'rademacher' or 'gaussian'.")
     if not 0 < rtol < 10:
@@ -104,19 +108,24 @@ def measure(
         table = sites or find_sites(model, lambda: loss_fn(model, kept[0]), images[0], include, exclude)
         layers = {x.name: layers[x.name] for x in table.layers}
         setting = Setting(model, layers, table, loss_fn)
-        key = fingerprint(setting, kept, estimator, seed, images)
+        key = fingerprint(setting, kept, f"{estimator} {rtol} {distribution}", seed, images)
+        known = reuse(key) if reuse is not None else None
+        if known is not None:
+            return known
         per_image = independent_images(setting, kept[0], images[0])
         if estimator == "hutchinson":
             per_image = {s.name: per_image[s.name] and s.kind == "activation" for s in table}
         rows = Rows(table, images, per_image)
-        final = _probe(setting, kept, images, rows, share, estimator, rtol, max_probes, distribution, rotate, seed, progress)
+        final = _probe(
+            setting, kept, images, rows, share, estimator, rtol, max_probes, distribution, rotate, seed, progress
+        )
     records = final.records(exact=estimator == "exact")
     _check_curvature(setting, records)
     settings = {
         "estimator": estimator, "rtol": rtol, "seed": seed, "images": sum(images), "batches": len(kept),
         "probes": final.probes, "distribution": distribution, "seconds": round(time.perf_counter() - began, 3),
         "processes": share.world,
-    }  # fmt: skip
+    } | setting.facts  # fmt: skip
     return Sensitivity(
         records=records,
         rows={n: final.means(n).tolist() for n in final.first},
@@ -203,6 +212,7 @@ def fingerprint(setting: Setting, batches: Sequence[Any], estimator: str, seed: 
         _hash_tensors(batch, digest)
     with torch.enable_grad():
         loss = check_loss_value(setting, batches[0])
+    setting.facts["loss"] = loss
     digest.update(f"{loss:.6g}".encode())
     return f"sha256:{digest.hexdigest()}"
 

@@ -167,7 +167,11 @@ class Network:
                 if a is None or b is None:
                     continue
                 product = a * b
-                part = product.flatten(1).sum(1, dtype=torch.float64) if per_image else product.sum(dtype=torch.float64)[None]
+                part = (
+                    product.flatten(1).sum(1, dtype=torch.float64)
+                    if per_image
+                    else product.sum(dtype=torch.float64)[None]
+                )
                 value = part if value is None else value + part
         for c in calls:
             c.grads[:] = [None, None]

@@ -69,7 +69,9 @@ def _positions(use: Use, per_image: bool) -> tuple[torch.Tensor, torch.Tensor, t
     layer, kind = use.layer, layer_type(use.layer)
     other = use.grad if use.other is None else use.other
     if kind is nn.Linear:
-        read, grad, other = (x.reshape(x.shape[0], -1, x.shape[-1]).mT.unsqueeze(1) for x in (use.read, use.grad, other))
+        read, grad, other = (
+            x.reshape(x.shape[0], -1, x.shape[-1]).mT.unsqueeze(1) for x in (use.read, use.grad, other)
+        )
     elif issubclass(kind, _TRANSPOSED):
         # the gradient of a transposed convolution is that of a convolution with input and output in each other's place
         grad, other = _unfold(layer, use.grad, use.read), _unfold(layer, other, use.read)

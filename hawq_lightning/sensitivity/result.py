@@ -89,7 +89,7 @@ class Sensitivity:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "records": [asdict(r) for r in self.records],
+            "records": [_finite(asdict(r)) for r in self.records],
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "fingerprint": self.fingerprint,
@@ -111,7 +111,9 @@ class Sensitivity:
         if data.get("version") != VERSION:
             raise HawqError(f"Sensitivity version {data.get('version')!r} is unknown; this release reads {VERSION}.")
         try:
-            records = tuple(SiteTrace(**r) for r in data["records"])
+            records = tuple(
+                SiteTrace(**{k: math.inf if v is None else v for k, v in r.items()}) for r in data["records"]
+            )
             for r in records:
                 if r.kind not in ("weight", "activation") or not math.isfinite(r.trace) or r.numel < 1:
                     raise ValueError(f"site {r.name!r} has kind {r.kind!r}, trace {r.trace!r}, numel {r.numel!r}")
@@ -142,3 +144,8 @@ class Sensitivity:
             HawqError: no such file, no JSON, or damaged.
         """
         return cls.from_dict(read_json(path, "sensitivity file"))
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no infinity: an error that cannot be told is null
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in record.items()}

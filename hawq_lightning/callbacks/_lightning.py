@@ -1,0 +1,342 @@
+"""The one file that touches Lightning's internals: its data, its `training_step`, its hooks' order.
+
+Tested with lightning 2.6; every private name that the package uses is used here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torchmetrics import Metric
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.sensitivity.measure import Share
+from hawq_lightning.sensitivity.quiet import random_states_kept
+from hawq_lightning.sites import batch_images
+
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+# ---------------------------------------------------------------- data
+
+
+def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
+    """The first ``images`` images that the Trainer's own train data would give, in the user's batches.
+
+    Transforms, sampler and collate function are the user's; loaders, generators, workers and random states stay
+    untouched, so that training goes on as if nobody had looked. The same on every process.
+
+    Raises:
+        HawqError: no train data, or it is empty.
+    """
+    with random_states_kept(seed):
+        source = trainer.fit_loop._data_source
+        if not source.is_defined():
+            raise HawqError("The Trainer has no train dataloader to measure on; pass one to fit().")
+        loaders = source.dataloader()
+        mode = None
+        if isinstance(loaders, CombinedLoader):
+            loaders, mode = loaders.iterables, loaders._mode
+        leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
+        if shape is not None and not all(isinstance(x, DataLoader) for x in leaves):
+            leaves, shape = [loaders], None  # a plain list of batches is one loader
+        overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
+        drawn = [_from_loader(x, images, seed, overfit) for x in leaves]
+        if shape is None:
+            batches = drawn[0]
+        elif mode == "sequential":
+            batches = [b for d in drawn for b in d]
+        else:
+            batches = [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
+    if not batches:
+        raise HawqError("The train dataloader is empty; there is nothing to measure on.")
+    return batches
+
+
+def _from_loader(loader: Any, images: int, seed: int, overfit: int) -> list[Any]:
+    if not isinstance(loader, DataLoader):
+        if hasattr(loader, "__len__") and len(loader) == 0:
+            return []
+        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
+        return _until(stream, images)
+    if isinstance(loader.dataset, IterableDataset):
+        own = DataLoader(
+            copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
+            drop_last=loader.drop_last,
+        )  # fmt: skip
+        return _until(iter(own), images)
+    collate = loader.collate_fn or default_collate
+    dataset = loader.dataset
+    if loader.batch_size is None and loader.batch_sampler is None:
+        indices = (i for i in _own_sampler(loader.sampler, seed))
+        return _until((collate(_item(dataset, i, seed)) for i in indices), images)
+    sampler = loader.batch_sampler
+    if overfit:
+        sampler = torch.utils.data.BatchSampler(SequentialSampler(dataset), loader.batch_size or 1, False)  # type: ignore[arg-type]
+    lists = _own_sampler(sampler, seed)
+    if overfit:
+        lists = itertools.islice(lists, overfit)
+    return _until((collate(_items(dataset, ids, seed)) for ids in lists), images)
+
+
+def _own_sampler(sampler: Any, seed: int) -> Iterator[Any]:
+    """Iterate a shallow copy of a sampler, with a generator of its own where the original has one."""
+    own = copy.copy(sampler)
+    if isinstance(getattr(own, "generator", None), torch.Generator):
+        own.generator = torch.Generator().manual_seed(seed)
+    inner = getattr(own, "sampler", None)
+    if inner is not None and inner is not sampler:
+        inner = copy.copy(inner)
+        if isinstance(getattr(inner, "generator", None), torch.Generator):
+            inner.generator = torch.Generator().manual_seed(seed)
+        own.sampler = inner
+    return iter(own)
+
+
+def _item(dataset: Dataset[Any], index: Any, seed: int) -> Any:
+    torch.manual_seed(seed + 7919 * int(index) if isinstance(index, int) else seed)  # transforms: a seed an index
+    return dataset[index]
+
+
+def _items(dataset: Dataset[Any], ids: Any, seed: int) -> Any:
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(ids))
+    return [_item(dataset, i, seed) for i in ids]
+
+
+def _until(stream: Iterator[Any], images: int) -> list[Any]:
+    out, count = [], 0
+    for batch in stream:
+        out.append(batch)
+        count += batch_images(batch)
+        if count >= images:
+            break
+    return out
+
+
+def onto_device(trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> list[Any]:
+    """Move batches as the Trainer would, with the module's own transfer hooks."""
+    out = []
+    for batch in batches:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        out.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+    return out
+
+
+# ---------------------------------------------------------------- training_step
+
+
+class _LossFound(BaseException):
+    """Carries the loss out of a step that optimizes by hand."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+@contextmanager
+def borrowed_step(
+    trainer: Trainer, pl_module: LightningModule, loss_fn: Callable[..., Any] | None = None
+) -> Iterator[Callable[[Any, Any], torch.Tensor]]:
+    """Lend ``training_step`` (or the user's ``loss_fn``) as ``loss(module, batch)``; afterwards nothing has changed.
+
+    Logging is muted; metrics, counters, lists and modes of every submodule are put back.
+    """
+    stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
+    modules = list(pl_module.modules())
+    modes = [(m, m.training) for m in modules]
+    kept = [(m, _snapshot(m)) for m in modules]
+    muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
+    manual = loss_fn is None and not pl_module.automatic_optimization
+    tensor_backward = torch.Tensor.backward
+    try:
+        trainer.training = True
+        trainer.loggers = [DummyLogger()] if loggers else []
+        pl_module._current_fx_name = "training_step"
+        pl_module.__dict__.update(muted)
+        for m in modules:
+            m.training = True if m is pl_module else m.training
+            if isinstance(m, Metric):
+                m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
+                m.sync_on_compute = False
+        pl_module.train()
+        if manual:
+            pl_module.__dict__["manual_backward"] = _found
+            torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]
+        yield functools.partial(_loss, trainer, loss_fn)
+    finally:
+        torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
+        for name in (*muted, "manual_backward"):
+            pl_module.__dict__.pop(name, None)
+        for m, snapshot in kept:
+            _put_back(m, snapshot)
+        for m, mode in modes:
+            m.training = mode
+        pl_module._current_fx_name = hook
+        trainer.loggers = loggers
+        trainer.state.stage = stage
+
+
+def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    raise _LossFound(loss)
+
+
+def _loss(trainer: Trainer, loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+    if loss_fn is not None:
+        return loss_fn(module, batch)
+    step = module.training_step
+    hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        raise HawqError(f"{type(module).__name__}.training_step takes dataloader_iter; {hint}.")
+    args = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+    manual = not module.automatic_optimization
+    needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
+    try:
+        out = step(*args)
+    except _LossFound as found:
+        return found.loss
+    finally:
+        for p, needed in needs:  # toggle_optimizer had its way with them
+            p.requires_grad_(needed)
+        if manual:
+            module._param_requires_grad_state = {}
+    if isinstance(out, Mapping):
+        out = out.get("loss")
+    if not isinstance(out, torch.Tensor):
+        what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
+        raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
+    return out
+
+
+_INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
+
+
+def _snapshot(module: Any) -> dict[str, tuple[Any, Any]]:
+    """Plain attributes of a module: the object, and a copy of what it held."""
+    out = {}
+    states = getattr(module, "_defaults", {}) if isinstance(module, Metric) else {}
+    for name, value in module.__dict__.items():
+        if name in _INTERNAL or name.endswith("_hooks") or "_hooks_" in name:
+            continue
+        if name in states or isinstance(value, torch.Tensor):
+            out[name] = (value, _copied(value))
+        elif isinstance(value, (list, dict, set)):
+            out[name] = (value, copy.copy(value))
+        else:
+            out[name] = (value, None)
+    return out
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [v.detach().clone() for v in value] if isinstance(value, list) else copy.copy(value)
+
+
+def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
+    for name in [n for n in module.__dict__ if n not in snapshot and n not in _INTERNAL and "_hooks" not in n]:
+        del module.__dict__[name]
+    for name, (value, held) in snapshot.items():
+        if isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                value.copy_(held) if value.shape == held.shape else None
+        elif isinstance(value, list):
+            value[:] = held
+        elif isinstance(value, (dict, set)) and held is not None:
+            value.clear()
+            value.update(held)
+        module.__dict__[name] = value
+
+
+# ---------------------------------------------------------------- hooks and company
+
+
+def refuse_sharded(trainer: Trainer) -> None:
+    """Measuring needs whole layers.
+
+    Raises:
+        HawqError: the strategy splits parameters over processes.
+    """
+    name = type(trainer.strategy).__name__
+    if name in _SHARDED:
+        raise HawqError(
+            f"{name} splits the layers, so traces cannot be measured under it: run hawq-lightning-analyze "
+            "(or fit on one device) first and give HAWQ(plan='.../plan.json')."
+        )
+
+
+def share_of(trainer: Trainer) -> Share:
+    """This process's part of a measurement; tables are added over processes."""
+    if trainer.world_size == 1:
+        return Share()
+
+    def all_sum(table: torch.Tensor) -> torch.Tensor:
+        total = table.to(trainer.strategy.root_device)
+        total = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+        return total.cpu()
+
+    return Share(trainer.global_rank, trainer.world_size, all_sum)
+
+
+def after_layers_exist(pl_module: LightningModule, install: Callable[[], Any]) -> None:
+    """Call ``install`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
+    for name in ("setup", "configure_model"):
+        if not is_overridden(name, pl_module) or name in pl_module.__dict__:
+            continue
+        original = getattr(pl_module, name)
+
+        def once(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            pl_module.__dict__.pop(_name, None)
+            out = _original(*args, **kwargs)
+            install()
+            return out
+
+        pl_module.__dict__[name] = functools.wraps(original)(once)
+
+
+def go_first(trainer: Trainer, callback: Callback) -> list[Callback]:
+    """Move ``callback`` to the front, so that tuners see the quantized model; returns who stood before it."""
+    listed = trainer.callbacks  # type: ignore[attr-defined]
+    before = list(itertools.takewhile(lambda c: c is not callback, listed))
+    trainer.callbacks = [callback, *(c for c in listed if c is not callback)]  # type: ignore[attr-defined]
+    return before
+
+
+def copy_again(before: list[Callback], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Averaging callbacks that copied the model before it had quantizers copy it again."""
+    for callback in before:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            callback.setup(trainer, pl_module, stage)
+
+
+def sync_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Arm the copies that averaging callbacks hold."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if average is not None:
+            target = getattr(average, "module", average)
+            target.load_state_dict(pl_module.state_dict())
+
+
+def at_epoch_end(trainer: Trainer) -> bool:
+    """Whether a checkpoint written now resumes at the start of an epoch."""
+    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+
+def shows_progress(trainer: Trainer) -> bool:
+    """Whether the Trainer shows a progress bar, and this process is the one to show it."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None

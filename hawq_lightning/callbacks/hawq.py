@@ -1,0 +1,176 @@
+"""The callback that users add: traces, plan, fake-quant, and fine-tuning by the Trainer that they already have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hawq_lightning.callbacks.install import InstallPlan
+from hawq_lightning.callbacks.measure import MeasureTraces
+from hawq_lightning.errors import HawqError
+from hawq_lightning.plan import Option, Plan
+from hawq_lightning.selection import Frontier
+from hawq_lightning.sensitivity import Sensitivity
+from hawq_lightning.sites import Patterns, SiteTable, quantizable_layers
+
+
+class HAWQ(Callback):
+    """HAWQ-V2 in one callback: :class:`MeasureTraces` and :class:`InstallPlan` together.
+
+    Before fitting (or after ``start`` epochs of it) the traces of every layer are measured on the Trainer's own train
+    data, bits are chosen under the budget, and fake-quantizers are armed; the Trainer then fine-tunes them.
+
+    Args:
+        weight_bits: widths that weights may take, 1 to 8.
+        activation_bits: likewise 2 to 8; ``None`` leaves activations float.
+        budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
+        selector: rule of choice: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ...
+        constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
+        estimator: ``ggn``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
+        images: how many train images to measure on.
+        rtol: standard error to reach, as a share of each trace.
+        start: epochs of float training before measuring; 0: at once.
+        plan: install this plan (or file) and measure nothing.
+        sensitivity: choose from these traces (or file) and measure nothing.
+        include: glob on layer names, layer type, or ``f(name, module) -> bool``.
+        exclude: likewise.
+        loss_fn: ``loss_fn(module, batch) -> scalar`` instead of ``training_step``.
+        input_bits: width of what the network itself reads; ``None``: as other activations.
+        codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
+        check_loss: also measure the loss change of every site and width.
+        seed: of all draws.
+        dirpath: where results are saved; default: the logger's folder.
+        progress: show bars where the Trainer does.
+
+    Attributes:
+        plan, sensitivity, frontier, sites, loss_check: after ``fit`` has started.
+
+    Raises:
+        HawqError: arguments out of range; at the start of ``fit``: a budget that no plan meets, no quantizable layer,
+            NaN in loss or weights, a plan for another model, no train data.
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | Sequence[int] = (2, 4, 8),
+        activation_bits: int | Sequence[int] | None = 8,
+        budget: Any = "8x",
+        *,
+        selector: str = "pareto",
+        constraints: Mapping[str, Any] | None = None,
+        estimator: str = "ggn",
+        images: int = 512,
+        rtol: float = 0.05,
+        start: int = 0,
+        plan: Plan | str | Path | None = None,
+        sensitivity: Sensitivity | str | Path | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        input_bits: int | None = 8,
+        codes: str = "auto",
+        check_loss: bool = False,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise HawqError(f"start is {start!r}; it is a number of epochs, 0 or more.")
+        self.start = start
+        self.measurer = MeasureTraces(
+            weight_bits, activation_bits, budget, selector=selector, constraints=constraints, estimator=estimator,
+            images=images, rtol=rtol, sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
+            input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed, dirpath=dirpath, progress=progress,
+        )  # fmt: skip
+        self.installer = InstallPlan(plan, include, exclude)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force."""
+        return self.installer.plan
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """The traces, if they were measured or given."""
+        return self.measurer.sensitivity
+
+    @property
+    def frontier(self) -> Frontier | None:
+        """Every plan that no other beats in both Omega and size."""
+        return self.measurer.frontier
+
+    @property
+    def sites(self) -> SiteTable | None:
+        """The sites found."""
+        return self.measurer.sites
+
+    @property
+    def options(self) -> dict[str, tuple[Option, ...]]:
+        """Every option weighed, by site."""
+        return self.measurer.options
+
+    @property
+    def loss_check(self) -> list[dict[str, Any]]:
+        """Predicted and measured loss changes, if asked for."""
+        return self.measurer.loss_check
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make twins at every stage."""
+        self.installer.exclude = self.measurer.excluded(pl_module)
+        self.installer.prepare(trainer, pl_module, stage, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
+        if self.installer.restored(pl_module):
+            return
+        if not quantizable_layers(pl_module)[0]:
+            raise HawqError(f"{type(pl_module).__name__} has no quantizable layer (convolution or linear).")
+        if self.start == 0:
+            self._quantize(trainer, pl_module)
+        elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.start:
+            raise HawqError(f"start={self.start} leaves none of the {trainer.max_epochs} epochs for fine-tuning.")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin after ``start`` epochs of float training."""
+        self.installer.on_train_epoch_start(trainer, pl_module)
+        if self.plan is None and trainer.current_epoch >= self.start:
+            self._quantize(trainer, pl_module)
+
+    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        given = self.installer._given
+        plan = given if given is not None else self.measurer.analyze(trainer, pl_module)
+        self.installer.arm(trainer, pl_module, plan)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirrors follow buffers."""
+        self.installer.on_validation_start(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the parent process, where there is one."""
+        self.installer.on_train_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Random states."""
+        self.installer.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Random states."""
+        self.installer.on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan and traces, in plain types."""
+        state = self.installer.state_dict()
+        return state | ({"sensitivity": self.sensitivity.to_dict()} if self.sensitivity is not None else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self.installer.load_state_dict(state_dict)
+        if "sensitivity" in state_dict:
+            self.measurer.sensitivity = Sensitivity.from_dict(state_dict["sensitivity"])

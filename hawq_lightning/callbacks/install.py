@@ -1,0 +1,154 @@
+"""The callback that installs a plan: structure in ``setup``, bits as state, so that checkpoints restore by themselves."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from hawq_lightning.callbacks._lightning import after_layers_exist, at_epoch_end, copy_again, go_first, sync_averages
+from hawq_lightning.callbacks.random_state import random_states, set_random_states
+from hawq_lightning.errors import HawqError
+from hawq_lightning.plan import Plan
+from hawq_lightning.quantization import arm, armed_bits, check_plan, install, plan_of, quantized_layers, refresh
+from hawq_lightning.sites import Patterns, quantizable_layers
+
+_RANDOM = "hawq_lightning_random_states"
+
+
+class InstallPlan(Callback):
+    """Turn layers into fake-quant twins at every stage, and arm them with a plan when fitting starts.
+
+    A checkpoint carries the bits and ranges in the module's own state dict, so ``fit``, ``validate``, ``test`` and
+    ``predict`` with ``ckpt_path`` rebuild the quantized network without the plan.
+
+    Args:
+        plan: what to install, or its file; ``None``: only restore what a checkpoint holds.
+        include: layers to make twins of; see :func:`hawq_lightning.sites`.
+        exclude: likewise.
+
+    Attributes:
+        plan: the plan in force.
+    """
+
+    def __init__(
+        self, plan: Plan | str | Path | None = None, include: Patterns = None, exclude: Patterns = None
+    ) -> None:
+        self._given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        self._plan: Plan | None = None
+        self.include, self.exclude = include, exclude
+        # under spawn and fork the parent process learns of the plan by this file
+        self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
+        self._states: dict[str, Any] | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force."""
+        if self._plan is None and self._relay.is_file():
+            self._plan = Plan.from_dict(torch.load(self._relay, weights_only=True)["plan"])
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan | None) -> None:
+        self._plan = plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make twins, whatever the stage; move to the front of the callbacks."""
+        self.prepare(trainer, pl_module, stage, self)
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
+        """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
+        before = go_first(trainer, listed)
+        install(pl_module, self.include, self.exclude if quantizable_layers(pl_module)[0] else None)
+        after_layers_exist(pl_module, lambda: install(pl_module, self.include, self.exclude))
+        copy_again(before, trainer, pl_module, stage)
+        if self._relay.is_file() and not armed_bits(pl_module):
+            pl_module.load_state_dict(torch.load(self._relay, weights_only=True)["buffers"], strict=False)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Arm the given plan, unless a checkpoint has armed the model."""
+        if self.restored(pl_module):
+            return
+        if self._given is None:
+            raise HawqError("InstallPlan has no plan: give plan=, or a ckpt_path that holds a quantized model.")
+        self.arm(trainer, pl_module, self._given)
+
+    def restored(self, pl_module: LightningModule) -> bool:
+        """Whether the model is armed already, by a checkpoint or an earlier fit; then its plan is adopted."""
+        refresh(pl_module)
+        if not armed_bits(pl_module):
+            return False
+        if self._given is not None and self._given.bits.items() - plan_of(pl_module).bits.items():
+            check_plan(pl_module, self._given)
+            known = armed_bits(pl_module)
+            if any(
+                known.get(f"{n}.{'weight' if s.kind == 'weight' else 'input'}") != s.bits
+                for s in self._given.sites
+                for n in s.layers
+            ):
+                rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
+                self._plan = plan_of(pl_module)
+                return True
+        if self._plan is None:
+            self._plan = self._given or plan_of(pl_module)
+        rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
+        return True
+
+    def arm(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+        """Fill the quantizers of every process alike."""
+        arm(pl_module, plan)
+        if not armed_bits(pl_module):
+            raise HawqError("The plan arms no layer of this model.")
+        sync_averages(trainer, pl_module)
+        self._plan = plan
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirrors follow buffers that averaging or broadcasting wrote."""
+        refresh(pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed epoch starts from the random states of its checkpoint."""
+        if self._states is not None:
+            set_random_states(self._states)
+            self._states = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the parent process, where there is one."""
+        launcher = trainer.strategy.launcher
+        if launcher is None or launcher.is_interactive_compatible is False or not trainer.is_global_zero:
+            return
+        if self._plan is not None:
+            buffers = {
+                f"{name}.{part}.{key}": value.detach().cpu()
+                for name, layer in quantized_layers(pl_module).items()
+                for part in ("weight_quantizer", "input_quantizer")
+                for key, value in getattr(layer, part).named_buffers()
+            }
+            torch.save({"plan": self._plan.to_dict(), "buffers": buffers}, self._relay)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Random states, for checkpoints from which an epoch starts afresh."""
+        if trainer.world_size == 1 and at_epoch_end(trainer):
+            checkpoint[_RANDOM] = random_states()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1:
+            self._states = checkpoint.get(_RANDOM)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, in plain types."""
+        return {} if self._plan is None else {"plan": self._plan.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        if "plan" in state_dict:
+            self._plan = Plan.from_dict(state_dict["plan"])

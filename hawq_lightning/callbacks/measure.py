@@ -1,0 +1,255 @@
+"""The callback that measures and logs traces and picks a plan. It changes nothing in the model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from hawq_lightning.callbacks._lightning import (
+    borrowed_step,
+    draw_batches,
+    onto_device,
+    refuse_sharded,
+    share_of,
+    shows_progress,
+)
+from hawq_lightning.errors import HawqError
+from hawq_lightning.export import packed_overhead
+from hawq_lightning.plan import Option, Plan, write_text
+from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused
+from hawq_lightning.selection import Frontier, Problem, select
+from hawq_lightning.sensitivity import ESTIMATORS, Sensitivity, measure
+from hawq_lightning.sensitivity.guard import guarded_mean_traces
+from hawq_lightning.sensitivity.quiet import quiet
+from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites
+
+_CHANCE = 0.8  # of ln(classes)
+_SLOPE_SHARE = 0.05  # of the loss
+
+
+class MeasureTraces(Callback):
+    """Measure the Hessian traces of every site on the Trainer's own train data and pick a plan, before fitting.
+
+    Args:
+        weight_bits: widths that weights may take, 1 to 8.
+        activation_bits: likewise 2 to 8; ``None`` leaves activations float.
+        budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
+        selector: rule of choice, see :data:`hawq_lightning.selection.SELECTORS`.
+        constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
+        estimator: ``ggn``, ``hutchinson`` or ``exact``.
+        images: how many train images to measure on.
+        rtol: standard error to reach, as a share of each trace.
+        sensitivity: an earlier measurement, or its file, instead of a new one.
+        include: glob on layer names, layer type, or ``f(name, module) -> bool``.
+        exclude: likewise; the module's own ``quantization_exclude`` is added.
+        loss_fn: ``loss_fn(module, batch) -> scalar`` instead of ``training_step``.
+        input_bits: width of what the network itself reads; ``None``: as other activations.
+        codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
+        check_loss: also measure the loss change of every site and width (``loss_check.csv``).
+        seed: of all draws.
+        dirpath: where ``sensitivity.json``, ``frontier.csv`` and ``plan.json`` go; default: the logger's folder.
+        progress: show bars where the Trainer does.
+
+    Attributes:
+        sites, sensitivity, options, frontier, plan, loss_check: filled when fitting starts.
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | Sequence[int] = (2, 4, 8),
+        activation_bits: int | Sequence[int] | None = 8,
+        budget: Any = "8x",
+        *,
+        selector: str = "pareto",
+        constraints: Mapping[str, Any] | None = None,
+        estimator: str = "ggn",
+        images: int = 512,
+        rtol: float = 0.05,
+        sensitivity: Sensitivity | str | Path | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        input_bits: int | None = 8,
+        codes: str = "auto",
+        check_loss: bool = False,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.weight_bits = check_bits(weight_bits, "weight")
+        self.activation_bits = None if activation_bits is None else check_bits(activation_bits, "activation")
+        self.input_bits = None if input_bits is None else check_bits(input_bits, "activation")[0]
+        if estimator not in ESTIMATORS:
+            raise HawqError(f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.")
+        if images < 1:
+            raise HawqError(f"images is {images}; at least one is needed to measure on.")
+        self.budget, self.selector, self.constraints = budget, selector, dict(constraints or {})
+        self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
+        self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
+        self.include, self.exclude, self.loss_fn, self.codes = include, exclude, loss_fn, codes
+        self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
+        self.sites: SiteTable | None = None
+        self.sensitivity: Sensitivity | None = None
+        self.options: dict[str, tuple[Option, ...]] = {}
+        self.frontier: Frontier | None = None
+        self.plan: Plan | None = None
+        self.loss_check: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and select."""
+        if self.plan is None:
+            self.analyze(trainer, pl_module)
+
+    def excluded(self, pl_module: LightningModule) -> list[Any]:
+        """The user's patterns and the module's own."""
+        own = tuple(getattr(pl_module, "quantization_exclude", ()) or ())
+        if self.exclude is None:
+            return [*own]
+        listed = isinstance(self.exclude, Sequence) and not isinstance(self.exclude, str)
+        return [*own, *(self.exclude if listed else [self.exclude])]  # type: ignore[misc, list-item]
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Where results go; the same on every process."""
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    def analyze(self, trainer: Trainer, pl_module: LightningModule) -> Plan:
+        """Traces, options, frontier, plan; everything is saved as soon as it is known.
+
+        Raises:
+            HawqError: whatever cannot be measured or met, before any training step.
+        """
+        refuse_sharded(trainer)
+        folder = self.folder(trainer)
+        show = self.progress and shows_progress(trainer)
+        with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn) as loss_fn:
+            drawn = draw_batches(trainer, self.images, self.seed)
+            batches = onto_device(trainer, pl_module, drawn)
+            with quiet(pl_module):
+                exclude = self.excluded(pl_module)
+                table = find_sites(
+                    pl_module, lambda: loss_fn(pl_module, batches[0]), batch_images(batches[0]), self.include, exclude
+                )
+            self.sites = table
+            overhead = packed_overhead(pl_module, self._chosen(table))
+            self._check_budget(table, overhead)
+            self.sensitivity = self.given or measure(
+                pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol, seed=self.seed,
+                progress=show, share=share_of(trainer), reuse=_saved(folder / "sensitivity.json"),
+            )  # fmt: skip
+            self._check_given(table)
+            if trainer.is_global_zero:
+                self.sensitivity.save(folder / "sensitivity.json")
+            self.options = options(
+                pl_module, batches, self.sensitivity, table, loss_fn, weight_bits=self.weight_bits,
+                activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes, progress=show,
+            )  # fmt: skip
+            problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
+            chosen = select(problem, self.budget, self.selector, seed=self.seed)
+            self.frontier = problem.frontier("weight_bytes")
+            settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed}
+            chosen = chosen.replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
+            plan = Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
+            self.plan = plan
+            if trainer.is_global_zero:
+                plan.save(folder / "plan.json")
+                self.frontier.to_csv(folder / "frontier.csv")  # type: ignore[attr-defined]
+            self._warn_untrained(pl_module, batches, loss_fn, plan)
+            if self.check_loss:
+                self.loss_check = loss_check(pl_module, batches, loss_fn, table, self.options, progress=show)
+                if trainer.is_global_zero:
+                    write_text(folder / "loss_check.csv", _csv(self.loss_check))
+        self._log(trainer, plan)
+        return plan
+
+    def _chosen(self, table: SiteTable) -> list[Any]:
+        return [s for s in table if s.kind == "weight" or self.activation_bits is not None]
+
+    def _check_budget(self, table: SiteTable, overhead: int) -> None:
+        """Refuse what no plan can meet before the measurement, not after it."""
+        widths = {"weight": self.weight_bits, "activation": self.activation_bits or ()}
+        nominal = {s.name: tuple(Option(b, "affine", 0.0, 0.0) for b in widths[s.kind]) for s in self._chosen(table)}
+        if self.selector in ("pareto", "monotone"):
+            select(Problem(table, nominal, None, overhead, **self.constraints), self.budget, "pareto")
+
+    def _check_given(self, table: SiteTable) -> None:
+        assert self.sensitivity is not None
+        missing = [s.name for s in table if s.name not in self.sensitivity]
+        if missing:
+            raise HawqError(
+                f"The sensitivity has no trace for {', '.join(missing[:4])}; it was measured on another model "
+                f"(its first site is {next(iter(self.sensitivity)).name})."
+            )
+
+    def _warn_untrained(self, pl_module: LightningModule, batches: list[Any], loss_fn: Any, plan: Plan) -> None:
+        assert self.sensitivity is not None
+        facts = self.sensitivity.settings
+        loss, classes = float(facts.get("loss", 0.0)), float(facts.get("classes", 0.0))
+        if classes > 1 and loss > _CHANCE * math.log(classes):
+            rank_zero_warn(
+                f"HAWQ: the loss is {loss:.3g} and chance is ln({classes:.0f}) = {math.log(classes):.3g}: the network "
+                "looks untrained. Traces mean something near a minimum; load trained weights, or give start=<epochs>."
+            )
+            return
+        slope = first_order_term(pl_module, batches, loss_fn, plan)
+        curve = sum(s.omega or 0.0 for s in plan.weights) / 2
+        if abs(slope) > curve and abs(slope) > _SLOPE_SHARE * abs(loss):
+            rank_zero_warn(
+                f"HAWQ: the gradient term g.dW = {slope:.3g} outweighs half of Omega = {curve:.3g}: the network has not "
+                "converged, and the second-order prediction is not to be trusted. Train further, or give start=<epochs>."
+            )
+
+    def _log(self, trainer: Trainer, plan: Plan) -> None:
+        assert self.sensitivity is not None
+        _, lifted = guarded_mean_traces(self.sensitivity)
+        for note in (*self.sensitivity.notes, *lifted):
+            rank_zero_info(f"HAWQ: {note}")
+        rank_zero_info(describe(plan))
+        values: dict[str, float] = {}
+        for s in plan.sites:
+            values[f"hawq/bits/{s.name}"] = s.bits
+            for what, number in (("mean_trace", s.mean_trace), ("stderr", s.stderr), ("omega", s.omega)):
+                if number is not None and math.isfinite(number):
+                    values[f"hawq/{what}/{s.name}"] = number
+        values |= {f"hawq/{k}": v for k, v in plan.costs.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def describe(plan: Plan) -> str:
+    """One line about a plan."""
+    counts: dict[int, int] = {}
+    for s in plan.weights:
+        counts[s.bits] = counts.get(s.bits, 0) + 1
+    spread = ", ".join(f"{n} at {b} bit" for b, n in sorted(counts.items()))
+    size = plan.costs.get("weight_bytes", 0.0)
+    ratio = plan.costs.get("float_weight_bytes", 0.0) / size if size else 0.0
+    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."
+
+
+def _saved(path: Path) -> Callable[[str], Sensitivity | None]:
+    def reuse(fingerprint: str) -> Sensitivity | None:
+        if not path.is_file():
+            return None
+        try:
+            known = Sensitivity.load(path)
+        except HawqError:
+            return None  # cut short by a crash of something else: measured again
+        return known if known.fingerprint == fingerprint else None
+
+    return reuse
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=["site", "kind", "bits", "predicted", "measured"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,48 @@
+"""The term that the paper's Assumption 1 sets to zero: g . dW, which is small only where training has converged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning.plan import Plan
+from hawq_lightning.quantization.ranges import weight_step
+from hawq_lightning.sensitivity.quiet import quiet, to_device
+from hawq_lightning.sites import batch_images, channel_axis, quantizable_layers
+
+
+def first_order_term(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    plan: Plan,
+    images_of: Callable[[Any], int] = batch_images,
+) -> float:
+    """``sum_l <g_l, Q(W_l) - W_l>`` over the weights of a plan, g the gradient of the mean loss over ``batches``."""
+    layers, _ = quantizable_layers(model)
+    weights = {s.name: layers[s.layers[0]] for s in plan.weights}
+    total, count = 0.0, 0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with quiet(model), torch.enable_grad():
+        shifts = {}
+        for s in plan.weights:
+            layer = weights[s.name]
+            w = layer.weight.detach()  # type: ignore[union-attr, operator]
+            axis = channel_axis(layer)
+            step, _ = weight_step(w, s.bits, s.code, axis)
+            half, zero = 1 << (s.bits - 1), -0.5 if s.code == "midrise" else 0.0
+            zeros = torch.full_like(step, zero)
+            shifts[s.name] = torch.fake_quantize_per_channel_affine(w.float(), step, zeros, axis, -half, half - 1) - w
+        for layer in weights.values():
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+        for batch in batches:
+            batch = to_device(batch, device)
+            n = images_of(batch)
+            loss = loss_fn(model, batch)
+            slopes = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)  # type: ignore[misc]
+            total += n * sum(float((g * shifts[k]).sum()) for k, g in zip(weights, slopes) if g is not None)
+            count += n
+    return total / max(count, 1)

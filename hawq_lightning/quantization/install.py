@@ -1,0 +1,184 @@
+"""Putting quantizers into a model, in place: structure first (off), bits later as state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.ranges import weight_step
+from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
+from hawq_lightning.sites import Patterns, Site, channel_axis, quantizable_layers
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The model's twins by name."""
+    return {n: m for n, m in quantizable_layers(model)[0].items() if isinstance(m, QuantizedLayer)}
+
+
+def install(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, QuantizedLayer]:
+    """Turn every quantizable layer into its fake-quant twin, quantizers off; may be called again.
+
+    Returns:
+        the twins by name.
+    """
+    return {name: make_twin(layer) for name, layer in quantizable_layers(model, include, exclude)[0].items()}
+
+
+def uninstall(model: nn.Module) -> nn.Module:
+    """Plain layers again, with the float weights that they hold."""
+    for layer in quantized_layers(model).values():
+        make_float(layer)
+    return model
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Compare a plan with the layers of a model.
+
+    Raises:
+        HawqError: it was made for another model; says which sites differ.
+    """
+    layers, _ = quantizable_layers(model)
+    have: dict[str, Site] = {}
+    for s in plan.sites:
+        known = [n for n in s.layers if n in layers]
+        if len(known) == len(s.layers) and s.layers:
+            shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape  # type: ignore[union-attr]
+            have[s.name] = Site(s.name, s.kind, s.layers, shape, s.numel)
+    if len(have) != len(plan.sites):
+        planned = {n for s in plan.sites for n in s.layers}
+        for name in sorted(set(layers) - planned):
+            shape = tuple(layers[name].weight.shape)  # type: ignore[union-attr]
+            have[f"{name}.weight"] = Site(f"{name}.weight", "weight", (name,), shape, 0)
+    plan.check_fits(have)
+    for s in plan.activations:
+        if s.scale is None or s.zero_point is None:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has no scale and zero_point; activations need calibrated ones."
+            )
+
+
+@torch.no_grad()
+def arm(model: nn.Module, plan: Plan) -> None:
+    """Fill the quantizers' buffers from a plan; weight steps are fitted to the present weights.
+
+    Layers that the plan leaves out stay float. Parameters are untouched.
+
+    Raises:
+        HawqError: the plan is for another model, or a weight holds NaN.
+    """
+    check_plan(model, plan)
+    layers = install(model)
+    disarm(model)
+    for s in plan.sites:
+        for name in s.layers:
+            arm_site(layers[name], s)
+
+
+@torch.no_grad()
+def arm_site(layer: QuantizedLayer, site: PlanSite) -> None:
+    """Switch on one quantizer of one layer."""
+    if site.kind == "activation":
+        assert site.scale is not None and site.zero_point is not None
+        layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
+        return
+    try:
+        step, _ = weight_step(layer.weight, site.bits, site.code, channel_axis(layer))
+    except HawqError as error:
+        raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
+    layer.weight_quantizer.arm(site.bits, step, -0.5 if site.code == "midrise" else 0.0)
+
+
+def disarm(model: nn.Module) -> None:
+    """Switch every quantizer off."""
+    for quantizer in quantizers(model):
+        quantizer.disarm()
+
+
+def quantize(model: nn.Module, plan: Plan) -> nn.Module:
+    """Install and arm a plan in place; the same Parameters and state-dict names, plus the quantizers' buffers.
+
+    Args:
+        model: a float model, or one already quantized.
+        plan: from :func:`hawq_lightning.select`, the callback, or a file.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        HawqError: the plan was made for another model.
+    """
+    check_plan(model, plan)
+    arm(model, plan)
+    return model
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """All quantizers of the model."""
+    return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """The float model for a while: every quantizer is the identity inside."""
+    mine = [q for q in quantizers(model) if not q.paused]
+    for quantizer in mine:
+        quantizer.paused = True
+    try:
+        yield
+    finally:
+        for quantizer in mine:
+            quantizer.paused = False
+
+
+def refresh(model: nn.Module) -> None:
+    """Bring Python mirrors in line with buffers, after something wrote to the buffers behind our back."""
+    for quantizer in quantizers(model):
+        quantizer.refresh()
+
+
+def armed_bits(model: nn.Module) -> dict[str, int]:
+    """``<layer>.weight`` and ``<layer>.input`` -> bits, for quantizers that are on."""
+    out: dict[str, int] = {}
+    for name, layer in quantized_layers(model).items():
+        parts: Mapping[str, Quantizer] = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
+        out |= {f"{name}.{part}": q.bits for part, q in parts.items() if q.bits}
+    return out
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model is armed with, read from its quantizers: bits, codes and scales without their history.
+
+    Raises:
+        HawqError: no quantizer is on.
+    """
+    sites: dict[str, list[PlanSite]] = {"weight": [], "activation": []}
+    for name, layer in quantized_layers(model).items():
+        w, a = layer.weight_quantizer, layer.input_quantizer
+        shape = tuple(layer.weight.shape)
+        if w.bits:
+            sites["weight"].append(
+                PlanSite(f"{name}.weight", "weight", (name,), shape, layer.weight.numel(), w.bits, w.code)
+            )
+        if a.bits:
+            sites["activation"].append(
+                PlanSite(
+                    f"{name}.input",
+                    "activation",
+                    (name,),
+                    (),
+                    0,
+                    a.bits,
+                    "affine",
+                    float(a.scale),
+                    round(float(a.zero_point)),
+                )
+            )
+    if not sites["weight"] and not sites["activation"]:
+        raise HawqError("No quantizer of this model is armed.")
+    return Plan(sites=(*sites["weight"], *sites["activation"]), selector="restored")

@@ -1,0 +1,81 @@
+"""The cheapest test of the paper's claim: half of Omega against the loss change measured, site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning.plan import Option, PlanSite
+from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.quantization.install import arm_site, disarm, install, uninstall
+from hawq_lightning.quantization.twins import QuantizedLayer
+from hawq_lightning.sensitivity.quiet import quiet, to_device
+from hawq_lightning.sites import SiteTable, batch_images
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def loss_check(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    sites: SiteTable,
+    options: Mapping[str, Sequence[Option]],
+    *,
+    images_of: Callable[[Any], int] = batch_images,
+    progress: bool | Bar = False,
+) -> list[dict[str, Any]]:
+    """Quantize one site at a time and measure the loss.
+
+    Args:
+        model: float, or with quantizers that are off; left as it was.
+        batches: the mean loss is over these.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        sites: the sites.
+        options: what to try at each.
+        images_of: number of images in a batch.
+        progress: show a bar.
+
+    Returns:
+        rows ``site, kind, bits, predicted`` (half of Omega), ``measured`` (loss change).
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = [to_device(b, device) for b in batches]
+    images = [images_of(b) for b in kept]
+    had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    layers = install(model)
+    trials = [(s, o) for s in sites for o in options.get(s.name, ())]
+    out: list[dict[str, Any]] = []
+
+    def mean_loss() -> float:
+        values = [float(loss_fn(model, b)) * n for b, n in zip(kept, images)]
+        return sum(values) / sum(images)
+
+    try:
+        with quiet(model), torch.no_grad(), progress_bar(bool(progress)) as bar:
+            base = mean_loss()
+            task = bar.begin("Loss change, site by site", len(trials))
+            for done, (site, option) in enumerate(trials):
+                trial = PlanSite(
+                    site.name, site.kind, site.layers, site.shape, site.numel, option.bits, option.code,
+                    option.scale, option.zero_point,
+                )  # fmt: skip
+                for name in site.layers:
+                    arm_site(layers[name], trial)
+                measured = mean_loss() - base
+                for name in site.layers:
+                    quantizer = layers[name].weight_quantizer if site.kind == "weight" else layers[name].input_quantizer
+                    quantizer.disarm()
+                out.append({
+                    "site": site.name, "kind": site.kind, "bits": option.bits,
+                    "predicted": option.omega / 2, "measured": measured,
+                })  # fmt: skip
+                bar.advance(task, done + 1)
+    finally:
+        disarm(model)
+        if not had:
+            uninstall(model)
+    return out

@@ -1,0 +1,238 @@
+"""Every option of every site with its perturbation ||Q(.) - .||^2 and Omega (eq. 10; for activations section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.plan import Option
+from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.quantization.quantizers import check_bits
+from hawq_lightning.quantization.ranges import activation_step, weight_step
+from hawq_lightning.sensitivity.guard import guarded_mean_traces
+from hawq_lightning.sensitivity.quiet import quiet, to_device
+from hawq_lightning.sensitivity.reads import Reads
+from hawq_lightning.sensitivity.result import Sensitivity
+from hawq_lightning.sites import SiteTable, batch_images, channel_axis, quantizable_layers
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+_SAMPLE_A_BATCH = 16_384
+
+
+def weight_kinds(bits: int, codes: str = "auto") -> tuple[str, ...]:
+    """Code kinds to try at a width: 1 bit is sign times scale; at 2 bits the better of both; integers above.
+
+    Raises:
+        HawqError: an unknown kind.
+    """
+    if codes not in ("auto", "affine", "midrise"):
+        raise HawqError(f"codes={codes!r} is unknown; use 'auto', 'affine' or 'midrise'.")
+    if bits == 1:
+        return ("midrise",)
+    if codes != "auto":
+        return (codes,)
+    return ("affine", "midrise") if bits == 2 else ("affine",)
+
+
+def weight_options(
+    weight: torch.Tensor, axis: int, widths: Sequence[int], mean_trace: float, codes: str = "auto"
+) -> tuple[Option, ...]:
+    """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``."""
+    out = []
+    for bits in widths:
+        error, code = min((weight_step(weight, bits, kind, axis)[1], kind) for kind in weight_kinds(bits, codes))
+        out.append(Option(bits, code, mean_trace * error, error))
+    return tuple(out)
+
+
+def options(
+    model: nn.Module,
+    batches: Iterable[Any],
+    sensitivity: Sensitivity,
+    sites: SiteTable,
+    loss_fn: LossFn,
+    *,
+    weight_bits: int | Sequence[int] = (2, 4, 8),
+    activation_bits: int | Sequence[int] | None = 8,
+    input_bits: int | None = 8,
+    codes: str = "auto",
+    images_of: Callable[[Any], int] = batch_images,
+    progress: bool | Bar = False,
+) -> dict[str, tuple[Option, ...]]:
+    """Weigh every width for every site.
+
+    Args:
+        model: left as it was.
+        batches: those that the traces were measured on: activations' Omega pairs trace and perturbation image by image.
+        sensitivity: traces of ``sites``.
+        sites: table from :func:`hawq_lightning.sites`.
+        loss_fn: runs the model on a batch.
+        weight_bits: widths to choose from, 1 to 8.
+        activation_bits: likewise 2 to 8; ``None`` leaves activations float.
+        input_bits: width of what the network itself reads; ``None``: as other activations.
+        codes: ``auto``, ``affine`` or ``midrise`` for weights of 2 bits and more.
+        images_of: number of images in a batch.
+        progress: show a bar.
+
+    Returns:
+        site name -> options, ascending bits; activation options carry step and zero point.
+
+    Raises:
+        HawqError: widths out of range, NaN in weights or activations (it names the site).
+    """
+    weight_widths = check_bits(weight_bits, "weight")
+    layers, _ = quantizable_layers(model)
+    mean_traces, _ = guarded_mean_traces(sensitivity)
+    out: dict[str, tuple[Option, ...]] = {}
+    bar = progress_bar(bool(progress))
+    with bar as shown:
+        task = shown.begin("Weight ranges", len(sites.weights))
+        for i, site in enumerate(sites.weights):
+            layer = layers[site.layers[0]]
+            try:
+                out[site.name] = weight_options(
+                    layer.weight.detach(),
+                    channel_axis(layer),
+                    weight_widths,
+                    mean_traces[site.name],
+                    codes,  # type: ignore[union-attr, operator]
+                )
+            except HawqError as error:
+                raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
+            shown.advance(task, i + 1)
+        if activation_bits is None or not sites.activations:
+            return out
+        widths = check_bits(activation_bits, "activation")
+        kept = list(batches)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        kept = [to_device(b, device) for b in kept]
+        readers = {x.name: layers[x.name] for x in sites.layers}
+        site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
+        with quiet(model):
+            inputs = _network_inputs(model, kept[0], loss_fn, readers, site_of) if input_bits is not None else set()
+            seen = _Seen()
+            _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
+            steps: dict[str, dict[int, tuple[float, int]]] = {}
+            for site in sites.activations:
+                mine = check_bits(input_bits, "activation") if site.name in inputs else widths
+                steps[site.name] = {bits: seen.step(site.name, bits) for bits in mine}
+            rows = _Perturbations(steps, [images_of(b) for b in kept], sensitivity.row_unit)
+            _read_all(model, kept, loss_fn, readers, site_of, rows.visit, shown, "Activation perturbations")
+        for site in sites.activations:
+            lift = _lift(sensitivity, site.name, mean_traces[site.name])
+            out[site.name] = tuple(
+                Option(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
+                for bits, (step, zero) in steps[site.name].items()
+            )
+    return out
+
+
+def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
+    """``None`` if the measured rows stand; else the mean trace that takes their place."""
+    return None if guarded == sensitivity[name].mean_trace else guarded
+
+
+def _read_all(
+    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, layers: Mapping[str, nn.Module],
+    site_of: Mapping[str, str], visitor: Callable[[int], Callable[[str, torch.Tensor], None]], bar: Bar, what: str,
+) -> None:  # fmt: skip
+    task = bar.begin(what, len(batches))
+    for b, batch in enumerate(batches):
+        look = visitor(b)
+
+        def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
+            look(site, x.detach())
+            return x
+
+        with Reads(layers, site_of, visit), torch.no_grad():
+            loss_fn(model, batch)
+        bar.advance(task, b + 1)
+
+
+def _network_inputs(
+    model: nn.Module, batch: Any, loss_fn: LossFn, layers: Mapping[str, nn.Module], site_of: Mapping[str, str]
+) -> set[str]:
+    """Sites that read what no parameter has touched."""
+    found: set[str] = set()
+
+    def visit(site: str, x: torch.Tensor) -> torch.Tensor:
+        if not x.requires_grad:
+            found.add(site)
+        return x
+
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    for p in parameters:
+        p.requires_grad_(True)
+    with Reads(layers, site_of, visit), torch.enable_grad():
+        loss_fn(model, batch)
+    for p in parameters:
+        p.requires_grad_(False)
+    return found
+
+
+class _Seen:
+    """Extremes and a strided sample of what each site reads."""
+
+    def __init__(self) -> None:
+        self._low: dict[str, float] = {}
+        self._high: dict[str, float] = {}
+        self._samples: dict[str, list[torch.Tensor]] = {}
+
+    def look(self, site: str, x: torch.Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(x))
+        self._low[site] = min(self._low.get(site, low), low) if low == low else low
+        self._high[site] = max(self._high.get(site, high), high) if high == high else high
+        flat = x.flatten()
+        stride = max(1, -(-flat.numel() // _SAMPLE_A_BATCH))
+        # an odd stride does not beat with the row length of the images
+        self._samples.setdefault(site, []).append(flat[:: stride | 1].float().cpu())
+
+    def step(self, site: str, bits: int) -> tuple[float, int]:
+        try:
+            return activation_step(torch.cat(self._samples[site]), self._low[site], self._high[site], bits)
+        except HawqError as error:
+            raise HawqError(f"Site {site!r}: {error}.") from None
+
+
+class _Perturbations:
+    """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity."""
+
+    def __init__(
+        self, steps: Mapping[str, Mapping[int, tuple[float, int]]], images: Sequence[int], unit: Mapping[str, str]
+    ) -> None:
+        self._steps, self._images, self._unit = steps, images, unit
+        self._rows: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def visit(self, batch: int) -> Callable[[str, torch.Tensor], None]:
+        images = self._images[batch]
+        here: dict[tuple[str, int], torch.Tensor] = {}
+
+        def look(site: str, x: torch.Tensor) -> None:
+            for bits, (step, zero) in self._steps[site].items():
+                x32 = x.float()
+                error = (torch.fake_quantize_per_tensor_affine(x32, step, zero, 0, (1 << bits) - 1) - x32).square_()
+                per_image = self._unit.get(site) == "image"
+                value = error.flatten(1).sum(1).double() if per_image else error.sum().double()[None] / images
+                if (site, bits) in here:
+                    here[site, bits] += value.cpu()
+                else:
+                    here[site, bits] = value.cpu()
+                    self._rows.setdefault((site, bits), []).append(here[site, bits])
+
+        return look
+
+    def omega(self, site: str, bits: int, sensitivity: Sensitivity, lift: float | None) -> tuple[float, float]:
+        """Omega = mean over rows of (trace / size) * perturbation, and the mean perturbation."""
+        perturbation = torch.cat(self._rows[site, bits])
+        weight = torch.as_tensor(sensitivity.row_weights.get(site, [1.0] * len(perturbation)), dtype=torch.float64)
+        share = weight / weight.sum()
+        mean = float((share * perturbation).sum())
+        trace = torch.as_tensor(sensitivity.rows.get(site, ()), dtype=torch.float64)
+        size = torch.as_tensor(sensitivity.sizes.get(site, ()), dtype=torch.float64)
+        if lift is not None or len(trace) != len(perturbation):
+            return (sensitivity[site].mean_trace if lift is None else lift) * mean, mean
+        return max(0.0, float((share * trace / size.clamp_min(1) * perturbation).sum())), mean
