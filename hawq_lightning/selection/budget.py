@@ -58,7 +58,7 @@ def parse_budget(budget: Any, problem: Problem) -> tuple[Bound, ...]:
 
     Args:
         budget: text, or a mapping of ``weights``, ``file``, ``bops``, ``act``, ``act_peak``, ``latency`` or the name
-            of an extra cost to text. ``x`` means times smaller than float32, ``%`` of the 8-bit network; MB are 10^6 bytes.
+            of an extra cost to text. ``x`` means times smaller than float32, ``%`` of the 8-bit network; MB 10^6 bytes.
         problem: what the relative forms refer to.
 
     Raises:

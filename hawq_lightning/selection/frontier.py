@@ -2,7 +2,8 @@
 
 Nemhauser and Ullmann's sweep: take one block of tied sites after another, add each of its options to every point found
 so far, and keep the points that no other beats in both cost and Ω. Worst case exponential, in practice tens of
-thousands of points; should it explode, points are thinned and the frontier says by which factor Ω may exceed the optimum.
+thousands of points; should it explode, points are thinned and the frontier says by which factor Ω may exceed the
+optimum.
 """
 
 from __future__ import annotations
@@ -232,7 +233,8 @@ def _thin(at: Ints, omega: Floats, max_points: int) -> tuple[Ints, float]:
         middle = (low + high) / 2
         low, high = (low, middle) if heads(middle).sum() <= goal else (middle, high)
     kept = heads(high)
-    return np.concatenate([positive[kept], at[omega[at] <= 0]]), math.exp(high)
+    grown = (logs[kept][np.cumsum(kept) - 1] - logs).max()  # what dropped points really lost
+    return np.concatenate([positive[kept], at[omega[at] <= 0]]), math.exp(grown) * (1 + 1e-12)
 
 
 def _matrix(values: Any, what: str) -> Floats:

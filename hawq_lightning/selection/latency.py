@@ -22,8 +22,8 @@ class LatencyTable:
 
     A row names what it is about in a column ``layer`` (or ``site``, ``name``): a layer's name, its weight site's name,
     or a weight shape such as ``64x3x7x7``; a column ``shape``, with or without ``type``, does the same for every layer
-    of that kind. Then ``weight_bits`` (or ``bits``), optionally ``activation_bits`` (else it holds for all), and ``ms``,
-    ``us`` or ``s``. A width that the table lacks for a layer does not exist on the device.
+    of that kind. Then ``weight_bits`` (or ``bits``), optionally ``activation_bits`` (else it holds for all), and
+    ``ms``, ``us`` or ``s``. A width that the table lacks for a layer does not exist on the device.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], source: str = "the latency table") -> None:

@@ -150,7 +150,9 @@ class Problem:
         """
         count = len(names)
         rows = [[float(x) for x in row] for row in omega]
-        widths = [list(b) for b in bits] if len(bits) and isinstance(bits[0], Sequence) else [list(bits)] * count  # type: ignore[arg-type,call-overload]
+        widths: list[list[int]] = (
+            [list(b) for b in bits] if len(bits) and isinstance(bits[0], Sequence) else [list(bits)] * count
+        )  # type: ignore[arg-type,call-overload]
         given = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
         if mean_trace is not None:
             given["mean_trace"] = len(mean_trace)
