@@ -251,7 +251,9 @@ def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
     for name in [n for n in module.__dict__ if n not in snapshot and n not in _INTERNAL and "_hooks" not in n]:
         del module.__dict__[name]
     for name, (value, held) in snapshot.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            value = held  # a metric's state after trainer.validate cannot be written to
+        elif isinstance(value, torch.Tensor):
             with torch.no_grad():
                 value.copy_(held) if value.shape == held.shape else None
         elif isinstance(value, list):
