@@ -1,0 +1,1 @@
+"""Console scripts: Hydra mains and what they run."""

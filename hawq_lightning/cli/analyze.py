@@ -1,0 +1,34 @@
+"""``hawq-lightning-analyze``: sites, traces, frontier, plan and report of a trained network, no training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from hawq_lightning.cli.entry import CONFIG_PATH, run_job, run_main
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="analyze")
+def _main(cfg: DictConfig) -> Any:
+    def job() -> None:
+        if cfg.dry_run:
+            from hawq_lightning.cli.dry_run import dry_run
+
+            dry_run(cfg)
+        else:
+            from hawq_lightning.cli.run import run
+
+            run(cfg)
+
+    return run_job(job)
+
+
+def main() -> None:
+    """The console script."""
+    run_main(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What every console script shares: early checks of the command line, and errors that are one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any, NoReturn
+
+from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from hawq_lightning.errors import HawqError, nearest
+
+CONFIG_PATH = "pkg://hawq_lightning.conf"
+_CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
+
+
+def check_choices(argv: Sequence[str]) -> None:
+    """Find ``group=option`` where the option does not exist, before Hydra lists them all.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+
+    Raises:
+        HawqError: an unknown option; the message suggests the nearest.
+    """
+    if any("searchpath" in a or a.startswith(("--config-dir", "-cd")) for a in argv):
+        return  # options may come from elsewhere
+    conf = files("hawq_lightning.conf")
+    for argument in argv:
+        match = _CHOICE.match(argument)
+        folder = conf.joinpath(match["group"]) if match else conf
+        if match is None or not folder.is_dir():
+            continue
+        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+        for name in match["names"].split(","):
+            if name.strip() not in (*known, "null"):
+                hint = nearest(name.strip(), known) or f" Known: {', '.join(known)}."
+                raise HawqError(f"There is no {match['group']}={name.strip()}.{hint}")
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a Hydra main; bad input ends the program with one line and exit code 1."""
+    try:
+        check_choices(sys.argv[1:])
+    except HawqError as error:
+        stop(error)
+    main()
+
+
+def run_job(job: Callable[[], Any]) -> Any:
+    """Run the body of a Hydra main; bad input ends it with one line unless ``HYDRA_FULL_ERROR=1``."""
+    quiet_down()
+    try:
+        return job()
+    except Exception as error:
+        known = explain(error)
+        if known is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        stop(known)
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence that a user should read, or ``None`` when the error is not one of bad input."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HawqError):
+            # a worker process wraps the message into its traceback
+            return str(cause).split("HawqError: ")[-1].strip()
+        cause = cause.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set; add {error.full_key}=..."
+    if isinstance(error, (InstantiationException, OmegaConfBaseException, MisconfigurationException)):
+        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return None
+
+
+def stop(message: object) -> NoReturn:
+    """Print one line to the standard error and exit with 1."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def quiet_down() -> None:
+    """Hide Lightning's advertisements and advice that does not concern this program's users."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_ours)
+    for text in _ADVICE:
+        warnings.filterwarnings("ignore", text)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or str(record.msg).startswith("HAWQ")
+
+
+_ADVICE = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*GPU available but not used.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*exists and is not empty.*",
+    ".*self.trainer` reference is not registered.*",
+)

@@ -1,0 +1,108 @@
+"""The run itself: float training, traces and plan, fine-tuning, packed file, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task, make_trainer
+from hawq_lightning.cli.recorder import Recorder, scores
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Carry out a configuration and leave everything in its run folder.
+
+    With ``epochs=0`` nothing is fine-tuned: traces, plan, the score right after quantizing, packed file and report.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        HawqError: bad input of any kind.
+    """
+    check_settings(cfg)
+    folder = Path(cfg.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data, task = make_data(cfg), make_task(cfg)
+    # built before the float training, so that bad settings are found before time is spent
+    hawq = make_callback(cfg)
+    record: dict[str, Any] = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "sizes": {"float_bytes": sum(t.numel() * t.element_size() for t in task.state_dict().values())},
+        "seconds": {},
+        "history": [],
+    }
+    if cfg.ckpt_path is None:
+        train_float(cfg, task, data, record)
+    recorder = Recorder(hawq, folder, record)
+    trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder], max_epochs=cfg.epochs)
+    trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
+    if not trainer.is_global_zero:
+        return record
+    written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if cfg.report:
+        from hawq_lightning.report import write_report
+
+        write_report(folder, title=cfg.name)
+    show(written, folder)
+    return written
+
+
+def train_float(
+    cfg: DictConfig, task: pl.LightningModule, data: pl.LightningDataModule, record: dict[str, Any]
+) -> None:
+    """Train the float network for ``float_epochs`` and note its score; without epochs only the score."""
+    start = time.perf_counter()
+    fine_tuning_lr = task.lr
+    trainer = make_trainer(cfg, "float", [], max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
+    if cfg.float_epochs:
+        task.lr = cfg.float_lr
+        trainer.fit(task, datamodule=data)
+        task.lr = fine_tuning_lr
+    found: Any = trainer.validate(task, datamodule=data, verbose=False) if trainer.limit_val_batches else []
+    for name, value in scores(found[0] if found else {}).items():
+        record.setdefault(name, {})["float"] = value
+    record["seconds"]["float_training" if cfg.float_epochs else "float_validation"] = time.perf_counter() - start
+
+
+def show(record: dict[str, Any], folder: Path) -> None:
+    """Print the table that a user came for."""
+    console = Console()
+    metric, scale = next(((m, s) for m, s in (("accuracy", 100), ("map", 100), ("loss", 1)) if m in record), ("", 1))
+    table = Table(title=f"{record['name']}, seed {record['seed']}")
+    for heading in ("", metric or "score", "weights", "file"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    sizes = record["sizes"]
+    ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
+    for key, label in (("float", "float"), ("quantized", "quantized"), ("fine_tuned", "fine-tuned")):
+        value = record.get(metric, {}).get(key)
+        shown = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
+        if key == "float":
+            cells = [_bytes(sizes["float_weight_bytes"]), _bytes(sizes["float_bytes"])]
+        elif key == "fine_tuned" and value is None:
+            continue
+        else:
+            cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
+        table.add_row(label, shown, *cells)
+    console.print(table)
+    seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
+    console.print(seconds, highlight=False)
+    print(f"run folder: {folder}")
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"
