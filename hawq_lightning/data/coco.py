@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from hawq_lightning.data.image_folder import read_image
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import read_json
 
@@ -168,11 +169,7 @@ def load_image(picture: Picture, longest: int | None = None) -> tuple[torch.Tens
     Raises:
         HawqError: the file cannot be read, or its size is not the stated one (its boxes would be elsewhere).
     """
-    try:
-        with Image.open(picture.path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HawqError(f"The image {picture.path} cannot be read: {error}.") from error
+    image = read_image(picture.path)
     height, width = picture.size
     if image.size != (width, height):
         raise HawqError(

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from hawq_lightning.data.coco import Annotations, CocoDataset, random_flips, read_coco
-from hawq_lightning.data.miniatures import write_coco
 from hawq_lightning.errors import HawqError
 
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
@@ -118,32 +117,3 @@ class CocoData(LightningDataModule):
 def collate(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> Batch:
     """A list of images and a list of targets: images of several sizes make no tensor."""
     return [image for image, _ in samples], [target for _, target in samples]
-
-
-class TinyCoco(CocoData):
-    """A drawn COCO folder, written on first use: every step of the real one at small cost.
-
-    Args:
-        root: where to write it; an existing folder is used if it is the same miniature.
-        classes: object classes, 2 to 8.
-        images: training images.
-        val_images: validation images.
-        size: short side in pixels, about.
-        **rest: of :class:`CocoData`.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        classes: int = 3,
-        images: int = 16,
-        val_images: int = 8,
-        size: int = 96,
-        **rest: Any,
-    ) -> None:
-        super().__init__(root, **rest)
-        self.recipe = {"classes": classes, "train": images, "val": val_images, "size": size}
-
-    def prepare_data(self) -> None:
-        """Write the folder unless it is there."""
-        write_coco(self.root, **self.recipe)

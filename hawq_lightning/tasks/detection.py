@@ -9,10 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.models.weights import require
+from hawq_lightning.tasks.optimizers import check_names, make_optimizer
 
-SCHEDULES = ("onecycle", "cosine", "none")
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
 
 
@@ -46,16 +45,12 @@ class DetectionTask(LightningModule):
         freeze_batchnorm: bool = False,
     ) -> None:
         super().__init__()
-        for value, known, what in ((optimizer, ("adamw", "sgd"), "optimizer"), (schedule, SCHEDULES, "schedule")):
-            if value not in known:
-                raise HawqError(f"{what} is {value!r}; use one of {', '.join(known)}.{nearest(value, known)}")
+        check_names(optimizer, schedule)
         require("faster_coco_eval", "detection")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
-        self.quantization_exclude: tuple[str, ...] = tuple(
-            f"net.{pattern}" for pattern in getattr(net, "quantization_exclude", ())
-        )
-        self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
+        self.quantization_exclude = tuple(f"net.{p}" for p in getattr(net, "quantization_exclude", ()))
+        self.optimizer, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule = schedule
         self.freeze_batchnorm = freeze_batchnorm
         if freeze_batchnorm:
@@ -106,26 +101,11 @@ class DetectionTask(LightningModule):
         self._log_map("test", self.test_map)
 
     def configure_optimizers(self) -> Any:
-        """Decay for weights only; the schedule runs over all steps of the fit."""
-        free = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in free if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer: torch.optim.Optimizer
-        if self.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        if self.schedule == "none":
-            return optimizer
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        scheduler: torch.optim.lr_scheduler.LRScheduler
-        if self.schedule == "onecycle":
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
-        else:
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """Optimizer and schedule by name, over all steps of the fit."""
+        steps = 1 if self.schedule == "none" else int(self.trainer.estimated_stepping_batches)
+        return make_optimizer(
+            self.parameters(), self.optimizer, self.lr, self.momentum, self.weight_decay, self.schedule, steps
+        )
 
     def _collect(self, metric: MeanAveragePrecision, batch: Batch) -> None:
         images, targets = batch
