@@ -46,7 +46,9 @@ def small(weight_bits=(2, 4, 8), activation_bits=(4, 8), **given):
     options = {}
     for s in sites:
         bits = weight_bits if s.kind == "weight" else activation_bits
-        options[s.name] = [Option(b, "affine", traces[s.name] * s.numel * 4.0**-b, s.numel * 4.0**-b, 0.1 * b if s.kind == "activation" else None) for b in bits]  # fmt: skip
+        scales = [0.1 * b if s.kind == "activation" else None for b in bits]
+        moved = [s.numel * 4.0**-b for b in bits]
+        options[s.name] = [Option(b, "affine", traces[s.name] * m, m, z) for b, m, z in zip(bits, moved, scales)]
     records = [
         SiteTrace(
             s.name, s.kind, traces[s.name] * s.numel, 0.1, 0.3 * traces[s.name] * s.numel, s.numel, traces[s.name]
@@ -444,12 +446,13 @@ def test_extra_costs():
 
 
 def bootstrapped(noise, count=40):
-    """Two sites that compete for bits, measured on the same images; ``noise`` is each image's own."""
+    """Three sites that compete for bits, measured on the same images; ``noise`` is each image's own."""
     rng = np.random.default_rng(0)
     shared = rng.uniform(0.5, 1.5, count)
-    rows = {
-        n: list(shared * m * np.exp(noise * rng.normal(size=count))) for n, m in (("a", 3.0), ("b", 1.0), ("c", 2.0))
-    }
+    rows = {}
+    for n, m in (("a", 1.2), ("b", 1.0), ("c", 1.1)):
+        drawn = shared * np.exp(noise * rng.normal(size=count))
+        rows[n] = list(m * drawn / drawn.mean())
     records = []
     for n, r in rows.items():
         trace = float(np.mean(r))
@@ -460,7 +463,7 @@ def bootstrapped(noise, count=40):
 
 
 def test_stability_counts_bootstraps_that_pick_the_same_bits():
-    calm, wild = bootstrapped(0.0), bootstrapped(3.0)
+    calm, wild = bootstrapped(0.0), bootstrapped(1.0)
     plan = with_stability(calm, select(calm, "6x"), bootstraps=50)
     assert all(s.stability == 1.0 for s in plan.sites) and plan.settings["bootstrap_regret95"] == pytest.approx(
         0, abs=1e-12
@@ -478,6 +481,6 @@ def test_stability_counts_bootstraps_that_pick_the_same_bits():
 
 
 def test_selection_imports_neither_lightning_nor_hydra():
-    code = "import sys, hawq_lightning.selection; print([m for m in ('lightning', 'hydra', 'pytorch_lightning') if m in sys.modules])"
+    code = "import sys, hawq_lightning.selection; print([m for m in ('lightning', 'hydra') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -55,6 +55,10 @@ def random_network(seed, count, weight_bits=(2, 4, 8), activation_bits=(4, 8), *
     return Problem(table, options, Sensitivity(tuple(records)), 100, ties=ties, pairs=pairs), ties, pairs
 
 
+def on_device(problem, pairs, bits):
+    return all((bits[x.weight], bits[x.activation]) in pairs[x.type] for x in problem.layers if x.type in (pairs or {}))
+
+
 def brute_force(problem, ties, pairs):
     """Every allowed plan as (bits by site name, Ω), from the definitions and nothing of the solver's."""
     names = [s.name for s in problem.sites]
@@ -62,7 +66,7 @@ def brute_force(problem, ties, pairs):
         bits = {n: o.bits for n, o in zip(names, options)}
         if any(len({bits[n] for n in tie}) > 1 for tie in ties):
             continue
-        if any((bits[x.weight], bits[x.activation]) not in (pairs or {}).get(x.type, [(bits[x.weight], bits[x.activation])]) for x in problem.layers):  # fmt: skip
+        if not on_device(problem, pairs, bits):
             continue
         yield bits, math.fsum(o.omega for o in options)
 
@@ -166,7 +170,7 @@ def test_sweep_equals_integer_program_on_large_problems(seed):
             for i, s in enumerate(problem.sites)
         }
         assert all(len({bits[n] for n in tie}) == 1 for tie in ties)
-        assert not device or all((bits[x.weight], bits[x.activation]) in pairs.get(x.type, [(bits[x.weight], bits[x.activation])]) for x in problem.layers)  # fmt: skip
+        assert on_device(problem, pairs, bits)
         checked += 1
     assert checked == 10
 

@@ -150,9 +150,9 @@ class Problem:
         """
         count = len(names)
         rows = [[float(x) for x in row] for row in omega]
-        widths: list[list[int]] = (
-            [list(b) for b in bits] if len(bits) and isinstance(bits[0], Sequence) else [list(bits)] * count
-        )  # type: ignore[arg-type,call-overload]
+        widths = [[int(b) for b in row] if isinstance(row, Sequence) else [] for row in bits]
+        if not any(widths):  # one list for all
+            widths = [[int(b) for b in bits]] * count  # type: ignore[arg-type]
         given = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
         if mean_trace is not None:
             given["mean_trace"] = len(mean_trace)
