@@ -5,6 +5,7 @@ from hawq_lightning.selection.budget import Bound, parse_budget
 from hawq_lightning.selection.frontier import Frontier, frontier
 from hawq_lightning.selection.latency import LatencyTable
 from hawq_lightning.selection.monotone import set_b, set_b_size
+from hawq_lightning.selection.peak import activation_steps
 from hawq_lightning.selection.plans import PlanFrontier, problem_of, recost
 from hawq_lightning.selection.problem import Problem
 from hawq_lightning.selection.robustness import Stability, stability, with_stability
@@ -18,6 +19,7 @@ __all__ = [
     "PlanFrontier",
     "Problem",
     "Stability",
+    "activation_steps",
     "frontier",
     "parse_budget",
     "problem_of",
