@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from hawq_lightning.plan import PlanSite
 from hawq_lightning.report.run import Run
-from hawq_lightning.report.style import BLUE, INK, ORANGE, PAPER, SOFT, Drawing, Hit, canvas
+from hawq_lightning.report.style import BLUE, INK, ORANGE, PAPER, SOFT, Drawing, Hit, canvas, log_scale
 from hawq_lightning.report.text import count, names, size
 from hawq_lightning.sensitivity.result import SiteTrace
 
@@ -85,7 +85,7 @@ def draw_traces(run: Run) -> Drawing | None:
         f"the least is {top[-1].name} ({top[-1].mean_trace:.3g}).",
         "Average Hessian trace: how sharply the loss curves when this tensor is disturbed. Thick bars: one standard "
         "error on the same images; thin bars: with the choice of images added. Hollow marks are within two standard "
-        "errors of zero; triangles at the floor are zero or negative.",
+        "errors of zero; triangles at the floor are zero or negative. Where no bar shows, it is smaller than the mark.",
         figure,
         ["site", "kind", "elements", "trace", "stderr", "stderr_data", "mean_trace", "bits"],
         [
@@ -140,7 +140,7 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
         bits = f"\n{chosen[r.name]} bits chosen" if r.name in chosen else ""
         text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {abs(r.stderr * scale):.1g}\n{count(r.numel)} elements{bits}"
         hits.append(Hit(ax, i, value, text))
-    ax.set_yscale("log")
+    log_scale(ax, "y")
     ax.set_ylim(bottom=floor / 1.3)
     ax.set_title(label)
     ax.set_ylabel("mean trace", color=SOFT)

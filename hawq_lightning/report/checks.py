@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
 from hawq_lightning.report.along import KINDS
 from hawq_lightning.report.run import LossCheck, Run
-from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, Hit, canvas
+from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, Hit, canvas, log_scale
 from hawq_lightning.report.text import score
 
 _PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
@@ -44,8 +44,7 @@ def draw_loss_check(run: Run) -> Drawing | None:
             )
             for r in shown
         ]
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        log_scale(ax, "x", "y")
         ax.set_xlabel("predicted rise of the loss, ½Ω", color=SOFT)
         ax.set_ylabel("measured rise of the loss", color=SOFT)
         ax.legend(loc="upper left")
@@ -98,7 +97,9 @@ def draw_training(run: Run) -> Drawing | None:
         ax.set_xlabel("epoch of fine-tuning", color=SOFT)
         ax.set_ylabel(key, color=SOFT)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(loc="best")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
+        if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
+            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         hits = [Hit(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
     shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
     return Drawing(

@@ -9,7 +9,7 @@ from hawq_lightning.report import text
 from hawq_lightning.report.along import uncertain
 from hawq_lightning.report.run import Run
 
-STAGE_NAMES = {"float": "float", "quantized": "quantized, not fine-tuned", "fine_tuned": "quantized, fine-tuned"}
+STAGE_NAMES = {"float": "float", "quantized": "after quantizing", "fine_tuned": "after fine-tuning"}
 _UNSTABLE = 0.9
 
 
@@ -29,11 +29,11 @@ def size_rows(run: Run) -> list[tuple[str, str, str]]:
     cost = _costs(run)
     rows = [("weights, float32", text.size(cost.get("float_weight_bytes")), "")]
     rows.append(
-        ("weights, codes", text.size(cost.get("weight_bytes")), f"{text.times(cost.get('w_comp'))} smaller (W-Comp)")
+        ("weights, codes (W-Comp)", text.size(cost.get("weight_bytes")), f"{text.times(cost.get('w_comp'))} smaller")
     )
     if "act_bytes" in cost:
-        ratio = f"{text.times(cost.get('a_comp'))} smaller (A-Comp)" if "a_comp" in cost else ""
-        rows.append(("activations, one image", text.size(cost["act_bytes"]), ratio))
+        ratio = f"{text.times(cost.get('a_comp'))} smaller" if "a_comp" in cost else ""
+        rows.append(("activations, one image (A-Comp)", text.size(cost["act_bytes"]), ratio))
     if "mean_weight_bits" in cost:
         rows.append(("mean bits of a weight", f"{cost['mean_weight_bits']:.2f}", ""))
     if "file_bytes" in cost:
@@ -44,7 +44,7 @@ def size_rows(run: Run) -> list[tuple[str, str, str]]:
         of = cost.get("bops_8bit")
         rows.append(
             (
-                "bit operations (BOPs), one image",
+                "bit operations, one image (BOPs)",
                 text.count(cost["bops"]),
                 f"{cost['bops'] / of:.1%} of 8 bits" if of else "",
             )
@@ -173,9 +173,8 @@ def _costs(run: Run, measured: bool = True) -> dict[str, float]:
 
 
 def _gap(change: float, metric: str) -> str:
-    if metric == "accuracy":
-        return f"{100 * change:+.2f} points"
-    return f"{change:+.3f}"
+    said = f"{100 * change:+.2f} points" if metric == "accuracy" else f"{change:+.3f}"
+    return said.replace("-", "−")
 
 
 def _listed(widths: list[int]) -> str:

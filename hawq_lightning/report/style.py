@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 INK, SOFT, GRID, PAPER = "#1b2430", "#5b6673", "#dde2e7", "#fefefe"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
@@ -85,7 +87,7 @@ class Drawing:
         """Inline SVG that follows the page's theme, with its hover spots."""
         buffer = io.StringIO()
         with matplotlib.rc_context(_RC | {"svg.hashsalt": self.name}):
-            FigureCanvasAgg(self.figure).draw()
+            self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")  # what the spots are computed from is what is drawn
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
             self.figure.savefig(buffer, format="svg", metadata=metadata)
@@ -128,6 +130,22 @@ class Drawing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.png").write_bytes(self.png())
         (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
+
+
+def log_scale(ax: Axes, *names: str) -> None:
+    """Log scales (``x``, ``y``) with powers of ten as plain text, which every viewer shows alike."""
+    for name in names:
+        axis = ax.xaxis if name == "x" else ax.yaxis
+        ax.set(**{f"{name}scale": "log"})
+        axis.set_major_formatter(FuncFormatter(_power))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float, _: Any = None) -> str:
+    exponent = round(math.log10(value)) if value > 0 else 0
+    if 0 <= exponent <= 3:
+        return f"{10**exponent}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hawq_lightning.plan import Plan
 from hawq_lightning.report.run import FrontierPoint, Run
-from hawq_lightning.report.style import BLUE, GREEN, INK, ORANGE, SOFT, Drawing, Hit, canvas
+from hawq_lightning.report.style import BLUE, GREEN, INK, ORANGE, SOFT, Drawing, Hit, canvas, log_scale
 from hawq_lightning.report.text import size, times
 
 _MOST_SPOTS = 400
@@ -39,7 +39,7 @@ def draw_frontier(run: Run) -> Drawing | None:
             ax.plot(
                 chosen.cost / 1024, max(chosen.omega, floor), "D", color=ORANGE, markersize=10, label=label, zorder=5
             )
-        ax.set_yscale("log")
+        log_scale(ax, "y")
         ax.set_ylim(bottom=floor)
         ax.set_xlabel("size of the quantized weights (KiB)", color=SOFT)
         ax.set_ylabel("Ω, second-order perturbation", color=SOFT)
