@@ -170,12 +170,16 @@ def test_twinned_model_and_wrappers_load_too(packed: tuple[nn.Module, Plan, Path
     assert torch.equal(wrapper.net(x), net(x))
     task = nn.Module()
     task.net = net
+    task.class_weights = nn.Parameter(torch.ones(7))  # the wrapper's own; the network does without
     renamed = tuple(
         PlanSite(f"net.{s.name}", s.kind, tuple(f"net.{n}" for n in s.layers), *list(vars(s).values())[3:])
         for s in plan.sites
     )
     save_packed(task, Plan(renamed), tmp_path / "task.safetensors")
     assert torch.equal(load_packed(tmp_path / "task.safetensors", built())(x), net(x))
+    wrapper.own = nn.Linear(2, 2)
+    load_packed(path, wrapper)
+    assert torch.equal(wrapper.net(x), net(x))
 
 
 def test_file_is_small_and_reproducible(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ class Renaming:
         """The model's name for the file's ``name``."""
         return self.add + name.removeprefix(self.drop)
 
+    def keys(self, stored: Iterable[str]) -> tuple[str, ...]:
+        """The model's keys for the file's; what belongs to a wrapper alone falls away."""
+        return tuple(self(key) for key in stored if key.startswith(self.drop))
+
+    def inside(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Those of the model's keys that the file can know about."""
+        return tuple(key for key in keys if key.startswith(self.add))
+
 
 def renaming(index: Index, layers: Sequence[str]) -> Renaming:
     """A file of ``task.net`` fits ``net`` and the other way round: the prefix that has to go, or to come."""
@@ -104,6 +112,7 @@ def check_same(
     index: Index,
     modules: Mapping[str, nn.Module],
     targets: Mapping[tuple[str, ...], torch.Tensor],
+    stored: Mapping[tuple[str, ...], IndexedTensor],
     rename: Renaming,
 ) -> None:
     """Raise HawqError, naming what differs, unless a file with this index was made from such a model."""
@@ -118,7 +127,6 @@ def check_same(
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
             elif len({id(m.weight) for m in found}) != 1:  # type: ignore[union-attr]
                 reshaped.append(f"{site.name} is one weight shared by {', '.join(site.layers)}")
-    stored = {tuple(rename(k) for k in t.keys): t for t in index.rest}
     for keys, want in stored.items():
         if keys not in targets:
             unknown.append(want.keys[0])

@@ -172,8 +172,9 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     rename = renaming(file.index, [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
     owned = {id(modules[rename(n)]) for w in file.index.weights for n in w.layers if rename(n) in modules}
-    targets = dict(rest_of(model, owned))
-    check_same(file.index, modules, targets, rename)
+    targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
+    stored = {rename.keys(t.keys): t for t in file.index.rest if rename.keys(t.keys)}
+    check_same(file.index, modules, targets, stored, rename)
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
@@ -189,8 +190,8 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
                 device = layer.weight_quantizer.scale.device
                 layer.weight.copy_(layer.weight_quantizer.dequantize(file.codes[site.name].to(device)))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly
-        for stored in file.index.rest:
-            targets[tuple(rename(k) for k in stored.keys)].copy_(file.rest[stored.keys[0]])
+        for keys, tensor in stored.items():
+            targets[keys].copy_(file.rest[tensor.keys[0]])
     return model
 
 

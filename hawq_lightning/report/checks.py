@@ -126,4 +126,6 @@ def _key(history: Any) -> str | None:
 def _is_point(entry: Any, key: str) -> bool:
     if not isinstance(entry, Mapping):
         return False
+    if entry.get("phase", "fine_tuning") != "fine_tuning":
+        return False
     return all(isinstance(entry.get(k), (int, float)) and not isinstance(entry.get(k), bool) for k in ("epoch", key))

@@ -21,7 +21,21 @@ STAGES = {
     "quantized": ("quantized", "quantised", "after_quantizing", "quantized_before_fine_tuning"),
     "fine_tuned": ("fine_tuned", "finetuned", "after_fine_tuning", "final"),
 }
-METRICS = {"accuracy": "accuracy", "acc": "accuracy", "top1": "accuracy", "map": "mAP", "map_50": "AP50"}
+METRICS = {
+    "accuracy": "accuracy",
+    "acc": "accuracy",
+    "top1": "accuracy",
+    "map": "mAP",
+    "map_50": "AP50",
+    "loss": "loss",
+}
+    "accuracy": "accuracy",
+    "acc": "accuracy",
+    "top1": "accuracy",
+    "map": "mAP",
+    "map_50": "AP50",
+    "loss": "loss",
+}
 
 
 @dataclass(frozen=True)
