@@ -29,13 +29,6 @@ METRICS = {
     "map_50": "AP50",
     "loss": "loss",
 }
-    "accuracy": "accuracy",
-    "acc": "accuracy",
-    "top1": "accuracy",
-    "map": "mAP",
-    "map_50": "AP50",
-    "loss": "loss",
-}
 
 
 @dataclass(frozen=True)
