@@ -15,6 +15,7 @@ from hawq_lightning.plan import Option
 from hawq_lightning.selection import Problem, frontier, select, set_b, set_b_size
 from hawq_lightning.selection import milp as program
 from hawq_lightning.selection.blocks import group_frontier
+from hawq_lightning.selection.frontier import Block, sweep
 from hawq_lightning.selection.monotone import monotone_frontier, trace_order
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sites import Layer, Site, SiteTable
@@ -105,6 +106,27 @@ def test_frontier_equals_brute_force():
             assert sum(omega[j, k] for j, k in enumerate(chosen)) == found.omega[i]
 
 
+def test_one_budget_by_the_bounded_sweep_equals_the_frontier():
+    rng = np.random.default_rng(7)
+    checked = 0
+    for _ in range(60):
+        sites, width = int(rng.integers(1, 30)), int(rng.integers(1, 6))
+        omega = rng.integers(0, 12, (sites, width)) * 10.0 ** rng.integers(-9, 9)
+        cost = rng.integers(1, 9, (sites, width)) * 10.0 ** rng.integers(-3, 9)
+        blocks = [Block((i,), np.arange(width)[:, None], cost[i], omega[i]) for i in range(sites)]
+        front = frontier(omega, cost)
+        for limit in (front.cost[0] * 0.999, front.cost[0], *rng.uniform(front.cost[0], front.cost[-1] * 1.1, 4)):
+            found = sweep(blocks, sites, cap=limit, last=True)
+            if limit < front.cost[0]:
+                assert len(found) == 0
+                continue
+            best = front.best(limit * (1 + 1e-12))
+            assert found.omega[-1] == pytest.approx(front.omega[best], rel=1e-12)
+            assert found.cost[-1] == pytest.approx(front.cost[best], rel=1e-12)
+            checked += 1
+    assert checked > 200
+
+
 @pytest.mark.parametrize("cost", ["weight_bytes", "file_bytes", "act_bytes", "bops"])
 @pytest.mark.parametrize("device", [False, True])
 def test_problem_frontier_equals_brute_force_with_ties_and_pairs(cost, device):
@@ -164,7 +186,10 @@ def test_sweep_equals_integer_program_on_large_problems(seed):
     for limit in rng.uniform(front.cost[0], front.cost[-1], 10):
         choice = program.solve(problem, [(row, limit)])
         assert choice is not None and row(choice) <= limit
-        assert problem.omega_of(choice) == pytest.approx(front.omega[front.best(limit)], rel=1e-9)
+        best = front.omega[front.best(limit)]
+        assert problem.omega_of(choice) == pytest.approx(best, rel=1e-9)
+        only = group_frontier(problem, row, cap=limit, last=True)
+        assert only.omega[-1] == best and problem.omega_of(only.options(-1)) == pytest.approx(best)
         bits = {
             s.name: problem.groups[problem.group_of[i]].bits[choice[problem.group_of[i]]]
             for i, s in enumerate(problem.sites)

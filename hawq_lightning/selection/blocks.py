@@ -17,7 +17,12 @@ MAX_COMBINATIONS = 4096  # of activation bits inside one coupled part
 
 
 def group_frontier(
-    problem: Problem, row: Linear, scores: Sequence[Floats] | None = None, *, cap: float = math.inf
+    problem: Problem,
+    row: Linear,
+    scores: Sequence[Floats] | None = None,
+    *,
+    cap: float = math.inf,
+    last: bool = False,
 ) -> Frontier:
     """The frontier of Ω (or other scores) and one linear cost; its "sites" are the problem's groups.
 
@@ -34,7 +39,7 @@ def group_frontier(
             raise HawqError(
                 f"No choice of bits is available for {names}: the device or the cost table rules all of them out."
             )
-    return sweep(blocks, len(problem.groups), start=row.constant, cap=cap, max_points=problem.max_points)
+    return sweep(blocks, len(problem.groups), start=row.constant, cap=cap, last=last, max_points=problem.max_points)
 
 
 def can_sweep(problem: Problem, row: Linear) -> bool:

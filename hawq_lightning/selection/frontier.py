@@ -141,7 +141,13 @@ def frontier(
 
 
 def sweep(
-    blocks: Sequence[Block], sites: int, *, start: float = 0.0, cap: float = math.inf, max_points: int = MAX_POINTS
+    blocks: Sequence[Block],
+    sites: int,
+    *,
+    start: float = 0.0,
+    cap: float = math.inf,
+    last: bool = False,
+    max_points: int = MAX_POINTS,
 ) -> Frontier:
     """The frontier of independent blocks that together cover ``sites`` sites.
 
@@ -150,8 +156,11 @@ def sweep(
         sites: how many sites the blocks' members index.
         start: a cost that every plan has.
         cap: forget plans that cost more.
+        last: only the last point, the best plan under the cap, is wanted; of the others some may be missing.
         max_points: see :func:`frontier`.
     """
+    from hawq_lightning.selection import bound as _bound
+
     if max_points < 2:
         raise HawqError(f"max_points is {max_points}; the frontier needs at least 2.")
     small = [b.pruned() for b in blocks]
@@ -162,11 +171,14 @@ def sweep(
     omegas = np.asarray([math.fsum(b.omega[0] for b in alone)])
     # what the blocks still to come cost at least
     least = np.append(np.cumsum([b.cost[0] for b in reversed(rest)])[::-1], 0.0)
+    limit = _bound.bound(rest, costs[0], omegas[0], cap) if last and rest else None
     stages, factor = [], 1.0
     for k, block in enumerate(rest):
         s = (block.cost[:, None] + costs).ravel()
         o = (block.omega[:, None] + omegas).ravel()
         at = np.arange(len(s)) if cap == math.inf else np.flatnonzero(s <= cap - least[k + 1])
+        if limit is not None:
+            at = at[limit.hopeful(k + 1, s[at], o[at])]
         at = at[_minima(s[at], o[at])]
         at, grown = _thin(at, o, max_points)
         factor *= grown

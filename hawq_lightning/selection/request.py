@@ -81,7 +81,7 @@ class Request:
                     return front.choice(len(front) - 1)
                 raise HawqError(infeasible(self, order))
             if not order and can_sweep(problem, row):
-                swept = group_frontier(problem, row, scores, cap=limit)
+                swept = group_frontier(problem, row, scores, cap=limit, last=True)
                 if not len(swept):
                     raise HawqError(infeasible(self))
                 if swept.factor == 1:

@@ -14,6 +14,7 @@ from hawq_lightning.selection.baselines import SELECTORS
 from hawq_lightning.selection.budget import parse_budget
 from hawq_lightning.selection.problem import Problem
 from hawq_lightning.selection.request import Request
+from hawq_lightning.sensitivity.result import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,35 @@ def bootstrap_factors(problem: Problem, seed: int = 0, bootstraps: int = 100) ->
     rng = np.random.default_rng(seed)
     names = {s.name for s in problem.sites}
     records = [r for r in measured if r.name in names]
-    counts = {len(measured.rows[r.name]) for r in records if len(measured.rows.get(r.name, ())) > 1}
+    tables = {r.name: _weighted(measured, r.name) for r in records if len(measured.rows.get(r.name, ())) > 1}
+    counts = sorted({len(values) for values, _ in tables.values()})
     out = []
     for _ in range(bootstraps):
-        drawn = {n: rng.integers(0, n, n) for n in sorted(counts)}
+        drawn = {n: rng.integers(0, n, n) for n in counts}
+        noise = rng.standard_normal(len(records))
         factors = {}
-        for r in records:
-            noise = rng.standard_normal()
-            values = np.asarray(measured.rows.get(r.name, ()), dtype=np.float64)
-            if len(values) > 1:
-                sizes = np.asarray(measured.sizes.get(r.name, ()), dtype=np.float64)
-                if len(sizes) == len(values):
-                    values = values / sizes
-                weights = np.asarray(measured.row_weights.get(r.name) or np.ones(len(values)), dtype=np.float64)
+        for r, error in zip(records, noise):
+            if r.name in tables:
+                values, weights = tables[r.name]
                 at = drawn[len(values)]
-                full = float(values @ weights / weights.sum())
-                again = float(values[at] @ weights[at] / weights[at].sum())
-                factors[r.name] = max(again / full, 0.0) if full > 0 else 1.0
+                full, again = values.sum() / weights.sum(), values[at].sum() / weights[at].sum()
+                factors[r.name] = max(float(again / full), 0.0) if full > 0 else 1.0
             elif r.trace > 0:
-                factors[r.name] = max(1 + noise * r.stderr_data / r.trace, 0.0)
+                factors[r.name] = max(1 + float(error) * r.stderr_data / r.trace, 0.0)
         out.append(factors)
     return out
+
+
+def _weighted(measured: Sensitivity, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(weight · mean trace of a row, weight of a row)."""
+    values = np.asarray(measured.rows[name], dtype=np.float64)
+    sizes = np.asarray(measured.sizes.get(name, ()), dtype=np.float64)
+    if len(sizes) == len(values):
+        values = values / sizes
+    weights = np.asarray(measured.row_weights.get(name, ()), dtype=np.float64)
+    if len(weights) != len(values):
+        weights = np.ones(len(values))
+    return values * weights, weights
 
 
 def stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int = 0, **given: Any) -> Stability:
