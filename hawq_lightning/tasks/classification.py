@@ -110,8 +110,9 @@ class ClassificationTask(pl.LightningModule):
         logits = self(images)
         scores.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
-        self.log_dict(scores, prog_bar=True, batch_size=len(labels))
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(labels))
+        for name, score in scores.items():
+            self.log(name, score, prog_bar=name.endswith("/acc"), batch_size=len(labels))
 
 
 def _split(output: Any) -> tuple[Tensor, list[Tensor]]:

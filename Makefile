@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target that needs it makes.
+#   make demo     train, quantize and report on real digits (about a minute)
+#   make test     the tests; make lint; make stress: long fault and load tests
+#   make clean    remove what the others made, .venv included
+# The development environment uses the versions that the tests ran with; users of the package are not pinned.
+#   make test TORCH="torch torchvision"      the newest instead
+
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+EXTRAS ?= dev,vision,detection
+WORKERS ?= 2
+RUN = runs/demo
+
+BIN = .venv/bin
+STAMP = .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test stress lint clean install
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]' $(TORCH)
+	@touch $@
+
+demo: $(STAMP)
+	@rm -rf $(RUN)
+	OMP_NUM_THREADS=2 $(BIN)/hawq-lightning name=demo hydra.run.dir=$(RUN)
+	@echo "open $(RUN)/report.html"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress"
+
+stress: $(STAMP)
+	$(BIN)/python -m pytest -m stress
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
