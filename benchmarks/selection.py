@@ -127,8 +127,8 @@ def main() -> None:
             row, order = problem.cost("weight_bytes")[0], trace_order(problem)[0]
             spent_b, _ = timed(lambda p=problem, r=row, q=order: monotone_frontier(p, r, q), 1)
             print(
-                f"| ResNet{depth} | {len(sizes)} | {count} | {len(found):,} | {spent:.3f} | {single:.3f} | {cells[0]} | {cells[1]} "
-                f"| {spent_b:.3f} | {set_b_size(len(sizes), count):.2e} |",
+                f"| ResNet{depth} | {len(sizes)} | {count} | {len(found):,} | {spent:.3f} | {single:.3f} "
+                f"| {cells[0]} | {cells[1]} | {spent_b:.3f} | {set_b_size(len(sizes), count):.2e} |",
                 flush=True,
             )
 

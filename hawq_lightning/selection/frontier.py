@@ -42,9 +42,10 @@ class Block:
 
     def pruned(self) -> Block:
         """Without unavailable and dominated options, ascending in cost."""
-        fine = np.flatnonzero(np.isfinite(self.cost) & np.isfinite(self.omega))
-        keep = fine[_minima(self.cost[fine], self.omega[fine])]
-        return Block(self.members, self.rows[keep], self.cost[keep], self.omega[keep])
+        cost, omega = np.asarray(self.cost, dtype=np.float64), np.asarray(self.omega, dtype=np.float64)
+        fine = np.flatnonzero(np.isfinite(cost) & np.isfinite(omega))
+        keep = fine[_minima(cost[fine], omega[fine])]
+        return Block(self.members, self.rows[keep], cost[keep], omega[keep])
 
 
 @dataclass(frozen=True)
