@@ -206,7 +206,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
 def quantizable_layers(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None
-) -> tuple[dict[str, nn.Module], list[FloatPart]]:
+) -> tuple[dict[str, Any], list[FloatPart]]:
     """Layers that can get quantizers, by name, and the parametrized modules that cannot, with the reason.
 
     Args:
@@ -217,9 +217,9 @@ def quantizable_layers(
     Raises:
         HawqError: a pattern that matches no layer.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     floats: list[FloatPart] = []
-    candidates: dict[str, nn.Module] = {}
+    candidates: dict[str, Any] = {}
     for name, module in _named_modules(model):
         own = [p for n, p in module.named_parameters(recurse=False)]
         if layer_type(module) in QUANTIZABLE:
@@ -333,7 +333,7 @@ def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 def _as_list(patterns: Patterns) -> list[Pattern]:
     if patterns is None:
         return []
-    return list(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]  # type: ignore[list-item]
+    return list(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]
 
 
 def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
@@ -348,7 +348,8 @@ def _why_float(module: nn.Module) -> str:
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized"
     if isinstance(module, QUANTIZABLE):
-        return f"a subclass of {next(t for t in type(module).__mro__ if t in QUANTIZABLE).__name__} with a forward of its own"
+        base = next(t for t in type(module).__mro__ if t in QUANTIZABLE)
+        return f"a subclass of {base.__name__} with a forward of its own"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -389,7 +390,7 @@ def _functional(
 
 
 def _assemble(
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Any],
     macs: Mapping[str, int],
     reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
     floats: Sequence[FloatPart],
@@ -403,7 +404,7 @@ def _assemble(
     out = []
     for names in owners.values():
         module = layers[names[0]]
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+        shape = tuple(module.weight.shape)
         out.append(
             Site(f"{names[0]}.weight", "weight", tuple(names), shape, _product(shape), shape[channel_axis(module)])
         )

@@ -202,8 +202,8 @@ class MeasureTraces(Callback):
         curve = sum(s.omega or 0.0 for s in plan.weights) / 2
         if abs(slope) > curve and abs(slope) > _SLOPE_SHARE * abs(loss):
             rank_zero_warn(
-                f"HAWQ: the gradient term g.dW = {slope:.3g} outweighs half of Omega = {curve:.3g}: the network has not "
-                "converged, and the second-order prediction is not to be trusted. Train further, or give start=<epochs>."
+                f"HAWQ: the gradient term g.dW = {slope:.3g} outweighs half of Omega = {curve:.3g}: the network has "
+                "not converged, and the second-order prediction cannot be trusted. Train further, or give start=<epochs>."
             )
 
     def _log(self, trainer: Trainer, plan: Plan) -> None:

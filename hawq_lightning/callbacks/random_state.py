@@ -11,7 +11,8 @@ import torch
 
 def random_states() -> dict[str, Any]:
     """Torch's, NumPy's and Python's states, in types that ``weights_only=True`` loads."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = state
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

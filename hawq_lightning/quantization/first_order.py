@@ -30,19 +30,19 @@ def first_order_term(
         shifts = {}
         for s in plan.weights:
             layer = weights[s.name]
-            w = layer.weight.detach()  # type: ignore[union-attr, operator]
+            w = layer.weight.detach()
             axis = channel_axis(layer)
             step, _ = weight_step(w, s.bits, s.code, axis)
             half, zero = 1 << (s.bits - 1), -0.5 if s.code == "midrise" else 0.0
             zeros = torch.full_like(step, zero)
             shifts[s.name] = torch.fake_quantize_per_channel_affine(w.float(), step, zeros, axis, -half, half - 1) - w
         for layer in weights.values():
-            layer.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+            layer.weight.requires_grad_(True)
         for batch in batches:
             batch = to_device(batch, device)
             n = images_of(batch)
             loss = loss_fn(model, batch)
-            slopes = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)  # type: ignore[misc]
+            slopes = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)
             total += n * sum(float((g * shifts[k]).sum()) for k, g in zip(weights, slopes) if g is not None)
             count += n
     return total / max(count, 1)

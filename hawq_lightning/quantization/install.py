@@ -48,12 +48,12 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     for s in plan.sites:
         known = [n for n in s.layers if n in layers]
         if len(known) == len(s.layers) and s.layers:
-            shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape  # type: ignore[union-attr]
+            shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape
             have[s.name] = Site(s.name, s.kind, s.layers, shape, s.numel)
     if len(have) != len(plan.sites):
         planned = {n for s in plan.sites for n in s.layers}
         for name in sorted(set(layers) - planned):
-            shape = tuple(layers[name].weight.shape)  # type: ignore[union-attr]
+            shape = tuple(layers[name].weight.shape)
             have[f"{name}.weight"] = Site(f"{name}.weight", "weight", (name,), shape, 0)
     plan.check_fits(have)
     for s in plan.activations:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning.plan import Option, PlanSite
 from hawq_lightning.progress import Bar, progress_bar
-from hawq_lightning.quantization.install import arm_site, disarm, install, uninstall
+from hawq_lightning.quantization.install import arm_site, disarm, install, quantizers, uninstall
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sites import SiteTable, batch_images
@@ -31,7 +31,7 @@ def loss_check(
     """Quantize one site at a time and measure the loss.
 
     Args:
-        model: float, or with quantizers that are off; left as it was.
+        model: float, or with quantizers that are off (or paused), and off afterwards.
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         sites: the sites.
@@ -47,6 +47,9 @@ def loss_check(
     images = [images_of(b) for b in kept]
     had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     layers = install(model)
+    were_paused = [q for q in quantizers(model) if q.paused]
+    for quantizer in were_paused:
+        quantizer.paused = False
     trials = [(s, o) for s in sites for o in options.get(s.name, ())]
     out: list[dict[str, Any]] = []
 
@@ -76,6 +79,8 @@ def loss_check(
                 bar.advance(task, done + 1)
     finally:
         disarm(model)
+        for quantizer in were_paused:
+            quantizer.paused = True
         if not had:
             uninstall(model)
     return out

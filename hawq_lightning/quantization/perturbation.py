@@ -99,7 +99,7 @@ def options(
                     channel_axis(layer),
                     weight_widths,
                     mean_traces[site.name],
-                    codes,  # type: ignore[union-attr, operator]
+                    codes,
                 )
             except HawqError as error:
                 raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None

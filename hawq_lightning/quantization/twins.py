@@ -6,6 +6,8 @@ the module does not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -64,6 +66,10 @@ class QConv3d(_QConv, nn.Conv3d):
 
 class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
     spatial: int
+    stride: Any
+    padding: Any
+    kernel_size: Any
+    dilation: Any
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """As the float transposed convolution."""
@@ -112,7 +118,7 @@ TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
         QConvTranspose1d,
         QConvTranspose2d,
         QConvTranspose3d,
-    )  # fmt: skip
+    )
 }
 
 

@@ -15,6 +15,7 @@ from hawq_lightning.sensitivity.result import SiteTrace
 
 KINDS = {"weight": ("weights", BLUE, "o"), "activation": ("activations", ORANGE, "s")}
 _MOST_LABELS = 60
+_MOST_SLANTED = 24
 
 
 def draw_bits(run: Run) -> Drawing | None:
@@ -24,7 +25,7 @@ def draw_bits(run: Run) -> Drawing | None:
         return None
     kinds = [k for k in KINDS if any(s.kind == k for s in plan.sites)]
     hits: list[Hit] = []
-    with canvas(len(kinds), 1.2 + 1.75 * len(kinds)) as (figure, axes):
+    with canvas(len(kinds), 1.2 + (1.75 + _room(plan.sites)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
             sites = [s for s in plan.sites if s.kind == kind]
             label, colour, _ = KINDS[kind]
@@ -71,7 +72,7 @@ def draw_traces(run: Run) -> Drawing | None:
     kinds = [k for k in KINDS if any(r.kind == k for r in records)]
     chosen = run.plan.bits if run.plan else {}
     hits: list[Hit] = []
-    with canvas(len(kinds), 0.9 + 2.5 * len(kinds)) as (figure, axes):
+    with canvas(len(kinds), 0.9 + (2.5 + _room(records)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
             hits += _trace_axes(ax, [r for r in records if r.kind == kind], kind, chosen)
     top = sorted(records, key=lambda r: -r.mean_trace)
@@ -105,16 +106,19 @@ def uncertain(record: SiteTrace) -> bool:
 def name_layers(ax: Axes, labels: Sequence[str]) -> None:
     """Site names below the axis, as many as stay readable."""
     short = [n.removesuffix(".weight").removesuffix(".input") for n in labels]
+    heads = {n.partition(".")[0] for n in short}
+    if len(heads) == 1 and all("." in n for n in short):  # a task's one attribute, such as net, says nothing
+        short = [n.partition(".")[2] for n in short]
     step = max(1, math.ceil(len(short) / _MOST_LABELS))
     places = range(0, len(short), step)
     long = max(map(len, short), default=0) * len(places) > 90
     ax.set_xticks(list(places), [_clip(short[i]) for i in places])
-    ax.tick_params(axis="x", length=0, labelsize=9 if len(places) <= 24 else 7)
+    ax.tick_params(axis="x", length=0, labelsize=9 if len(places) <= _MOST_SLANTED else 7)
     if long:
-        ax.tick_params(axis="x", rotation=90 if len(places) > 24 else 45)
+        ax.tick_params(axis="x", rotation=90 if len(places) > _MOST_SLANTED else 45)
         for text in ax.get_xticklabels():
-            text.set_horizontalalignment("center" if len(places) > 24 else "right")
-            text.set_rotation_mode("default" if len(places) > 24 else "anchor")
+            text.set_horizontalalignment("center" if len(places) > _MOST_SLANTED else "right")
+            text.set_rotation_mode("default" if len(places) > _MOST_SLANTED else "anchor")
     ax.set_xlim(-0.7, len(short) - 0.3)
 
 
@@ -122,24 +126,28 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
     label, colour, marker = KINDS[kind]
     positive = [r.mean_trace for r in records if r.mean_trace > 0]
     floor = min(positive, default=1.0) / 3
-    hits = []
+    hits, xs, ys, errors = [], [], [], []
     for i, r in enumerate(records):
         # errors scale as the mean does; a zero trace has only the plain division
-        scale = r.mean_trace / r.trace if r.trace else 1 / r.numel
+        scale = abs(r.mean_trace / r.trace) if r.trace else 1 / r.numel
         value = max(r.mean_trace, floor)
-        if r.mean_trace > 0:
-            for error, width in ((r.stderr_data, 1.0), (r.stderr, 3.0)):
-                below = max(value - abs(error * scale), floor)
-                ax.plot([i, i], [below, value + abs(error * scale)], color=colour, linewidth=width, zorder=2)
-            face = PAPER if uncertain(r) else colour
-            ax.plot(
-                i, value, marker, color=colour, markerfacecolor=face, markeredgecolor=colour, markersize=6.5, zorder=3
-            )
-        else:
-            ax.plot(i, floor, "v", color=colour, markerfacecolor=PAPER, markersize=7, zorder=3)
+        xs.append(i)
+        ys.append(value)
+        errors.append((r.stderr * scale, r.stderr_data * scale))
         bits = f"\n{chosen[r.name]} bits chosen" if r.name in chosen else ""
-        text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {abs(r.stderr * scale):.1g}\n{count(r.numel)} elements{bits}"
+        text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {r.stderr * scale:.1g}\n{count(r.numel)} elements{bits}"
         hits.append(Hit(ax, i, value, text))
+    for which, width in ((1, 1.0), (0, 3.0)):
+        at = [i for i, r in enumerate(records) if r.mean_trace > 0]
+        low = [max(ys[i] - errors[i][which], floor) for i in at]
+        ax.vlines(at, low, [ys[i] + errors[i][which] for i in at], color=colour, linewidth=width, zorder=2)
+    for face, shape, shown in (
+        (colour, marker, [i for i, r in enumerate(records) if r.mean_trace > 0 and not uncertain(r)]),
+        (PAPER, marker, [i for i, r in enumerate(records) if r.mean_trace > 0 and uncertain(r)]),
+        (PAPER, "v", [i for i, r in enumerate(records) if r.mean_trace <= 0]),
+    ):
+        where = [xs[i] for i in shown], [ys[i] for i in shown]
+        ax.plot(*where, shape, color=colour, markerfacecolor=face, markersize=6, zorder=3)
     log_scale(ax, "y")
     ax.set_ylim(bottom=floor / 1.3)
     ax.set_title(label)
@@ -147,6 +155,11 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
     ax.grid(False, axis="x")
     name_layers(ax, [r.name for r in records])
     return hits
+
+
+def _room(sites: Sequence[PlanSite] | Sequence[SiteTrace]) -> float:
+    """Inches for upright labels, which many sites need."""
+    return 0.9 if max(sum(s.kind == kind for s in sites) for kind in KINDS) > _MOST_SLANTED else 0.0
 
 
 def _site_text(s: PlanSite) -> str:

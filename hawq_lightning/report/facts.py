@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from hawq_lightning.report import text
-from hawq_lightning.report.along import uncertain
+from hawq_lightning.report.along import KINDS, uncertain
+from hawq_lightning.report.checks import rank_correlations
 from hawq_lightning.report.run import Run
 
 STAGE_NAMES = {"float": "float", "quantized": "after quantizing", "fine_tuned": "after fine-tuning"}
-_UNSTABLE = 0.9
+_UNSTABLE = 0.9  # share of bootstrap draws that choose the same bits
+_LOOSE = 0.6  # rank correlation
 
 
 def accuracy_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -110,6 +112,13 @@ def doubts(run: Run) -> list[str]:
         ]
         if shaky:
             found.append(f"The choice changes when the images are drawn anew: {text.names(shaky)}.")
+    ranks = rank_correlations(run.loss_check)
+    if loose := [f"{KINDS[k][0]} ({v:.2f})" for k, v in ranks.items() if k in KINDS and v < _LOOSE]:
+        free = sum(c.measured <= 0 for c in run.loss_check)
+        found.append(
+            f"Predicted and measured loss changes rank differently for {' and '.join(loose)}; {free} of "
+            f"{len(run.loss_check)} measured changes are zero or negative, too small to rank."
+        )
     predicted, real = _costs(run, measured=False).get("file_bytes"), run.packed_bytes
     if predicted and real and predicted != real:
         found.append(f"The packed file has {real:,} bytes where {predicted:,.0f} were predicted.")

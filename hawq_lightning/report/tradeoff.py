@@ -10,6 +10,7 @@ from hawq_lightning.report.style import BLUE, GREEN, INK, ORANGE, SOFT, Drawing,
 from hawq_lightning.report.text import size, times
 
 _MOST_SPOTS = 400
+_MOST_ROWS = 1000
 
 
 def draw_frontier(run: Run) -> Drawing | None:
@@ -23,13 +24,23 @@ def draw_frontier(run: Run) -> Drawing | None:
     positive = [p.omega for p in points if p.omega > 0]
     floor = min(positive, default=1e-12) / 2
     hits = [_spot(p, floats, points) for p in _thin(points)]
+    unit, unit_name = (1024, "KiB") if points[-1].cost < 4 << 20 else (1 << 20, "MiB")
     with canvas(1, 4.4) as (figure, axes):
         ax = axes[0]
         shown = [max(p.omega, floor) for p in points]
-        ax.plot([p.cost / 1024 for p in points], shown, drawstyle="steps-post", color=BLUE, linewidth=1.6, zorder=2)
-        ax.plot([p.cost / 1024 for p in points], shown, ".", color=BLUE, markersize=4, label="frontier", zorder=3)
+        dot = 4 if len(points) <= _MOST_SPOTS else 1
+        ax.plot(
+            [p.cost / unit for p in points],
+            shown,
+            drawstyle="steps-post",
+            color=BLUE,
+            linewidth=1.6,
+            label="frontier",
+            zorder=2,
+        )
+        ax.plot([p.cost / unit for p in points], shown, ".", color=BLUE, markersize=dot, zorder=3)
         if uniform:
-            xs, ys = [c / 1024 for _, c, _ in uniform], [max(o, floor) for _, _, o in uniform]
+            xs, ys = [c / unit for _, c, _ in uniform], [max(o, floor) for _, _, o in uniform]
             ax.plot(xs, ys, "^", color=GREEN, markersize=9, label="uniform", zorder=4)
             for (bits, _, _), x, y in zip(uniform, xs, ys):
                 place = {"xytext": (7, 7), "textcoords": "offset points", "fontsize": 10, "color": INK}
@@ -37,20 +48,20 @@ def draw_frontier(run: Run) -> Drawing | None:
         if chosen:
             label = "chosen" + (f", {times(floats / chosen.cost)}" if floats else "")
             ax.plot(
-                chosen.cost / 1024, max(chosen.omega, floor), "D", color=ORANGE, markersize=10, label=label, zorder=5
+                chosen.cost / unit, max(chosen.omega, floor), "D", color=ORANGE, markersize=10, label=label, zorder=5
             )
         log_scale(ax, "y")
         ax.set_ylim(bottom=floor)
-        ax.set_xlabel("size of the quantized weights (KiB)", color=SOFT)
+        ax.set_xlabel(f"size of the quantized weights ({unit_name})", color=SOFT)
         ax.set_ylabel("Ω, second-order perturbation", color=SOFT)
         ax.legend(loc="upper right")
-    spots = [Hit(figure.axes[0], x / 1024, max(y, floor), text, bits) for x, y, text, bits in hits]
+    spots = [Hit(figure.axes[0], x / unit, max(y, floor), text, bits) for x, y, text, bits in hits]
     for b, cost, omega in uniform:
         ratio = f", {times(floats / cost)}" if floats else ""
         spots.append(
             Hit(
                 figure.axes[0],
-                cost / 1024,
+                cost / unit,
                 max(omega, floor),
                 f"all weights {b} bit\n{size(cost)}{ratio}\nΩ {omega:.4g}",
             )
@@ -58,7 +69,8 @@ def draw_frontier(run: Run) -> Drawing | None:
     if chosen and plan:
         mine = f"the chosen plan\n{size(chosen.cost)}, {times(floats / chosen.cost)}\nΩ {chosen.omega:.4g}"
         bars = [s.bits for s in plan.weights]
-        spots.append(Hit(figure.axes[0], chosen.cost / 1024, max(chosen.omega, floor), mine, bars))
+        spots.append(Hit(figure.axes[0], chosen.cost / unit, max(chosen.omega, floor), mine, bars))
+    thinned = len(points) > _MOST_ROWS
     names = list(dict.fromkeys(n for p in points for n in p.bits))
     return Drawing(
         "frontier",
@@ -69,13 +81,14 @@ def draw_frontier(run: Run) -> Drawing | None:
         + _beats(uniform, points),
         "Each dot is a plan that no other beats in both size and predicted harm (Ω, twice the predicted rise of the "
         "loss before fine-tuning). Point at one to see its bits, first layer left."
-        + (" Triangles give every weight the same bits." if uniform else ""),
+        + (" Triangles give every weight the same bits." if uniform else "")
+        + (f" The table has every {-(-len(points) // _MOST_ROWS)}th plan, frontier.csv more." if thinned else ""),
         figure,
         ["weight_bytes", "w_comp", "omega", *names],
         [
             [f"{p.cost:g}", f"{floats / p.cost:.4g}" if floats and p.cost else "", f"{p.omega:.6g}"]
             + [p.bits.get(n, "") for n in names]
-            for p in points
+            for p in _thin(points, _MOST_ROWS)
         ],
         spots,
     )
@@ -120,9 +133,9 @@ def _beats(uniform: Sequence[tuple[int, float, float]], points: Sequence[Frontie
     return f" {'; '.join(parts).capitalize()}." if parts else ""
 
 
-def _thin(points: Sequence[FrontierPoint]) -> Sequence[FrontierPoint]:
-    step = max(1, -(-len(points) // _MOST_SPOTS))
-    return points[::step]
+def _thin(points: Sequence[FrontierPoint], most: int = _MOST_SPOTS) -> Sequence[FrontierPoint]:
+    step = max(1, -(-len(points) // most))
+    return [*points[:-1:step], points[-1]]
 
 
 def _spot(p: FrontierPoint, floats: float, points: Sequence[FrontierPoint]) -> tuple[float, float, str, list[int]]:

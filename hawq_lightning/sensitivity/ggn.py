@@ -36,8 +36,8 @@ def columns(values: Sequence[torch.Tensor], images: int, by_image: bool) -> Iter
     counts = [v.numel() // images if by_image else v.numel() for v in values]
     if sum(counts) > MAX_COLUMNS:
         raise HawqError(f"estimator='exact' would need {sum(counts)} backward passes a batch; use 'ggn'.")
-    for i, v in enumerate(values):
-        for j in range(counts[i]):
+    for i, count in enumerate(counts):
+        for j in range(count):
             out = [torch.zeros_like(x) for x in values]
             (out[i].view(images, -1)[:, j] if by_image else out[i].view(-1)[j : j + 1]).fill_(1.0)
             yield out

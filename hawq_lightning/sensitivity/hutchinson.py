@@ -44,16 +44,16 @@ def hutchinson_batch(
     Returns:
         activation site -> elements of each row.
     """
-    weights = {x.weight: setting.layers[x.name].weight for x in reversed(setting.table.layers)}
+    weights: dict[str, Any] = {x.weight: setting.layers[x.name].weight for x in reversed(setting.table.layers)}
     for w in weights.values():
-        w.requires_grad_(True)  # type: ignore[union-attr]
+        w.requires_grad_(True)
     network = Network(setting.layers, setting.table, setting.keep_copies)
     network.per_image = per_image
     # the fused attention kernels have no second derivative
     with network, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         loss = check_loss(setting.loss_fn(setting.model, batch))
         network.recording = False
-        points: dict[str, list[torch.Tensor]] = {n: [w] for n, w in weights.items()}  # type: ignore[list-item]
+        points: dict[str, list[Any]] = {n: [w] for n, w in weights.items()}
         points |= network.aliases()
         flat = [t for tensors in points.values() for t in tensors]
         slopes = iter(torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True))

@@ -221,12 +221,12 @@ def check_loss_value(setting: Setting, batch: Any) -> float:
     """The loss of a batch as a number, checked."""
     weights = [m.weight for m in setting.layers.values()]
     for w in weights:
-        w.requires_grad_(True)  # type: ignore[union-attr]
+        w.requires_grad_(True)
     try:
         return float(check_loss(setting.loss_fn(setting.model, batch)).detach())
     finally:
         for w in weights:
-            w.requires_grad_(False)  # type: ignore[union-attr]
+            w.requires_grad_(False)
 
 
 def _hash_tensors(batch: Any, digest: Any) -> None:

@@ -157,7 +157,11 @@ class Network:
             for c in live:
                 if c.value._version != c.version:
                     raise Overwritten(c.name)
-            uses = [Use(c.layer, c.value, c.grads[0], c.grads[1] if two else None) for c in live]  # type: ignore[arg-type]
+            uses = [
+                Use(c.layer, c.value, c.grads[0], c.grads[1] if two else None)
+                for c in live
+                if c.layer is not None and c.grads[0] is not None
+            ]
             value = inner_products(uses, per_image) if uses else None
         else:
             calls = self._reads[site]

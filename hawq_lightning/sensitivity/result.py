@@ -111,9 +111,7 @@ class Sensitivity:
         if data.get("version") != VERSION:
             raise HawqError(f"Sensitivity version {data.get('version')!r} is unknown; this release reads {VERSION}.")
         try:
-            records = tuple(
-                SiteTrace(**{k: math.inf if v is None else v for k, v in r.items()}) for r in data["records"]
-            )
+            records = tuple(_record(r) for r in data["records"])
             for r in records:
                 if r.kind not in ("weight", "activation") or not math.isfinite(r.trace) or r.numel < 1:
                     raise ValueError(f"site {r.name!r} has kind {r.kind!r}, trace {r.trace!r}, numel {r.numel!r}")
@@ -149,3 +147,8 @@ class Sensitivity:
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     # JSON has no infinity: an error that cannot be told is null
     return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in record.items()}
+
+
+def _record(raw: Mapping[str, Any]) -> SiteTrace:
+    values: dict[str, Any] = {k: math.inf if v is None else v for k, v in raw.items()}
+    return SiteTrace(**values)
