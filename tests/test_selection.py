@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,11 +24,15 @@ from hawq_lightning.selection import (
     parse_budget,
     problem_of,
     recost,
+    save_tradeoff,
     select,
+    set_b_count,
     set_b_size,
     stability,
+    tradeoff,
     with_stability,
 )
+from hawq_lightning.selection.tradeoff import sample_set_b
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sites import Layer, Site, SiteTable
 
@@ -207,6 +213,13 @@ def option(bits, omega):
         (lambda: Problem.from_arrays([], (2, 4), [], []), "no sites"),
         (lambda: Problem([Site("a", "weight", (), (5,), 5)], {}), "'a' has no options"),
         (lambda: Problem([Site("a", "weight", (), (5,), 5)], {"a": [option(2, 1)], "b": []}), "'b', which is no site"),
+        (lambda: small(ties=["a.weight", "b.weight"]), "only one site"),
+        (lambda: small(ties=[3]), "must list site names"),
+        (lambda: small(fixed=["a.weight"]), "must map site names"),
+        (lambda: small(min_bits="4"), "whole number"),
+        (lambda: small(min_bits={"a": "4"}), "whole number"),
+        (lambda: Problem.from_arrays(["a"], (2, 9), [[2, 1]], [5]), "9 bits is out of range"),
+        (lambda: select(small(), selector="manual", bits={"*": "4"}), "whole number"),
         (lambda: frontier([[1, math.nan]], [[1, 2]]), "site 0, option 1 is nan"),
         (lambda: frontier([[1, 2]], [[1, -2]]), "cost of site 0, option 1 is -2"),
         (lambda: frontier([[1, 2]], [[0, 0]]), "costs nothing"),
@@ -360,6 +373,36 @@ def test_uniform_points_lie_on_or_above_the_frontier():
     points = problem.uniform_points()
     assert [b for b, _, _ in points] == [2, 4, 8] and [c for _, c, _ in points] == [240, 480, 960]
     assert all(front.omega[front.best(c)] <= o for _, c, o in points)
+
+
+def test_numbers_behind_figure_4(tmp_path):
+    problem, _, _ = random_network(8, 10, (1, 2, 4, 8), (8,))
+    plan = select(problem, "7x")
+    rows = tradeoff(problem, plans={"chosen": plan}, points=50, samples=200)
+    by = {}
+    for r in rows:
+        by.setdefault(r["series"], []).append((r["cost"], r["omega"]))
+    assert set(by) == {"frontier", "set B frontier", "set B", "uniform", "plan"}
+    assert by["plan"] == [(plan.costs["weight_bytes"], pytest.approx(plan.omega))]
+    assert len(by["uniform"]) == 4 and len(by["set B"]) == 200 and len(by["frontier"]) == 50
+    front = problem.frontier()
+    inside = tradeoff(problem, points=10**6, samples=0)
+    best = sorted((r["cost"], r["omega"]) for r in inside if r["series"] == "set B frontier")
+    for cost, omega in by["set B"]:
+        reached = min(o for c, o in best if c <= cost)
+        assert front.omega[front.best(cost)] <= reached * (1 + 1e-12) and reached <= omega * (1 + 1e-12)
+    save_tradeoff(rows, tmp_path / "tradeoff.csv")
+    assert len(list(csv.DictReader((tmp_path / "tradeoff.csv").open()))) == len(rows)
+
+
+def test_members_of_set_b_are_drawn_evenly():
+    assert set_b_count([(1, 2, 4, 8)] * 50) == 23426
+    widths = [(2, 4), (2, 4, 8), (4, 8)]
+    members = [p for p in itertools.product(*widths) if list(p) == sorted(p)]
+    assert set_b_count(widths) == len(members)
+    drawn = Counter(tuple(w[k] for w, k in zip(widths, p)) for p in sample_set_b(widths, 6000, seed=1))
+    assert set(drawn) == set(members)
+    assert max(abs(n - 6000 / len(members)) for n in drawn.values()) < 5 * math.sqrt(6000 / len(members))
 
 
 def test_of_equal_widths_the_code_with_the_least_omega_counts():

@@ -10,6 +10,7 @@ from hawq_lightning.selection.plans import PlanFrontier, problem_of, recost
 from hawq_lightning.selection.problem import Problem
 from hawq_lightning.selection.robustness import Stability, stability, with_stability
 from hawq_lightning.selection.select import select
+from hawq_lightning.selection.tradeoff import save_tradeoff, set_b_count, tradeoff
 
 __all__ = [
     "SELECTORS",
@@ -24,9 +25,12 @@ __all__ = [
     "parse_budget",
     "problem_of",
     "recost",
+    "save_tradeoff",
     "select",
     "set_b",
+    "set_b_count",
     "set_b_size",
     "stability",
+    "tradeoff",
     "with_stability",
 ]

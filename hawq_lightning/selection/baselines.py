@@ -18,7 +18,7 @@ from hawq_lightning.selection.accuracy import accuracy
 from hawq_lightning.selection.frontier import Floats
 from hawq_lightning.selection.monotone import trace_order
 from hawq_lightning.selection.problem import Problem
-from hawq_lightning.selection.request import Request, cheapest, infeasible
+from hawq_lightning.selection.request import Request, infeasible
 
 Selector = Callable[[Request], list[int]]
 
@@ -203,7 +203,7 @@ def _uniform(request: Request, held: Mapping[int, int], name: str) -> list[int]:
     possible = [c for c in found if problem.pairs_fit(c)]
     if not possible:
         raise HawqError(f"No width is available to all sites, so the selector {name!r} has no plan.")
-    best = min(cheapest(request, b) <= b.limit for b in request.bounds)
+    best = milp.solve(problem, request.limits) is not None
     least = "; ".join(
         f"{b.text!r}: at least {min(problem.cost_of(b.cost, c) for c in possible):.6g} {b.cost}" for b in request.bounds
     )

@@ -59,6 +59,8 @@ def narrowed(
         HawqError: names without a match, fixed bits that were not measured, contradictions.
     """
     out = [list(bits) for bits in allowed]
+    if not isinstance(fixed or {}, Mapping):
+        raise HawqError(f"fixed must map site names to bits, not be {fixed!r}.")
     wanted: dict[int, tuple[int, str, bool]] = {}
     for pattern, bits in (fixed or {}).items():
         for i in matching(pattern, sites, layers):
@@ -74,9 +76,13 @@ def narrowed(
         if bits not in out[i]:
             raise HawqError(f"Site {sites[i].name!r} is fixed at {bits!r} bits, but it can have only {_list(out[i])}.")
         out[i] = [bits]
+    if not isinstance(min_bits if min_bits is not None else {}, (int, Mapping)):
+        raise HawqError(f"min_bits must be a whole number or map site names to one, not be {min_bits!r}.")
     least = {s.name: min_bits for s in sites if s.kind == "weight"} if isinstance(min_bits, int) else min_bits or {}
     for pattern, bits in least.items():
         for i in matching(pattern, sites, layers):
+            if not isinstance(bits, int):
+                raise HawqError(f"min_bits of {pattern!r} is {bits!r}; give a whole number.")
             kept = [b for b in out[i] if b >= bits]
             if not kept:
                 raise HawqError(
@@ -96,6 +102,10 @@ def tie_indices(ties: Ties, sites: Sequence[Site], layers: Sequence[Layer]) -> l
     out = []
     for name, members in named.items():
         if isinstance(members, str):
+            if len(matching(members, sites, layers)) < 2:
+                raise HawqError(
+                    f"The tie {members!r} has only one site; ties are lists of sites, such as [[a, b], [c, d]]."
+                )
             members = [members]  # one glob
         if not isinstance(members, Sequence):
             raise HawqError(f"Tie {name!r} must list site names, not be {members!r}.")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.plan import Option, Plan
+from hawq_lightning.plan import Option, Plan, check_choice
 from hawq_lightning.selection.constraints import FLOAT_BITS, Pairs, Ties, device_pairs, narrowed, tie_indices
 from hawq_lightning.selection.costs import Linear, linear, value
 from hawq_lightning.selection.frontier import MAX_POINTS, Floats, tie_groups
@@ -235,6 +235,8 @@ class Problem:
                     "Tied sites must have the same bits: " + ", ".join(f"{n} {b}" for n, b in wanted.items()) + "."
                 )
             width = next(iter(wanted.values()), group.bits[0])
+            if isinstance(width, bool) or not isinstance(width, int):
+                raise HawqError(f"Site {names[0]!r} cannot have {width!r} bits; give a whole number.")
             if width not in group.bits:
                 close = min(group.bits, key=lambda b: abs(b - width))
                 shown = ", ".join(map(str, group.bits))
@@ -354,6 +356,7 @@ def _best_by_bits(site: Site, options: Iterable[Option]) -> dict[int, tuple[int,
     """Bits -> (index of the option with the least Ω, that Ω)."""
     best: dict[int, tuple[int, float]] = {}
     for j, option in enumerate(options):
+        check_choice(site.name, site.kind, option.bits, option.code)
         if math.isnan(option.omega) or option.omega < 0:
             raise HawqError(
                 f"Ω of site {site.name!r} at {option.bits} bits is {option.omega}; it must be a number >= 0 "
