@@ -1,6 +1,7 @@
 """The packed file: predicted size, exact reload in another process, refusals of damaged and foreign files."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 import hawq_lightning.export.container as container
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export.index import Index
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.twins import QuantizedLayer, make_twin
 from hawq_lightning.sites import SiteTable, sites
@@ -241,10 +243,21 @@ def test_values_are_checked_behind_a_valid_checksum(packed: tuple[nn.Module, Pla
             read_packed(tmp_path / "bad")
 
 
+def test_an_index_that_lies_about_sizes_allocates_nothing(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
+    index, blobs = container.read(packed[2])
+    first = index.weights[0]
+    huge = dataclasses.replace(first, shape=(first.shape[0], 1 << 20, 1 << 14))
+    container.write(
+        tmp_path / "bad", dataclasses.replace(index, weights=(huge, *index.weights[1:])), blobs, blobs["codes"].numel()
+    )
+    with pytest.raises(HawqError, match="corrupt: .* bytes of codes where its bits need"):
+        read_packed(tmp_path / "bad")
+
+
 @pytest.mark.parametrize("text", ["", "AAAA", "!!", "eJyLjgUAARUAuQ=="])
 def test_a_damaged_index(text: str) -> None:
     with pytest.raises(HawqError, match="index"):
-        container.Index.decode(text)
+        Index.decode(text)
 
 
 def test_an_inflating_index_is_bounded() -> None:
@@ -253,7 +266,7 @@ def test_an_inflating_index_is_bounded() -> None:
 
     bomb = base64.b64encode(zlib.compress(b"[" * (1 << 27), 9)).decode()
     with pytest.raises(HawqError, match="too long"):
-        container.Index.decode(bomb)
+        Index.decode(bomb)
 
 
 def test_another_model_is_named_and_left_alone(packed: tuple[nn.Module, Plan, Path]) -> None:

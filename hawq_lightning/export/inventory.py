@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hawq_lightning.errors import HawqError
-from hawq_lightning.export.container import DTYPES, Index, IndexedSite, IndexedTensor
+from hawq_lightning.export.index import DTYPES, Index, IndexedSite, IndexedTensor
 from hawq_lightning.plan import PlanSite
 from hawq_lightning.quantization.quantizers import Quantizer
 from hawq_lightning.sites import QUANTIZABLE, Site, channel_axis, layer_type

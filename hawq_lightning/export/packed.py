@@ -16,7 +16,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import container
 from hawq_lightning.export.bits import pack, packed_bytes, unpack
-from hawq_lightning.export.container import Index
+from hawq_lightning.export.index import TORCH_TYPES, Index
 from hawq_lightning.export.inventory import check_same, index_of, owning, plain, renaming, rest_of
 from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning.quantization.quantizers import MIDRISE_ZERO, Quantizer
@@ -58,7 +58,7 @@ def packed_overhead(model: nn.Module, sites: Iterable[Site | PlanSite]) -> int:
     index = index_of(model, tuple(sites))
     most = sum(w.numel for w in index.weights)
     blobs = index.blobs(most)
-    data = sum(count * container.TORCH_TYPES[dtype].itemsize for _, dtype, count in blobs)
+    data = sum(count * TORCH_TYPES[dtype].itemsize for _, dtype, count in blobs)
     return container.header_bound(index, most) + data - most - 4 * sum(w.channels for w in index.weights)
 
 
