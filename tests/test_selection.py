@@ -6,13 +6,13 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from test_selection_exact import random_network
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option, Plan
@@ -35,6 +35,7 @@ from hawq_lightning.selection import (
 from hawq_lightning.selection.tradeoff import sample_set_b
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sites import Layer, Site, SiteTable
+from tests.selection_networks import random_network
 
 NUMEL = {"a": 160, "b": 480, "c": 320}
 ACTS = {"a": 40, "b": 100, "c": 60}
@@ -162,6 +163,27 @@ def test_infeasible_budgets_name_the_cheapest_plan():
             select(small(), "40x", selector)
     with pytest.raises(HawqError, match=r"at least 3\d* bits|at least 240 weight_bytes"):
         select(small(), "40x", "uniform")
+
+
+@pytest.mark.parametrize(
+    ("budget", "found"),
+    [
+        ("99x", r"smallest plan is .* = (\d\S*x)"),
+        ("1kB", r"smallest plan is (\S+ \wB) ="),
+        ("1kB", r"smallest plan is .* = (\S+ \wiB)\."),
+        ({"bops": "1%"}, r"smallest plan is .* = (\S+%)"),
+        ({"bops": "1%"}, r"smallest plan is (\S+M) BOPs"),
+        ({"act": "99x"}, r"smallest plan is .* = (\S+x)"),
+    ],
+)
+def test_the_cheapest_cost_can_be_given_back_as_a_budget(budget, found):
+    for seed in range(10):
+        problem, _, _ = random_network(seed, 30)
+        with pytest.raises(HawqError) as caught:
+            select(problem, budget)
+        figure = re.search(found, str(caught.value))[1]
+        plan = select(problem, {next(iter(budget)): figure} if isinstance(budget, dict) else figure)
+        assert max(plan.costs["w_comp"], plan.costs["a_comp"]) > 4
 
 
 def test_fixed_min_bits_and_ties():
@@ -327,6 +349,9 @@ def test_a_plan_edited_by_hand_is_recosted_and_checked(tmp_path):
             site["bits"] = 4
     path.write_text(json.dumps(raw))
     edited = recost(Plan.load(path))
+    assert recost(edited).sites == edited.sites
+    steady = with_stability(small(), plan, bootstraps=5).replace(costs=dict(plan.costs) | {"act_peak_bytes": 7.0})
+    assert recost(steady) == steady
     expected = select(small(), selector="manual", bits=plan.bits | {"a.weight": 2, "b.input": 4})
     assert edited.sites == expected.sites and edited.selector == "manual"
     assert edited.costs == pytest.approx(dict(expected.costs))

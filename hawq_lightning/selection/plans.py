@@ -260,17 +260,13 @@ def recost(plan: Plan) -> Plan:
     problem = problem_of(plan)
     out = problem.recost(plan)
     changed = any(a.omega != b.omega or a.scale != b.scale for a, b in zip(plan.sites, out.sites))
-    kept = {k: v for k, v in plan.costs.items() if k in ("file_overhead", "weight_scales")}
-    stable = tuple(
-        new if changed else PlanSite(**{**vars(new), "stability": old.stability})
-        for new, old in zip(out.sites, plan.sites)
-    )
-    return out.replace(
-        sites=stable,
-        selector="manual" if changed else plan.selector,
-        costs=dict(out.costs) | kept,
-        settings=dict(plan.settings),
-    )
+    if not changed:
+        return plan.replace(costs=dict(plan.costs) | dict(out.costs) | _overhead(plan))
+    return out.replace(selector="manual", costs=dict(out.costs) | _overhead(plan), settings=dict(plan.settings))
+
+
+def _overhead(plan: Plan) -> dict[str, float]:
+    return {k: v for k, v in plan.costs.items() if k in ("file_overhead", "weight_scales")}
 
 
 def _option(problem: Problem, site: int, bits: int, code: str | None) -> Option:

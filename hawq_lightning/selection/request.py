@@ -149,11 +149,23 @@ def shown(problem: Problem, cost: str, value: float) -> str:
     if math.isinf(value):
         return "none"
     if cost == "latency_ms":
-        return f"{value:.4g} ms"
+        return f"{_up(value)} ms"
     if cost == "bops":
-        return f"{value:.4g} BOPs = {100 * value / eight_bit_cost(problem, cost):.3g}%"
+        return f"{_up(value / 1e6)}M BOPs = {_up(100 * value / eight_bit_cost(problem, cost))}%"
     if cost.endswith("_bytes"):
-        unit, size = next(((u, k) for u, k in (("MiB", 2**20), ("KiB", 2**10)) if value >= k), ("B", 1))
-        ratio = "" if cost == "file_bytes" else f" = {math.floor(1000 * float_cost(problem, cost) / value) / 1000:.4g}x"
-        return f"{math.ceil(1000 * value / size) / 1000:.5g} {unit}{ratio}"
-    return f"{value:.6g}"
+        text = _bytes(value, ("MiB", 2**20), ("KiB", 2**10))
+        if cost == "file_bytes":  # where MB and MiB both occur
+            return text if value < 1000 else f"{_bytes(value, ('MB', 10**6), ('kB', 10**3))} = {text}"
+        return f"{text} = {math.floor(100 * float_cost(problem, cost) / value) / 100:g}x"
+    return _up(value)
+
+
+def _up(value: float) -> str:
+    """Four digits, rounded up, so that the figure can be given back as a budget."""
+    digits = max(0, 3 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{math.ceil(value * 10**digits * (1 - 1e-12)) / 10**digits:.{digits}f}"
+
+
+def _bytes(value: float, *units: tuple[str, int]) -> str:
+    unit, size = next(((u, k) for u, k in units if value >= k), ("B", 1))
+    return f"{math.ceil(value) if size == 1 else _up(value / size)} {unit}"
