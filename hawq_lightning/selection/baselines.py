@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,3 @@ def _scores(problem: Problem, factors: Mapping[str, float]) -> list[Floats]:
             score.append(math.fsum(parts))
         out.append(np.asarray(score, dtype=np.float64))
     return out
-
-
-def names(selectors: Sequence[str] = tuple(SELECTORS)) -> str:
-    """For messages."""
-    return ", ".join(selectors)

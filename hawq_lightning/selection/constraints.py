@@ -6,6 +6,9 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.sites import Layer, Site
 
@@ -149,6 +152,51 @@ def device_pairs(pairs: Pairs | None, layers: Sequence[Layer]) -> dict[str, froz
         return read[max(globs, key=len)] if globs else None
 
     return {layer.name: found for layer in layers if (found := look_up(layer)) is not None}
+
+
+def device_masks(
+    bits: list[list[int]],
+    readers: Sequence[tuple[Layer, int, int | None]],
+    device: Mapping[str, frozenset[tuple[int, int]]],
+) -> dict[tuple[int, int], NDArray[np.bool_]]:
+    """Drop bits that no pair of the device supports (until nothing changes), and return what couples the rest.
+
+    Args:
+        bits: by group; narrowed in place.
+        readers: (layer, weight group, activation group or None).
+        device: what :func:`device_pairs` returned.
+
+    Raises:
+        HawqError: a layer is left without bits.
+    """
+    changed = True
+    while changed:
+        changed = False
+        for layer, w, a in readers:
+            if layer.name not in device:
+                continue
+            pairs = device[layer.name]
+            other = [FLOAT_BITS] if a is None else bits[a]
+            left = [x for x in bits[w] if any((x, y) in pairs for y in other)]
+            right = [y for y in other if any((x, y) in pairs for x in left)]
+            if not left:
+                have = ", ".join(f"{x}/{y}" for x, y in sorted(pairs))
+                raise HawqError(
+                    f"The device lacks the bits of layer {layer.name!r}: it has weight/activation pairs {have}, "
+                    f"the layer weights of {', '.join(map(str, bits[w]))} bits with activations of "
+                    f"{', '.join(map(str, other))} bits."
+                )
+            changed |= left != bits[w] or right != other
+            bits[w] = left
+            if a is not None:
+                bits[a] = right
+    masks: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for layer, w, a in readers:
+        if layer.name in device and a is not None:
+            mask = np.asarray([[(x, y) in device[layer.name] for y in bits[a]] for x in bits[w]])
+            if not mask.all():
+                masks[w, a] = masks.get((w, a), True) & mask
+    return masks
 
 
 def _list(bits: Iterable[int]) -> str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.plan import Option, Plan, check_choice
-from hawq_lightning.selection.constraints import FLOAT_BITS, Pairs, Ties, device_pairs, narrowed, tie_indices
+from hawq_lightning.plan import Option, Plan
+from hawq_lightning.selection.checks import best_by_bits, check_sites, extra_cost
+from hawq_lightning.selection.constraints import (
+    Pairs,
+    Ties,
+    device_masks,
+    device_pairs,
+    narrowed,
+    tie_indices,
+)
 from hawq_lightning.selection.costs import Linear, linear, value
 from hawq_lightning.selection.frontier import MAX_POINTS, Floats, tie_groups
 from hawq_lightning.selection.latency import LatencyTable
@@ -90,7 +97,7 @@ class Problem:
             HawqError: duplicate, unknown or empty sites; NaN or negative Ω; constraints that leave a site without bits.
         """
         table = tuple(sites)
-        _check_sites(table, options)
+        check_sites(table, options)
         self.sites = tuple(s for s in table if s.name in options)
         self.layers = tuple(layers if layers is not None else getattr(sites, "layers", ()))
         self.options = {s.name: tuple(options[s.name]) for s in self.sites}
@@ -100,8 +107,8 @@ class Problem:
         self.steps = tuple(steps or ())
         self.max_points = max_points
         self.index = {s.name: i for i, s in enumerate(self.sites)}
-        self.best = [_best_by_bits(s, self.options[s.name]) for s in self.sites]
-        self.extra_costs = {k: _extra(k, v, self.sites) for k, v in (extra_costs or {}).items()}
+        self.best = [best_by_bits(s, self.options[s.name]) for s in self.sites]
+        self.extra_costs = {k: extra_cost(k, v, self.sites) for k, v in (extra_costs or {}).items()}
         allowed = narrowed([sorted(b) for b in self.best], self.sites, self.layers, fixed, min_bits)
         self._ties = tie_groups(len(self.sites), tie_indices(ties, self.sites, self.layers))
         bits = [self._common(members, allowed) for members in self._ties]
@@ -118,7 +125,7 @@ class Problem:
             )
             for x in self.layers
         ]
-        self.masks = self._allow(bits, device_pairs(pairs, self.layers))
+        self.masks = device_masks(bits, self.readers, device_pairs(pairs, self.layers))
         self.groups = [self._group(m, tuple(b)) for m, b in zip(self._ties, bits)]
         self._costs: dict[str, tuple[Linear, ...]] = {}
 
@@ -301,97 +308,3 @@ class Problem:
             shown = "; ".join(f"{self.sites[i].name} {', '.join(map(str, allowed[i]))}" for i in members[:4])
             raise HawqError(f"These tied sites conflict, they have no bits in common: {shown}.")
         return common
-
-    def _allow(
-        self, bits: list[list[int]], device: Mapping[str, frozenset[tuple[int, int]]]
-    ) -> dict[tuple[int, int], NDArray[np.bool_]]:
-        """Drop bits that no pair of the device supports (until nothing changes), and return what couples the rest."""
-        changed = True
-        while changed:
-            changed = False
-            for layer, w, a in self.readers:
-                if layer.name not in device:
-                    continue
-                pairs = device[layer.name]
-                other = [FLOAT_BITS] if a is None else bits[a]
-                left = [x for x in bits[w] if any((x, y) in pairs for y in other)]
-                right = [y for y in other if any((x, y) in pairs for x in left)]
-                if not left:
-                    have = ", ".join(f"{x}/{y}" for x, y in sorted(pairs))
-                    raise HawqError(
-                        f"The device lacks the bits of layer {layer.name!r}: it has weight/activation pairs {have}, "
-                        f"the layer weights of {', '.join(map(str, bits[w]))} bits with activations of "
-                        f"{', '.join(map(str, other))} bits."
-                    )
-                changed |= left != bits[w] or right != other
-                bits[w] = left
-                if a is not None:
-                    bits[a] = right
-        masks: dict[tuple[int, int], NDArray[np.bool_]] = {}
-        for layer, w, a in self.readers:
-            if layer.name in device and a is not None:
-                mask = np.asarray([[(x, y) in device[layer.name] for y in bits[a]] for x in bits[w]])
-                if not mask.all():
-                    masks[w, a] = masks.get((w, a), True) & mask
-        return masks
-
-
-def _check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Option]]) -> None:
-    names = [s.name for s in sites]
-    if not names:
-        raise HawqError("There are no sites to choose bits for.")
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise HawqError(f"These sites are given twice: {', '.join(twice)}.")
-    for name in options:
-        if name not in names:
-            raise HawqError(f"Options are given for {name!r}, which is no site.{nearest(name, names)}")
-    for site in sites:
-        if site.kind == "weight" and not options.get(site.name):
-            raise HawqError(f"The weight site {site.name!r} has no options.{nearest(site.name, options)}")
-        if site.numel < 1 and site.name in options:
-            raise HawqError(f"Site {site.name!r} has no elements, so its bits cost nothing; exclude it.")
-
-
-def _best_by_bits(site: Site, options: Iterable[Option]) -> dict[int, tuple[int, float]]:
-    """Bits -> (index of the option with the least Ω, that Ω)."""
-    best: dict[int, tuple[int, float]] = {}
-    for j, option in enumerate(options):
-        check_choice(site.name, site.kind, option.bits, option.code)
-        if math.isnan(option.omega) or option.omega < 0:
-            raise HawqError(
-                f"Ω of site {site.name!r} at {option.bits} bits is {option.omega}; it must be a number >= 0 "
-                "(a negative trace means that the estimate is noise or the model is no minimum; try estimator='ggn')."
-            )
-        if option.omega < best.get(option.bits, (0, math.inf))[1]:
-            best[option.bits] = (j, option.omega)
-    if not best:
-        raise HawqError(f"Site {site.name!r} has no available option: every Ω is inf.")
-    return best
-
-
-def _extra(name: str, table: Mapping[str, Mapping[int, float]], sites: Sequence[Site]) -> list[Mapping[int, float]]:
-    for key, row in table.items():
-        if key not in {s.name for s in sites}:
-            raise HawqError(
-                f"The cost {name!r} is given for {key!r}, which is no site.{nearest(key, [s.name for s in sites])}"
-            )
-        for bits, cost in row.items():
-            if math.isnan(cost) or cost < 0:
-                raise HawqError(
-                    f"The cost {name!r} of site {key!r} at {bits} bits is {cost}; it must be a number >= 0."
-                )
-    return [_Missing(table.get(s.name, {})) if s.name in table else _Zero() for s in sites]
-
-
-class _Missing(dict[int, float]):
-    """Bits that the table lacks are not available."""
-
-    def __missing__(self, bits: int) -> float:
-        return math.inf
-
-
-class _Zero(dict[int, float]):
-    """A site that the table does not name costs nothing."""
-
-    def __missing__(self, bits: int) -> float:
-        return 0.0
