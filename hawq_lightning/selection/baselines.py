@@ -18,7 +18,7 @@ from hawq_lightning.selection.accuracy import accuracy
 from hawq_lightning.selection.frontier import Floats
 from hawq_lightning.selection.monotone import trace_order
 from hawq_lightning.selection.problem import Problem
-from hawq_lightning.selection.request import Request, infeasible
+from hawq_lightning.selection.request import Request, infeasible, shown
 
 Selector = Callable[[Request], list[int]]
 
@@ -205,7 +205,8 @@ def _uniform(request: Request, held: Mapping[int, int], name: str) -> list[int]:
         raise HawqError(f"No width is available to all sites, so the selector {name!r} has no plan.")
     best = milp.solve(problem, request.limits) is not None
     least = "; ".join(
-        f"{b.text!r}: at least {min(problem.cost_of(b.cost, c) for c in possible):.6g} {b.cost}" for b in request.bounds
+        f"{b.text!r}: at least {shown(problem, b.cost, min(problem.cost_of(b.cost, c) for c in possible))}"
+        for b in request.bounds
     )
     raise HawqError(f"No {name} plan meets the budget ({least})" + ("; the selector 'pareto' can." if best else "."))
 

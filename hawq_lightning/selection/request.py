@@ -140,6 +140,8 @@ def infeasible(request: Request, order: Sequence[Sequence[int]] = ()) -> str:
             value = cheapest(request, b, [x for x in bounds if x is not b], order)
             given = "no plan meets the others" if math.isinf(value) else f"at least {shown(problem, b.cost, value)}"
             parts.append(f"{b.text!r} needs {given} under the others and {shown(problem, b.cost, alone[b])} alone")
+    if order and milp.solve(problem, request.limits) is not None:
+        parts.append("this selector keeps bits in an order; 'pareto' can meet the budget")
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
 
