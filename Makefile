@@ -21,7 +21,8 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]' $(TORCH)
+	@echo 'installing into .venv: a few minutes, once'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(TORCH)
 	@touch $@
 
 demo: $(STAMP)

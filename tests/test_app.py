@@ -111,6 +111,7 @@ def test_given_plans_and_traces_are_not_measured_again(finished, tmp_path):
     folder, _ = finished
     record = run(settings(tmp_path / "a", f"hawq.plan={folder / 'plan.json'}", "report=false"))
     assert not (tmp_path / "a" / "sensitivity.json").exists() and record["accuracy"]["fine_tuned"] > 0.5
+    assert Plan.load(tmp_path / "a" / "plan.json").bits == Plan.load(folder / "plan.json").bits
     run(
         settings(
             tmp_path / "b", f"hawq.sensitivity={folder / 'sensitivity.json'}", "selector.budget=5x", "report=false"
@@ -121,11 +122,27 @@ def test_given_plans_and_traces_are_not_measured_again(finished, tmp_path):
     assert Plan.load(tmp_path / "b" / "plan.json").costs["w_comp"] < 8
 
 
+def test_fine_tuning_goes_on_from_a_checkpoint(tmp_path):
+    steady = ["task.schedule=none", "callbacks=default", "~callbacks.progress", "report=false"]
+    run(settings(tmp_path / "a", *steady))
+    last = tmp_path / "a" / "checkpoints" / "fine_tuning" / "last.ckpt"
+    record = run(settings(tmp_path / "b", *steady, "epochs=3", f"ckpt_path={last}"))
+    assert [row["epoch"] for row in record["history"]] == [3]
+    assert "float" not in record["accuracy"] and not (tmp_path / "b" / "sensitivity.json").exists()
+    assert Plan.load(tmp_path / "b" / "plan.json").bits == Plan.load(tmp_path / "a" / "plan.json").bits
+
+
 def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsys):
     dry_run(settings(tmp_path / "run", name="analyze"))
     shown = capsys.readouterr().out
     assert "net.layer3.0.conv1.weight" in shown and "budgets from 4x to 16x" in shown and "traces: about" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_script_leaves_no_folder(tmp_path):
+    done = script("hawq-lightning-analyze", "dry_run=true", "model.depth=8", "sensitivity.rtol=0.3", cwd=tmp_path)
+    assert done.returncode == 0 and "weight_bytes:" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_budget_ranges_are_those_of_the_sites():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import hydra
@@ -27,6 +28,8 @@ def _main(cfg: DictConfig) -> Any:
 
 def main() -> None:
     """The console script."""
+    if "dry_run=true" in sys.argv[1:]:  # a look writes nothing, not even a run folder
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
     run_main(_main)
 
 

@@ -88,7 +88,11 @@ def stop(message: object) -> NoReturn:
 
 
 def quiet_down() -> None:
-    """Hide Lightning's advertisements and advice that does not concern this program's users."""
+    """Hide Lightning's advertisements and advice that does not concern this program's users; the rest is logged."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # through Hydra's handlers, into the log file
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.captureWarnings(True)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_ours)
     for text in _ADVICE:

@@ -78,6 +78,8 @@ class Recorder(pl.Callback):
         plan = self.hawq.plan
         if plan is None:
             raise HawqError(f"hawq.start={self.hawq.start} was never reached: nothing was quantized.")
+        if not (self.folder / "plan.json").is_file():  # it was given, or came with a checkpoint
+            plan.save(self.folder / "plan.json")
         size = save_packed(pl_module, plan, self.folder / "model.safetensors")
         self._lap("packing")
         self.record["sizes"] |= {

@@ -52,9 +52,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return record
     written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if cfg.report:
-        from hawq_lightning.report import write_report
+        from hawq_lightning.report import model_card, write_report
 
         write_report(folder, title=cfg.name)
+        model_card(folder, title=cfg.name)
     show(written, folder)
     return written
 
