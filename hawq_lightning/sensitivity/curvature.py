@@ -1,7 +1,9 @@
 """Factors of the loss's Hessian at the boundary: random vectors u with E[u u^T] equal to it.
 
 Softmax cross-entropy (any smoothing, soft labels, class weights, reduction) and elementwise losses are recognised by
-probing the operator, never by name; anything else gets the general two-backward form <J^T z, J^T H z>.
+probing the operator, never by name. Of any other loss that treats images independently the Hessian is formed and
+split into its positive and negative part, if an image has few outputs; what is left gets the general two-backward form
+<J^T z, J^T H z>.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from hawq_lightning.sensitivity.boundary import OutputHessian
 
+_DENSE = 64  # outputs an image up to which an unknown loss's Hessian is formed
 _FULL_ROTATION = 32  # classes; beyond it only the most likely ones are rotated
 
 
@@ -59,10 +62,55 @@ class Diagonal:
 Block = Softmax | Diagonal
 
 
-def recognise(hessian: OutputHessian, generator: torch.Generator) -> list[Block] | None:
-    """Closed forms for every boundary tensor, or ``None`` where one has none (or two tensors are coupled).
+@dataclass
+class Dense:
+    """The Hessian of every image over all its outputs, as eigenvalues (N, D) and eigenvectors (N, D, D)."""
 
-    Two products with the operator decide: one with a random vector over all tensors at once, one with all ones.
+    eigenvalues: torch.Tensor
+    vectors: torch.Tensor
+
+    def factor(self, z: Sequence[torch.Tensor], sign: float) -> list[torch.Tensor]:
+        """``V sqrt(max(sign * lambda, 0)) z``, an output tensor each."""
+        flat = torch.cat([v.flatten(1) for v in z], 1)
+        root = (sign * self.eigenvalues).clamp_min(0).sqrt()
+        u = torch.matmul(self.vectors, (root * flat)[..., None])[..., 0]
+        parts = u.split([v[0].numel() for v in z], 1)
+        return [part.reshape(v.shape) for part, v in zip(parts, z)]
+
+
+def dense(hessian: OutputHessian) -> Dense | None:
+    """Form the Hessian of every image, all images at once; ``None`` where an image has too many outputs.
+
+    Only for losses that do not couple images.
+    """
+    values = hessian.values
+    images = values[0].shape[0]
+    counts = [v[0].numel() for v in values]
+    if sum(counts) > _DENSE:
+        return None
+    rows = []
+    for i, count in enumerate(counts):
+        for j in range(count):
+            unit = [torch.zeros_like(v) for v in values]
+            unit[i].view(images, -1)[:, j] = 1.0
+            rows.append(torch.cat([h.flatten(1) for h in hessian(unit)], 1))
+    matrix = torch.stack(rows, 1).to(torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    noise = (1e-10 if values[0].dtype == torch.float64 else 1e-5) * eigenvalues.abs().max()
+    eigenvalues = torch.where(eigenvalues.abs() > noise, eigenvalues, 0.0)
+    return Dense(eigenvalues.to(values[0]), vectors.to(values[0]))
+
+
+def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool = False) -> list[Block] | Dense | None:
+    """Closed forms for every boundary tensor; the dense Hessian of every image; or ``None``: the general form.
+
+    Two products with the operator decide on closed forms: one with a random vector over all tensors at once, one with
+    all ones.
+
+    Args:
+        hessian: the operator.
+        generator: of the random vector.
+        by_image: the loss does not couple images, and the first axis of every tensor is the images.
     """
     probe = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values]
     answer = hessian(probe)
@@ -76,7 +124,7 @@ def recognise(hessian: OutputHessian, generator: torch.Generator) -> list[Block]
             continue
         block = _softmax(f, v, h, tolerance)
         if block is None:
-            return None
+            return dense(hessian) if by_image else None
         blocks.append(block)
     return blocks
 
@@ -106,7 +154,7 @@ class Draw:
 
 
 def draw(
-    hessian: OutputHessian, blocks: Sequence[Block] | None, z: Sequence[torch.Tensor], *, rotate: bool = True
+    hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, z: Sequence[torch.Tensor], *, rotate: bool = True
 ) -> Draw:
     """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
 
@@ -116,6 +164,8 @@ def draw(
     if blocks is None:
         return Draw([], (list(z), hessian(z)))
     plus, minus = [], []
+    if isinstance(blocks, Dense):
+        plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0), ()
     for block, signs in zip(blocks, z):
         if isinstance(block, Softmax):
             plus.append(block.factor(block.rotated(signs) if rotate else signs))

@@ -15,7 +15,7 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian
-from hawq_lightning.sensitivity.curvature import Block, Draw, Softmax, draw, recognise
+from hawq_lightning.sensitivity.curvature import Block, Dense, Draw, Softmax, draw, recognise
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass
 from hawq_lightning.sensitivity.network import Overwritten
 
@@ -104,7 +104,7 @@ def probe_batch(
     while True:
         try:
             with forward_pass(setting, batch, per_image) as step:
-                blocks = _blocks(setting, step.hessian, generator)
+                blocks = _blocks(setting, step.hessian, generator, any(per_image.values()))
                 results = []
                 if exact:
                     total: dict[str, torch.Tensor] = {}
@@ -125,16 +125,18 @@ def probe_batch(
             setting.keep_copies.add(str(which))
 
 
-def _blocks(setting: Setting, hessian: OutputHessian, generator: torch.Generator) -> list[Block] | None:
+def _blocks(
+    setting: Setting, hessian: OutputHessian, generator: torch.Generator, by_image: bool
+) -> list[Block] | Dense | None:
     if hessian.linear:
         setting.note(
             "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
         )
-    blocks = recognise(hessian, generator)
+    blocks = recognise(hessian, generator, by_image)
     if blocks is None:
         setting.note(
             "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."
         )
-    elif len(blocks) == 1 and isinstance(blocks[0], Softmax):
+    elif isinstance(blocks, list) and len(blocks) == 1 and isinstance(blocks[0], Softmax):
         setting.facts["classes"] = blocks[0].probability.shape[blocks[0].axis]
     return blocks

@@ -25,7 +25,7 @@ from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites, 
 
 ESTIMATORS = ("ggn", "hutchinson", "exact")
 _PER_ROUND = 2
-_MIN_FREEDOM = 24  # below it a standard error is itself a guess
+_MIN_FREEDOM = 64  # below it a standard error is itself a guess
 _SAFETY = 1.15  # stopping at the first small error picks lucky ones
 
 
@@ -128,7 +128,7 @@ def measure(
     } | setting.facts  # fmt: skip
     return Sensitivity(
         records=records,
-        rows={n: final.means(n).tolist() for n in final.first},
+        rows={n: final.means(n).tolist() for n in final.mean},
         sizes={n: t.tolist() for n, t in final.size.items()},
         row_weights={n: t.tolist() for n, t in final.weight.items() if not per_image[n]},
         row_unit={n: "image" if per else "batch" for n, per in per_image.items()},

@@ -1,4 +1,4 @@
-"""Sums over probes of every row's trace, and the two standard errors that come from them."""
+"""Moments over probes of every row's trace, and the two standard errors that come from them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Rows:
         self._start = [0, *torch.tensor(images).cumsum(0).tolist()]
         self._images = list(images)
         count = {s.name: (self._start[-1] if per_image[s.name] else len(images)) for s in table}
-        self.first = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
-        self.second = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
+        self.mean = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
+        self.spread = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
         self.size = {s.name: torch.zeros(count[s.name], dtype=torch.float64) for s in table.activations}
         self.weight = {
             s.name: torch.ones(count[s.name], dtype=torch.float64)
@@ -39,6 +39,7 @@ class Rows:
             else torch.tensor(self._images, dtype=torch.float64)
             for s in table
         }
+        self._count = [0] * len(images)
         self.probes = 0
 
     def place(self, site: str, batch: int) -> slice:
@@ -49,25 +50,28 @@ class Rows:
 
     def add(self, batch: int, values: Mapping[str, torch.Tensor]) -> None:
         """Add one probe of one batch: squared norms of the batch's loss, a row each."""
+        self._count[batch] += 1
         for site, value in values.items():
-            scaled = value * (self._images[batch] if self.per_image[site] else 1.0)
-            self.first[site][self.place(site, batch)] += scaled
-            self.second[site][self.place(site, batch)] += scaled.square()
+            place = self.place(site, batch)
+            x = value * (self._images[batch] if self.per_image[site] else 1.0)
+            before = x - self.mean[site][place]  # Welford: no cancellation where probes hardly differ
+            self.mean[site][place] += before / self._count[batch]
+            self.spread[site][place] += before * (x - self.mean[site][place])
 
     def gathered(self, all_sum: AllSum | None) -> Rows:
         """A copy summed over processes (each holds its own batches, zeros elsewhere)."""
         out = object.__new__(Rows)
         out.__dict__ = dict(self.__dict__)
         if all_sum is not None:
-            tables = [self.first, self.second, self.size]
+            tables = [self.mean, self.spread, self.size]
             flat = torch.cat([t[n] for t in tables for n in t])
             parts = iter(all_sum(flat).split([t[n].numel() for t in tables for n in t]))
-            out.first, out.second, out.size = ({n: next(parts) for n in t} for t in tables)
+            out.mean, out.spread, out.size = ({n: next(parts) for n in t} for t in tables)
         return out
 
     def means(self, site: str) -> torch.Tensor:
         """Mean over probes, a row each."""
-        return self.first[site] / max(self.probes, 1)
+        return self.mean[site]
 
     def trace(self, site: str) -> float:
         """Weighted mean over rows."""
@@ -78,10 +82,11 @@ class Rows:
         """Against the exact trace on the same images: probe noise alone."""
         if self.probes < 2:
             return math.inf
-        mean = self.means(site)
-        spread = (self.second[site] / self.probes - mean.square()).clamp_min(0) / (self.probes - 1)
-        w = self.weight[site]
-        return float((w.square() * spread).sum().sqrt() / w.sum())
+        return float(self._noise(site).sum().sqrt() / self.weight[site].sum())
+
+    def _noise(self, site: str) -> torch.Tensor:
+        """Squared standard errors of the weighted rows."""
+        return self.weight[site].square() * self.spread[site] / (self.probes * (self.probes - 1))
 
     def stderr_data(self, site: str) -> float:
         """With the sampling of the rows added; infinite for a single row."""
@@ -94,9 +99,13 @@ class Rows:
         spread = (share.square() * (mean - centre).square()).sum() * rows / (rows - 1)
         return max(float(spread.sqrt()), self.stderr(site) if self.probes > 1 else 0.0)
 
-    def freedom(self, site: str) -> int:
-        """Degrees of freedom behind :meth:`stderr`."""
-        return len(self.first[site]) * (self.probes - 1)
+    def freedom(self, site: str) -> float:
+        """Degrees of freedom behind :meth:`stderr` (Welch and Satterthwaite: few noisy rows count as few)."""
+        if self.probes < 2:
+            return 0.0
+        noise = self._noise(site)
+        total = float(noise.sum())
+        return math.inf if total == 0 else total**2 / float(noise.square().sum()) * (self.probes - 1)
 
     def records(self, exact: bool = False) -> tuple[SiteTrace, ...]:
         """One record a site."""
