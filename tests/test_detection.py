@@ -211,9 +211,6 @@ def test_a_detector_learns_one_image_and_map_sees_it(tmp_path):
         tmp_path / "one", classes=2, images=4, val_images=2, pixels=64, num_classes=2, batch_size=4, hflip=False
     )
     net = retinanet_resnet18(2, channels=64, min_size=64, max_size=96, anchor_size=16)
-    for name, parameter in net.head.named_parameters():
-        if ".0.weight" in name:  # the usual small start would take hundreds of steps to leave
-            torch.nn.init.kaiming_normal_(parameter)
     task = DetectionTask(net, lr=1e-3)
     trainer = Trainer(
         max_epochs=40,

@@ -1,0 +1,51 @@
+"""InceptionV3 on ImageNet: an ordinary Trainer, one added callback.
+
+python recipes/inceptionv3_imagenet/train.py /data/imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from hawq_lightning import HAWQ, save_packed
+from hawq_lightning.data.image_folder import ImageFolderDataModule
+from hawq_lightning.models.inception_v3 import inception_v3
+from hawq_lightning.tasks.classification import ClassificationTask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder with train/<wnid>/ and val/<wnid>/")
+    parser.add_argument("--weights", help="state dict of the float network; default: download")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--size", type=int, default=299, help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images a process")
+    parser.add_argument("--images", type=int, default=512, help="to measure traces on")
+    parser.add_argument("--rtol", type=float, default=0.05, help="standard error of a trace to reach")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/inceptionv3_imagenet"))
+    args = parser.parse_args()
+
+    pl.seed_everything(args.seed, workers=True)
+    data = ImageFolderDataModule(
+        args.data, size=args.size, resize=round(args.size * 8 / 7), batch_size=args.batch, augment="resized_crop",
+        num_classes=args.classes, num_workers=args.workers,
+    )  # fmt: skip
+    net = inception_v3(args.classes, pretrained=args.weights is None, weights=args.weights)
+    task = ClassificationTask(net, args.classes, lr=0.005, weight_decay=4e-5, schedule="cosine", label_smoothing=0.1)
+    budget = {"weights": "12.04x", "act": "7.6x"}
+    hawq = HAWQ((2, 4, 8), (4, 8), budget, images=args.images, rtol=args.rtol, seed=args.seed, dirpath=args.out)
+    trainer = pl.Trainer(max_epochs=args.epochs, callbacks=[hawq], logger=False, default_root_dir=args.out)
+    trainer.fit(task, data)
+    if trainer.is_global_zero:
+        size = save_packed(task, hawq.plan, args.out / "model.safetensors")
+        print(f"top-1 {trainer.callback_metrics['val/acc']:.4f}, {hawq.plan.costs['w_comp']:.2f}x, {size} bytes")
+
+
+if __name__ == "__main__":
+    main()
