@@ -86,7 +86,15 @@ class ClassificationTask(pl.LightningModule):
         for other in auxiliary:
             loss = loss + self.auxiliary_weight * F.cross_entropy(other, labels, label_smoothing=self.label_smoothing)
         self.train_scores.update(logits.detach(), labels)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log(
+            "train/loss",
+            loss.detach(),
+            on_epoch=True,
+            on_step=False,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(labels),
+        )
         self.log_dict(self.train_scores, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
