@@ -1,0 +1,1 @@
+"""DataModules: digits, image folders, COCO, generated miniatures."""

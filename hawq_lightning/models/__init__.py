@@ -1,0 +1,1 @@
+"""Networks: ResNet20 for small images, and the paper's four."""

@@ -1,0 +1,1 @@
+"""LightningModules: classification, detection."""
