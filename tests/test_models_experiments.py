@@ -120,7 +120,7 @@ def test_inceptionv3_imagenet_by_the_papers_blocks(tmp_path, folders, weights):
     file = weights("inception", lambda: inception_v3(3), pictures(folders, 299))
     cfg = configure(
         "inceptionv3_imagenet", tmp_path, folders["images"], file, "selector=inception_blocks", *SMALL, *CLASSIFIER,
-        "data.size=299", "data.resize=299", "sensitivity.images=1",
+        "data.size=299", "data.resize=299", "sensitivity.estimator=exact",
     )  # fmt: skip
     assert cfg.selector.budget.weights == "12.04x"
     plan, after = check_run(cfg, tmp_path, run(cfg))

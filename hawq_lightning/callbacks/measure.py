@@ -25,7 +25,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
 from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused
-from hawq_lightning.selection import Frontier, Problem, select
+from hawq_lightning.selection import Frontier, Problem, select, with_stability
 from hawq_lightning.sensitivity import ESTIMATORS, Sensitivity, measure
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
@@ -61,6 +61,8 @@ class MeasureTraces(Callback):
     Attributes:
         sites, sensitivity, options, frontier, plan, loss_check: filled when fitting starts.
     """
+
+    stability_draws = 40  # bootstraps over images behind each site's ``stability``
 
     def __init__(
         self,
@@ -154,7 +156,10 @@ class MeasureTraces(Callback):
             problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
             chosen = select(problem, self.budget, self.selector, seed=self.seed)
             self.frontier = problem.frontier("weight_bytes")
-            settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed}
+            if self.selector in ("pareto", "monotone") and self.stability_draws:
+                chosen = with_stability(problem, chosen, bootstraps=self.stability_draws)
+            lifted = list(guarded_mean_traces(self.sensitivity)[1])
+            settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed, "lifted": lifted}
             chosen = chosen.replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
             plan = Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
             self.plan = plan
@@ -203,7 +208,7 @@ class MeasureTraces(Callback):
         if abs(slope) > curve and abs(slope) > _SLOPE_SHARE * abs(loss):
             rank_zero_warn(
                 f"HAWQ: the gradient term g.dW = {slope:.3g} outweighs half of Omega = {curve:.3g}: the network has "
-                "not converged, and the second-order prediction cannot be trusted. Train further, or give start=<epochs>."
+                "not converged, and the prediction cannot be trusted. Train further, or give start=<epochs>."
             )
 
     def _log(self, trainer: Trainer, plan: Plan) -> None:

@@ -25,7 +25,7 @@ from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites, 
 
 ESTIMATORS = ("ggn", "hutchinson", "exact")
 _PER_ROUND = 2
-_MIN_FREEDOM = 64  # below it a standard error is itself a guess
+_MIN_FREEDOM = 20  # below it a standard error is itself a guess
 _SAFETY = 1.15  # stopping at the first small error picks lucky ones
 
 
