@@ -132,6 +132,15 @@ def test_fine_tuning_goes_on_from_a_checkpoint(tmp_path):
     assert Plan.load(tmp_path / "b" / "plan.json").bits == Plan.load(tmp_path / "a" / "plan.json").bits
 
 
+def test_quantizing_may_start_inside_the_fit(tmp_path):
+    late = ["float_epochs=0", "hawq.start=2", "epochs=3", "task.lr=0.1", "report=false"]
+    record = run(settings(tmp_path / "a", *late))
+    assert set(record["accuracy"]) == {"float", "fine_tuned"} and len(record["history"]) == 3
+    assert len({s.bits for s in Plan.load(tmp_path / "a" / "plan.json").weights}) >= 2
+    with pytest.raises(HawqError, match="start=3 leaves none"):
+        run(settings(tmp_path / "b", *late, "hawq.start=3"))
+
+
 def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsys):
     dry_run(settings(tmp_path / "run", name="analyze"))
     shown = capsys.readouterr().out

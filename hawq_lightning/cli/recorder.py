@@ -52,7 +52,8 @@ class Recorder(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The whole validation set has been seen once, before any fine-tuning."""
-        self._put("quantized", scores(trainer.callback_metrics))
+        if self.hawq.plan is not None:  # with hawq.start the network is float until later
+            self._put("quantized", scores(trainer.callback_metrics))
         self._lap("validation")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
