@@ -1,31 +1,22 @@
 """The paper's estimator: Hutchinson's method on the true Hessian, one layer at a time (eq. 6-9).
 
-z^T H_l z for random z, the Hessian-vector product by double backward through the network. Kept for networks that are
-not piecewise linear and as the check of the Gauss-Newton probes; slow.
+z^T H_l z for random z, the Hessian-vector product by double backward through the network. Of the loss itself it is the
+check of all other estimators, and slow. Of the loss made linear in the network's outputs it gives only what
+Gauss-Newton probes leave out, so that the sum of both is the true trace with little noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hawq_lightning.sensitivity.forward import Setting, check_loss
-from hawq_lightning.sensitivity.network import Network
+from hawq_lightning.sensitivity.forward import Setting
+from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.slopes import Sampler, Slopes, loss_slope, rademacher, slopes_of
 
-Sampler = Callable[[torch.Tensor], torch.Tensor]
-
-
-def rademacher(generator: torch.Generator) -> Sampler:
-    """Random signs."""
-    return lambda like: torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
-
-
-def gaussian(generator: torch.Generator) -> Sampler:
-    """Standard normal numbers: the paper's other choice, with more variance."""
-    return lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+Record = Callable[[dict[str, torch.Tensor]], None]
 
 
 def hutchinson_batch(
@@ -35,50 +26,88 @@ def hutchinson_batch(
     per_image: Mapping[str, bool],
     sample: Sampler,
     steps: int,
-    record: Callable[[dict[str, torch.Tensor]], None],
+    record: Record,
+    *,
+    linearised: bool = False,
+    only: Collection[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Record ``steps`` estimates of every site for one batch.
 
     Weight rows are batches; activation rows are images where images are independent, since then eq. 9 holds.
 
+    Args:
+        setting: model, loss and sites.
+        batch: one batch.
+        images: its size.
+        per_image: site -> whether its rows are images (never for weights).
+        sample: draws the random vectors.
+        steps: how many.
+        record: gets the rows of each.
+        linearised: of the linearised loss: the part of the Hessian that Gauss-Newton leaves out.
+        only: sites to work on; all by default.
+
     Returns:
         activation site -> elements of each row.
     """
-    weights: dict[str, Any] = {x.weight: setting.layers[x.name].weight for x in reversed(setting.table.layers)}
-    for w in weights.values():
-        w.requires_grad_(True)
-    network = Network(setting.layers, setting.table, setting.keep_copies)
-    network.per_image = per_image
-    # the fused attention kernels have no second derivative
-    with network, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        loss = check_loss(setting.loss_fn(setting.model, batch))
-        network.recording = False
-        points: dict[str, list[Any]] = {n: [w] for n, w in weights.items()}
-        points |= network.aliases()
-        flat = [t for tensors in points.values() for t in tensors]
-        slopes = iter(torch.autograd.grad(loss, flat, create_graph=True, allow_unused=True))
-        gradient = {site: [next(slopes) for _ in tensors] for site, tensors in points.items()}
+    direction = loss_slope if linearised else None
+    with slopes_of(setting, batch, per_image, direction, sites=only) as slopes:
         for _ in range(steps):
-            rows: dict[str, torch.Tensor] = {}
-            for site, tensors in points.items():
-                rows[site] = _quadratic_form(tensors, gradient[site], sample, per_image[site], images)
-            record(rows)
-        return {s: network.sizes(s, images) for s in network.aliases()}
+            record({s: _quadratic_form(slopes, s, sample, per_image[s], images) for s in slopes.points})
+        return {s: slopes.step.network.sizes(s, images) for s in slopes.points if s in slopes.step.network.aliases()}
 
 
-def _quadratic_form(
-    points: list[torch.Tensor], gradient: list[Any], sample: Sampler, per_image: bool, images: int
-) -> torch.Tensor:
+def hessian_batch(
+    setting: Setting,
+    batch: Any,
+    images: int,
+    per_image: Mapping[str, bool],
+    generator: torch.Generator,
+    probes: int,
+    record: Record,
+    *,
+    curved: Collection[str],
+    rotate: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Record ``probes`` estimates of the true trace: Gauss-Newton probes plus Hutchinson on the linearised loss.
+
+    Args:
+        setting: model, loss and sites.
+        batch: one batch.
+        images: its size.
+        per_image: as the Gauss-Newton probes have it; here weight rows are batches all the same.
+        generator: of all random vectors.
+        probes: how many.
+        record: gets the rows of each.
+        curved: sites where Gauss-Newton is not all; elsewhere it is exact.
+        rotate: as for the Gauss-Newton probes.
+
+    Returns:
+        activation site -> elements of each row.
+    """
+    found: list[dict[str, torch.Tensor]] = []
+    sizes = probe_batch(setting, batch, images, per_image, generator, probes, found.append, rotate=rotate)
+    weights = {s.name for s in setting.table.weights}
+    for rows in found:
+        for site in weights & rows.keys():
+            rows[site] = rows[site].sum()[None]
+    if curved:
+        missing: list[dict[str, torch.Tensor]] = []
+        own = {n: per and n not in weights for n, per in per_image.items()}
+        hutchinson_batch(
+            setting, batch, images, own, rademacher(generator), probes, missing.append, linearised=True, only=curved
+        )
+        for rows, more in zip(found, missing):
+            for site, value in more.items():
+                rows[site] = rows[site] + value if site in rows else value
+    for rows in found:
+        record(rows)
+    return sizes
+
+
+def _quadratic_form(slopes: Slopes, site: str, sample: Sampler, per_image: bool, images: int) -> torch.Tensor:
     total = torch.zeros(images if per_image else 1, dtype=torch.float64)
-    z = [sample(p) for p in points]
-    curved = [(g, v) for g, v in zip(gradient, z) if g is not None and g.requires_grad]
-    if not curved:
-        return total
-    products = torch.autograd.grad(
-        [g for g, _ in curved], points, [v for _, v in curved], retain_graph=True, allow_unused=True
-    )
-    for v, h in zip(z, products):
-        if h is not None:
-            part = (v * h).detach().to(torch.float64)
-            total += (part.flatten(1).sum(1) if per_image else part.sum()[None]).cpu()
+    z = [sample(p) for p in slopes.points[site]]
+    for v, h in zip(z, slopes.product(site, z)):
+        part = (v * h).to(torch.float64)
+        total += (part.flatten(1).sum(1) if per_image else part.sum()[None]).cpu()
     return total

@@ -17,7 +17,8 @@ from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.sensitivity.forward import LossFn, Setting, check_loss, check_weights
 from hawq_lightning.sensitivity.ggn import independent_images, probe_batch
-from hawq_lightning.sensitivity.hutchinson import gaussian, hutchinson_batch, rademacher
+from hawq_lightning.sensitivity.hutchinson import hutchinson_batch
+from hawq_lightning.sensitivity.slopes import gaussian, rademacher
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.result import Sensitivity
 from hawq_lightning.sensitivity.rows import AllSum, Rows

@@ -66,6 +66,9 @@ class Network:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        # tensors and their hooks refer to each other: without this the graph lives until the collector comes by
+        self._calls.clear()
+        self._reads.clear()
 
     def aliases(self) -> dict[str, list[torch.Tensor]]:
         """Activation site -> the tensors that its layers read, in the graph."""
@@ -106,7 +109,7 @@ class Network:
         alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
         call = _Call(site, site, None, alias, alias._version)
         self._reads.setdefault(site, []).append(call)
-        alias.register_hook(self._arrived(call))
+        self._handles.append(alias.register_hook(self._arrived(call)))
         return alias
 
     def _called(self, name: str) -> Callable[..., None]:
@@ -118,7 +121,7 @@ class Network:
                 read = read.clone()
             call = _Call(self._weight_of[name], name, module, read, read._version)
             self._calls.setdefault(call.site, []).append(call)
-            output.register_hook(self._arrived(call))
+            self._handles.append(output.register_hook(self._arrived(call)))
 
         return record
 
