@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class DetectionTask(LightningModule):
         super().__init__()
         check_names(optimizer, schedule)
         require("faster_coco_eval", "detection")
+        logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints its table at every validation
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.quantization_exclude = tuple(f"net.{p}" for p in getattr(net, "quantization_exclude", ()))
@@ -81,7 +83,7 @@ class DetectionTask(LightningModule):
         loss: torch.Tensor = torch.stack(list(losses.values())).sum()
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), batch_size=len(images), on_step=False, on_epoch=True)
-        self.log("train/loss", loss.detach(), batch_size=len(images), prog_bar=True, on_step=True, on_epoch=True)
+        self.log("train/loss", loss.detach(), batch_size=len(images), prog_bar=True, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
