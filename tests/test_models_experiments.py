@@ -182,3 +182,19 @@ def test_the_stock_detectors_levels_are_one_site(batch):
     # P3 to P7, read by both heads, P5 by P6's convolution too: one site
     readers = ("backbone.fpn.extra_blocks.p6", "head.classification_head.conv.0.0", "head.regression_head.conv.0.0")
     assert readers in [s.layers for s in table.activations]
+
+
+@pytest.mark.parametrize(
+    ("group", "model"), [("tiny_coco", "retinanet_resnet18"), ("tiny_imagenet_folder", "resnet50")]
+)
+def test_miniature_groups_write_themselves(group, model, tmp_path):
+    task = "detection" if "coco" in group else "classification"
+    with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
+        overrides = [f"data={group}", f"model={model}", f"task={task}", "model.num_classes=3", f"paths.runs={tmp_path}"]
+        cfg = compose("train", overrides=overrides)
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    images, targets = next(iter(data.train_dataloader()))
+    assert len(images) == len(targets) == cfg.data.batch_size
+    assert list(tmp_path.glob("miniatures/*/miniature.txt"))
