@@ -129,6 +129,12 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
     return blocks
 
 
+def without_curvature(hessian: OutputHessian, generator: torch.Generator) -> list[int]:
+    """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
+    answer = hessian([torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values])
+    return [i for i, (h, g) in enumerate(zip(answer, hessian.gradient)) if not bool(h.any()) and bool(g.any())]
+
+
 def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float) -> Softmax | None:
     for axis in dict.fromkeys((1 % f.ndim, f.ndim - 1)):
         if f.ndim == 1 and axis == 0 and f.shape[0] < 2:
@@ -154,15 +160,24 @@ class Draw:
 
 
 def draw(
-    hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, z: Sequence[torch.Tensor], *, rotate: bool = True
+    hessian: OutputHessian,
+    blocks: Sequence[Block] | Dense | None,
+    z: Sequence[torch.Tensor],
+    *,
+    rotate: bool = True,
+    sloped: Sequence[int] = (),
 ) -> Draw:
     """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
 
     Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
-    clipping.
+    clipping. Tensors numbered in ``sloped`` get the Fisher information of a Laplace distribution of unit scale, ``|g|``
+    at slope g, in place of their zero Hessian.
     """
+    laplace = [g.detach().abs().sqrt() * v if i in sloped else torch.zeros_like(v) for i, (g, v) in
+               enumerate(zip(hessian.gradient, z))]  # fmt: skip
+    extra = [(1.0, laplace)] if sloped else []
     if blocks is None:
-        return Draw([], (list(z), hessian(z)))
+        return Draw(extra, (list(z), hessian(z)))
     plus, minus = [], []
     if isinstance(blocks, Dense):
         plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0), ()
@@ -173,7 +188,7 @@ def draw(
         else:
             plus.append(block.d.clamp_min(0).sqrt() * signs)
             minus.append((-block.d).clamp_min(0).sqrt() * signs)
-    pairs = [(1.0, plus)]
+    pairs = [(1.0, plus), *extra]
     if any(bool(m.any()) for m in minus):
         pairs.append((-1.0, minus))
     return Draw(pairs)

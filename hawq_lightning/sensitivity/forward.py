@@ -29,6 +29,7 @@ class Setting:
     keep_copies: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
+    l1: str = "zero"
 
     def note(self, sentence: str) -> None:
         """Remember a sentence for the user, once."""

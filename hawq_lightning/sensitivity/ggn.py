@@ -15,7 +15,7 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian
-from hawq_lightning.sensitivity.curvature import Block, Dense, Draw, Softmax, draw, recognise
+from hawq_lightning.sensitivity.curvature import Block, Dense, Draw, Softmax, draw, recognise, without_curvature
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass
 from hawq_lightning.sensitivity.network import Overwritten
 
@@ -105,18 +105,21 @@ def probe_batch(
         try:
             with forward_pass(setting, batch, per_image) as step:
                 blocks = _blocks(setting, step.hessian, generator, any(per_image.values()))
+                sloped = _sloped(setting, step.hessian, generator)
                 results = []
                 if exact:
                     total: dict[str, torch.Tensor] = {}
                     by_image = all(per_image.values())
                     for z in columns(step.hessian.values, images, by_image):
-                        for site, value in send_back(step, draw(step.hessian, blocks, z, rotate=False)).items():
+                        for site, value in send_back(
+                            step, draw(step.hessian, blocks, z, rotate=False, sloped=sloped)
+                        ).items():
                             total[site] = total[site] + value if site in total else value
                     results.append(total)
                 else:
                     for _ in range(probes):
                         z = signs(step.hessian.values, generator)
-                        results.append(send_back(step, draw(step.hessian, blocks, z, rotate=rotate)))
+                        results.append(send_back(step, draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped)))
                 sizes = {s: step.network.sizes(s, images) for s in step.network.aliases()}
             for rows in results:
                 record(rows)
@@ -125,10 +128,23 @@ def probe_batch(
             setting.keep_copies.add(str(which))
 
 
+def _sloped(setting: Setting, hessian: OutputHessian, generator: torch.Generator) -> list[int]:
+    if setting.l1 != "fisher":
+        return []
+    found = without_curvature(hessian, generator)
+    if found:
+        names = ", ".join(dict.fromkeys(hessian.names[i] or "the model" for i in found))
+        setting.note(
+            f"The loss has slope but no curvature in the output of {names}, as L1 losses do: the Fisher information of "
+            "a Laplace distribution of unit scale was taken in its place (l1='fisher')."
+        )
+    return found
+
+
 def _blocks(
     setting: Setting, hessian: OutputHessian, generator: torch.Generator, by_image: bool
 ) -> list[Block] | Dense | None:
-    if hessian.linear:
+    if hessian.linear and setting.l1 == "zero":
         setting.note(
             "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
         )

@@ -28,6 +28,7 @@ class _Call:
     value: torch.Tensor
     version: int
     grads: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
+    node: Any = None
 
 
 class Network:
@@ -74,6 +75,10 @@ class Network:
         """Activation site -> the tensors that its layers read, in the graph."""
         return {site: [c.value for c in calls] for site, calls in self._reads.items()}
 
+    def output_nodes(self) -> dict[str, list[Any]]:
+        """Weight site -> the autograd nodes of its layers' outputs, a call each."""
+        return {site: [c.node for c in calls if c.node is not None] for site, calls in self._calls.items()}
+
     def sizes(self, site: str, images: int) -> torch.Tensor:
         """Elements of one image's activation, a row each."""
         calls = self._reads[site]
@@ -119,7 +124,7 @@ class Network:
             read = (args[0] if args else kwargs["input"]).detach()
             if name in self._keep:
                 read = read.clone()
-            call = _Call(self._weight_of[name], name, module, read, read._version)
+            call = _Call(self._weight_of[name], name, module, read, read._version, node=output.grad_fn)
             self._calls.setdefault(call.site, []).append(call)
             self._handles.append(output.register_hook(self._arrived(call)))
 

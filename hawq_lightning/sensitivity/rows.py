@@ -39,7 +39,7 @@ class Rows:
             else torch.tensor(self._images, dtype=torch.float64)
             for s in table
         }
-        self._count = [0] * len(images)
+        self.counts = [0] * len(images)
         self.probes = 0
 
     def place(self, site: str, batch: int) -> slice:
@@ -50,12 +50,12 @@ class Rows:
 
     def add(self, batch: int, values: Mapping[str, torch.Tensor]) -> None:
         """Add one probe of one batch: squared norms of the batch's loss, a row each."""
-        self._count[batch] += 1
+        self.counts[batch] += 1
         for site, value in values.items():
             place = self.place(site, batch)
             x = value * (self._images[batch] if self.per_image[site] else 1.0)
             before = x - self.mean[site][place]  # Welford: no cancellation where probes hardly differ
-            self.mean[site][place] += before / self._count[batch]
+            self.mean[site][place] += before / self.counts[batch]
             self.spread[site][place] += before * (x - self.mean[site][place])
 
     def gathered(self, all_sum: AllSum | None) -> Rows:

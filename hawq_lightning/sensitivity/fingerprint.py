@@ -1,0 +1,52 @@
+"""What a measurement belongs to: a hash of weights, images, loss and settings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hawq_lightning.sensitivity.forward import Setting, check_loss
+
+
+def fingerprint(
+    setting: Setting, batches: Sequence[Any], first: Any, asked: str, seed: int, images: Sequence[int]
+) -> str:
+    """Hash of the weights, of the drawn input tensors, of the loss of ``first`` and of the settings ``asked``."""
+    digest = hashlib.sha256(f"{asked} {seed} {list(images)}".encode())
+    for name, value in setting.model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for batch in batches:
+        _hash_tensors(batch, digest)
+    with torch.enable_grad():
+        loss = check_loss_value(setting, first)
+    setting.facts["loss"] = loss
+    digest.update(f"{loss:.6g}".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def check_loss_value(setting: Setting, batch: Any) -> float:
+    """The loss of a batch as a number, checked."""
+    weights = [m.weight for m in setting.layers.values()]
+    for w in weights:
+        w.requires_grad_(True)
+    try:
+        return float(check_loss(setting.loss_fn(setting.model, batch)).detach())
+    finally:
+        for w in weights:
+            w.requires_grad_(False)
+
+
+def _hash_tensors(batch: Any, digest: Any) -> None:
+    if isinstance(batch, torch.Tensor):
+        digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            _hash_tensors(value, digest)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            _hash_tensors(value, digest)

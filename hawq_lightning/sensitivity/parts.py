@@ -1,0 +1,103 @@
+"""Batches in parts: for where memory runs out, and for checks that need only a few images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.sensitivity.forward import Setting, forward_pass
+from hawq_lightning.sites import batch_images
+
+ImagesOf = Callable[[Any], int]
+_ENOUGH = 16  # images to tell a mean from a sum by
+
+
+def take(batch: Any, images: int, start: int, stop: int, images_of: ImagesOf = batch_images) -> Any | None:
+    """Images ``start`` to ``stop`` of a batch of tensors, or of lists with one entry an image.
+
+    Returns:
+        a batch of the same make; ``None`` where it is not clear how to take images out.
+    """
+    try:
+        part = _take(batch, images, start, stop, top=True)
+        return part if images_of(part) == stop - start else None
+    except (_UnclearError, HawqError):
+        return None
+
+
+class _UnclearError(Exception):
+    """No telling which entries belong to which image."""
+
+
+def _take(x: Any, images: int, start: int, stop: int, top: bool = False) -> Any:
+    if isinstance(x, torch.Tensor):
+        if x.ndim and x.shape[0] == images:
+            return x[start:stop]
+        raise _UnclearError
+    if isinstance(x, Mapping):
+        return type(x)({k: _take(v, images, start, stop) for k, v in x.items()})  # type: ignore[call-arg]
+    if isinstance(x, (list, tuple)):
+        try:
+            fields = [_take(v, images, start, stop) for v in x]
+            return type(x)(*fields) if hasattr(x, "_fields") else type(x)(fields)
+        except _UnclearError:
+            if len(x) == images and not hasattr(x, "_fields"):
+                return type(x)(x[start:stop])
+            raise
+    if top:
+        raise _UnclearError
+    return x  # numbers, strings and None concern all images
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def scale_of_parts(setting: Setting, batch: Any, images: int, images_of: ImagesOf) -> str:
+    """How the loss of a part relates to the loss of the batch: ``mean`` or ``sum`` over images.
+
+    The output Hessian of an image is compared in a part and in half of that part, so that the whole batch is never
+    needed.
+
+    Raises:
+        HawqError: neither, so that parts do not add up to the batch.
+    """
+    size = min(images, _ENOUGH) // 2 * 2
+    if size < 2:
+        raise HawqError("Memory ran out with two images at a time; make them smaller.")
+    nothing = {s.name: False for s in setting.table}
+
+    def curvature(start: int, stop: int) -> list[torch.Tensor]:
+        part = take(batch, images, start, stop, images_of)
+        if part is None:
+            raise HawqError(
+                "Memory ran out, and it is not clear how to take images out of this batch; use smaller ones."
+            )
+        with forward_pass(setting, part, nothing) as step:
+            values = step.hessian.values
+            probe = [torch.cos(torch.arange(v[0].numel(), device=v.device)).reshape(v[0].shape).to(v) for v in values]
+            turned = step.hessian([p.expand_as(v) for p, v in zip(probe, values)])
+            return [t.detach() for t in (*step.hessian([torch.ones_like(v) for v in values]), *turned)]
+
+    whole = curvature(0, size)
+    ratios = []
+    for start in (0, size // 2):
+        half = curvature(start, start + size // 2)
+        top = max(float(b.abs().max()) for b in half)
+        for a, b in zip(whole, half):
+            solid = b.abs() > 1e-3 * top
+            ratios += (a[start : start + size // 2][solid] / b[solid]).tolist()
+    for kind, wanted in (("mean", 0.5), ("sum", 1.0)):
+        if ratios and all(abs(r - wanted) < 0.01 * wanted for r in ratios):
+            return kind
+    raise HawqError(
+        "Memory ran out, and the loss couples the images of a batch (a weighted mean, a normaliser, or a contrast), so "
+        "the batch cannot be measured in parts; use a smaller batch size."
+    )

@@ -1,0 +1,87 @@
+"""An interrupted measurement goes on where it stopped: its tables in a file, one a process, written atomically."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hawq_lightning.sensitivity.rows import Rows
+
+if TYPE_CHECKING:
+    from hawq_lightning.sensitivity.rounds import Share
+
+_EVERY = 5.0  # seconds
+_TABLES = ("mean", "spread", "size")
+
+
+class Partial:
+    """The file of an unfinished measurement; without a path nothing is kept.
+
+    Args:
+        path: where; processes other than the first add their rank to the name.
+        key: fingerprint of weights, images, loss and settings: a file of another measurement is ignored.
+        rank: of this process.
+    """
+
+    def __init__(self, path: str | Path | None, key: str, rank: int = 0) -> None:
+        self._path = None if path is None else Path(f"{path}.{rank}" if rank else path)
+        self._key, self._last = key, time.perf_counter()
+
+    def restore(self, rows: Rows, share: Share) -> tuple[int, int]:
+        """Fill ``rows``; returns the round to go on with, and how many of its batches are done."""
+        state = self._read(rows)
+        if share.all_sum is not None and self._path is not None:
+            # processes that stopped in different rounds would wait for each other: all begin afresh
+            turn = -1.0 if state is None else float(state["turn"])
+            total = share.all_sum(torch.tensor([turn, turn * turn], dtype=torch.float64))
+            if float(total[1]) * share.world != float(total[0]) ** 2:
+                state = None
+        if state is None:
+            return 0, 0
+        for name in _TABLES:
+            setattr(rows, name, state[name])
+        rows.counts[:] = state["count"]
+        return state["turn"], state["done"]
+
+    def _read(self, rows: Rows) -> dict[str, Any] | None:
+        if self._path is None or not self._path.is_file():
+            return None
+        try:
+            state = torch.load(self._path, weights_only=True)
+            fits = state["key"] == self._key and all(
+                {k: v.shape for k, v in state[n].items()} == {k: v.shape for k, v in getattr(rows, n).items()}
+                for n in _TABLES
+            )
+        except Exception:  # cut short or of something else: measured again
+            return None
+        return state if fits else None
+
+    def save(self, rows: Rows, turn: int, done: int) -> None:
+        """Keep what is known by now, at the end of a round and every few seconds within."""
+        if self._path is None or (done and time.perf_counter() - self._last < _EVERY):
+            return
+        self._last = time.perf_counter()
+        state = {n: getattr(rows, n) for n in _TABLES}
+        state |= {"key": self._key, "turn": turn, "done": done, "count": list(rows.counts)}
+        data = io.BytesIO()
+        torch.save(state, data)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.getvalue())
+            os.replace(temporary, self._path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def finish(self) -> None:
+        """The result is complete; the file goes."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,208 @@
+"""Rounds of probes over all batches, until the errors are small; in parts where memory runs out; resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hawq_lightning.errors import HawqError
+from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.sensitivity.forward import Setting
+from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.hutchinson import hessian_batch, hutchinson_batch
+from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, scale_of_parts, take
+from hawq_lightning.sensitivity.resume import Partial
+from hawq_lightning.sensitivity.rows import AllSum, Rows
+from hawq_lightning.sensitivity.slopes import gaussian, rademacher
+
+PER_ROUND = 2
+_MIN_FREEDOM = 64  # below it a standard error is itself a guess
+_SAFETY = 1.15  # stopping at the first small error picks lucky ones
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a measurement: every ``world``-th batch from ``rank`` on, tables added by ``all_sum``."""
+
+    rank: int = 0
+    world: int = 1
+    all_sum: AllSum | None = None
+
+
+@dataclass
+class Rounds:
+    """How to probe.
+
+    Args:
+        setting: model, loss and sites.
+        estimator: ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
+        per_image: site -> whether Gauss-Newton rows are images.
+        images_of: number of images in a batch.
+        distribution: of Hutchinson's vectors.
+        rotate: rotate the signs onto the softmax factor.
+        curved: for ``hessian``: where the network is not piecewise linear.
+        seed: of all draws.
+        largest: images at a time at the most; shrinks when memory runs out.
+    """
+
+    setting: Setting
+    estimator: str
+    per_image: dict[str, bool]
+    images_of: ImagesOf
+    distribution: str = "rademacher"
+    rotate: bool = True
+    curved: tuple[str, ...] = ()
+    seed: int = 0
+    largest: int | None = None
+    _kind: str = field(default="", init=False)
+
+    def row_unit(self) -> dict[str, bool]:
+        """Site -> whether a row of the result is an image."""
+        whole = self.estimator in ("hutchinson", "hessian")
+        weights = {s.name for s in self.setting.table.weights}
+        return {n: per and not (whole and n in weights) for n, per in self.per_image.items()}
+
+    def until(
+        self, kept: Sequence[Any], images: Sequence[int], rows: Rows, share: Share, rtol: float, max_probes: int,
+        progress: bool | Bar, partial: Partial,
+    ) -> Rows:  # fmt: skip
+        """Fill ``rows`` until every site's standard error is below ``rtol`` of its trace; the sum over processes."""
+        mine = range(share.rank, len(kept), share.world)
+        bar = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
+        exact = self.estimator == "exact"
+        with bar as shown:
+            task = shown.begin("Hessian traces", len(mine))
+            turn, first = partial.restore(rows, share)
+            while True:
+                for done, b in enumerate(mine):
+                    if done < first:
+                        continue
+                    self._batch(kept[b], images[b], b, turn, rows)
+                    shown.advance(task, done + 1)
+                    partial.save(rows, turn, done + 1)
+                turn, first = turn + 1, 0
+                partial.save(rows, turn, 0)
+                rows.probes = 1 if exact else PER_ROUND * turn
+                final = rows.gathered(share.all_sum)
+                if exact:
+                    return final
+                worst, name = _worst(final)
+                free = min(final.freedom(s.name) for s in self.setting.table)
+                if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
+                    return final
+                if rows.probes + PER_ROUND > max_probes:
+                    self.setting.note(
+                        f"Stopped at {rows.probes} probes a batch with a standard error of {worst:.1%} at {name}."
+                    )
+                    return final
+                task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
+
+    def _batch(self, batch: Any, images: int, number: int, turn: int, rows: Rows) -> None:
+        """Two more probes of one batch, in as many parts as memory asks for."""
+        while True:
+            size = min(images, self.largest or images)
+            try:
+                found, sizes = self._parts(batch, images, size, number, turn)
+                break
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                text = str(error).strip().split("\n")[0]
+            # outside of the handler, so that the traceback no longer holds the graph
+            self._shrink(batch, images, size, text)
+        for values in found:
+            rows.add(number, values)
+        for site, value in sizes.items():
+            rows.size[site][rows.place(site, number)] = value
+
+    def settle(self, batch: Any, images: int) -> None:
+        """Memory ran out already: make sure that parts of ``images`` may stand for a batch, and say so.
+
+        Raises:
+            HawqError: they may not.
+        """
+        if not all(self.per_image.values()):
+            raise HawqError(
+                "Memory ran out, and the images of a batch cannot be told apart, so it cannot be measured in parts; "
+                "use a smaller batch size."
+            )
+        self._kind = self._kind or scale_of_parts(self.setting, batch, images, self.images_of)
+        self.largest = images
+        self.setting.notes[:] = [n for n in self.setting.notes if not n.startswith("Memory ran out")]
+        self.setting.note(f"Memory ran out: batches were measured {self.largest} images at a time.")
+
+    def _shrink(self, batch: Any, images: int, size: int, text: str) -> None:
+        if size < 2:
+            raise HawqError(f"Memory ran out with a single image at a time: {text}")
+        half = take(batch, images, 0, size // 2, self.images_of)
+        if half is None:
+            raise HawqError(f"Memory ran out, and it is not clear how to take images out of this batch: {text}")
+        self.settle(half, size // 2)
+
+    def _parts(
+        self, batch: Any, images: int, size: int, number: int, turn: int
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        if size == images:
+            return self._probe(batch, images, _mix(self.seed, number, turn))
+        unit = self.row_unit()
+        found: list[list[dict[str, torch.Tensor]]] = []
+        all_sizes: list[dict[str, torch.Tensor]] = []
+        for start in range(0, images, size):
+            stop = min(start + size, images)
+            part = take(batch, images, start, stop, self.images_of)
+            if part is None:
+                raise HawqError("Memory ran out, and it is not clear how to take images out of this batch.")
+            values, sizes = self._probe(part, stop - start, _mix(self.seed, number, turn, start))
+            share = (stop - start) / images if self._kind == "mean" else 1.0
+            found.append([{n: share * v for n, v in rows.items()} for rows in values])
+            all_sizes.append(sizes)
+        joined = []
+        for probe in zip(*found):
+            rows: dict[str, torch.Tensor] = {}
+            for n in dict.fromkeys(k for p in probe for k in p):
+                pieces = [p[n] for p in probe]
+                rows[n] = torch.cat(pieces) if unit[n] else torch.stack(pieces).sum(0)
+            joined.append(rows)
+        return joined, {n: torch.cat([s[n] for s in all_sizes]) for n in all_sizes[0]}
+
+    def _probe(
+        self, batch: Any, images: int, seed: int
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        found: list[dict[str, torch.Tensor]] = []
+        setting, per_image = self.setting, self.per_image
+        if self.estimator == "hutchinson":
+            sample = (rademacher if self.distribution == "rademacher" else gaussian)(generator)
+            sizes = hutchinson_batch(setting, batch, images, self.row_unit(), sample, PER_ROUND, found.append)
+        elif self.estimator == "hessian":
+            sizes = hessian_batch(
+                setting, batch, images, per_image, generator, PER_ROUND, found.append,
+                curved=self.curved, rotate=self.rotate,
+            )  # fmt: skip
+        else:
+            sizes = probe_batch(
+                setting, batch, images, per_image, generator, PER_ROUND, found.append,
+                rotate=self.rotate, exact=self.estimator == "exact",
+            )  # fmt: skip
+        return found, sizes
+
+
+def _worst(rows: Rows) -> tuple[float, str]:
+    """The largest standard error as a share of its trace; sites without curvature have none."""
+    worst, name = 0.0, ""
+    for s in rows.table:
+        error, trace = rows.stderr(s.name), abs(rows.trace(s.name))
+        if error > 0 and error > worst * trace:
+            worst, name = (error / trace if trace > 0 else math.inf), s.name
+    return worst, name
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
