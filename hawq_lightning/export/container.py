@@ -55,7 +55,7 @@ def write(path: str | Path, index: Index, blobs: Mapping[str, torch.Tensor], mos
     if length != _aligned(most) or json.loads(raw[8 : 8 + length]) != json.loads(text):
         raise AssertionError("safetensors laid the file out in an unforeseen way")
     raw[8 : 8 + length] = text.encode().ljust(length)
-    _write_bytes(Path(path), raw)
+    write_bytes(Path(path), raw)
     return len(raw)
 
 
@@ -122,7 +122,12 @@ def _aligned(length: int) -> int:
     return -(-length // 8) * 8
 
 
-def _write_bytes(path: Path, data: bytes | bytearray) -> None:
+def write_bytes(path: Path, data: bytes | bytearray) -> None:
+    """Write a file so that a crash leaves the old one or the new one.
+
+    Raises:
+        HawqError: it cannot be written there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -95,16 +95,19 @@ class Renaming:
         return tuple(key for key in keys if key.startswith(self.add))
 
 
-def renaming(index: Index, layers: Sequence[str]) -> Renaming:
-    """A file of ``task.net`` fits ``net`` and the other way round: the prefix that has to go, or to come."""
-    first = index.weights[0].layers[0]
+def renaming(first: str, layers: Sequence[str]) -> Renaming:
+    """What is stored for ``task.net`` fits ``net`` and the other way round: the prefix that has to go, or to come.
+
+    Args:
+        first: a layer's name as it is stored.
+        layers: names of the model's layers.
+    """
     if first in layers:
         return Renaming("", "")
-    for name in layers:
-        if first.endswith("." + name):
-            return Renaming(first[: -len(name)], "")
-        if name.endswith("." + first):
-            return Renaming("", name[: -len(first)])
+    if inner := [name for name in layers if name and first.endswith("." + name)]:
+        return Renaming(first[: -len(max(inner, key=len))], "")
+    if outer := [name for name in layers if name.endswith("." + first)]:
+        return Renaming("", min(outer, key=len)[: -len(first)])
     return Renaming("", "")
 
 

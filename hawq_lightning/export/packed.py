@@ -79,7 +79,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     """
     index = index_of(model, plan.sites)
     layers = _layers(model)
-    _check_armed(layers, plan)
+    check_armed(layers, plan)
     codes, scales, bits, kinds = [], [], [], []
     for site in index.weights:
         layer = layers[site.layers[0]]
@@ -170,7 +170,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """
     file = read_packed(path)
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    rename = renaming(file.index, [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
+    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
     owned = {id(modules[rename(n)]) for w in file.index.weights for n in w.layers if rename(n) in modules}
     targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
     stored = {rename.keys(t.keys): t for t in file.index.rest if rename.keys(t.keys)}
@@ -200,7 +200,8 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {plain(n): m for n, m in found if isinstance(m, QuantizedLayer)}
 
 
-def _check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
+def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
+    """Raise HawqError, naming the site, unless these twins carry exactly ``plan``."""
     planned: set[int] = set()
     for site in plan.sites:
         for name in site.layers:
