@@ -187,14 +187,25 @@ def batch_images(batch: Any, _top: bool = True) -> int:
             raise HawqError("The batch's first tensor has no batch axis.")
         return int(batch.shape[0])
     if isinstance(batch, Mapping):
-        for value in batch.values():
-            if isinstance(value, (torch.Tensor, Mapping, list, tuple)):
-                return batch_images(value, _top=False)
-    elif isinstance(batch, (list, tuple)) and batch:
-        if not _top and isinstance(batch[0], (torch.Tensor, Mapping)) and isinstance(batch, (list, tuple)):
+        values = list(batch.values())
+    elif isinstance(batch, (list, tuple)):
+        if not _top and batch and isinstance(batch[0], (torch.Tensor, Mapping)):
             return len(batch)
-        return batch_images(batch[0], _top=False)
+        values = list(batch)
+    else:
+        values = []
+    for value in values:
+        if _holds_tensor(value):  # names and paths may come before the images
+            return batch_images(value, _top=False)
     raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensor(v) for v in value)
+    return isinstance(value, torch.Tensor)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -48,18 +49,13 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
         if not source.is_defined():
             raise HawqError("The Trainer has no train dataloader to measure on; pass one to fit().")
         loaders = source.dataloader()
-        mode = None
         if isinstance(loaders, CombinedLoader):
-            loaders, mode = loaders.iterables, loaders._mode
+            loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
-        if shape is not None and not all(isinstance(x, DataLoader) for x in leaves):
-            leaves, shape = [loaders], None  # a plain list of batches is one loader
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
         drawn = [_from_loader(x, images, seed, overfit) for x in leaves]
         if shape is None:
             batches = drawn[0]
-        elif mode == "sequential":
-            batches = [b for d in drawn for b in d]
         else:
             batches = [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
@@ -209,6 +205,10 @@ def _loss(trainer: Trainer, loss_fn: Callable[..., Any] | None, module: Any, bat
         out = step(*args)
     except _LossFound as found:
         return found.loss
+    except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
+        raise HawqError(
+            f"{type(module).__name__}.training_step cannot run before training starts ({error}); {hint}."
+        ) from error
     finally:
         for p, needed in needs:  # toggle_optimizer had its way with them
             p.requires_grad_(needed)
@@ -235,10 +235,34 @@ def _snapshot(module: Any) -> dict[str, tuple[Any, Any]]:
         if name in states or isinstance(value, torch.Tensor):
             out[name] = (value, _copied(value))
         elif isinstance(value, (list, dict, set)):
-            out[name] = (value, copy.copy(value))
+            out[name] = (value, _Container(value))
         else:
             out[name] = (value, None)
     return out
+
+
+class _Container:
+    """What a list, dict or set holds, and the ones in it hold, put back in place: others may point at them."""
+
+    def __init__(self, value: Any) -> None:
+        self._parts: list[tuple[Any, Any]] = []
+        self._note(value, set())
+
+    def _note(self, value: Any, seen: set[int]) -> None:
+        if isinstance(value, (list, dict, set)) and id(value) not in seen:
+            seen.add(id(value))
+            self._parts.append((value, copy.copy(value)))
+            if not isinstance(value, set):
+                for inner in value.values() if isinstance(value, dict) else value:
+                    self._note(inner, seen)
+
+    def put_back(self) -> None:
+        for value, held in self._parts:
+            if isinstance(value, list):
+                value[:] = held
+            else:
+                value.clear()
+                value.update(held)
 
 
 def _copied(value: Any) -> Any:
@@ -256,11 +280,10 @@ def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
         elif isinstance(value, torch.Tensor):
             with torch.no_grad():
                 value.copy_(held) if value.shape == held.shape else None
+        elif isinstance(held, _Container):
+            held.put_back()
         elif isinstance(value, list):
             value[:] = held
-        elif isinstance(value, (dict, set)) and held is not None:
-            value.clear()
-            value.update(held)
         module.__dict__[name] = value
 
 

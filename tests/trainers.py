@@ -1,0 +1,109 @@
+"""LightningModules as their users write them, small data, and what every test of the callback asserts."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.quantization import armed_bits
+
+FEATURES, CLASSES, IMAGES = 12, 4, 64
+
+
+def blobs(count=IMAGES, seed=0):
+    """Four noisy clouds: images are vectors of 12 numbers."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, CLASSES, (count,), generator=g)
+    centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(99))
+    return TensorDataset(centres[y] + 0.4 * torch.randn(count, FEATURES, generator=g), y)
+
+
+def loader(batch_size=16, shuffle=True, **kwargs):
+    return DataLoader(blobs(), batch_size, shuffle=shuffle, **kwargs)
+
+
+def mlp(width=16, out=CLASSES):
+    return nn.Sequential(
+        nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Dropout(0.1),
+        nn.Linear(width, width + 8), nn.ReLU(), nn.Linear(width + 8, out),
+    )  # fmt: skip
+
+
+class Classifier(LightningModule):
+    def __init__(self, width=16):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = mlp(width)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        self.log("val_loss", F.cross_entropy(logits, y))
+        self.log("val_acc", (logits.argmax(1) == y).float().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+
+def hawq(**kwargs):
+    settings = {"budget": "9x", "images": 32, "rtol": 0.5, "progress": False} | kwargs
+    return HAWQ(**settings)
+
+
+def trainer(folder, *callbacks, **kwargs):
+    settings = {
+        "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
+        "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    return Trainer(callbacks=list(callbacks), **(settings | kwargs))
+
+
+def weight_widths(model):
+    return {bits for name, bits in armed_bits(model).items() if name.endswith(".weight")}
+
+
+def assert_mixed(model, callback=None):
+    """Armed, with at least two widths, and as the plan says."""
+    assert len(weight_widths(model)) >= 2, armed_bits(model)
+    if callback is not None:
+        known = armed_bits(model)
+        for site in callback.plan.sites:
+            for layer in site.layers:
+                assert known[f"{layer}.{'weight' if site.kind == 'weight' else 'input'}"] == site.bits
+
+
+def fit(folder, model, data, **kwargs):
+    """Fit with HAWQ and one epoch; returns the callback."""
+    own = {k: kwargs.pop(k) for k in list(kwargs) if k in TRAINER_KEYS}
+    callback = hawq(**kwargs)
+    trainer(folder, callback, **own).fit(model, data)
+    assert_mixed(model, callback)
+    return callback
+
+
+TRAINER_KEYS = {"max_epochs", "accumulate_grad_batches", "precision", "overfit_batches", "limit_train_batches"}
+
+
+def same_states(a, b):
+    """Bitwise equal state dicts, but for quantizers."""
+    a, b = ({k: v for k, v in s.items() if "_quantizer." not in k} for s in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
