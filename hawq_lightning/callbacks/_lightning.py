@@ -54,10 +54,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
         drawn = [_from_loader(x, images, seed, overfit) for x in leaves]
-        if shape is None:
-            batches = drawn[0]
-        else:
-            batches = [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
+        batches = drawn[0] if shape is None else [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
     return batches

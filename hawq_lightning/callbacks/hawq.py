@@ -30,9 +30,10 @@ class HAWQ(Callback):
         budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
         selector: rule of choice: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ...
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
-        estimator: ``ggn``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
+        estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
+        max_probes: random vectors a batch at the most.
         start: epochs of float training before measuring; 0: at once.
         plan: install this plan (or file) and measure nothing.
         sensitivity: choose from these traces (or file) and measure nothing.
@@ -62,9 +63,10 @@ class HAWQ(Callback):
         *,
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
-        estimator: str = "ggn",
+        estimator: str = "auto",
         images: int = 512,
         rtol: float = 0.05,
+        max_probes: int = 64,
         start: int = 0,
         plan: Plan | str | Path | None = None,
         sensitivity: Sensitivity | str | Path | None = None,
@@ -83,7 +85,8 @@ class HAWQ(Callback):
         self.start = start
         self.measurer = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, estimator=estimator,
-            images=images, rtol=rtol, sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
+            images=images, rtol=rtol, max_probes=max_probes,
+            sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
             input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed, dirpath=dirpath, progress=progress,
         )  # fmt: skip
         self.installer = InstallPlan(plan, include, exclude)

@@ -44,9 +44,10 @@ class MeasureTraces(Callback):
         budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
         selector: rule of choice, see :data:`hawq_lightning.selection.SELECTORS`.
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
-        estimator: ``ggn``, ``hutchinson`` or ``exact``.
+        estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
+        max_probes: random vectors a batch at the most.
         sensitivity: an earlier measurement, or its file, instead of a new one.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``.
         exclude: likewise; the module's own ``quantization_exclude`` is added.
@@ -72,9 +73,10 @@ class MeasureTraces(Callback):
         *,
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
-        estimator: str = "ggn",
+        estimator: str = "auto",
         images: int = 512,
         rtol: float = 0.05,
+        max_probes: int = 64,
         sensitivity: Sensitivity | str | Path | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
@@ -95,6 +97,7 @@ class MeasureTraces(Callback):
             raise HawqError(f"images is {images}; at least one is needed to measure on.")
         self.budget, self.selector, self.constraints = budget, selector, dict(constraints or {})
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
+        self.max_probes = max_probes
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.include, self.exclude, self.loss_fn, self.codes = include, exclude, loss_fn, codes
         self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
@@ -143,8 +146,8 @@ class MeasureTraces(Callback):
             overhead = packed_overhead(pl_module, self._chosen(table))
             self._check_budget(table, overhead)
             self.sensitivity = self.given or measure(
-                pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol, seed=self.seed,
-                progress=show, share=share_of(trainer), reuse=_saved(folder / "sensitivity.json"),
+                pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
+                max_probes=self.max_probes, seed=self.seed, progress=show, share=share_of(trainer), reuse=_saved(folder / "sensitivity.json"),
             )  # fmt: skip
             self._check_given(table)
             if trainer.is_global_zero:

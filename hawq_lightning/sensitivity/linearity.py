@@ -51,19 +51,23 @@ def check_linearity(
     generator = torch.Generator().manual_seed(seed)
     sample = gaussian(generator)
 
+    # the direction requires gradients so that kernels without a second derivative say so, instead of seeming constant
+    directions: list[torch.Tensor] = []
+
     def random(step: Pass) -> list[torch.Tensor]:
-        return [sample(v) for v in step.hessian.values]
+        directions[:] = [sample(v).requires_grad_(True) for v in step.hessian.values]
+        return directions
 
     try:
         with slopes_of(setting, batch, per_image, random, weights=False) as slopes:
             serial = _in_series(slopes)
-            smooth = not _bends(slopes, list(slopes.points), sample)
+            smooth = not _bends(slopes, list(slopes.points), sample, directions)
         if smooth and not serial:
             return Linearity()
         sites = serial if smooth else None
         with slopes_of(setting, batch, per_image, random, sites=sites) as slopes:
             return Linearity(tuple(s.name for s in setting.table if s.name in slopes.points
-                                   and _bends(slopes, [s.name], sample)))  # fmt: skip
+                                   and _bends(slopes, [s.name], sample, directions)))  # fmt: skip
     except (RuntimeError, NotImplementedError) as error:
         return Linearity(failed=str(error).strip().split("\n")[0].rstrip("."))
 
@@ -131,7 +135,7 @@ def _few(
     return batch, images
 
 
-def _bends(slopes: Slopes, sites: list[str], sample: Any) -> bool:
+def _bends(slopes: Slopes, sites: list[str], sample: Any, directions: list[torch.Tensor]) -> bool:
     """Whether the gradients at ``sites`` change when all of these are disturbed."""
     pairs = [
         (p, g, sample(p))
@@ -143,10 +147,10 @@ def _bends(slopes: Slopes, sites: list[str], sample: Any) -> bool:
         return False
     points = [p for p, _, _ in pairs]
     found = torch.autograd.grad(
-        [g for _, g, _ in pairs], points, [v for _, _, v in pairs], retain_graph=True, allow_unused=True
+        [g for _, g, _ in pairs], [*points, *directions], [v for _, _, v in pairs], retain_graph=True, allow_unused=True
     )
-    change = sum(float(h.norm()) for h in found if h is not None)
-    expected = sum(float(g.norm() * v.norm() / p.norm().clamp_min(1e-30)) for p, g, v in pairs)
+    change = sum(float(h.norm()) for h in found[: len(points)] if h is not None)
+    expected = sum(float(g.detach().norm() * v.norm() / p.detach().norm().clamp_min(1e-30)) for p, g, v in pairs)
     return change > _VANISHES * expected
 
 

@@ -130,7 +130,7 @@ def measure(
             None if few == images[0] else few,
         )  # fmt: skip
         if rounds.largest is not None:
-            rounds.settle(first, few)
+            rounds.settle(kept[0], images[0], few)
         share = share or Share()
         partial = Partial(resume, key, share.rank)
         unit = rounds.row_unit()

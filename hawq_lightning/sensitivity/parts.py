@@ -12,7 +12,8 @@ from hawq_lightning.sensitivity.forward import Setting, forward_pass
 from hawq_lightning.sites import batch_images
 
 ImagesOf = Callable[[Any], int]
-_ENOUGH = 16  # images to tell a mean from a sum by
+_ENOUGH = 16  # images at a time to tell a mean from a sum by
+_WINDOWS = 8
 
 
 def take(batch: Any, images: int, start: int, stop: int, images_of: ImagesOf = batch_images) -> Any | None:
@@ -60,16 +61,16 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def scale_of_parts(setting: Setting, batch: Any, images: int, images_of: ImagesOf) -> str:
+def scale_of_parts(setting: Setting, batch: Any, images: int, size: int, images_of: ImagesOf) -> str:
     """How the loss of a part relates to the loss of the batch: ``mean`` or ``sum`` over images.
 
-    The output Hessian of an image is compared in a part and in half of that part, so that the whole batch is never
-    needed.
+    The output Hessian of an image is compared in a part of ``size`` images and in half of that part, all along the
+    batch, so that the whole batch is never needed.
 
     Raises:
         HawqError: neither, so that parts do not add up to the batch.
     """
-    size = min(images, _ENOUGH) // 2 * 2
+    size = min(size, _ENOUGH) // 2 * 2
     if size < 2:
         raise HawqError("Memory ran out with two images at a time; make them smaller.")
     nothing = {s.name: False for s in setting.table}
@@ -86,14 +87,17 @@ def scale_of_parts(setting: Setting, batch: Any, images: int, images_of: ImagesO
             turned = step.hessian([p.expand_as(v) for p, v in zip(probe, values)])
             return [t.detach() for t in (*step.hessian([torch.ones_like(v) for v in values]), *turned)]
 
-    whole = curvature(0, size)
+    half = size // 2
+    starts = list(range(0, images - size + 1, half))
     ratios = []
-    for start in (0, size // 2):
-        half = curvature(start, start + size // 2)
-        top = max(float(b.abs().max()) for b in half)
-        for a, b in zip(whole, half):
-            solid = b.abs() > 1e-3 * top
-            ratios += (a[start : start + size // 2][solid] / b[solid]).tolist()
+    for first in starts[:: -(-len(starts) // _WINDOWS)]:
+        whole = curvature(first, first + size)
+        for shift in (0, half):
+            alone = curvature(first + shift, first + shift + half)
+            top = max(float(b.abs().max()) for b in alone)
+            for a, b in zip(whole, alone):
+                solid = b.abs() > 1e-3 * top
+                ratios += (a[shift : shift + half][solid] / b[solid]).tolist()
     for kind, wanted in (("mean", 0.5), ("sum", 1.0)):
         if ratios and all(abs(r - wanted) < 0.01 * wanted for r in ratios):
             return kind

@@ -15,14 +15,16 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.sensitivity.forward import Setting
 from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.guard import SIGNIFICANT
 from hawq_lightning.sensitivity.hutchinson import hessian_batch, hutchinson_batch
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, scale_of_parts, take
+from hawq_lightning.sensitivity.quiet import release_memory
 from hawq_lightning.sensitivity.resume import Partial
 from hawq_lightning.sensitivity.rows import AllSum, Rows
 from hawq_lightning.sensitivity.slopes import gaussian, rademacher
 
 PER_ROUND = 2
-_MIN_FREEDOM = 64  # below it a standard error is itself a guess
+_MIN_FREEDOM = 20  # below it a standard error is itself a guess
 _SAFETY = 1.15  # stopping at the first small error picks lucky ones
 
 
@@ -84,6 +86,7 @@ class Rounds:
                     if done < first:
                         continue
                     self._batch(kept[b], images[b], b, turn, rows)
+                    release_memory()
                     shown.advance(task, done + 1)
                     partial.save(rows, turn, done + 1)
                 turn, first = turn + 1, 0
@@ -92,7 +95,7 @@ class Rounds:
                 final = rows.gathered(share.all_sum)
                 if exact:
                     return final
-                worst, name = _worst(final)
+                worst, name = _worst(final, rtol)
                 free = min(final.freedom(s.name) for s in self.setting.table)
                 if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
                     return final
@@ -115,14 +118,16 @@ class Rounds:
                     raise
                 text = str(error).strip().split("\n")[0]
             # outside of the handler, so that the traceback no longer holds the graph
-            self._shrink(batch, images, size, text)
+            if size < 2:
+                raise HawqError(f"Memory ran out with a single image at a time: {text}")
+            self.settle(batch, images, size // 2)
         for values in found:
             rows.add(number, values)
         for site, value in sizes.items():
             rows.size[site][rows.place(site, number)] = value
 
-    def settle(self, batch: Any, images: int) -> None:
-        """Memory ran out already: make sure that parts of ``images`` may stand for a batch, and say so.
+    def settle(self, batch: Any, images: int, size: int) -> None:
+        """Memory ran out: make sure that parts of ``size`` images may stand for a batch, and say so.
 
         Raises:
             HawqError: they may not.
@@ -132,18 +137,16 @@ class Rounds:
                 "Memory ran out, and the images of a batch cannot be told apart, so it cannot be measured in parts; "
                 "use a smaller batch size."
             )
-        self._kind = self._kind or scale_of_parts(self.setting, batch, images, self.images_of)
-        self.largest = images
+        while not self._kind:
+            try:
+                self._kind = scale_of_parts(self.setting, batch, images, size, self.images_of)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                size //= 2
+        self.largest = size
         self.setting.notes[:] = [n for n in self.setting.notes if not n.startswith("Memory ran out")]
-        self.setting.note(f"Memory ran out: batches were measured {self.largest} images at a time.")
-
-    def _shrink(self, batch: Any, images: int, size: int, text: str) -> None:
-        if size < 2:
-            raise HawqError(f"Memory ran out with a single image at a time: {text}")
-        half = take(batch, images, 0, size // 2, self.images_of)
-        if half is None:
-            raise HawqError(f"Memory ran out, and it is not clear how to take images out of this batch: {text}")
-        self.settle(half, size // 2)
+        self.setting.note(f"Memory ran out: batches were measured {size} images at a time.")
 
     def _parts(
         self, batch: Any, images: int, size: int, number: int, turn: int
@@ -193,13 +196,24 @@ class Rounds:
         return found, sizes
 
 
-def _worst(rows: Rows) -> tuple[float, str]:
-    """The largest standard error as a share of its trace; sites without curvature have none."""
+def _worst(rows: Rows, rtol: float) -> tuple[float, str]:
+    """The largest standard error as a share of its trace, over the sites that still matter.
+
+    A site does not if its upper bound is already below the lowest solid mean trace of its kind: bits are chosen as if
+    it had that one (see :mod:`hawq_lightning.sensitivity.guard`), however exactly it is known.
+    """
+    told = {s.name: (abs(rows.trace(s.name)), rows.stderr(s.name)) for s in rows.table}
+    solid: dict[str, float] = {}
+    for s in rows.table:
+        trace, error = told[s.name]
+        if trace > 0 and error <= rtol * trace and rows.trace(s.name) > 0:
+            solid[s.kind] = min(solid.get(s.kind, math.inf), trace / s.numel)
     worst, name = 0.0, ""
     for s in rows.table:
-        error, trace = rows.stderr(s.name), abs(rows.trace(s.name))
-        if error > 0 and error > worst * trace:
-            worst, name = (error / trace if trace > 0 else math.inf), s.name
+        trace, error = told[s.name]
+        if error <= worst * trace or (trace + SIGNIFICANT * error) / s.numel <= solid.get(s.kind, 0.0):
+            continue
+        worst, name = (error / trace if trace > 0 else math.inf), s.name
     return worst, name
 
 
