@@ -190,7 +190,10 @@ def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _loss(trainer: Trainer, loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
     if loss_fn is not None:
-        return loss_fn(module, batch)
+        out = loss_fn(module, batch)
+        if not isinstance(out, torch.Tensor):
+            raise HawqError(f"loss_fn returned {type(out).__name__}; it takes (module, batch) and returns the loss.")
+        return out
     step = module.training_step
     hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):

@@ -147,7 +147,8 @@ class MeasureTraces(Callback):
             self._check_budget(table, overhead)
             self.sensitivity = self.given or measure(
                 pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                max_probes=self.max_probes, seed=self.seed, progress=show, share=share_of(trainer), reuse=_saved(folder / "sensitivity.json"),
+                max_probes=self.max_probes, seed=self.seed, progress=show, share=share_of(trainer),
+                reuse=_saved(folder / "sensitivity.json"),
             )  # fmt: skip
             self._check_given(table)
             if trainer.is_global_zero:

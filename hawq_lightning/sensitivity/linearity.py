@@ -145,6 +145,8 @@ def _bends(slopes: Slopes, sites: list[str], sample: Any, directions: list[torch
     ]
     if not pairs:
         return False
+    if once := _once_only([g for _, g, _ in pairs]):
+        raise NotImplementedError(f"an operation has no second derivative ({once})")
     points = [p for p, _, _ in pairs]
     found = torch.autograd.grad(
         [g for _, g, _ in pairs], [*points, *directions], [v for _, _, v in pairs], retain_graph=True, allow_unused=True
@@ -162,6 +164,20 @@ def _in_series(slopes: Slopes) -> list[str]:
         if len(nodes) > 1 and any(_reaches(start, nodes - {start}) for start in nodes):
             out.append(site)
     return out
+
+
+def _once_only(slopes: list[torch.Tensor]) -> str:
+    """The name of a node that stands for a missing second derivative, or nothing."""
+    stack = [g.grad_fn for g in slopes if g.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name().rpartition("::")[2] in ("Error", "NotImplemented"):
+            return "once_differentiable" if node.name().endswith("Error") else "not implemented"
+        new = {p for p, _ in node.next_functions if p is not None} - seen
+        seen |= new
+        stack += new
+    return ""
 
 
 def _reaches(start: Any, goals: set[Any]) -> bool:
