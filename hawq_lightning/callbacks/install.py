@@ -104,6 +104,11 @@ class InstallPlan(Callback):
         arm(pl_module, plan)
         if not armed_bits(pl_module):
             raise HawqError("The plan arms no layer of this model.")
+        planned = {name for s in plan.sites for name in s.layers}
+        left = [name for name in quantized_layers(pl_module) if name not in planned]
+        if left and plan is self._given:
+            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+            rank_zero_warn(f"HAWQ: the plan says nothing of {', '.join(left[:4])}{more}: they stay float.")
         sync_averages(trainer, pl_module)
         self._plan = plan
 

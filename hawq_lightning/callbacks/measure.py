@@ -196,6 +196,12 @@ class MeasureTraces(Callback):
                 f"The sensitivity has no trace for {', '.join(missing[:4])}; it was measured on another model "
                 f"(its first site is {next(iter(self.sensitivity)).name})."
             )
+        for s in table:
+            if self.sensitivity[s.name].numel != s.numel:
+                raise HawqError(
+                    f"The sensitivity was measured on another model: {s.name} has {s.numel} elements here and "
+                    f"{self.sensitivity[s.name].numel} there."
+                )
 
     def _warn_untrained(self, pl_module: LightningModule, batches: list[Any], loss_fn: Any, plan: Plan) -> None:
         assert self.sensitivity is not None

@@ -75,9 +75,13 @@ def arm(model: nn.Module, plan: Plan) -> None:
     check_plan(model, plan)
     layers = install(model)
     disarm(model)
-    for s in plan.sites:
-        for name in s.layers:
-            arm_site(layers[name], s)
+    try:
+        for s in plan.sites:
+            for name in s.layers:
+                arm_site(layers[name], s)
+    except HawqError:
+        disarm(model)  # all or nothing
+        raise
 
 
 @torch.no_grad()
