@@ -64,6 +64,7 @@ class HAWQ(Callback):
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
         estimator: str = "auto",
+        l1: str = "fisher",
         images: int = 512,
         rtol: float = 0.05,
         max_probes: int = 64,
@@ -84,8 +85,8 @@ class HAWQ(Callback):
             raise HawqError(f"start is {start!r}; it is a number of epochs, 0 or more.")
         self.start = start
         self.measurer = MeasureTraces(
-            weight_bits, activation_bits, budget, selector=selector, constraints=constraints, estimator=estimator,
-            images=images, rtol=rtol, max_probes=max_probes,
+            weight_bits, activation_bits, budget, selector=selector, constraints=constraints,
+            estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
             input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed, dirpath=dirpath, progress=progress,
         )  # fmt: skip
@@ -128,6 +129,7 @@ class HAWQ(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
+        self.installer.before_data()
         if self.installer.restored(pl_module):
             return
         if not quantizable_layers(pl_module)[0]:
@@ -136,6 +138,10 @@ class HAWQ(Callback):
             self._quantize(trainer, pl_module)
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.start:
             raise HawqError(f"start={self.start} leaves none of the {trainer.max_epochs} epochs for fine-tuning.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Random states of a resumed epoch."""
+        self.installer.on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin after ``start`` epochs of float training."""

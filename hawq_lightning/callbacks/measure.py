@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from hawq_lightning.callbacks._lightning import (
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
-from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused
+from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused, plan_loss
 from hawq_lightning.selection import Frontier, Problem, select, with_stability
-from hawq_lightning.sensitivity import ESTIMATORS, Sensitivity, measure
+from hawq_lightning.sensitivity import ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
 from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites
@@ -74,6 +75,7 @@ class MeasureTraces(Callback):
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
         estimator: str = "auto",
+        l1: str = "fisher",
         images: int = 512,
         rtol: float = 0.05,
         max_probes: int = 64,
@@ -96,6 +98,9 @@ class MeasureTraces(Callback):
         if images < 1:
             raise HawqError(f"images is {images}; at least one is needed to measure on.")
         self.budget, self.selector, self.constraints = budget, selector, dict(constraints or {})
+        if l1 not in L1:
+            raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
+        self.l1 = l1
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
         self.max_probes = max_probes
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
@@ -107,6 +112,7 @@ class MeasureTraces(Callback):
         self.frontier: Frontier | None = None
         self.plan: Plan | None = None
         self.loss_check: list[dict[str, Any]] = []
+        self.eigenvalues: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and select."""
@@ -147,8 +153,8 @@ class MeasureTraces(Callback):
             self._check_budget(table, overhead)
             self.sensitivity = self.given or measure(
                 pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                max_probes=self.max_probes, seed=self.seed, progress=show, share=share_of(trainer),
-                reuse=_saved(folder / "sensitivity.json"),
+                max_probes=self.max_probes, l1=self.l1, seed=self.seed, progress=show, share=share_of(trainer),
+                reuse=_saved(folder / "sensitivity.json"), resume=folder / "sensitivity.partial",
             )  # fmt: skip
             self._check_given(table)
             if trainer.is_global_zero:
@@ -158,7 +164,7 @@ class MeasureTraces(Callback):
                 activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes, progress=show,
             )  # fmt: skip
             problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
-            chosen = select(problem, self.budget, self.selector, seed=self.seed)
+            chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
             self.frontier = problem.frontier("weight_bytes")
             if self.selector in ("pareto", "monotone") and self.stability_draws:
                 chosen = with_stability(problem, chosen, bootstraps=self.stability_draws)
@@ -177,6 +183,25 @@ class MeasureTraces(Callback):
                     write_text(folder / "loss_check.csv", _csv(self.loss_check))
         self._log(trainer, plan)
         return plan
+
+    def _select(
+        self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], loss_fn: Any, problem: Problem
+    ) -> Plan:
+        """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
+        pick = partial(select, problem, self.budget, self.selector, seed=self.seed)
+        if self.selector in ("top_eigenvalue", "hawq"):
+            wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
+            found = top_eigenvalues(
+                pl_module, batches, loss_fn, sites=self.sites, only=wanted, rtol=self.rtol, seed=self.seed,
+                progress=self.progress and shows_progress(trainer), share=share_of(trainer),
+            )  # fmt: skip
+            self.eigenvalues = {n: max(0.0, v) for n, v in found.items()}
+            chosen = pick(eigenvalues=self.eigenvalues)
+            return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
+        if self.selector == "accuracy":
+            with plan_loss(pl_module, batches, loss_fn) as measure_loss:
+                return pick(measure_loss=measure_loss)
+        return pick()
 
     def _chosen(self, table: SiteTable) -> list[Any]:
         return [s for s in table if s.kind == "weight" or self.activation_bits is not None]

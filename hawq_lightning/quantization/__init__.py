@@ -16,6 +16,7 @@ from hawq_lightning.quantization.install import (
 )
 from hawq_lightning.quantization.loss_check import loss_check
 from hawq_lightning.quantization.perturbation import options, weight_options
+from hawq_lightning.quantization.plan_loss import plan_loss
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, check_bits
 from hawq_lightning.quantization.twins import QuantizedLayer
 
@@ -34,6 +35,7 @@ __all__ = [
     "loss_check",
     "options",
     "paused",
+    "plan_loss",
     "plan_of",
     "quantize",
     "quantized_layers",

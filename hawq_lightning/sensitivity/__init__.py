@@ -1,6 +1,17 @@
 """Hessian traces of every weight and activation, with standard errors (paper 2.1, 2.2, 3.1)."""
 
-from hawq_lightning.sensitivity.measure import ESTIMATORS, Share, measure
+from hawq_lightning.sensitivity.eigen import Eigenpairs, top_eigenpairs, top_eigenvalues
+from hawq_lightning.sensitivity.measure import ESTIMATORS, L1, Share, measure
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 
-__all__ = ["ESTIMATORS", "Sensitivity", "Share", "SiteTrace", "measure"]
+__all__ = [
+    "ESTIMATORS",
+    "L1",
+    "Eigenpairs",
+    "Sensitivity",
+    "Share",
+    "SiteTrace",
+    "measure",
+    "top_eigenpairs",
+    "top_eigenvalues",
+]

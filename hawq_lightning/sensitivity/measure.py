@@ -24,7 +24,7 @@ from hawq_lightning.sensitivity.rounds import Rounds, Share
 from hawq_lightning.sensitivity.rows import Rows
 from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites, quantizable_layers
 
-__all__ = ["ESTIMATORS", "Share", "measure"]
+__all__ = ["ESTIMATORS", "L1", "Share", "measure"]
 
 ESTIMATORS = ("auto", "ggn", "hessian", "hutchinson", "exact")
 L1 = ("zero", "fisher")

@@ -1,0 +1,64 @@
+"""The measured loss of whole plans: what the selector ``accuracy`` searches by, in the place of traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization.install import arm_site, check_plan, disarm, install, quantizers, uninstall
+from hawq_lightning.quantization.twins import QuantizedLayer
+from hawq_lightning.sensitivity.quiet import quiet, to_device
+from hawq_lightning.sites import batch_images
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@contextmanager
+def plan_loss(
+    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, images_of: Callable[[Any], int] = batch_images
+) -> Iterator[Callable[[Plan], float]]:
+    """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
+
+    Only sites whose bits differ from the last plan's are armed again.
+
+    Args:
+        model: float, or with quantizers that are off (or paused), and off afterwards.
+        batches: the mean loss is over these.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        images_of: number of images in a batch.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = [to_device(b, device) for b in batches]
+    images = [images_of(b) for b in kept]
+    had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    layers = install(model)
+    were_paused = [q for q in quantizers(model) if q.paused]
+    for quantizer in were_paused:
+        quantizer.paused = False
+    armed: dict[str, PlanSite] = {}
+
+    def loss_of(plan: Plan) -> float:
+        if not armed:
+            check_plan(model, plan)
+        for site in plan.sites:
+            known = armed.get(site.name)
+            if known is None or (known.bits, known.code) != (site.bits, site.code):
+                for name in site.layers:
+                    arm_site(layers[name], site)
+                armed[site.name] = site
+        return sum(float(loss_fn(model, b)) * n for b, n in zip(kept, images)) / sum(images)
+
+    try:
+        with quiet(model), torch.no_grad():
+            yield loss_of
+    finally:
+        disarm(model)
+        for quantizer in were_paused:
+            quantizer.paused = True
+        if not had:
+            uninstall(model)
