@@ -42,6 +42,7 @@ class Agreement:
         disagreements: the other images; ``difference`` there is the greatest change of the gap between two logits.
         flipped: layer input -> activation codes that differ.
         codes: layer input -> activation codes compared.
+        classes: whether the output is class logits; otherwise ``same`` says nothing.
     """
 
     images: int
@@ -50,6 +51,7 @@ class Agreement:
     disagreements: tuple[Disagreement, ...]
     flipped: Mapping[str, int]
     codes: Mapping[str, int]
+    classes: bool = True
 
     @property
     def share(self) -> float:
@@ -61,7 +63,7 @@ class Agreement:
         flipped, codes = sum(self.flipped.values()), sum(self.codes.values())
         return {
             "images": self.images,
-            "same_top1": self.same,
+            "same_top1": self.same if self.classes else None,
             "largest_difference": self.difference,
             "disagreements": [vars(d) for d in self.disagreements],
             "flipped_codes": flipped,
@@ -71,8 +73,9 @@ class Agreement:
 
     def __str__(self) -> str:
         flipped, codes = sum(self.flipped.values()), sum(self.codes.values())
+        top = f"onnxruntime agrees on {self.same} of {self.images} images ({self.share:.2%})"
         return (
-            f"onnxruntime agrees on {self.same} of {self.images} images ({self.share:.2%}), outputs differ by at most "
+            f"{top if self.classes else f'onnxruntime on {self.images} images'}, outputs differ by at most "
             f"{self.difference:.2g}, {flipped:,} of {codes:,} activation codes flipped"
         )
 
@@ -98,7 +101,7 @@ def compare(
     layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
-    different, count, worst = [], 0, 0.0
+    different, count, worst, classes = [], 0, 0.0, True
     mode = model.training
     model.eval()
     try:
@@ -110,7 +113,8 @@ def compare(
             feed = {whole.get_inputs()[0].name: x.cpu().numpy()}
             found = whole.run(None, feed)
             worst = max(worst, *(float(np.abs(w - f).max()) for w, f in zip(wanted, found)))
-            different += _differences(wanted[0], found[0], count)
+            classes = len(wanted) == 1 and wanted[0].ndim == 2
+            different += _differences(wanted[0], found[0], count) if classes else []
             if inside is not None:
                 for tensor, values in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
@@ -125,7 +129,7 @@ def compare(
     if not count:
         raise HawqError("There are no images to compare on.")
     same = count - len({d.image for d in different})
-    return Agreement(count, same, worst, tuple(different), dict(flipped), dict(counted))
+    return Agreement(count, same, worst, tuple(different), dict(flipped), dict(counted), classes)
 
 
 def session(path: str | Path | bytes, threads: int | None = None, optimize: bool = True) -> Any:
@@ -207,8 +211,6 @@ def _leaves(result: Any) -> list[np.ndarray]:
 
 
 def _differences(wanted: np.ndarray, found: np.ndarray, start: int) -> list[Disagreement]:
-    if wanted.ndim != 2:  # not class logits
-        return []
     out = []
     for i in np.flatnonzero(wanted.argmax(1) != found.argmax(1)):
         second, first = np.sort(wanted[i])[-2:]

@@ -11,6 +11,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export.extra import require
 
 INT2_OPSET = 25
+_WIDTHS = (2, 4, 8, 16)
 # IR versions that came with the opsets
 _IR = {21: 10, 25: 13}
 
@@ -29,22 +30,21 @@ def narrow(proto: Any) -> dict[str, str]:
     """
     onnx = require("onnx")
     types = {}
-    for tensor in weights(proto):
+    for name in [t.name for t in weights(proto)]:
+        tensor = next(t for t in proto.graph.initializer if t.name == name)
         values = onnx.numpy_helper.to_array(tensor).astype(np.int16)
-        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-        bits = next(b for b in (2, 4, 8, 16) if -(1 << (b - 1)) <= low and high < 1 << (b - 1))
+        if _four_odd_levels(values):
+            values = (values - 1) // 2
+            _add_half(proto, tensor.name)
+        bits = next(b for b in _WIDTHS if b == _WIDTHS[-1] or _fits(values, b))
         types[tensor.name] = f"INT{bits}"
         kind = getattr(onnx.TensorProto, f"INT{bits}", None)
         if kind is None:
             raise HawqError(
-                f"onnx {onnx.__version__} has no INT{bits}: pip install 'onnx>=1.20', or use 3 bits or more."
+                f"onnx {onnx.__version__} has no INT{bits}, which {tensor.name} needs: pip install -U onnx."
             )
-        name, shape = tensor.name, list(tensor.dims)
-        if bits < 8:
-            packed = _pack(values, bits)
-            tensor.CopyFrom(onnx.helper.make_tensor(name, kind, shape, packed.tobytes(), raw=True))
-        else:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(f"int{bits}"), name))
+        packed = _pack(values, bits) if bits < 8 else values.astype(f"<i{bits // 8}")
+        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, list(tensor.dims), packed.tobytes(), raw=True))
     if "INT2" in types.values():
         _raise_opset(proto, INT2_OPSET)
     return types
@@ -58,6 +58,44 @@ def weights(proto: Any) -> Iterator[Any]:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored and node.input[0] not in seen:
             seen.add(node.input[0])
             yield stored[node.input[0]]
+
+
+def _fits(values: np.ndarray, bits: int) -> bool:
+    half = 1 << (bits - 1)
+    return not values.size or (-half <= int(values.min()) and int(values.max()) < half)
+
+
+def _four_odd_levels(values: np.ndarray) -> bool:
+    """Whether these are the levels -3, -1, 1, 3 of two midrise bits, which INT2 holds only as -2 to 1 and a half."""
+    return not _fits(values, 2) and bool((values % 2 == 1).all()) and int(np.abs(values).max()) <= 3
+
+
+def _add_half(proto: Any, codes: str) -> None:
+    """``(2c + 1) * h`` as ``c * 2h + h``: for codes of two bits the same floats, since ``c * 2h`` is exact."""
+    onnx = require("onnx")
+    stored = {t.name: t for t in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        if node.op_type != "DequantizeLinear" or node.input[0] != codes:
+            continue
+        half = onnx.numpy_helper.to_array(stored[node.input[1]])
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        shape = [-1 if i == axis else 1 for i in range(len(stored[codes].dims))]
+        names = (f"{node.input[1]}.doubled", f"{node.input[1]}.half")
+        for name, array in zip(names, (2 * half, half.reshape(shape))):
+            if name not in stored:
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        result = node.output[0]
+        nodes[-1].input[1] = names[0]
+        nodes[-1].output[0] = f"{result}.without_half"
+        nodes.append(onnx.helper.make_node("Add", [nodes[-1].output[0], names[1]], [result], name=f"{node.name}.half"))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    for i in reversed(range(len(proto.graph.initializer))):
+        if proto.graph.initializer[i].name not in read:
+            del proto.graph.initializer[i]
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """ONNX with real low-bit weights.
 
 Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear, the narrowest type that holds a
-layer's codes; activations pass QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear.
+layer's codes (INT16 for midrise codes of 8 bits); activations pass QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear.
 Only standard operators are used. INT2 needs opset 25 (onnx 1.23, onnxruntime 1.32), everything else opset 21.
 """
 
@@ -67,6 +67,7 @@ def to_onnx(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold)
     proto = _translate(deployed.model, deployed.inputs)
+    _strip(proto)
     if exact:
         split_bias(proto)
     narrow(proto)
@@ -208,7 +209,6 @@ def _why(error: BaseException) -> str:
 def _describe(proto: Any, deployed: Deployed) -> None:
     from hawq_lightning import __version__
 
-    _strip(proto)
     proto.producer_name, proto.producer_version = "hawq_lightning", __version__
     plan = deployed.plan
     about = {
