@@ -173,6 +173,11 @@ def channel_axis(module: nn.Module) -> int:
     return 1 if issubclass(layer_type(module), nn.modules.conv._ConvTransposeNd) else 0
 
 
+def site_name(layer: str, part: str) -> str:
+    """``<layer>.weight`` or ``<layer>.input``; of a model that is itself a layer just the part."""
+    return f"{layer}.{part}" if layer else part
+
+
 def batch_images(batch: Any, _top: bool = True) -> int:
     """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
 
@@ -411,17 +416,24 @@ def _assemble(
     owners: dict[int, list[str]] = {}
     for name, module in layers.items():
         owners.setdefault(id(module.weight), []).append(name)
-    weight_of = {name: f"{names[0]}.weight" for names in owners.values() for name in names}
+    weight_of = {name: site_name(names[0], "weight") for names in owners.values() for name in names}
     out = []
     for names in owners.values():
         module = layers[names[0]]
         shape = tuple(module.weight.shape)
         out.append(
-            Site(f"{names[0]}.weight", "weight", tuple(names), shape, _product(shape), shape[channel_axis(module)])
+            Site(
+                site_name(names[0], "weight"),
+                "weight",
+                tuple(names),
+                shape,
+                _product(shape),
+                shape[channel_axis(module)],
+            )
         )
     activation_of: dict[str, str] = {}
     for readers, tensors in _components(reads):
-        name = f"{readers[0]}.input"
+        name = site_name(readers[0], "input")
         per_image = sum(t.numel() for t in tensors) // images
         shape = tuple(tensors[0].shape[1:])
         out.append(Site(name, "activation", tuple(readers), shape, per_image))

@@ -13,7 +13,7 @@ from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.quantizers import Quantizer
 from hawq_lightning.quantization.ranges import weight_step
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
-from hawq_lightning.sites import Patterns, Site, channel_axis, quantizable_layers
+from hawq_lightning.sites import Patterns, Site, channel_axis, quantizable_layers, site_name
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -54,7 +54,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         planned = {n for s in plan.sites for n in s.layers}
         for name in sorted(set(layers) - planned):
             shape = tuple(layers[name].weight.shape)
-            have[f"{name}.weight"] = Site(f"{name}.weight", "weight", (name,), shape, 0)
+            own = site_name(name, "weight")
+            have[own] = Site(own, "weight", (name,), shape, 0)
     plan.check_fits(have)
     for s in plan.activations:
         if s.scale is None or s.zero_point is None:
@@ -167,12 +168,12 @@ def plan_of(model: nn.Module) -> Plan:
         shape = tuple(layer.weight.shape)
         if w.bits:
             sites["weight"].append(
-                PlanSite(f"{name}.weight", "weight", (name,), shape, layer.weight.numel(), w.bits, w.code)
+                PlanSite(site_name(name, "weight"), "weight", (name,), shape, layer.weight.numel(), w.bits, w.code)
             )
         if a.bits:
             sites["activation"].append(
                 PlanSite(
-                    f"{name}.input",
+                    site_name(name, "input"),
                     "activation",
                     (name,),
                     (),
