@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-EXTRAS ?= dev,vision,detection
+EXTRAS ?= dev,vision,detection,export
 WORKERS ?= 2
 RUN = runs/demo
 
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf $(RUN)
-	OMP_NUM_THREADS=2 $(BIN)/hawq-lightning name=demo hydra.run.dir=$(RUN)
+	OMP_NUM_THREADS=2 $(BIN)/hawq-lightning name=demo hydra.run.dir=$(RUN) onnx=true
 	@echo "open $(RUN)/report.html"
 
 test: $(STAMP)

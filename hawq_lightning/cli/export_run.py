@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hawq_lightning.cli.onnx import Images, write_onnx
 from hawq_lightning.cli.parts import make_data
 from hawq_lightning.errors import HawqError
-from hawq_lightning.export import Agreement, compare, load_packed, network_of, to_onnx, to_program
+from hawq_lightning.export import load_packed, network_of, to_onnx, to_program
 from hawq_lightning.export.extra import require
 from hawq_lightning.export.onnx_file import float_onnx
 from hawq_lightning.export.speed import Speed, layer_latencies, measure_file, write_table
 from hawq_lightning.plan import Plan, PlanSite, write_text
-from hawq_lightning.quantization import quantize
+from hawq_lightning.quantization import quantize, uninstall
 
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
@@ -42,11 +43,9 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     run = _settings(folder, cfg.data_root)
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
-    batches = images_of(net, _batches(run))
-    first = next(iter(batches), None)
-    if first is None:
-        raise HawqError("The run's validation data is empty.")
-    record = write_onnx(folder, net, plan, first, batches, cfg.images, fold=cfg.fold, exact=cfg.exact)
+    batches = _batches(run)
+    first = Images(net, batches).first()
+    record = write_onnx(folder, net, plan, batches, cfg.images, fold=cfg.fold, exact=cfg.exact)
     if cfg.program:
         to_program(network_of(net), plan, first, folder / "model.pt2", fold=cfg.fold)
     if cfg.speed:
@@ -61,54 +60,6 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     write_text(folder / "export.json", json.dumps(record, indent=1))
     print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
     return record
-
-
-def write_onnx(
-    folder: Path,
-    net: nn.Module,
-    plan: Plan,
-    first: torch.Tensor,
-    batches: Iterable[torch.Tensor],
-    images: int,
-    **how: Any,
-) -> dict[str, Any]:
-    """Write ``model.onnx`` and compare it with the network on up to ``images`` images; prints one line.
-
-    Returns:
-        what there is to say about it.
-    """
-    inner = network_of(net)
-    deployed = to_onnx(inner, plan, first, folder / "model.onnx", **how)
-    record: dict[str, Any] = {
-        "onnx_bytes": (folder / "model.onnx").stat().st_size,
-        "folded": len(deployed.folding.folded),
-        "not_folded": dict(deployed.folding.kept),
-    }
-    text = f"model.onnx: {record['onnx_bytes']:,} bytes"
-    if images:
-        found: Agreement = compare(inner, folder / "model.onnx", batches, images=images)
-        record["agreement"] = found.to_dict()
-        text += f"; {found}"
-    print(text)
-    return record
-
-
-def images_of(net: nn.Module, batches: Iterable[Any]) -> Iterable[torch.Tensor]:
-    """Image tensors as the exported network takes them; a detector's are scaled and padded first."""
-    return _Images(net, batches)
-
-
-class _Images:
-    def __init__(self, net: nn.Module, batches: Iterable[Any]) -> None:
-        self.net, self.batches = net, batches
-
-    def __iter__(self) -> Any:
-        for batch in self.batches:
-            images = batch[0] if isinstance(batch, (list, tuple)) else batch
-            if isinstance(images, torch.Tensor):
-                yield images
-            else:
-                yield self.net.transform(list(images))[0].tensors  # type: ignore[operator]
 
 
 def _settings(folder: Path, data_root: str | None) -> DictConfig:
@@ -150,8 +101,6 @@ def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
             net.load_state_dict({k: given[k] for k in own})
             return net.eval(), ""
     net = load_packed(folder / "model.safetensors", _fresh(run))
-    from hawq_lightning.quantization import uninstall
-
     note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"
     return uninstall(net).eval(), note
 
@@ -197,7 +146,7 @@ def _inner(plan: Plan, net: nn.Module) -> Plan:
 def show(speeds: dict[str, dict[str, float]], note: str, cfg: DictConfig) -> None:
     """Print the table of sizes and speeds, and say so where low bits bring no time."""
     table = Table(title=f"onnxruntime on this machine's CPU, threads={cfg.threads}")
-    for heading in ("", "file", "gzip", "1 image", f"{cfg.batch_size} images", "peak memory"):
+    for heading in ("", "file", "gzip", "1 image", f"images/s in {cfg.batch_size}s", "memory"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, s in speeds.items():
         table.add_row(
@@ -205,15 +154,15 @@ def show(speeds: dict[str, dict[str, float]], note: str, cfg: DictConfig) -> Non
             f"{s['file_bytes'] / 1024:,.1f} KiB",
             f"{s['gzip_bytes'] / 1024:,.1f} KiB",
             f"{s['ms']:.3f} ms",
-            f"{s['images_per_second']:,.0f} images/s",
+            f"{s['images_per_second']:,.0f}",
             f"{s['peak_bytes'] / 2**20:,.1f} MiB",
         )
     Console().print(table)
     ratio = speeds["float"]["ms"] / speeds["plan"]["ms"]
     if ratio < 1.05:
         print(
-            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels turn "
-            "the weights back into float32 before they multiply."
+            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels "
+            "turn the weights back into float32 before they multiply."
         )
     if note:
         print(note)

@@ -13,8 +13,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hawq_lightning.cli.onnx import write_onnx
 from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task, make_trainer
 from hawq_lightning.cli.recorder import Recorder, scores
+from hawq_lightning.export.extra import require
+from hawq_lightning.plan import Plan
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         HawqError: bad input of any kind.
     """
     check_settings(cfg)
+    if cfg.onnx:  # found missing now, not after the training
+        require("onnx"), require("onnxscript"), require("onnxruntime")
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -51,6 +56,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return record
     written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if cfg.onnx:
+        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader())
     if cfg.report:
         from hawq_lightning.report import model_card, write_report
 

@@ -102,12 +102,14 @@ def compare(
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
     different, count, worst, classes = [], 0, 0.0, True
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mode = model.training
     model.eval()
     try:
         for batch in batches:
             x = batch if isinstance(batch, torch.Tensor) else batch[0]
             x = x if images is None else x[: images - count]
+            x = x.to(device)
             with _Seen(layers) as seen:
                 wanted = _leaves(default_forward(model, x))
             feed = {whole.get_inputs()[0].name: x.cpu().numpy()}

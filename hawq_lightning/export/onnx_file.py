@@ -1,8 +1,9 @@
 """ONNX with real low-bit weights.
 
-Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear, the narrowest type that holds a
-layer's codes (INT16 for midrise codes of 8 bits); activations pass QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear.
-Only standard operators are used. INT2 needs opset 25 (onnx 1.23, onnxruntime 1.32), everything else opset 21.
+Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear: the narrowest type that holds a
+layer's codes (INT16 for midrise codes of 8 bits). Activations pass QuantizeLinear, a Clip where their grid is narrower
+than UINT8, and DequantizeLinear. Only standard operators are used. INT2 needs opset 25 (onnx 1.20, onnxruntime with
+two-bit kernels, such as 1.32), everything else opset 21.
 """
 
 from __future__ import annotations
@@ -119,9 +120,13 @@ def to_program(
             program = torch.export.export(
                 portable(deployed.model), deployed.inputs, dynamic_shapes=_free_batch(deployed.inputs), strict=False
             )
+        for node in program.graph.nodes:  # source lines and paths of this machine, and most of the file
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+                node.meta.pop(key, None)
     except Exception as error:
         raise HawqError(f"torch.export cannot follow this model: {first_line(error)}") from error
     if path is not None:
+        program.example_inputs = None  # type: ignore[assignment]  # somebody's images are not to travel along
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         write_bytes(Path(path), buffer.getvalue())
