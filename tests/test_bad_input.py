@@ -297,7 +297,7 @@ def test_damaged_files_are_refused_at_once(tmp_path, finished, kind, damage):
         text = {
             "cut": text[: len(text) // 2], "empty": "", "format": text.replace("hawq_lightning.", "other."),
             "version": text.replace('"version": 1', '"version": 99'),
-            "bits": text.replace('"bits": 8', '"bits": 88') if kind == "plan" else text.replace('"numel": ', '"numel": -'),
+            "bits": text.replace('"bits": 8', '"bits": 88').replace('"numel": ', '"numel": -'),
         }[damage]  # fmt: skip
         path.write_text(text)
     with pytest.raises(HawqError, match=kind if damage in ("cut", "empty", "binary", "missing", "format") else "."):
@@ -322,7 +322,7 @@ def test_damaged_packed_files_leave_the_model_alone(tmp_path, finished, damage):
 
 
 def test_the_undamaged_files_load(tmp_path, finished):
-    folder, trained, callback = finished
+    folder, trained, _callback = finished
     for given in ({"plan": folder / "plan.json"}, {"sensitivity": folder / "sensitivity.json"}):
         model = Classifier()
         other = hawq(**given)

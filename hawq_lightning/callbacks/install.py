@@ -72,6 +72,7 @@ class InstallPlan(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arm the given plan, unless a checkpoint has armed the model."""
+        self.before_data()
         if self.restored(pl_module):
             return
         if self._given is None:
@@ -113,14 +114,26 @@ class InstallPlan(Callback):
         self._plan = plan
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mirrors follow buffers that averaging or broadcasting wrote."""
+        """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
         refresh(pl_module)
+        if self._plan is None and armed_bits(pl_module):
+            self._plan = plan_of(pl_module)
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
+    def before_data(self) -> None:
+        """A resumed epoch starts from the random states of its checkpoint: its iterator is made after this."""
+        if self._states is not None:
+            set_random_states(self._states)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""
+        if self._states is not None:
+            self._states = random_states()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed epoch starts from the random states of its checkpoint."""
+        """See :meth:`on_train_start`."""
         if self._states is not None:
             set_random_states(self._states)
             self._states = None
