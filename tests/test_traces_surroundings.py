@@ -220,3 +220,15 @@ def test_a_share_of_the_batches_adds_up_to_the_whole():
     two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, seed=2, progress=False, max_probes=2)
     assert [r.trace for r in both] == pytest.approx([r.trace for r in two], rel=1e-12)
     assert whole.settings["probes"] >= 2
+
+
+def test_a_penalty_on_weights_is_noted_and_not_counted():
+    net, batch = build(ConvNet), batch_for(ConvNet)
+
+    def penalised(m, b):
+        return CROSS_ENTROPY(m, b) + 0.1 * m.fc.weight.square().sum()
+
+    found = measure(net, [batch], penalised, estimator="exact", progress=False)
+    assert any("weights of fc outside" in note for note in found.notes)
+    assert {r.name: r.trace for r in found} == pytest.approx(traces(build(ConvNet)), rel=1e-9)
+    assert not measure(net, [batch], CROSS_ENTROPY, progress=False).notes

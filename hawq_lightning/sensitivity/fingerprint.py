@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hawq_lightning.sensitivity.boundary import Outputs, find_boundary
 from hawq_lightning.sensitivity.forward import Setting, check_loss
 
 
@@ -30,14 +31,23 @@ def fingerprint(
 
 
 def check_loss_value(setting: Setting, batch: Any) -> float:
-    """The loss of a batch as a number, checked."""
-    weights = [m.weight for m in setting.layers.values()]
-    for w in weights:
+    """The loss of a batch as a number, checked; a penalty on the weights themselves is noted."""
+    weights = {id(m.weight): (name, m.weight) for name, m in setting.layers.items()}
+    for _, w in weights.values():
         w.requires_grad_(True)
     try:
-        return float(check_loss(setting.loss_fn(setting.model, batch)).detach())
+        with Outputs(setting.model) as outputs:
+            loss = check_loss(setting.loss_fn(setting.model, batch))
+        _, _, direct = find_boundary(loss, outputs.edges)
+        if read := [weights[id(w)][0] for w in direct if id(w) in weights]:
+            more = f" and {len(read) - 3} more" if len(read) > 3 else ""
+            setting.note(
+                f"The loss reads the weights of {', '.join(read[:3])}{more} outside of their layers (a penalty on "
+                "weights?); the curvature from there is not counted."
+            )
+        return float(loss.detach())
     finally:
-        for w in weights:
+        for _, w in weights.values():
             w.requires_grad_(False)
 
 
