@@ -113,7 +113,6 @@ def test_learning_rate_finder_sees_the_armed_network(tmp_path, first):
     fit(tmp_path, model, callback, [finder], first, max_epochs=3)
     measured = seen.index(True)
     assert all(seen[measured:]) and len(seen) - measured >= 20 + 4  # its trial steps, then training
-    assert model.lr != 0.02 or finder.optimal_lr is None
 
 
 @ORDERS

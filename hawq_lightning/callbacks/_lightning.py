@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -362,6 +364,16 @@ def at_epoch_end(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
+def has_parent(trainer: Trainer) -> bool:
+    """Whether the user's own process waits for this one (spawn and fork), and learns by files what it found."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def shows_progress(trainer: Trainer) -> bool:
     """Whether the Trainer shows a progress bar, and this process is the one to show it."""
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
+def runs_script_again(trainer: Trainer) -> bool:
+    """Whether the Trainer starts its other processes by running the whole program once more for each."""
+    return trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)

@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from hawq_lightning.callbacks._lightning import after_layers_exist, at_epoch_end, copy_again, go_first, sync_averages
+from hawq_lightning.callbacks._lightning import (
+    after_layers_exist,
+    at_epoch_end,
+    copy_again,
+    go_first,
+    has_parent,
+    sync_averages,
+)
 from hawq_lightning.callbacks.random_state import random_states, set_random_states
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan
@@ -140,8 +147,7 @@ class InstallPlan(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one."""
-        launcher = trainer.strategy.launcher
-        if launcher is None or launcher.is_interactive_compatible is False or not trainer.is_global_zero:
+        if not has_parent(trainer) or not trainer.is_global_zero:
             return
         if self._plan is not None:
             buffers = {
