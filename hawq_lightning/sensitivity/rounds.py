@@ -107,12 +107,20 @@ class Rounds:
                 task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
 
     def _batch(self, batch: Any, images: int, number: int, turn: int, rows: Rows) -> None:
-        """Two more probes of one batch, in as many parts as memory asks for."""
+        found, sizes = self.probes(batch, images, number, turn)
+        for values in found:
+            rows.add(number, values)
+        for site, value in sizes.items():
+            rows.size[site][rows.place(site, number)] = value
+
+    def probes(
+        self, batch: Any, images: int, number: int, turn: int
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """``PER_ROUND`` probes of one batch, in as many parts as memory asks for: rows of each, and sizes."""
         while True:
             size = min(images, self.largest or images)
             try:
-                found, sizes = self._parts(batch, images, size, number, turn)
-                break
+                return self._parts(batch, images, size, number, turn)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -121,10 +129,6 @@ class Rounds:
             if size < 2:
                 raise HawqError(f"Memory ran out with a single image at a time: {text}")
             self.settle(batch, images, size // 2)
-        for values in found:
-            rows.add(number, values)
-        for site, value in sizes.items():
-            rows.size[site][rows.place(site, number)] = value
 
     def settle(self, batch: Any, images: int, size: int) -> None:
         """Memory ran out: make sure that parts of ``size`` images may stand for a batch, and say so.
