@@ -110,9 +110,10 @@ def test_learning_rate_finder_sees_the_armed_network(tmp_path, first):
 
     model, callback = Tuned(), hawq()
     finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
-    fit(tmp_path, model, callback, [finder], first, max_epochs=3)
+    fit(tmp_path, model, callback, [finder], first, max_epochs=8)  # the finder's steps count towards the epochs
     measured = seen.index(True)
     assert all(seen[measured:]) and len(seen) - measured >= 20 + 4  # its trial steps, then training
+    assert finder.optimal_lr.suggestion() == model.lr != 0.02
 
 
 @ORDERS
