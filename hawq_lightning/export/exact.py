@@ -7,45 +7,78 @@ added by a node of its own stays float.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Container, Mapping
 from typing import Any
 
+import numpy as np
+
 from hawq_lightning.export.extra import require
+from hawq_lightning.export.low_bits import replace_nodes
 
-_BIAS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
+_BIAS = 2  # the bias is their third input
 
 
-def split_bias(proto: Any) -> int:
-    """Move the bias of every layer with stored codes into an Add behind it, in place; returns how many."""
+def split_bias(proto: Any, layers: Container[str]) -> int:
+    """Move biases into an Add behind their layer, in place.
+
+    A layer without a bias gets an Add of zeros where a QuantizeLinear follows, since onnxruntime would make a
+    QLinearConv of it, which does not exist for INT2.
+
+    Args:
+        proto: an ONNX model.
+        layers: names of the codes' initializers of the layers to treat.
+
+    Returns:
+        how many were.
+    """
     onnx = require("onnx")
     stored = {t.name: t for t in proto.graph.initializer}
     made = {out: node for node in proto.graph.node for out in node.output}
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in proto.graph.node:
+        for name in node.input:
+            readers[name].append(node)
     nodes, added = [], {}
     for node in proto.graph.node:
         nodes.append(node)
-        place = _BIAS.get(node.op_type)
-        if place is None or len(node.input) <= place or not node.input[place] or node.input[place] not in stored:
+        codes = _codes(node, made)
+        if codes not in layers or codes not in stored:
             continue
-        weight = made.get(node.input[1])
-        if weight is None or weight.op_type != "DequantizeLinear":
+        dims = stored[codes].dims
+        shape = [1, -1] + [1] * (len(dims) - 2)
+        if len(node.input) > _BIAS and node.input[_BIAS] in stored:
+            bias = onnx.numpy_helper.to_array(stored[node.input[_BIAS]]).reshape(shape)
+        elif len(node.input) <= _BIAS and _quantized(node.output[0], readers):
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            count = dims[1] * groups if node.op_type == "ConvTranspose" else dims[0]
+            bias = np.zeros(count, np.float32).reshape(shape)
+        else:
             continue
-        bias = onnx.numpy_helper.to_array(stored[node.input[place]])
-        if node.op_type != "Gemm":
-            codes = stored.get(weight.input[0])
-            if codes is None:
-                continue
-            bias = bias.reshape(1, -1, *[1] * (len(codes.dims) - 2))
-        name = f"{node.input[place]}.added"
-        added[name] = onnx.numpy_helper.from_array(bias, name)
         result = node.output[0]
-        del node.input[place:]
+        name = f"{result}.bias"
+        added[name] = onnx.numpy_helper.from_array(bias, name)
+        del node.input[_BIAS:]
         node.output[0] = f"{result}.without_bias"
         nodes.append(onnx.helper.make_node("Add", [node.output[0], name], [result], name=f"{node.name}.bias"))
-    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del proto.graph.node[:]
-    proto.graph.node.extend(kept)
-    read = {name for node in kept for name in node.input}
-    left = [t for t in proto.graph.initializer if t.name in read]
-    left = [onnx.TensorProto.FromString(t.SerializeToString()) for t in left] + list(added.values())
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(left)
+    replace_nodes(proto, nodes, list(added.values()))
     return len(added)
+
+
+def _codes(node: Any, made: Mapping[str, Any]) -> str:
+    """The initializer of the codes that a layer's weight comes from."""
+    if node.op_type not in _LAYERS:
+        return ""
+    weight = made.get(node.input[1])
+    if weight is not None and weight.op_type == "Add":
+        weight = made.get(weight.input[0])
+    return weight.input[0] if weight is not None and weight.op_type == "DequantizeLinear" else ""
+
+
+def _quantized(tensor: str, readers: Mapping[str, list[Any]]) -> bool:
+    """Whether it, or its rectified self, is quantized next."""
+    return any(
+        node.op_type == "QuantizeLinear" or (node.op_type in ("Relu", "Clip") and _quantized(node.output[0], readers))
+        for node in readers[tensor]
+    )

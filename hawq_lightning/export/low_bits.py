@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,12 +90,19 @@ def _add_half(proto: Any, codes: str) -> None:
         nodes[-1].input[1] = names[0]
         nodes[-1].output[0] = f"{result}.without_half"
         nodes.append(onnx.helper.make_node("Add", [nodes[-1].output[0], names[1]], [result], name=f"{node.name}.half"))
+    replace_nodes(proto, nodes, [])
+
+
+def replace_nodes(proto: Any, nodes: Sequence[Any], more: Sequence[Any]) -> None:
+    """Put other nodes into a graph, add initializers and drop those that nothing reads any more."""
+    onnx = require("onnx")
+    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    read = {name for node in kept for name in node.input}
+    stored = [onnx.TensorProto.FromString(t.SerializeToString()) for t in (*proto.graph.initializer, *more)]
     del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    for i in reversed(range(len(proto.graph.initializer))):
-        if proto.graph.initializer[i].name not in read:
-            del proto.graph.initializer[i]
+    proto.graph.node.extend(kept)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(t for t in stored if t.name in read)
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:

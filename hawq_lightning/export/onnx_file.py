@@ -69,9 +69,8 @@ def to_onnx(
     deployed = deploy(model, plan, example_input, fold=fold)
     proto = _translate(deployed.model, deployed.inputs)
     _strip(proto)
-    if exact:
-        split_bias(proto)
-    narrow(proto)
+    types = narrow(proto)
+    split_bias(proto, [name for name, kind in types.items() if exact or kind in ("INT2", "INT4")])
     _describe(proto, deployed)
     _write(proto, Path(path))
     return deployed

@@ -28,7 +28,7 @@ from hawq_lightning.plan import Plan, write_text
 from hawq_lightning.sites import QUANTIZABLE, channel_axis, layer_type
 
 _PROCESS = Path(__file__).with_name("speed_process.py")
-_FIELDS = ("layer", "type", "shape", "weight_bits", "activation_bits", "ms")
+_FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
 _LEAST_RUNS, _LEAST_SECONDS = 7, 0.02
 
 
@@ -117,9 +117,7 @@ def layer_latencies(
                     key = (_attributes(layer), tuple(site.shape), shapes[name], bits, grid)
                     if key not in known:
                         known[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
-                    kind = layer_type(layer).__name__
-                    shape = "x".join(map(str, site.shape))
-                    rows.append(dict(zip(_FIELDS, (name, kind, shape, bits, grid, round(known[key], 6)))))
+                    rows.append(dict(zip(_FIELDS, (name, bits, grid, round(known[key], 6)))))
     return rows
 
 
