@@ -53,7 +53,7 @@ def check_targets(node):
 
 
 def test_there_is_a_group_for_every_part():
-    parts = "model data task trainer hawq selector sensitivity quantizer callbacks logger paths hydra experiment debug"
+    parts = "model data task trainer hawq selector sensitivity quantizer callbacks logger paths hydra launcher experiment debug"
     assert set(parts.split()) <= set(GROUPS)
 
 
@@ -69,6 +69,8 @@ def test_defaults_compose(name):
 def test_every_option_composes_and_fits_its_target(group, choice):
     if group == "logger" and choice in ("wandb", "tensorboard"):
         pytest.importorskip({"wandb": "wandb", "tensorboard": "tensorboard"}[choice])
+    if group == "launcher":
+        pytest.importorskip(f"hydra_plugins.hydra_{'joblib' if choice == 'joblib' else 'submitit'}_launcher")
     # hydra/ is fixed in the defaults list; everything else is chosen
     cfg = settings("train", [] if group == "hydra" else [f"{group}={choice}"])
     check_targets(cfg)
@@ -90,4 +92,5 @@ def test_one_setting_reaches_the_callback():
     overrides = ["selector.budget={bops: 50%}", "quantizer.weight_bits=[3,5]", "seed=9", "sensitivity=hutchinson"]
     node: DictConfig = settings("train", overrides).hawq
     assert OmegaConf.to_container(node.budget) == {"bops": "50%"}
-    assert (list(node.weight_bits), node.seed, node.estimator) == ([3, 5], 9, "hutchinson")
+    assert (list(node.weight_bits), node.selection_seed, node.estimator) == ([3, 5], 9, "hutchinson")
+    assert node.seed == 0  # runs with other seeds of training share their traces

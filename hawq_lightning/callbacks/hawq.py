@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hawq_lightning.callbacks.install import InstallPlan
 from hawq_lightning.callbacks.measure import MeasureTraces
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option, Plan
+from hawq_lightning.quantization import armed_bits
 from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
 from hawq_lightning.sites import Patterns, SiteTable, quantizable_layers
@@ -44,6 +46,8 @@ class HAWQ(Callback):
         codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
         check_loss: also measure the loss change of every site and width.
         seed: of all draws.
+        selection_seed: of random selectors; default: ``seed``.
+        cache: folder of measurements that runs share: the same weights, data and settings are measured once.
         dirpath: where results are saved; default: the logger's folder.
         progress: show bars where the Trainer does.
 
@@ -78,6 +82,8 @@ class HAWQ(Callback):
         codes: str = "auto",
         check_loss: bool = False,
         seed: int = 0,
+        selection_seed: int | None = None,
+        cache: str | Path | None = None,
         dirpath: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -88,7 +94,8 @@ class HAWQ(Callback):
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints,
             estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
-            input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed, dirpath=dirpath, progress=progress,
+            input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed,
+            selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
         )  # fmt: skip
         self.installer = InstallPlan(plan, include, exclude)
 
@@ -130,8 +137,15 @@ class HAWQ(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
         self.installer.before_data()
+        known = self.plan is not None
         if self.installer.restored(pl_module):
+            if not known and self.installer._given is None:
+                rank_zero_warn(
+                    "HAWQ: the model came with quantizers that are armed; it keeps their bits, whatever the budget. "
+                    "To choose anew, call hawq_lightning.quantization.uninstall(model) first."
+                )
             return
+        self.installer.plan = None  # of a model that this callback quantized before
         if not quantizable_layers(pl_module)[0]:
             raise HawqError(f"{type(pl_module).__name__} has no quantizable layer (convolution or linear).")
         if self.start == 0:
@@ -146,7 +160,7 @@ class HAWQ(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin after ``start`` epochs of float training."""
         self.installer.on_train_epoch_start(trainer, pl_module)
-        if self.plan is None and trainer.current_epoch >= self.start:
+        if trainer.current_epoch >= self.start and not armed_bits(pl_module):
             self._quantize(trainer, pl_module)
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +176,12 @@ class HAWQ(Callback):
     on_predict_start = on_validation_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the parent process, where there is one."""
+        """Tell the parent process, where there is one; say so if training ended before its ``start``."""
+        if self.start and not armed_bits(pl_module):
+            rank_zero_warn(
+                f"HAWQ: training ended in epoch {trainer.current_epoch}, before start={self.start} epochs were over: "
+                "the network is float, and nothing was measured."
+            )
         self.installer.on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from hawq_lightning.callbacks._lightning import (
     share_of,
     shows_progress,
 )
+from hawq_lightning.callbacks.shared import shared_traces
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
@@ -57,6 +58,8 @@ class MeasureTraces(Callback):
         codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
         check_loss: also measure the loss change of every site and width (``loss_check.csv``).
         seed: of all draws.
+        selection_seed: of random selectors; default: ``seed``.
+        cache: folder of measurements that runs share: the same weights, data and settings are measured once.
         dirpath: where ``sensitivity.json``, ``frontier.csv`` and ``plan.json`` go; default: the logger's folder.
         progress: show bars where the Trainer does.
 
@@ -87,6 +90,8 @@ class MeasureTraces(Callback):
         codes: str = "auto",
         check_loss: bool = False,
         seed: int = 0,
+        selection_seed: int | None = None,
+        cache: str | Path | None = None,
         dirpath: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -103,6 +108,8 @@ class MeasureTraces(Callback):
         self.l1 = l1
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
         self.max_probes = max_probes
+        self.selection_seed = seed if selection_seed is None else selection_seed
+        self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.include, self.exclude, self.loss_fn, self.codes = include, exclude, loss_fn, codes
         self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
@@ -151,11 +158,14 @@ class MeasureTraces(Callback):
             self.sites = table
             overhead = packed_overhead(pl_module, self._chosen(table))
             self._check_budget(table, overhead)
-            self.sensitivity = self.given or measure(
-                pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                max_probes=self.max_probes, l1=self.l1, seed=self.seed, progress=show, share=share_of(trainer),
-                reuse=_saved(folder / "sensitivity.json"), resume=folder / "sensitivity.partial",
-            )  # fmt: skip
+            with shared_traces(trainer, folder, self.cache, table) as traces:
+                self.sensitivity = self.given or measure(
+                    pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
+                    max_probes=self.max_probes, l1=self.l1, seed=self.seed, progress=show, share=share_of(trainer),
+                    reuse=traces.find, resume=traces.partial,
+                )  # fmt: skip
+                if self.given is None:
+                    traces.store(self.sensitivity)
             self._check_given(table)
             if trainer.is_global_zero:
                 self.sensitivity.save(folder / "sensitivity.json")
@@ -188,7 +198,7 @@ class MeasureTraces(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], loss_fn: Any, problem: Problem
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
-        pick = partial(select, problem, self.budget, self.selector, seed=self.seed)
+        pick = partial(select, problem, self.budget, self.selector, seed=self.selection_seed)
         if self.selector in ("top_eigenvalue", "hawq"):
             wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
             found = top_eigenvalues(
@@ -272,19 +282,6 @@ def describe(plan: Plan) -> str:
     size = plan.costs.get("weight_bytes", 0.0)
     ratio = plan.costs.get("float_weight_bytes", 0.0) / size if size else 0.0
     return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."
-
-
-def _saved(path: Path) -> Callable[[str], Sensitivity | None]:
-    def reuse(fingerprint: str) -> Sensitivity | None:
-        if not path.is_file():
-            return None
-        try:
-            known = Sensitivity.load(path)
-        except HawqError:
-            return None  # cut short by a crash of something else: measured again
-        return known if known.fingerprint == fingerprint else None
-
-    return reuse
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

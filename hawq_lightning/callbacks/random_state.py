@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hawq_lightning.callbacks._lightning import at_epoch_end
+
+_KEY = "hawq_lightning_random_states"
 
 
 def random_states() -> dict[str, Any]:
@@ -31,3 +36,36 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+class KeepRandomStates(Callback):
+    """Fits without a plan resume with the random states that they stopped with, as :class:`InstallPlan` does."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the resumed epoch's iterator is made."""
+        if self._states is not None:
+            set_random_states(self._states)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The iterator stands."""
+        if self._states is not None:
+            self._states = random_states()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing that was drawn since then counts."""
+        if self._states is not None:
+            set_random_states(self._states)
+            self._states = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """For checkpoints from which an epoch starts afresh."""
+        if trainer.world_size == 1 and at_epoch_end(trainer):
+            checkpoint[_KEY] = random_states()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1:
+            self._states = checkpoint.get(_KEY)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from hydra.errors import InstantiationException
@@ -19,6 +20,10 @@ from hawq_lightning.errors import HawqError, nearest
 
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
+_LAUNCHERS = {
+    "joblib": "hydra_joblib_launcher",
+    **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
+}
 
 
 def check_choices(argv: Sequence[str]) -> None:
@@ -28,13 +33,15 @@ def check_choices(argv: Sequence[str]) -> None:
         argv: arguments of the command line, without the program's name.
 
     Raises:
-        HawqError: an unknown option; the message suggests the nearest.
+        HawqError: an unknown option; the message suggests the nearest. Or a launcher whose extra is not installed.
     """
     if any("searchpath" in a or a.startswith(("--config-dir", "-cd")) for a in argv):
         return  # options may come from elsewhere
     conf = files("hawq_lightning.conf")
     for argument in argv:
         match = _CHOICE.match(argument)
+        if match is not None:
+            _check_launcher(match["group"], match["names"].strip())
         folder = conf.joinpath(match["group"]) if match else conf
         if match is None or not folder.is_dir():
             continue
@@ -43,6 +50,12 @@ def check_choices(argv: Sequence[str]) -> None:
             if name.strip() not in (*known, "null"):
                 hint = nearest(name.strip(), known) or f" Known: {', '.join(known)}."
                 raise HawqError(f"There is no {match['group']}={name.strip()}.{hint}")
+
+
+def _check_launcher(group: str, name: str) -> None:
+    package = _LAUNCHERS.get(name) if group in ("launcher", "hydra/launcher") else None
+    if package is not None and find_spec(f"hydra_plugins.{package}") is None:
+        raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
 
 
 def run_main(main: Callable[[], Any]) -> None:

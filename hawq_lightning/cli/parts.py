@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.callbacks._lightning import runs_script_again
 from hawq_lightning.errors import HawqError
 
 
@@ -56,7 +59,7 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
         changes.setdefault("enable_checkpointing", False)
     if not any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks):
         changes.setdefault("enable_progress_bar", False)
-    return instantiate(
+    trainer = instantiate(
         cfg.trainer,
         callbacks=[*extra, *callbacks],
         logger=loggers or False,
@@ -64,3 +67,14 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
         _convert_="all",
         **changes,
     )
+    if _in_sweep() and runs_script_again(trainer):
+        raise HawqError(
+            f"trainer.strategy={cfg.trainer.strategy} starts its processes by running the whole command again, which "
+            "in a sweep (-m) would be the whole sweep: use trainer=ddp_spawn, or launcher=slurm with "
+            f"hydra.launcher.tasks_per_node={trainer.num_devices}."
+        )
+    return trainer
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.cli.resume import Progress
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import write_text
 
@@ -36,10 +37,11 @@ class Recorder(pl.Callback):
         hawq: the callback that chooses the plan.
         folder: the run folder.
         record: what is known already: command, seed, the float network's scores and seconds. It is completed.
+        progress: where the record is kept until the run has come to its end.
     """
 
-    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any]) -> None:
-        self.hawq, self.folder, self.record = hawq, folder, record
+    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: Progress) -> None:
+        self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
         self._clock = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -64,8 +66,15 @@ class Recorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row of the history an epoch."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            found = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in scores(trainer.callback_metrics).items()}
-            self.record["history"].append({"epoch": trainer.current_epoch + 1, "phase": "fine_tuning", **found})
+            known = scores(trainer.callback_metrics)
+            self._put("fine_tuned", known)  # the last one stays
+            found = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in known.items()}
+            epoch = trainer.current_epoch + 1
+            # an epoch that was cut short after its validation comes twice
+            rows = [row for row in self.record["history"] if row["epoch"] < epoch]
+            self.record["history"] = [*rows, {"epoch": epoch, "phase": "fine_tuning", **found}]
+            if trainer.is_global_zero:
+                self.progress.keep(self.record)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the packed file and metrics.json from the first process."""
@@ -93,6 +102,7 @@ class Recorder(pl.Callback):
         seconds = self.record["seconds"]
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
         write_text(self.folder / "metrics.json", json.dumps(self.record, indent=1))
+        self.progress.done()
 
     def _put(self, stage: str, found: dict[str, float]) -> None:
         for name, value in found.items():

@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hawq_lightning.callbacks.random_state import KeepRandomStates
+from hawq_lightning.cli.figures import PaperFigures
 from hawq_lightning.cli.onnx import write_onnx
 from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task, make_trainer
 from hawq_lightning.cli.recorder import Recorder, scores
+from hawq_lightning.cli.resume import Progress, settings_hash
 from hawq_lightning.export.extra import require
 from hawq_lightning.plan import Plan
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Carry out a configuration and leave everything in its run folder.
+
+    A finished run with the same settings in the same folder is not repeated; an unfinished one goes on from its last
+    checkpoint.
 
     With ``epochs=0`` nothing is fine-tuned: traces, plan, the score right after quantizing, packed file and report.
 
@@ -35,12 +42,45 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.onnx:  # found missing now, not after the training
         require("onnx"), require("onnxscript"), require("onnxruntime")
     folder = Path(cfg.paths.output_dir)
+    progress = Progress(folder, settings_hash(cfg))
+    resume = bool(cfg.resume) and cfg.ckpt_path is None
+    if resume and (finished := progress.finished()) is not None:
+        print(f"finished already, not repeated (resume=false repeats it): {folder}")
+        _report(cfg, folder, only_missing=True)
+        return finished
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = make_data(cfg), make_task(cfg)
     # built before the float training, so that bad settings are found before time is spent
     hawq = make_callback(cfg)
-    record: dict[str, Any] = {
+    checkpoint = cfg.ckpt_path
+    record = progress.unfinished() if resume else None
+    if record is None:
+        record = _empty_record(cfg, task) | {"settings": progress.settings}
+        if cfg.ckpt_path is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            progress.clear()
+            progress.keep(record)
+    else:
+        print(f"goes on where it stopped: {folder}")
+        checkpoint = progress.checkpoint("fine_tuning")
+    if checkpoint is None:
+        train_float(cfg, task, data, record, progress)
+    recorder = Recorder(hawq, folder, record, progress)
+    extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
+    trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder, *extra], max_epochs=cfg.epochs)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    if not trainer.is_global_zero:
+        return record
+    written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if cfg.onnx:
+        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader())
+    _report(cfg, folder)
+    show(written, folder)
+    return written
+
+
+def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> dict[str, Any]:
+    return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "name": cfg.name,
         "seed": cfg.seed,
@@ -48,40 +88,38 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "seconds": {},
         "history": [],
     }
-    if cfg.ckpt_path is None:
-        train_float(cfg, task, data, record)
-    recorder = Recorder(hawq, folder, record)
-    trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder], max_epochs=cfg.epochs)
-    trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path)
-    if not trainer.is_global_zero:
-        return record
-    written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if cfg.onnx:
-        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader())
-    if cfg.report:
+
+
+def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
+    if cfg.report and not (only_missing and (folder / "report.html").is_file()):
         from hawq_lightning.report import model_card, write_report
 
         write_report(folder, title=cfg.name)
         model_card(folder, title=cfg.name)
-    show(written, folder)
-    return written
 
 
 def train_float(
-    cfg: DictConfig, task: pl.LightningModule, data: pl.LightningDataModule, record: dict[str, Any]
+    cfg: DictConfig,
+    task: pl.LightningModule,
+    data: pl.LightningDataModule,
+    record: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Train the float network for ``float_epochs`` and note its score; without epochs only the score."""
     start = time.perf_counter()
     fine_tuning_lr = task.lr
-    trainer = make_trainer(cfg, "float", [], max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
+    trainer = make_trainer(cfg, "float", [KeepRandomStates()], max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr
-        trainer.fit(task, datamodule=data)
+        trainer.fit(task, datamodule=data, ckpt_path=progress.checkpoint("float") if cfg.resume else None)
         task.lr = fine_tuning_lr
     found: Any = trainer.validate(task, datamodule=data, verbose=False) if trainer.limit_val_batches else []
     for name, value in scores(found[0] if found else {}).items():
         record.setdefault(name, {})["float"] = value
-    record["seconds"]["float_training" if cfg.float_epochs else "float_validation"] = time.perf_counter() - start
+    label = "float_training" if cfg.float_epochs else "float_validation"
+    record["seconds"][label] = record["seconds"].get(label, 0.0) + time.perf_counter() - start
+    if trainer.is_global_zero:
+        progress.keep(record)
 
 
 def show(record: dict[str, Any], folder: Path) -> None:

@@ -2,5 +2,6 @@
 
 from hawq_lightning.report.card import model_card
 from hawq_lightning.report.page import write_report
+from hawq_lightning.report.sweep_page import collect
 
-__all__ = ["model_card", "write_report"]
+__all__ = ["collect", "model_card", "write_report"]

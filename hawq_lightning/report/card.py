@@ -28,26 +28,29 @@ def model_card(folder: str | Path, *, title: str | None = None) -> Path:
     """
     run = read_run(folder)
     metric, _ = run.metric
-    lines = [f"# {_cell(title or run.folder.resolve().name)}", ""]
+    lines = [f"# {markdown_text(title or run.folder.resolve().name)}", ""]
     if sentence := facts.summary(run):
         lines += [sentence, ""]
     if rows := facts.accuracy_rows(run):
         lines += ["## Accuracy" if metric == "accuracy" else f"## {metric}", ""]
-        lines += [*_table(["network", metric, "from float"], rows), ""]
+        lines += [*markdown_table(["network", metric, "from float"], rows), ""]
     if rows := facts.size_rows(run):
-        lines += ["## Size and work", "", *_table(["quantity", "value", "compared"], rows), ""]
+        lines += ["## Size and work", "", *markdown_table(["quantity", "value", "compared"], rows), ""]
     if run.plan:
         lines += ["## Plan", ""]
         if run.plan.budget is not None:
-            lines += [f"Budget {_cell(plain(run.plan.budget))}, selector {_cell(run.plan.selector)}.", ""]
+            lines += [
+                f"Budget {markdown_text(plain(run.plan.budget))}, selector {markdown_text(run.plan.selector)}.",
+                "",
+            ]
         reads = {layer: s.bits for s in run.plan.activations for layer in s.layers}
         plan = [
             [s.name, "x".join(map(str, s.shape)), s.bits, s.code, reads.get(s.layers[0], "float") if s.layers else ""]
             for s in run.plan.weights
         ]
-        lines += [*_table(["weight", "shape", "bits", "code", "bits of its input"], plan), ""]
+        lines += [*markdown_table(["weight", "shape", "bits", "code", "bits of its input"], plan), ""]
     if doubts := facts.doubts(run):
-        lines += ["## What was uncertain", "", *(f"- {_cell(d)}" for d in doubts), ""]
+        lines += ["## What was uncertain", "", *(f"- {markdown_text(d)}" for d in doubts), ""]
     if run.command:
         fence = "`" * max(3, 1 + max((len(m) for m in re.findall("`+", run.command)), default=0))
         lines += ["## How it was made", "", fence, run.command, fence, ""]
@@ -58,7 +61,7 @@ def model_card(folder: str | Path, *, title: str | None = None) -> Path:
         ]  # fmt: skip
     rest = {k: v for k, v in facts.settings(run).items() if k not in ("command", "budget", "selector")}
     if rest:
-        lines += ["## Settings", "", *_table(["setting", "value"], list(rest.items())), ""]
+        lines += ["## Settings", "", *markdown_table(["setting", "value"], list(rest.items())), ""]
     path = run.folder / "README.md"
     try:
         write_text(path, "\n".join(lines))
@@ -67,12 +70,14 @@ def model_card(folder: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    body = ["| " + " | ".join(_cell(str(c)) for c in row) + " |" for row in rows]
-    return ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns), *body]
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table whose cells are text, whatever is in them."""
+    body = ["| " + " | ".join(markdown_text(str(c)) for c in row) + " |" for row in rows]
+    return ["| " + " | ".join(markdown_text(c) for c in columns) + " |", "|" + " --- |" * len(columns), *body]
 
 
-def _cell(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """One line that no renderer takes for markup."""
     # names come from files: keep them text, whatever renders the card
     text = re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
     return " ".join(text.split())

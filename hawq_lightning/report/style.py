@@ -115,11 +115,7 @@ class Drawing:
 
     def csv(self) -> str:
         """The numbers behind it."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
-        return buffer.getvalue()
+        return csv_text(self.columns, self.rows)
 
     def csv_uri(self) -> str:
         """The table as a link that needs no file beside the page."""
@@ -130,6 +126,24 @@ class Drawing:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.png").write_bytes(self.png())
         (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
+
+
+def csv_text(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """CSV whose texts no spreadsheet takes for formulas."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([_harmless(cell) for cell in row] for row in (columns, *rows))
+    return buffer.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell
 
 
 def log_scale(ax: Axes, *names: str) -> None:

@@ -49,7 +49,7 @@ def measure(
     images_of: ImagesOf = batch_images,
     share: Share | None = None,
     reuse: Callable[[str], Sensitivity | None] | None = None,
-    resume: str | Path | None = None,
+    resume: str | Path | Callable[[str], str | Path | None] | None = None,
 ) -> Sensitivity:
     """Average Hessian traces of every weight and activation (paper 2.1, 2.2), with standard errors.
 
@@ -79,7 +79,8 @@ def measure(
         images_of: number of images in a batch.
         share: for several processes, see :class:`Share`.
         reuse: fingerprint -> an earlier measurement of the same weights, data and settings, or ``None``.
-        resume: file to keep unfinished rows in; an interrupted call with the same arguments goes on from there.
+        resume: file to keep unfinished rows in, or a function from the fingerprint to it; an interrupted call with the
+            same arguments goes on from there.
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their images.
@@ -132,7 +133,7 @@ def measure(
         if rounds.largest is not None:
             rounds.settle(kept[0], images[0], few)
         share = share or Share()
-        partial = Partial(resume, key, share.rank)
+        partial = Partial(resume(key) if callable(resume) else resume, key, share.rank)
         unit = rounds.row_unit()
         final = rounds.until(
             kept, images, Rows(table, images, unit), share, rtol, max_probes, progress, partial
