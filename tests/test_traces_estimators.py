@@ -129,6 +129,31 @@ def test_the_missing_part_over_an_orthogonal_sign_set_is_exact(kind):
         assert gauss_newton[name].trace + total[name] == pytest.approx(truth[name], rel=1e-9, abs=1e-12), name
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hard_sigmoid_gates_have_a_second_derivative_here(inplace):
+    torch.manual_seed(0)
+    gate = nn.Sequential(nn.Linear(3, 3), nn.Hardsigmoid(inplace))
+
+    class Net(nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.first, self.gate, self.out = nn.Linear(4, 3), gate, nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.out(x * self.gate(x))
+
+    net = Net(gate).double()
+    batch = (torch.randn(4, 4, dtype=torch.float64), torch.arange(4) % 3)
+    table = find_sites(net, lambda: loss_fn(net, batch), 4)
+    found = measure(net, [batch], loss_fn, sites=table, estimator="hessian", rtol=0.03, max_probes=800, progress=False)
+    assert found.settings["estimator"] == "hessian"
+    gate[1] = type("Written", (nn.Module,), {"forward": lambda self, x: F.relu6(x + 3) / 6})()
+    truth = dense_weight_traces(net, batch, loss_fn, table)
+    for name, trace in truth.items():
+        assert abs(found[name].trace - trace) <= 4.5 * found[name].stderr + 1e-9 * abs(trace), name
+
+
 def test_auto_names_layers_and_takes_the_true_hessian_where_it_matters():
     net, batch, table, _ = prepare(Smooth)
     found = measure(net, [batch], loss_fn, sites=table, estimator="auto", rtol=0.3, max_probes=20, progress=False)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass
 
@@ -24,6 +26,16 @@ def rademacher(generator: torch.Generator) -> Sampler:
 def gaussian(generator: torch.Generator) -> Sampler:
     """Standard normal numbers: the paper's other choice, with more variance."""
     return lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+class _Twice(TorchFunctionMode):
+    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's own cannot."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_):
+            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        return func(*args, **kwargs)
 
 
 @dataclass
@@ -79,8 +91,8 @@ def slopes_of(
     try:
         for w in leaves:
             w.requires_grad_(True)
-        # the fused attention kernels have no second derivative
-        with sdpa_kernel(SDPBackend.MATH), forward_pass(setting, batch, per_image) as step:
+        # the fused attention kernels have no second derivative, nor has the hard sigmoid
+        with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(setting, batch, per_image) as step:
             step.network.recording = False
             points: dict[str, list[Any]] = {n: [w] for n, w in owners.items()}
             points |= step.network.aliases()
