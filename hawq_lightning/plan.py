@@ -168,6 +168,18 @@ class Plan:
         """
         return cls.from_dict(read_json(path, "plan"))
 
+    def settled(self) -> Plan:
+        """The plan with the code kinds, grids and Ω that belong to its bits, where bits were edited by hand.
+
+        A site was edited if what it carries is that of another width among its options. Costs are not touched: see
+        :func:`hawq_lightning.selection.recost`.
+
+        Raises:
+            HawqError: an activation has no grid for its bits: the width was never weighed.
+        """
+        sites = tuple(_settled(s) for s in self.sites)
+        return self if sites == self.sites else self.replace(sites=sites)
+
     def replace(self, **changes: Any) -> Plan:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -233,6 +245,39 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _settled(site: PlanSite) -> PlanSite:
+    own = [o for o in site.options if o.bits == site.bits]
+    if site.kind == "weight":
+        edited = not any(o.omega == site.omega for o in own) and any(o.omega == site.omega for o in site.options)
+        if edited and own:
+            return _with_option(site, min(own, key=lambda o: o.omega))
+        if edited:  # never weighed: the step is fitted when it is armed, the prediction is unknown
+            site = replace(site, code="affine" if site.bits > 2 else site.code, omega=None, perturbation=None)
+        return replace(site, code="midrise") if site.bits == 1 and site.code == "affine" else site
+    grid = (site.scale, site.zero_point)
+    if any((o.scale, o.zero_point) == grid for o in own):
+        return site
+    if None not in grid and all((o.scale, o.zero_point) != grid for o in site.options):
+        return site  # a grid of the user's own
+    if not own:
+        if not site.options:
+            return site
+        widths = sorted({o.bits for o in site.options})
+        close, shown = min(widths, key=lambda b: abs(b - site.bits)), ", ".join(map(str, widths))
+        raise HawqError(
+            f"Site {site.name!r} of the plan has {site.bits} bits, but was calibrated for {shown} only; "
+            f"the nearest is {close}."
+        )
+    return _with_option(site, own[0])
+
+
+def _with_option(site: PlanSite, option: Option) -> PlanSite:
+    return replace(
+        site, code=option.code, omega=option.omega, perturbation=option.perturbation,
+        scale=option.scale, zero_point=option.zero_point,
+    )  # fmt: skip
+
+
 def _read_site(raw: Any) -> PlanSite:
     raw = dict(raw)
     name = raw.get("name")
@@ -258,6 +303,9 @@ def _read_site(raw: Any) -> PlanSite:
             raise HawqError(f"Site {name!r} of the plan: {number} is {value!r}, not a number.")
     if site.scale is not None and not (0 < site.scale < math.inf):
         raise HawqError(f"Site {name!r} of the plan: scale must be positive and finite, not {site.scale!r}.")
+    for zero in (site.zero_point, *(o.zero_point for o in site.options)):
+        if zero is not None and (isinstance(zero, bool) or not isinstance(zero, int) or not 0 <= zero < 256):
+            raise HawqError(f"Site {name!r} of the plan: zero_point is {zero!r}, not a whole number from 0 to 255.")
     return site
 
 

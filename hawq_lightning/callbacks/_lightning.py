@@ -319,6 +319,11 @@ def share_of(trainer: Trainer) -> Share:
     return Share(trainer.global_rank, trainer.world_size, all_sum)
 
 
+def builds_later(pl_module: LightningModule) -> bool:
+    """Whether a hook that builds layers (``setup`` or ``configure_model``) may come after ours."""
+    return any(is_overridden(name, pl_module) for name in ("setup", "configure_model"))
+
+
 def after_layers_exist(pl_module: LightningModule, install: Callable[[], Any]) -> None:
     """Call ``install`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
     for name in ("setup", "configure_model"):

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from hawq_lightning.callbacks._lightning import (
     after_layers_exist,
     at_epoch_end,
+    builds_later,
     copy_again,
     go_first,
     has_parent,
@@ -23,7 +24,8 @@ from hawq_lightning.callbacks.random_state import random_states, set_random_stat
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan
 from hawq_lightning.quantization import arm, armed_bits, check_plan, install, plan_of, quantized_layers, refresh
-from hawq_lightning.sites import Patterns, quantizable_layers
+from hawq_lightning.selection import recost
+from hawq_lightning.sites import Patterns
 
 _RANDOM = "hawq_lightning_random_states"
 
@@ -46,7 +48,7 @@ class InstallPlan(Callback):
     def __init__(
         self, plan: Plan | str | Path | None = None, include: Patterns = None, exclude: Patterns = None
     ) -> None:
-        self._given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        self._given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
         self._plan: Plan | None = None
         self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
@@ -71,7 +73,11 @@ class InstallPlan(Callback):
     def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
         """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
         before = go_first(trainer, listed)
-        install(pl_module, self.include, self.exclude if quantizable_layers(pl_module)[0] else None)
+        try:
+            install(pl_module, self.include, self.exclude)
+        except HawqError:
+            if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
+                raise
         after_layers_exist(pl_module, lambda: install(pl_module, self.include, self.exclude))
         copy_again(before, trainer, pl_module, stage)
         if self._relay.is_file() and not armed_bits(pl_module):
@@ -176,3 +182,15 @@ class InstallPlan(Callback):
         """See :meth:`state_dict`."""
         if "plan" in state_dict:
             self._plan = Plan.from_dict(state_dict["plan"])
+
+
+def _consistent(plan: Plan | None) -> Plan | None:
+    """A plan whose bits were edited by hand, with grids, Omega and costs that follow from them."""
+    if plan is None or (settled := plan.settled()) is plan:
+        return plan
+    try:
+        return recost(plan)
+    except HawqError:  # a width that was never weighed: weights can have it all the same
+        size = sum(s.numel * s.bits for s in settled.weights) / 8
+        known = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in settled.weights)}
+        return settled.replace(selector="manual", costs=known)

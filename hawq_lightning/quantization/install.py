@@ -41,7 +41,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Compare a plan with the layers of a model.
 
     Raises:
-        HawqError: it was made for another model; says which sites differ.
+        HawqError: it was made for another model (says which sites differ), a code kind that cannot be installed, or
+            an activation without a grid for its bits.
     """
     layers, _ = quantizable_layers(model)
     have: dict[str, Site] = {}
@@ -57,10 +58,20 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             own = site_name(name, "weight")
             have[own] = Site(own, "weight", (name,), shape, 0)
     plan.check_fits(have)
-    for s in plan.activations:
+    for s in plan.settled().sites:
+        if s.code == "codebook" or (s.kind == "activation" and s.code != "affine"):
+            kinds = "'affine' or 'midrise'" if s.kind == "weight" else "'affine'"
+            raise HawqError(f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s can be {kinds} here.")
+        if s.kind == "weight":
+            continue
         if s.scale is None or s.zero_point is None:
             raise HawqError(
                 f"Site {s.name!r} of the plan has no scale and zero_point; activations need calibrated ones."
+            )
+        if not 0 <= s.zero_point < 1 << s.bits:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has zero_point {s.zero_point}, which {s.bits} bits cannot hold "
+                f"(0 to {(1 << s.bits) - 1})."
             )
 
 
@@ -74,7 +85,10 @@ def arm(model: nn.Module, plan: Plan) -> None:
         HawqError: the plan is for another model, or a weight holds NaN.
     """
     check_plan(model, plan)
-    layers = install(model)
+    plan = plan.settled()
+    planned = {name for s in plan.sites for name in s.layers}
+    # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
+    layers = {n: make_twin(m) for n, m in quantizable_layers(model)[0].items() if n in planned}
     disarm(model)
     try:
         for s in plan.sites:

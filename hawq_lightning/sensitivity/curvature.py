@@ -37,13 +37,14 @@ class Softmax:
         """``z`` rotated onto the factor's singular vectors: same mean, up to 7 times less variance."""
         if self.rotation is None:
             p = self.probability.movedim(self.axis, -1)
+            p = p.to(torch.promote_types(p.dtype, torch.float32))  # no eigenvectors in half precision
             classes = min(_FULL_ROTATION, p.shape[-1])
             self._top = p.topk(classes, -1).indices if classes < p.shape[-1] else None
             q = p if self._top is None else p.gather(-1, self._top)
             square = (p * p).sum(-1)[..., None, None]
             eye = torch.eye(classes, dtype=p.dtype, device=p.device)
             gram = (q[..., :, None] * q[..., None, :]).sqrt() * (eye - q[..., :, None] - q[..., None, :] + square)
-            self.rotation = torch.linalg.eigh(gram).eigenvectors
+            self.rotation = torch.linalg.eigh(gram).eigenvectors.to(self.probability.dtype)
         x = z.movedim(self.axis, -1)
         if self._top is None:
             y = torch.matmul(self.rotation, x[..., None])[..., 0]

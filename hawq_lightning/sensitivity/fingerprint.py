@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hawq_lightning.sensitivity.boundary import Outputs, find_boundary
 from hawq_lightning.sensitivity.forward import Setting, check_loss
+from hawq_lightning.sites import parts_of
 
 
 def fingerprint(
@@ -54,9 +55,6 @@ def check_loss_value(setting: Setting, batch: Any) -> float:
 def _hash_tensors(batch: Any, digest: Any) -> None:
     if isinstance(batch, torch.Tensor):
         digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            _hash_tensors(value, digest)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
+    else:
+        for value in parts_of(batch):
             _hash_tensors(value, digest)

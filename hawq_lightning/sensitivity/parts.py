@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import Setting, forward_pass
-from hawq_lightning.sites import batch_images
+from hawq_lightning.sites import batch_images, like, parts_of
 
 ImagesOf = Callable[[Any], int]
 _ENOUGH = 16  # images at a time to tell a mean from a sum by
@@ -38,14 +38,11 @@ def _take(x: Any, images: int, start: int, stop: int, top: bool = False) -> Any:
         if x.ndim and x.shape[0] == images:
             return x[start:stop]
         raise _UnclearError
-    if isinstance(x, Mapping):
-        return type(x)({k: _take(v, images, start, stop) for k, v in x.items()})  # type: ignore[call-arg]
-    if isinstance(x, (list, tuple)):
+    if parts := parts_of(x):
         try:
-            fields = [_take(v, images, start, stop) for v in x]
-            return type(x)(*fields) if hasattr(x, "_fields") else type(x)(fields)
+            return like(x, [_take(v, images, start, stop) for v in parts])
         except _UnclearError:
-            if len(x) == images and not hasattr(x, "_fields"):
+            if isinstance(x, (list, tuple)) and len(x) == images and not hasattr(x, "_fields"):
                 return type(x)(x[start:stop])
             raise
     if top:

@@ -7,7 +7,7 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from hawq_lightning.sites import like, parts_of
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -104,12 +106,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a nested batch; the containers stay of their types."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
-    if isinstance(batch, Mapping):
-        return type(batch)({k: to_device(v, device) for k, v in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(v, device) for v in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(v, device) for v in batch)
+    if parts := parts_of(batch):
+        return like(batch, [to_device(v, device) for v in parts])
     return batch
 
 
