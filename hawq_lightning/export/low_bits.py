@@ -35,7 +35,8 @@ def narrow(proto: Any) -> dict[str, str]:
         values = onnx.numpy_helper.to_array(tensor).astype(np.int16)
         if _four_odd_levels(values):
             values = (values - 1) // 2
-            _add_half(proto, tensor.name)
+            _add_half(proto, name)
+            tensor = next(t for t in proto.graph.initializer if t.name == name)
         bits = next(b for b in _WIDTHS if b == _WIDTHS[-1] or _fits(values, b))
         types[tensor.name] = f"INT{bits}"
         kind = getattr(onnx.TensorProto, f"INT{bits}", None)
