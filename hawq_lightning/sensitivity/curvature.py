@@ -133,7 +133,11 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
 def without_curvature(hessian: OutputHessian, generator: torch.Generator) -> list[int]:
     """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
     answer = hessian([torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values])
-    return [i for i, (h, g) in enumerate(zip(answer, hessian.gradient)) if not bool(h.any()) and bool(g.any())]
+    found = [i for i, (h, g) in enumerate(zip(answer, hessian.gradient)) if not bool(h.any()) and bool(g.any())]
+    slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
+    if len(found) == len(answer) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
+        return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
+    return found
 
 
 def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float) -> Softmax | None:
