@@ -23,6 +23,7 @@ NUMBERS = ("w_comp", "weight_bytes", "file_bytes", "bops", "seconds")
 _STAGES = ("float", "quantized", "fine_tuned")
 _LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
 _MOST_CURVES = 8  # that a legend can name
+_LONGEST = 28  # label, in letters
 
 
 def collect(folder: str | Path, out: str | Path | None = None) -> Sweep:
@@ -135,7 +136,7 @@ def draw_sweep(sweep: Sweep) -> Drawing | None:
         ax = axes[0]
         curves = _curves(sweep, runs)
         for (label, groups), (colour, marker) in zip(curves.items(), cycle(_LOOKS)):
-            name = label if len(curves) <= _MOST_CURVES else None
+            name = _short(label) if len(curves) <= _MOST_CURVES else None
             _draw_curve(ax, groups, colour, marker, name, unit)
             for r in (r for g in groups for r in g):
                 text = (
@@ -205,6 +206,10 @@ def _spread(values: Sequence[float], metric: str) -> str:
     if spread is None:
         return score(mean, metric)
     return f"{score(mean, metric)} ± {100 * spread:.2f}" if metric == "accuracy" else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
 
 
 def _many(count: int, what: str) -> str:
