@@ -57,7 +57,7 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
         else:
             continue
         result = node.output[0]
-        name = f"{result}.bias"
+        name = f"{result}//bias"  # no module or parameter can be called so
         added[name] = onnx.numpy_helper.from_array(bias, name)
         del node.input[_BIAS:]
         node.output[0] = f"{result}.without_bias"
