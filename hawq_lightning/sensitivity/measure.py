@@ -66,7 +66,8 @@ def measure(
         estimator: ``ggn``, output-space Gauss-Newton probes, exact in the mean for piecewise linear networks and never
             negative for convex losses; ``hessian``, with what they miss of other networks added by Hutchinson's method
             on the linearised loss; ``auto``, one of these two by a check on a few images (it is told in ``notes``:
-            ``hessian`` only where Gauss-Newton misses more than a tenth of some trace); ``exact``, all columns of the
+            ``hessian`` only where Gauss-Newton misses more than a tenth of some trace and there are no more than 24
+            sites); ``exact``, all columns of the
             output instead of random probes; ``hutchinson``, the paper's, on the true Hessian.
         rtol: stop when every site's standard error is below this share of its trace.
         max_probes: random vectors a batch at the most.
