@@ -11,7 +11,7 @@ import copy
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -208,6 +208,11 @@ def batch_images(batch: Any, _top: bool = True) -> int:
     raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
 
 
+def version_of(x: torch.Tensor) -> int:
+    """How often a tensor was changed in place; tensors made in inference mode do not count."""
+    return 0 if x.is_inference() else x._version
+
+
 def parts_of(batch: Any) -> list[Any]:
     """What a list, tuple, dict or dataclass holds, in order; nothing of anything else."""
     if isinstance(batch, Mapping):
@@ -306,32 +311,44 @@ def find_sites(
     if run is None:
         return _assemble(layers, dict.fromkeys(layers, 0), [], floats, 1, traced=False)
     reads: list[tuple[str, torch.Tensor, tuple[int, int]]] = []
+    silent: list[tuple[str, torch.Tensor, tuple[int, int]]] = []  # where the model itself switched gradients off
     macs: dict[str, int] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             x = args[0] if args else kwargs["input"]
-            # the tensor is kept, so that its id stays its own; an in-place change makes it another one
-            reads.append((name, x, (id(x), x._version)))
             macs[name] = macs.get(name, 0) + _macs(module, x, output)
+            if name in layers:
+                # the tensor is kept, so that its id stays its own; an in-place change makes it another one
+                (reads if torch.is_grad_enabled() else silent).append((name, x, (id(x), version_of(x))))
 
         return record
 
-    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    every, _ = quantizable_layers(model)
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in every.items()]
     counter = FlopCounterMode(display=False)
+    needs = [p for p in model.parameters() if p.requires_grad]
     try:
-        with torch.no_grad(), counter:
+        for p in needs:
+            p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
+        with torch.enable_grad(), counter:
             run()
     finally:
+        for p in needs:
+            p.requires_grad_(True)
         for handle in handles:
             handle.remove()
+    reads = reads or silent
     if not reads:
         raise HawqError("The forward pass called none of the quantizable layers: " + ", ".join(list(layers)[:4]) + ".")
-    for name in [n for n in layers if n not in macs]:
-        floats.append(_left_out(name, layers.pop(name), "not called in the forward pass"))
+    read = {name for name, *_ in reads}
+    for name in [n for n in layers if n not in read]:
+        reason = "run without gradients, as teachers are" if name in macs else "not called in the forward pass"
+        floats.append(_left_out(name, layers.pop(name), reason))
+    floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
     floats += _functional(counter, macs, layers, floats, images)
-    ordered = {name: layers[name] for name in macs}
-    return _assemble(ordered, {n: c // images for n, c in macs.items()}, reads, floats, images, traced=True)
+    ordered = {name: layers[name] for name in macs if name in layers}
+    return _assemble(ordered, {n: macs[n] // images for n in ordered}, reads, floats, images, traced=True)
 
 
 def sites(

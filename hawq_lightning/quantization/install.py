@@ -177,12 +177,18 @@ def plan_of(model: nn.Module) -> Plan:
         HawqError: no quantizer is on.
     """
     sites: dict[str, list[PlanSite]] = {"weight": [], "activation": []}
-    for name, layer in quantized_layers(model).items():
+    layers = quantized_layers(model)
+    users: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.weight_quantizer.bits:
+            users.setdefault(id(layer.weight), []).append(name)
+    for name, layer in layers.items():
         w, a = layer.weight_quantizer, layer.input_quantizer
         shape = tuple(layer.weight.shape)
-        if w.bits:
+        sharing = tuple(users.get(id(layer.weight), ()))
+        if w.bits and sharing[0] == name:
             sites["weight"].append(
-                PlanSite(site_name(name, "weight"), "weight", (name,), shape, layer.weight.numel(), w.bits, w.code)
+                PlanSite(site_name(name, "weight"), "weight", sharing, shape, layer.weight.numel(), w.bits, w.code)
             )
         if a.bits:
             sites["activation"].append(

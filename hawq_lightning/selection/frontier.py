@@ -9,7 +9,7 @@ optimum.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +201,8 @@ def tie_groups(sites: int, ties: Sequence[Sequence[int]]) -> list[list[int]]:
         return i
 
     for tie in ties:
+        if isinstance(tie, str) or not isinstance(tie, Iterable):
+            raise HawqError(f"A tie is a list of site indices, not {tie!r}.")
         for i in tie:
             if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < sites:
                 raise HawqError(f"A tie names site {i!r}; the sites are 0 to {sites - 1}.")

@@ -109,8 +109,8 @@ class Network:
         self._waiting = {s: len(c) for s, c in (self._calls | self._reads).items()}
 
     def _alias(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        if not self.recording:
-            return x  # activation checkpointing runs the forward pass again
+        if not self.recording or not torch.is_grad_enabled():
+            return x  # activation checkpointing runs the forward pass again; a target network has no gradients
         alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
         call = _Call(site, site, None, alias, alias._version)
         self._reads.setdefault(site, []).append(call)
@@ -119,7 +119,7 @@ class Network:
 
     def _called(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            if not self.recording:
+            if not self.recording or not torch.is_grad_enabled():
                 return
             read = (args[0] if args else kwargs["input"]).detach()
             if name in self._keep:

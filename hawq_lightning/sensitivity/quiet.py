@@ -103,9 +103,9 @@ def quiet(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested batch; the containers stay of their types."""
+    """Move every tensor of a nested batch; the containers stay of their types. Inference tensors become plain ones."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device)
+        return batch.clone() if batch.is_inference() and batch.device == device else batch.to(device)
     if parts := parts_of(batch):
         return like(batch, [to_device(v, device) for v in parts])
     return batch

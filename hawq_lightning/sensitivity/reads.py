@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.sites import version_of
+
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
 
@@ -50,7 +52,7 @@ class Reads:
     def _hook(self, site: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["input"]
-            key = (id(x), x._version)
+            key = (id(x), version_of(x))
             known = self._seen.get(key)
             if known is None or known[0]() is not x:
                 known = (weakref.ref(x), self._visit(site, x))
