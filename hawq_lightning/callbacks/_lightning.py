@@ -164,11 +164,9 @@ def borrowed_step(
         pl_module._current_fx_name = "training_step"
         pl_module.__dict__.update(muted)
         for m in modules:
-            m.training = True if m is pl_module else m.training
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        pl_module.train()
         if manual:
             pl_module.__dict__["manual_backward"] = _found
             torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]

@@ -123,9 +123,8 @@ class MeasureTraces(Callback):
         self.eigenvalues: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and select."""
-        if self.plan is None:
-            self.analyze(trainer, pl_module)
+        """Measure and select; what was measured before on the same weights and data is taken from its file."""
+        self.analyze(trainer, pl_module)
 
     def excluded(self, pl_module: LightningModule) -> list[Any]:
         """The user's patterns and the module's own."""
