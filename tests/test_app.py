@@ -1,6 +1,7 @@
 """The console scripts: a whole run, analysis without training, and errors of one line."""
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from hydra.errors import InstantiationException
 from hawq_lightning import HawqError, Plan, Sensitivity, load_packed
 from hawq_lightning.cli.dry_run import budget_ranges, dry_run, estimate_seconds
 from hawq_lightning.cli.entry import check_choices, explain
+from hawq_lightning.cli.frontier_table import frontier_rows, show_frontier
 from hawq_lightning.cli.parts import make_data, make_task
 from hawq_lightning.cli.run import run
 from hawq_lightning.models.resnet20 import resnet20
@@ -91,7 +93,7 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_analysis_trains_nothing(tmp_path):
+def test_analysis_trains_nothing(tmp_path, capsys):
     cfg = settings(tmp_path)
     weights = make_task(cfg).net
     torch.save(weights.state_dict(), tmp_path / "weights.pt")
@@ -105,6 +107,14 @@ def test_analysis_trains_nothing(tmp_path):
     load_packed(folder / "model.safetensors", task)
     norm = task.net.bn1.running_mean
     assert torch.equal(norm, weights.bn1.running_mean)
+    points = frontier_rows(folder)
+    assert 3 <= len(points) <= 13 and sum(bool(p["chosen"]) for p in points) == 1
+    assert all(a["cost"] < b["cost"] and a["omega"] > b["omega"] for a, b in itertools.pairwise(points))
+    chosen = next(p for p in points if p["chosen"])
+    assert chosen["cost"] == Plan.load(folder / "plan.json").costs["weight_bytes"]
+    capsys.readouterr()
+    show_frontier(folder)
+    assert "chosen" in capsys.readouterr().out
 
 
 def test_given_plans_and_traces_are_not_measured_again(finished, tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from hawq_lightning.cli.entry import CONFIG_PATH, run_job, run_main
@@ -19,9 +21,12 @@ def _main(cfg: DictConfig) -> Any:
 
             dry_run(cfg)
         else:
+            from hawq_lightning.cli.frontier_table import show_frontier
             from hawq_lightning.cli.run import run
 
             run(cfg)
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                show_frontier(Path(cfg.paths.output_dir))
 
     return run_job(job)
 
