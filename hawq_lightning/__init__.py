@@ -8,7 +8,8 @@ from hawq_lightning.plan import Option, Plan
 from hawq_lightning.quantization import options, quantize
 from hawq_lightning.selection import Frontier, Problem, frontier, select
 from hawq_lightning.sensitivity import Sensitivity, measure
-from hawq_lightning.sites import SiteTable, sites
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import sites
 
 if TYPE_CHECKING:
     from hawq_lightning.callbacks import HAWQ, InstallPlan, MeasureTraces, load_from_checkpoint

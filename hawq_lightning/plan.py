@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.sites import Layer, Site
+from hawq_lightning.site_table import Layer, Site
 
 FORMAT = "hawq_lightning.plan"
 VERSION = 1

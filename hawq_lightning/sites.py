@@ -7,18 +7,18 @@ levels is one site with five tensors. The components come from a real forward pa
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hawq_lightning.batches import batch_images, default_forward
 from hawq_lightning.errors import HawqError, nearest
+from hawq_lightning.site_table import FloatPart, Layer, Site, SiteTable
 
 QUANTIZABLE: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -32,137 +32,6 @@ QUANTIZABLE: tuple[type[nn.Module], ...] = (
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern] | None
-
-
-@dataclass(frozen=True)
-class Site:
-    """What gets a quantizer.
-
-    Attributes:
-        name: ``<layer>.weight`` or ``<first reader>.input``.
-        kind: ``weight`` or ``activation``.
-        layers: the layers that use the weight, or that read the activation.
-        shape: of the weight; of the first activation tensor without its batch axis.
-        numel: weight elements; activation elements of one image, all tensors together.
-        channels: number of weight scales (1 for activations).
-    """
-
-    name: str
-    kind: str
-    layers: tuple[str, ...]
-    shape: tuple[int, ...]
-    numel: int
-    channels: int = 1
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A quantizable layer: its two sites and its multiply-accumulates for one image."""
-
-    name: str
-    type: str
-    weight: str
-    activation: str | None
-    macs: int
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Layer:
-        """Read back ``dataclasses.asdict``."""
-        reads = raw.get("activation")
-        return cls(
-            str(raw["name"]),
-            str(raw["type"]),
-            str(raw["weight"]),
-            None if reads is None else str(reads),
-            int(raw["macs"]),
-        )
-
-
-@dataclass(frozen=True)
-class FloatPart:
-    """A module, or an operation inside one, that stays float, and why."""
-
-    name: str
-    type: str
-    reason: str
-    bytes: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class SiteTable:
-    """All sites, the layers that tie them, and what stays float. Iterating gives the sites.
-
-    ``layers`` are in the order in which the forward pass first calls them.
-    """
-
-    sites: tuple[Site, ...]
-    layers: tuple[Layer, ...]
-    floats: tuple[FloatPart, ...] = ()
-    traced: bool = True
-    _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self._index.update({s.name: s for s in self.sites})
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __getitem__(self, name: str) -> Site:
-        """The site called ``name``."""
-        if name not in self._index:
-            raise HawqError(f"No site is called {name!r}.{nearest(name, self._index)}")
-        return self._index[name]
-
-    @property
-    def weights(self) -> tuple[Site, ...]:
-        """The weight sites."""
-        return tuple(s for s in self.sites if s.kind == "weight")
-
-    @property
-    def activations(self) -> tuple[Site, ...]:
-        """The activation sites."""
-        return tuple(s for s in self.sites if s.kind == "activation")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict a line, sites first, then what stays float; shares are of bytes and of MACs."""
-        total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
-        total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
-        macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
-        out: list[dict[str, Any]] = []
-        for s in self.sites:
-            weight = s.kind == "weight"
-            out.append(
-                asdict(s)
-                | {
-                    "quantized": True,
-                    "bytes_share": 4 * s.numel / total_bytes if weight else 0.0,
-                    "macs_share": macs_of[s.name] / total_macs if weight else 0.0,
-                }
-            )
-        for f in self.floats:
-            out.append(
-                asdict(f)
-                | {"quantized": False, "bytes_share": f.bytes / total_bytes, "macs_share": f.macs / total_macs}
-            )
-        return out
-
-    def __str__(self) -> str:
-        lines = [f"{'site':40} {'kind':10} {'shape':>18} {'elements':>10} {'bytes':>7} {'MACs':>7}"]
-        for r in self.rows():
-            what = r["kind"] if r["quantized"] else "float"
-            shape = "x".join(map(str, r["shape"])) if r["quantized"] else r["type"]
-            count = r["numel"] if r["quantized"] else r["bytes"] // 4
-            why = "" if r["quantized"] else f"  {r['reason']}"
-            lines.append(
-                f"{r['name']:40} {what:10} {shape:>18} {count:>10,} {r['bytes_share']:7.1%} {r['macs_share']:7.1%}{why}"
-            )
-        if not self.traced:
-            lines.append("No example batch was given: activations, MACs and call order are unknown.")
-        return "\n".join(lines)
 
 
 def layer_type(module: nn.Module) -> type[nn.Module]:
@@ -180,74 +49,9 @@ def site_name(layer: str, part: str) -> str:
     return f"{layer}.{part}" if layer else part
 
 
-def batch_images(batch: Any, _top: bool = True) -> int:
-    """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
-
-    Args:
-        batch: a tensor, or any nesting of tuples, lists, dicts and dataclasses; the inputs come first.
-
-    Raises:
-        HawqError: there is no tensor in the batch, or the first has no axis.
-    """
-    if isinstance(batch, torch.Tensor):
-        if batch.ndim == 0:
-            raise HawqError("The batch's first tensor has no batch axis.")
-        return int(batch.shape[0])
-    if not _top and isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (torch.Tensor, Mapping)):
-        return len(batch)
-    values = [v for v in parts_of(batch) if _holds_tensor(v)]  # names and paths may come before the images
-    if values:
-        first = values[0]
-        if isinstance(first, (list, tuple)) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
-            # several inputs of the network, or one image an entry? What comes with them, labels or boxes, tells
-            counts = {int(x.shape[0]) for x in first}
-            beside = {int(v.shape[0]) for v in values[1:] if isinstance(v, torch.Tensor) and v.ndim}
-            if len(counts) == 1 and counts == beside and len(first) not in beside:
-                return counts.pop()
-        return batch_images(first, _top=False)
-    raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
-
-
 def version_of(x: torch.Tensor) -> int:
     """How often a tensor was changed in place; tensors made in inference mode do not count."""
     return 0 if x.is_inference() else x._version
-
-
-def parts_of(batch: Any) -> list[Any]:
-    """What a list, tuple, dict or dataclass holds, in order; nothing of anything else."""
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return list(batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return [getattr(batch, f.name) for f in fields(batch)]
-    return []
-
-
-def like(batch: Any, parts: Sequence[Any]) -> Any:
-    """A container of the same make as ``batch``, holding ``parts`` in the order of :func:`parts_of`."""
-    if isinstance(batch, Mapping):
-        named = dict(zip(batch, parts))
-        if isinstance(batch, defaultdict):
-            return defaultdict(batch.default_factory, named)
-        return type(batch)(named)  # type: ignore[call-arg]
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    own = copy.copy(batch)
-    for f, part in zip(fields(batch), parts):
-        object.__setattr__(own, f.name, part)  # frozen ones, too
-    return own
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or any(_holds_tensor(v) for v in parts_of(value))
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call the model on the inputs of a batch: the tensor itself, the first of a tuple, or a dict's values by name."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
 
 def quantizable_layers(

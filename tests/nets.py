@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning.sensitivity.reads import Reads
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 

@@ -17,7 +17,8 @@ from hawq_lightning.export import load_packed, packed_overhead, read_packed, sav
 from hawq_lightning.export.index import Index
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.twins import QuantizedLayer, make_twin
-from hawq_lightning.sites import SiteTable, sites
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import sites
 
 
 class Net(nn.Module):

@@ -24,7 +24,7 @@ from hawq_lightning.report.run import LossCheck, read_run
 from hawq_lightning.report.text import names, size
 from hawq_lightning.report.tradeoff import _uniform
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
-from hawq_lightning.sites import Layer
+from hawq_lightning.site_table import Layer
 
 WIDTHS = (2, 4, 8)
 NASTY = "a<b>&\"'$x_1$.weight"

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import hawq_lightning as hl
+from hawq_lightning.batches import batch_images
 from hawq_lightning.callbacks import HAWQ, InstallPlan
 from hawq_lightning.errors import HawqError
 from hawq_lightning.quantization import armed_bits
-from hawq_lightning.sites import batch_images
 from tests.trainers import Classifier, assert_mixed, fit, hawq, loader, mlp, trainer
 
 

@@ -34,7 +34,7 @@ from hawq_lightning.selection import (
 )
 from hawq_lightning.selection.tradeoff import sample_set_b
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
-from hawq_lightning.sites import Layer, Site, SiteTable
+from hawq_lightning.site_table import Layer, Site, SiteTable
 from tests.selection_networks import random_network
 
 NUMEL = {"a": 160, "b": 480, "c": 320}

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, sites
+from hawq_lightning.batches import batch_images
 from hawq_lightning.quantization import install
-from hawq_lightning.sites import batch_images
 from tests.nets import ConvNet, SharedHead, Tied
 
 

@@ -167,8 +167,8 @@ def test_auto_names_layers_and_takes_the_true_hessian_where_it_matters():
     [(Attention, {"embed", "qkv"}), (Serial, {"again"}), (Smooth, {"stem", "squeeze", "excite", "mix"})],
 )
 def test_only_the_layers_behind_which_something_bends_are_named(kind, layers):
+    from hawq_lightning.batches import batch_images
     from hawq_lightning.sensitivity.linearity import check_linearity
-    from hawq_lightning.sites import batch_images
 
     net, batch, table, _ = prepare(kind)
     with quiet(net):

@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 from torchmetrics import Metric
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.measure import Share
 from hawq_lightning.sensitivity.quiet import random_states_kept
-from hawq_lightning.sites import batch_images
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 

@@ -17,7 +17,8 @@ from hawq_lightning.plan import Option, Plan
 from hawq_lightning.quantization import armed_bits
 from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
-from hawq_lightning.sites import Patterns, SiteTable, quantizable_layers
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import Patterns, quantizable_layers
 
 
 class HAWQ(Callback):

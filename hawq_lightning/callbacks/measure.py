@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.callbacks._lightning import (
     borrowed_step,
     draw_batches,
@@ -31,7 +32,8 @@ from hawq_lightning.selection import Frontier, Problem, select, with_stability
 from hawq_lightning.sensitivity import ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
-from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import Patterns, find_sites
 
 _CHANCE = 0.8  # of ln(classes)
 _SLOPE_SHARE = 0.01  # of the loss

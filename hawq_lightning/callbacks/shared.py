@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity import Sensitivity
 from hawq_lightning.sensitivity.cache import TraceCache
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 
 class SharedTraces:

@@ -15,7 +15,8 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.sensitivity import measure
 from hawq_lightning.sensitivity.result import Sensitivity
-from hawq_lightning.sites import SiteTable, sites
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import sites
 
 _TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
 

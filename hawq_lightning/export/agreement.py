@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from hawq_lightning.batches import default_forward
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export.extra import require
 from hawq_lightning.export.inventory import plain
 from hawq_lightning.quantization.quantizers import ActivationQuantizer
 from hawq_lightning.quantization.twins import QuantizedLayer
-from hawq_lightning.sites import default_forward
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

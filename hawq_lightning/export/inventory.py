@@ -12,7 +12,8 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export.index import DTYPES, Index, IndexedSite, IndexedTensor
 from hawq_lightning.plan import PlanSite
 from hawq_lightning.quantization.quantizers import Quantizer
-from hawq_lightning.sites import QUANTIZABLE, Site, channel_axis, layer_type
+from hawq_lightning.site_table import Site
+from hawq_lightning.sites import QUANTIZABLE, channel_axis, layer_type
 
 
 def index_of(model: nn.Module, sites: Sequence[Site | PlanSite]) -> Index:

@@ -21,7 +21,8 @@ from hawq_lightning.export.inventory import check_same, index_of, owning, plain,
 from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning.quantization.quantizers import MIDRISE_ZERO, Quantizer
 from hawq_lightning.quantization.twins import QuantizedLayer, make_twin
-from hawq_lightning.sites import QUANTIZABLE, Site, layer_type
+from hawq_lightning.site_table import Site
+from hawq_lightning.sites import QUANTIZABLE, layer_type
 
 KINDS = ("affine", "midrise")  # stored as 0 and 1
 

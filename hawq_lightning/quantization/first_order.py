@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan
 from hawq_lightning.quantization.ranges import weight_step
 from hawq_lightning.sensitivity.quiet import quiet, to_device
-from hawq_lightning.sites import batch_images, channel_axis, quantizable_layers
+from hawq_lightning.sites import channel_axis, quantizable_layers
 
 
 def first_order_term(

@@ -13,7 +13,8 @@ from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.quantizers import Quantizer
 from hawq_lightning.quantization.ranges import weight_step
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
-from hawq_lightning.sites import Patterns, Site, channel_axis, quantizable_layers, site_name
+from hawq_lightning.site_table import Site
+from hawq_lightning.sites import Patterns, channel_axis, quantizable_layers, site_name
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

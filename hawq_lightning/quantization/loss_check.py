@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Option, PlanSite
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.install import arm_site, disarm, install, quantizers, uninstall
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.sensitivity.quiet import quiet, to_device
-from hawq_lightning.sites import SiteTable, batch_images
+from hawq_lightning.site_table import SiteTable
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option
 from hawq_lightning.progress import Bar, progress_bar
@@ -17,7 +18,8 @@ from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.reads import Reads
 from hawq_lightning.sensitivity.result import Sensitivity
-from hawq_lightning.sites import SiteTable, batch_images, channel_axis, quantizable_layers
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import channel_axis, quantizable_layers
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 _SAMPLE_A_BATCH = 16_384

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.install import arm_site, check_plan, disarm, install, quantizers, uninstall
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.sensitivity.quiet import quiet, to_device
-from hawq_lightning.sites import batch_images
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 

@@ -15,7 +15,7 @@ from hawq_lightning.sensitivity.eigen import top_eigenpairs
 from hawq_lightning.sensitivity.forward import LossFn
 from hawq_lightning.sensitivity.result import Sensitivity
 from hawq_lightning.sensitivity.steps import landscape, trace_steps
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 
 def paper_figures(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.plan import Option, check_choice
-from hawq_lightning.sites import Site
+from hawq_lightning.site_table import Site
 
 
 def check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Option]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.sites import Layer, Site
+from hawq_lightning.site_table import Layer, Site
 
 Ties = Mapping[str, Sequence[str]] | Sequence[Sequence[str]]
 Pairs = Mapping[str, Iterable[Sequence[int]]] | Iterable[Sequence[int]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.sites import Layer
+from hawq_lightning.site_table import Layer
 
 _NAME = ("layer", "site", "name", "shape", "type")
 _WEIGHT = ("weight_bits", "w_bits", "bits")

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from hawq_lightning.batches import batch_images, default_forward
 from hawq_lightning.errors import HawqError
-from hawq_lightning.sites import SiteTable, batch_images, default_forward
+from hawq_lightning.site_table import SiteTable
 
 FLOAT = "float32"
 

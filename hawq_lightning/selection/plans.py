@@ -19,7 +19,7 @@ from hawq_lightning.selection.frontier import Floats, Frontier, Ints
 from hawq_lightning.selection.latency import LatencyTable
 from hawq_lightning.selection.problem import Problem
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
-from hawq_lightning.sites import Site
+from hawq_lightning.site_table import Site
 
 CSV_ROWS = 5000
 

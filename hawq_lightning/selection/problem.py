@@ -25,7 +25,7 @@ from hawq_lightning.selection.costs import Linear, linear, value
 from hawq_lightning.selection.frontier import MAX_POINTS, Floats, tie_groups
 from hawq_lightning.selection.latency import LatencyTable
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
-from hawq_lightning.sites import Layer, Site, SiteTable
+from hawq_lightning.site_table import Layer, Site, SiteTable
 
 if TYPE_CHECKING:
     from hawq_lightning.selection.plans import PlanFrontier

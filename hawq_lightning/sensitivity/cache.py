@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.result import VERSION, Sensitivity
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 _POLL = 0.2  # seconds
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.sensitivity.forward import LossFn, Pass, Setting, check_weights
@@ -22,7 +23,8 @@ from hawq_lightning.sensitivity.parts import ImagesOf
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.rounds import Share
 from hawq_lightning.sensitivity.slopes import Slopes, slopes_of
-from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites, quantizable_layers
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import Patterns, find_sites, quantizable_layers
 
 KINDS = ("ggn", "hessian")
 

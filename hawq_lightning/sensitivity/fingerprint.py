@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from hawq_lightning.batches import parts_of
 from hawq_lightning.sensitivity.boundary import Outputs, find_boundary
 from hawq_lightning.sensitivity.forward import Setting, check_loss
-from hawq_lightning.sites import parts_of
 
 
 def fingerprint(

@@ -13,7 +13,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity.network import Network
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.progress import Bar
 from hawq_lightning.sensitivity.fingerprint import fingerprint
@@ -22,7 +23,8 @@ from hawq_lightning.sensitivity.result import Sensitivity
 from hawq_lightning.sensitivity.resume import Partial
 from hawq_lightning.sensitivity.rounds import Rounds, Share
 from hawq_lightning.sensitivity.rows import Rows
-from hawq_lightning.sites import Patterns, SiteTable, batch_images, find_sites, quantizable_layers
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import Patterns, find_sites, quantizable_layers
 
 __all__ = ["ESTIMATORS", "L1", "Share", "measure"]
 

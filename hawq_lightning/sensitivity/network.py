@@ -11,7 +11,7 @@ from torch import nn
 
 from hawq_lightning.sensitivity.norms import Use, inner_products
 from hawq_lightning.sensitivity.reads import Reads
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 
 class Overwritten(Exception):

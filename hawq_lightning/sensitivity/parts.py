@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from hawq_lightning.batches import batch_images, like, parts_of
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import Setting, forward_pass
-from hawq_lightning.sites import batch_images, like, parts_of
 
 ImagesOf = Callable[[Any], int]
 _ENOUGH = 16  # images at a time to tell a mean from a sum by

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hawq_lightning.sites import like, parts_of
+from hawq_lightning.batches import like, parts_of
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from hawq_lightning.sensitivity.result import SiteTrace
-from hawq_lightning.sites import SiteTable
+from hawq_lightning.site_table import SiteTable
 
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 

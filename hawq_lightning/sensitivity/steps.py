@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import LossFn, Setting
 from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.parts import ImagesOf
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.rounds import PER_ROUND, Rounds
-from hawq_lightning.sites import SiteTable, batch_images, find_sites
+from hawq_lightning.site_table import SiteTable
+from hawq_lightning.sites import find_sites
 
 
 def trace_steps(
