@@ -13,10 +13,10 @@ from hawq_lightning.quantization import plan_loss
 from hawq_lightning.tasks.classification import ClassificationTask
 
 
-def fit(folder, selector, **kwargs):
+def fit(folder, selector, budget="8x", **kwargs):
     pl.seed_everything(0, verbose=False)
     task = ClassificationTask(resnet20(num_classes=10, in_channels=1, channels=4), num_classes=10, lr=1e-12)
-    hawq = HAWQ((2, 4, 8), 8, "8x", selector=selector, images=32, dirpath=folder, progress=False, **kwargs)
+    hawq = HAWQ((2, 4, 8), 8, budget, selector=selector, images=32, dirpath=folder, progress=False, **kwargs)
     trainer = pl.Trainer(
         max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[hawq], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -43,6 +43,21 @@ def test_accuracy_measures_plans(tmp_path):
     hawq, _ = fit(tmp_path, "accuracy")
     assert hawq.plan.settings["measurements"] == 1 + 2 * len(hawq.plan.weights)
     assert hawq.plan.costs["w_comp"] >= 8
+
+
+def test_bits_by_hand(tmp_path):
+    hawq, _ = fit(tmp_path, "manual", bits={"*.weight": 4, "net.conv1.weight": 8}, budget=None)
+    weights = {s.name: s.bits for s in hawq.plan.weights}
+    assert weights.pop("net.conv1.weight") == 8 and set(weights.values()) == {4}
+    assert hawq.plan.selector == "manual"
+    with pytest.raises(HawqError, match="needs bits"):
+        fit(tmp_path / "none", "manual")
+
+
+def test_the_worst_plan_of_a_size_is_worse(tmp_path):
+    (best, _), (worst, _) = fit(tmp_path / "a", "pareto"), fit(tmp_path / "b", "max_perturbation")
+    assert worst.plan.omega > best.plan.omega
+    assert worst.plan.costs["weight_bytes"] <= 1.03 * best.plan.costs["weight_bytes"]
 
 
 def test_the_loss_of_a_plan_is_that_of_the_quantized_network(tmp_path):

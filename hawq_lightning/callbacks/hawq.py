@@ -33,6 +33,7 @@ class HAWQ(Callback):
         budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
         selector: rule of choice: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ...
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
+        bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
@@ -68,6 +69,7 @@ class HAWQ(Callback):
         *,
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
+        bits: Mapping[str, int] | str | Path | None = None,
         estimator: str = "auto",
         l1: str = "fisher",
         images: int = 512,
@@ -92,7 +94,7 @@ class HAWQ(Callback):
             raise HawqError(f"start is {start!r}; it is a number of epochs, 0 or more.")
         self.start = start
         self.measurer = MeasureTraces(
-            weight_bits, activation_bits, budget, selector=selector, constraints=constraints,
+            weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
             estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
             input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed,

@@ -49,6 +49,7 @@ class MeasureTraces(Callback):
         budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
         selector: rule of choice, see :data:`hawq_lightning.selection.SELECTORS`.
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
+        bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
@@ -80,6 +81,7 @@ class MeasureTraces(Callback):
         *,
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
+        bits: Mapping[str, int] | str | Path | None = None,
         estimator: str = "auto",
         l1: str = "fisher",
         images: int = 512,
@@ -105,7 +107,7 @@ class MeasureTraces(Callback):
             raise HawqError(f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.")
         if images < 1:
             raise HawqError(f"images is {images}; at least one is needed to measure on.")
-        self.budget, self.selector, self.constraints = budget, selector, dict(constraints or {})
+        self.budget, self.selector, self.constraints, self.bits = budget, selector, dict(constraints or {}), bits
         if l1 not in L1:
             raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
         self.l1 = l1
@@ -200,7 +202,7 @@ class MeasureTraces(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], loss_fn: Any, problem: Problem
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
-        pick = partial(select, problem, self.budget, self.selector, seed=self.selection_seed)
+        pick = partial(select, problem, self.budget, self.selector, seed=self.selection_seed, bits=self.bits)
         if self.selector in ("top_eigenvalue", "hawq"):
             wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
             found = top_eigenvalues(
