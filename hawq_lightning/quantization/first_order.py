@@ -10,6 +10,7 @@ from torch import nn
 
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan
+from hawq_lightning.quantization.quantizers import MIDRISE_ZERO, WeightQuantizer
 from hawq_lightning.quantization.ranges import weight_step
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sites import channel_axis, quantizable_layers
@@ -34,9 +35,9 @@ def first_order_term(
             w = layer.weight.detach()
             axis = channel_axis(layer)
             step, _ = weight_step(w, s.bits, s.code, axis)
-            half, zero = 1 << (s.bits - 1), -0.5 if s.code == "midrise" else 0.0
-            zeros = torch.full_like(step, zero)
-            shifts[s.name] = torch.fake_quantize_per_channel_affine(w.float(), step, zeros, axis, -half, half - 1) - w
+            quantizer = WeightQuantizer(w.shape[axis], axis).to(w.device)
+            quantizer.arm(s.bits, step, MIDRISE_ZERO if s.code == "midrise" else 0.0)
+            shifts[s.name] = quantizer(w.float()) - w
         for layer in weights.values():
             layer.weight.requires_grad_(True)
         for batch in batches:

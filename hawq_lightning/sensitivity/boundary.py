@@ -177,5 +177,4 @@ class OutputHessian:
 
     def backward(self, vectors: Sequence[torch.Tensor]) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe."""
-        pairs = [(e, v) for e, v in zip(self.edges, vectors)]
-        torch.autograd.backward([e for e, _ in pairs], [v for _, v in pairs], retain_graph=True)
+        torch.autograd.backward(self.edges, list(vectors), retain_graph=True)
