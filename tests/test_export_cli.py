@@ -65,7 +65,43 @@ def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
     plan = Plan.load(folder / "plan.json")
     with (folder / "latency.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {f"net.{r['layer']}.weight" for r in rows} == {s.name for s in plan.weights}
+    assert {f"{r['layer']}.weight" for r in rows} == {s.name for s in plan.weights}, "the run's own names"
+
+
+def test_a_run_reads_the_latency_table_that_an_export_wrote(folder, tmp_path):
+    path = tmp_path / "latency.csv"
+    plan = Plan.load(folder / "plan.json")
+    layers = [x.name for x in plan.layers]
+    rows = [{"layer": n, "weight_bits": b, "activation_bits": 8, "ms": b} for n in layers for b in (2, 4, 8)]
+    write_table(rows, path)
+    limit = 3 * len(layers)
+    done = script(
+        "hawq-lightning-analyze", *FAST, f"selector.latency={path}", f"selector.budget={{latency: {limit}ms}}",
+        f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    chosen = Plan.load(tmp_path / "run" / "plan.json")
+    assert chosen.costs["latency_ms"] == sum(s.bits for s in chosen.weights) <= limit
+    assert len({s.bits for s in chosen.weights}) > 1
+
+
+def test_a_latency_budget_needs_its_table():
+    from hawq_lightning import HAWQ
+
+    with pytest.raises(HawqError, match="latency=latency.csv"):
+        HAWQ(budget={"latency": "3ms"})
+    with pytest.raises(HawqError, match="nowhere.csv cannot be read"):
+        HAWQ(budget={"latency": "3ms"}, latency="nowhere.csv")
+
+
+def test_layers_that_read_float_have_one_latency_for_all_activations():
+    net, x, plan = armed(0)
+    alone = plan.replace(sites=plan.weights)
+    rows = layer_latencies(net, alone, (x,))
+    assert {r["activation_bits"] for r in rows} == {None} and all(r["ms"] > 0 for r in rows)
+    layer = next(n for n in plan.layers if n.name == rows[0]["layer"])
+    table = LatencyTable(rows)
+    assert table.ms(layer, plan.weights[0].shape, rows[0]["weight_bits"], 32) == rows[0]["ms"]
 
 
 def test_the_table_is_what_the_selector_reads(tmp_path):

@@ -34,6 +34,7 @@ class HAWQ(Callback):
         selector: rule of choice: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ...
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
         bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
+        latency: CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
@@ -70,6 +71,7 @@ class HAWQ(Callback):
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
         bits: Mapping[str, int] | str | Path | None = None,
+        latency: str | Path | None = None,
         estimator: str = "auto",
         l1: str = "fisher",
         images: int = 512,
@@ -95,7 +97,7 @@ class HAWQ(Callback):
         self.start = start
         self.measurer = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
-            estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
+            latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
             input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed,
             selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,

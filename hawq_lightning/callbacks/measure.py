@@ -28,7 +28,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
 from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused, plan_loss
-from hawq_lightning.selection import Frontier, Problem, select, with_stability
+from hawq_lightning.selection import Frontier, LatencyTable, Problem, select, with_stability
 from hawq_lightning.sensitivity import ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
@@ -50,6 +50,7 @@ class MeasureTraces(Callback):
         selector: rule of choice, see :data:`hawq_lightning.selection.SELECTORS`.
         constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
         bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
+        latency: CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
@@ -82,6 +83,7 @@ class MeasureTraces(Callback):
         selector: str = "pareto",
         constraints: Mapping[str, Any] | None = None,
         bits: Mapping[str, int] | str | Path | None = None,
+        latency: str | Path | None = None,
         estimator: str = "auto",
         l1: str = "fisher",
         images: int = 512,
@@ -108,6 +110,10 @@ class MeasureTraces(Callback):
         if images < 1:
             raise HawqError(f"images is {images}; at least one is needed to measure on.")
         self.budget, self.selector, self.constraints, self.bits = budget, selector, dict(constraints or {}), bits
+        if latency is not None:
+            self.constraints["latency"] = LatencyTable.load(latency)
+        if isinstance(budget, Mapping) and "latency" in budget and self.constraints.get("latency") is None:
+            raise HawqError("A latency budget needs a latency table: give latency=latency.csv (selector.latency=...).")
         if l1 not in L1:
             raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
         self.l1 = l1
@@ -173,6 +179,7 @@ class MeasureTraces(Callback):
             self._check_given(table)
             if trainer.is_global_zero:
                 self.sensitivity.save(folder / "sensitivity.json")
+            traces.forget_partial(self.sensitivity.fingerprint)
             self.options = options(
                 pl_module, batches, self.sensitivity, table, loss_fn, weight_bits=self.weight_bits,
                 activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes, progress=show,

@@ -26,6 +26,7 @@ from hawq_lightning.export.speed import Speed, layer_latencies, measure_file, wr
 from hawq_lightning.plan import Plan, PlanSite, write_text
 from hawq_lightning.quantization import quantize, uninstall
 
+_TASK = "net."  # what a run puts in front of every name
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
@@ -55,7 +56,10 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
         }
         show(record["speed"], note, cfg)
     if cfg.table:
-        rows = layer_latencies(network_of(net), _inner(plan, net), (first[:1],), threads=cfg.threads)
+        inner = _inner(plan, net)
+        rows = layer_latencies(network_of(net), inner, (first[:1],), threads=cfg.threads)
+        if inner is not plan:  # the run reads the table under its own names
+            rows = [{**row, "layer": f"{_TASK}{row['layer']}"} for row in rows]
         write_table(rows, folder / "latency.csv")
     write_text(folder / "export.json", json.dumps(record, indent=1))
     print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
@@ -96,7 +100,7 @@ def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
         state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
         net = _fresh(run)
         own = net.state_dict()
-        given = {k.removeprefix("net."): v for k, v in state.items()}
+        given = {k.removeprefix(_TASK): v for k, v in state.items()}
         if set(own) <= set(given):
             net.load_state_dict({k: given[k] for k in own})
             return net.eval(), ""
@@ -137,7 +141,7 @@ def _inner(plan: Plan, net: nn.Module) -> Plan:
     if all(layer in names for s in plan.sites for layer in s.layers):
         return plan
     sites = tuple(
-        replace(s, name=s.name.removeprefix("net."), layers=tuple(x.removeprefix("net.") for x in s.layers))
+        replace(s, name=s.name.removeprefix(_TASK), layers=tuple(x.removeprefix(_TASK) for x in s.layers))
         for s in plan.sites
     )
     return plan.replace(sites=sites, layers=())

@@ -110,7 +110,7 @@ def layer_latencies(
             if name not in shapes:
                 continue
             read = reads.get(name)
-            grids = sorted({read.bits, *(o.bits for o in read.options)}) if read else [8]
+            grids: Sequence[int | None] = sorted({read.bits, *(o.bits for o in read.options)}) if read else [None]
             for bits in widths:
                 for grid in grids:
                     layer = layers[name]
@@ -176,9 +176,9 @@ def _attributes(layer: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def _milliseconds(
-    layer: nn.Module, shape: tuple[int, ...], reads: tuple[int, ...], bits: int, grid: int, threads: int
+    layer: nn.Module, shape: tuple[int, ...], reads: tuple[int, ...], bits: int, grid: int | None, threads: int
 ) -> float:
-    """One layer between a QuantizeLinear and its float output, with random codes."""
+    """One layer between a QuantizeLinear (none where ``grid`` is) and its float output, with random codes."""
     onnx = require("onnx")
     helper, arrays = onnx.helper, onnx.numpy_helper
     rng = np.random.default_rng(0)
@@ -188,24 +188,22 @@ def _milliseconds(
     axis = channel_axis(layer)
     # a linear layer over positions is one product of all of them
     size = [int(np.prod(reads[:-1], dtype=int)), reads[-1]] if linear else [1, *reads]
-    byte = {"zero": 0, "top": (1 << grid) - 1}
+    byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
     values = [
         arrays.from_array(np.asarray(codes, np.int8), "codes"),
         arrays.from_array(np.full(shape[axis], 0.01, np.float32), "scale"),
-        arrays.from_array(np.float32(4 / 2**grid), "step"),
+        arrays.from_array(np.float32(4 / 2 ** (grid or 0)), "step"),
         *(arrays.from_array(np.uint8(v), n) for n, v in byte.items()),
     ]
-    nodes = [helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"])]
-    if grid < 8:
-        nodes.append(helper.make_node("Clip", ["q", "zero", "top"], ["clipped"]))
-    nodes += [
-        helper.make_node("DequantizeLinear", [nodes[-1].output[0], "step", "zero"], ["read"]),
-        helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=axis),
-    ]
+    nodes = [helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=axis)]
+    if grid is not None:
+        nodes.append(helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]))
+        if grid < 8:
+            nodes.append(helper.make_node("Clip", ["q", "zero", "top"], ["clipped"]))
+        nodes.append(helper.make_node("DequantizeLinear", [nodes[-1].output[0], "step", "zero"], ["read"]))
     kind = "Gemm" if linear else "Conv" if axis == 0 else "ConvTranspose"
-    nodes.append(
-        helper.make_node(kind, ["read", "weight"], ["y"], **({"transB": 1} if linear else dict(_attributes(layer))))
-    )
+    attributes = {"transB": 1} if linear else dict(_attributes(layer))
+    nodes.append(helper.make_node(kind, ["x" if grid is None else "read", "weight"], ["y"], **attributes))
     graph = helper.make_graph(
         nodes,
         "layer",
