@@ -55,6 +55,11 @@ class SharedTraces:
         """Where unfinished rows are kept."""
         return self._folder / "sensitivity.partial" if self.cache is None else self.cache.partial(fingerprint)
 
+    def forget_partial(self, fingerprint: str) -> None:
+        """The result is saved: unfinished rows of it are of no more use."""
+        path, rank = self.partial(fingerprint), self._trainer.global_rank
+        Path(f"{path}.{rank}" if rank else path).unlink(missing_ok=True)
+
     def store(self, measured: Sensitivity) -> None:
         """Keep a new measurement for other runs."""
         if self.cache is not None and self._trainer.is_global_zero:

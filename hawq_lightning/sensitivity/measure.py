@@ -141,7 +141,8 @@ def measure(
         final = rounds.until(
             kept, images, Rows(table, images, unit), share, rtol, max_probes, progress, partial
         )  # fmt: skip
-        partial.finish()
+        if reuse is None:  # else whoever looks for earlier results removes it once this one is saved
+            partial.finish()
     records = final.records(exact=chosen == "exact")
     _check_curvature(setting, records)
     settings = {

@@ -33,21 +33,27 @@ class Partial:
         self._path = None if path is None else Path(f"{path}.{rank}" if rank else path)
         self._key, self._last = key, time.perf_counter()
 
-    def restore(self, rows: Rows, share: Share) -> tuple[int, int]:
-        """Fill ``rows``; returns the round to go on with, and how many of its batches are done."""
+    def restore(self, rows: Rows, share: Share) -> tuple[int, int, bool]:
+        """Fill ``rows``.
+
+        Returns:
+            the round to go on with, how many of its batches are done here, and whether any process has begun it.
+        """
         state = self._read(rows)
+        begun = 0.0 if state is None else float(state["done"])
         if share.all_sum is not None and self._path is not None:
             # processes that stopped in different rounds would wait for each other: all begin afresh
             turn = -1.0 if state is None else float(state["turn"])
-            total = share.all_sum(torch.tensor([turn, turn * turn], dtype=torch.float64))
+            total = share.all_sum(torch.tensor([turn, turn * turn, begun], dtype=torch.float64))
+            begun = float(total[2])
             if float(total[1]) * share.world != float(total[0]) ** 2:
                 state = None
         if state is None:
-            return 0, 0
+            return 0, 0, False
         for name in _TABLES:
             setattr(rows, name, state[name])
         rows.counts[:] = state["count"]
-        return state["turn"], state["done"]
+        return state["turn"], state["done"], begun > 0
 
     def _read(self, rows: Rows) -> dict[str, Any] | None:
         if self._path is None or not self._path.is_file():

@@ -80,8 +80,23 @@ class Rounds:
         exact = self.estimator == "exact"
         with bar as shown:
             task = shown.begin("Hessian traces", len(mine))
-            turn, first = partial.restore(rows, share)
+            turn, first, begun = partial.restore(rows, share)
             while True:
+                if turn and not begun:  # a round has ended, here or before an interruption
+                    rows.probes = 1 if exact else PER_ROUND * turn
+                    final = rows.gathered(share.all_sum)
+                    if exact:
+                        return final
+                    worst, name = _worst(final, rtol)
+                    free = min(final.freedom(s.name) for s in self.setting.table)
+                    if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
+                        return final
+                    if rows.probes + PER_ROUND > max_probes:
+                        self.setting.note(
+                            f"Stopped at {rows.probes} probes a batch with a standard error of {worst:.1%} at {name}."
+                        )
+                        return final
+                    task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
                 for done, b in enumerate(mine):
                     if done < first:
                         continue
@@ -89,22 +104,8 @@ class Rounds:
                     release_memory()
                     shown.advance(task, done + 1)
                     partial.save(rows, turn, done + 1)
-                turn, first = turn + 1, 0
+                turn, first, begun = turn + 1, 0, False
                 partial.save(rows, turn, 0)
-                rows.probes = 1 if exact else PER_ROUND * turn
-                final = rows.gathered(share.all_sum)
-                if exact:
-                    return final
-                worst, name = _worst(final, rtol)
-                free = min(final.freedom(s.name) for s in self.setting.table)
-                if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
-                    return final
-                if rows.probes + PER_ROUND > max_probes:
-                    self.setting.note(
-                        f"Stopped at {rows.probes} probes a batch with a standard error of {worst:.1%} at {name}."
-                    )
-                    return final
-                task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
 
     def _batch(self, batch: Any, images: int, number: int, turn: int, rows: Rows) -> None:
         found, sizes = self.probes(batch, images, number, turn)
