@@ -6,7 +6,8 @@ from PIL import Image
 
 from hawq_lightning import HawqError
 from hawq_lightning.data.digits import DigitsDataModule
-from hawq_lightning.data.image_folder import ImageFolderDataModule, random_box
+from hawq_lightning.data.image_files import random_box
+from hawq_lightning.data.image_folder import ImageFolderDataModule
 from hawq_lightning.data.tensors import TensorImages
 
 
@@ -109,6 +110,36 @@ def test_subset_covers_all_classes(tmp_path):
     module = make(paint(tmp_path, images=10), subset=4)
     labels = [label for _, label in module._sets["train"]]
     assert sorted(labels) == [0, 0, 1, 1]
+
+
+def test_held_out_images_are_never_trained_on(tmp_path):
+    root = paint(tmp_path, images=10)
+    files = {}
+    for on in ("val", "held_out"):
+        for subset in (None, 6):
+            module = make(root, held_out=4, train_subset=subset, evaluate_on=on, memory=False)
+            files[on, subset] = {k: {path for path, _ in v.files} for k, v in module._sets.items()}
+    apart = files["held_out", 6]["val"]
+    assert apart == files["held_out", None]["val"] and len(apart) == 4
+    assert sorted(p.parent.name for p in apart) == ["cat"] * 2 + ["dog"] * 2
+    for (on, subset), found in files.items():
+        assert len(found["train"]) == (subset or 16) and not found["train"] & apart
+        assert all("val" in p.parts for p in found["val"]) is (on == "val")
+    assert files["val", 6]["train"] == files["held_out", 6]["train"]
+    assert (
+        make(root, held_out=4, split_seed=1, memory=False)._sets["train"].files
+        != make(root, held_out=4, memory=False)._sets["train"].files
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"evaluate_on": "test"}, "val or held_out"), ({"evaluate_on": "held_out"}, "at least 1"),
+     ({"train_subset": 0}, "at least 1"), ({"held_out": 15, "train_subset": 6}, "need 21 images; .* has 20")],
+)  # fmt: skip
+def test_wrong_parts_of_the_training_split(tmp_path, wrong, said):
+    with pytest.raises(HawqError, match=said):
+        make(paint(tmp_path, images=10), memory=False, **wrong)
 
 
 def test_missing_folder(tmp_path):

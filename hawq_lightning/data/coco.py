@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hawq_lightning.data.image_folder import read_image
+from hawq_lightning.data.image_files import read_image
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import read_json
 
