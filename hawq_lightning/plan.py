@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ VERSION = 1
 CODES = ("affine", "midrise", "codebook")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
+_MOST_TEXT = 1 << 29  # bytes of a JSON file
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ class Plan:
             raise HawqError(f'This is not a plan: expected a JSON object with "format": "{FORMAT}".')
         if data.get("version") != VERSION:
             raise HawqError(f"Plan version {data.get('version')!r} is unknown here; this release reads {VERSION}.")
+        known = {"format", "version", "sha256", *(f.name for f in fields(cls))}
+        if extra := [k for k in data if k not in known]:
+            raise HawqError(f"The plan has an unknown field {extra[0]!r}.{nearest(extra[0], known)}")
         try:
             sites = tuple(_read_site(s) for s in data["sites"])
             layers = tuple(Layer.from_dict(layer) for layer in data.get("layers", []))
@@ -146,7 +152,7 @@ class Plan:
             )
         except HawqError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise HawqError(f"The plan is damaged: {type(error).__name__}: {error}.") from error
         names = [s.name for s in sites]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -156,17 +162,27 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, atomically."""
-        write_text(path, json.dumps(self.to_dict(), indent=1))
+        """Write JSON, atomically, with a checksum of what it says."""
+        body = json.loads(json.dumps(self.to_dict()))
+        head = {"format": FORMAT, "version": VERSION, "sha256": _digest(body)}
+        write_text(path, json.dumps(head | body, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read JSON written by :meth:`save` or by hand.
+        """Read JSON written by :meth:`save` or by hand; warns of one that was changed since it was written.
 
         Raises:
             HawqError: no such file, no JSON, or no valid plan.
         """
-        return cls.from_dict(read_json(path, "plan"))
+        data = read_json(path, "plan")
+        plan = cls.from_dict(data)
+        if "sha256" in data and data["sha256"] != _digest({k: v for k, v in data.items() if k != "sha256"}):
+            warnings.warn(
+                f"The plan at {path} was changed after it was written; it is taken as it now stands (delete its line "
+                "'sha256' to say that this is meant).",
+                stacklevel=2,
+            )
+        return plan
 
     def settled(self) -> Plan:
         """The plan with the code kinds, grids and Ω that belong to its bits, where bits were edited by hand.
@@ -213,12 +229,17 @@ class Plan:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file so that a crash leaves either the old one or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """As :func:`write_text`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -232,9 +253,16 @@ def read_json(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise HawqError(f"No {what} at {path}.")
     try:
+        if path.stat().st_size > _MOST_TEXT:
+            raise HawqError(f"The {what} at {path} has {path.stat().st_size} bytes; {_MOST_TEXT} is the most.")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise HawqError(f"The {what} at {path} is corrupt or cut short: {error}.") from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(value: Any) -> Any:
