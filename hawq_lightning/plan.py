@@ -17,7 +17,7 @@ from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.site_table import Layer, Site
 
 FORMAT = "hawq_lightning.plan"
-VERSION = 1
+VERSION = 2
 CODES = ("affine", "midrise", "codebook")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
@@ -80,6 +80,8 @@ class Plan:
         selector: the name of the rule that chose.
         settings: what the numbers depend on (estimator, images, seeds...).
         fingerprint: of the weights and data that the traces were measured on.
+        quantizer: registered name of the quantizer; its Omega is what was weighed.
+        quantizer_options: keywords of that quantizer.
     """
 
     sites: tuple[PlanSite, ...]
@@ -89,6 +91,8 @@ class Plan:
     selector: str = "pareto"
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    quantizer: str = "uniform"
+    quantizer_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -133,8 +137,7 @@ class Plan:
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise HawqError(f'This is not a plan: expected a JSON object with "format": "{FORMAT}".')
-        if data.get("version") != VERSION:
-            raise HawqError(f"Plan version {data.get('version')!r} is unknown here; this release reads {VERSION}.")
+        check_version(data.get("version"))
         known = {"format", "version", "sha256", *(f.name for f in fields(cls))}
         if extra := [k for k in data if k not in known]:
             raise HawqError(f"The plan has an unknown field {extra[0]!r}.{nearest(extra[0], known)}")
@@ -149,6 +152,8 @@ class Plan:
                 selector=str(data.get("selector", "manual")),
                 settings=dict(data.get("settings", {})),
                 fingerprint=str(data.get("fingerprint", "")),
+                quantizer=str(data.get("quantizer", "uniform")),  # version 1 knew no other
+                quantizer_options={str(k): v for k, v in data.get("quantizer_options", {}).items()},
             )
         except HawqError:
             raise
@@ -227,6 +232,17 @@ class Plan:
             raise HawqError("This plan was made for another model; sites differ: " + "; ".join(parts) + ".")
 
 
+def check_version(version: Any) -> None:
+    """Raise HawqError unless plans of this version can be read: 1 (quantizer ``uniform`` only) and 2."""
+    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
+        raise HawqError(
+            f"Plan version {version} is newer than this release, which reads up to {VERSION}: update hawq_lightning, "
+            "since what a newer version adds would be lost silently."
+        )
+    if version not in range(1, VERSION + 1) or isinstance(version, bool):
+        raise HawqError(f"Plan version {version!r} is unknown here; this release reads 1 to {VERSION}.")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file so that a crash leaves either the old one or the new one."""
     write_bytes(path, text.encode("utf-8"))
@@ -252,9 +268,9 @@ def read_json(path: str | Path, what: str) -> Any:
     path = Path(path)
     if not path.is_file():
         raise HawqError(f"No {what} at {path}.")
+    if path.stat().st_size > _MOST_TEXT:
+        raise HawqError(f"The {what} at {path} has {path.stat().st_size} bytes; {_MOST_TEXT} is the most.")
     try:
-        if path.stat().st_size > _MOST_TEXT:
-            raise HawqError(f"The {what} at {path} has {path.stat().st_size} bytes; {_MOST_TEXT} is the most.")
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise HawqError(f"The {what} at {path} is corrupt or cut short: {error}.") from error
