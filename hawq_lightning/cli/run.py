@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return record
     written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if cfg.onnx:
-        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader())
+        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
     _report(cfg, folder)
     show(written, folder)
     return written

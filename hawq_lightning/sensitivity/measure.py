@@ -136,7 +136,7 @@ def measure(
         if rounds.largest is not None:
             rounds.settle(kept[0], images[0], few)
         share = share or Share()
-        partial = Partial(resume(key) if callable(resume) else resume, key, share.rank)
+        partial = Partial(resume(key) if callable(resume) else resume, key, share.rank, setting.facts, setting.notes)
         unit = rounds.row_unit()
         final = rounds.until(
             kept, images, Rows(table, images, unit), share, rtol, max_probes, progress, partial

@@ -27,10 +27,20 @@ class Partial:
         path: where; processes other than the first add their rank to the name.
         key: fingerprint of weights, images, loss and settings: a file of another measurement is ignored.
         rank: of this process.
+        facts: noticed while measuring, kept and restored with the rows.
+        notes: likewise.
     """
 
-    def __init__(self, path: str | Path | None, key: str, rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        key: str,
+        rank: int = 0,
+        facts: dict[str, float] | None = None,
+        notes: list[str] | None = None,
+    ) -> None:
         self._path = None if path is None else Path(f"{path}.{rank}" if rank else path)
+        self._facts, self._notes = {} if facts is None else facts, [] if notes is None else notes
         self._key, self._last = key, time.perf_counter()
 
     def restore(self, rows: Rows, share: Share) -> tuple[int, int, bool]:
@@ -53,6 +63,8 @@ class Partial:
         for name in _TABLES:
             setattr(rows, name, state[name])
         rows.counts[:] = state["count"]
+        self._facts.update(state["facts"])
+        self._notes.extend(n for n in state["notes"] if n not in self._notes)
         return state["turn"], state["done"], begun > 0
 
     def _read(self, rows: Rows) -> dict[str, Any] | None:
@@ -60,7 +72,8 @@ class Partial:
             return None
         try:
             state = torch.load(self._path, weights_only=True)
-            fits = state["key"] == self._key and all(
+            key, _, _ = state["key"], state["facts"], state["notes"]
+            fits = key == self._key and all(
                 {k: v.shape for k, v in state[n].items()} == {k: v.shape for k, v in getattr(rows, n).items()}
                 for n in _TABLES
             )
@@ -75,6 +88,7 @@ class Partial:
         self._last = time.perf_counter()
         state = {n: getattr(rows, n) for n in _TABLES}
         state |= {"key": self._key, "turn": turn, "done": done, "count": list(rows.counts)}
+        state |= {"facts": dict(self._facts), "notes": list(self._notes)}
         data = io.BytesIO()
         torch.save(state, data)
         self._path.parent.mkdir(parents=True, exist_ok=True)
