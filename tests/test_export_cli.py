@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hawq_lightning import HawqError, Plan, Problem, measure, options, select, sites
-from hawq_lightning.cli.export_run import uniform
 from hawq_lightning.cli.onnx import Images, write_onnx
+from hawq_lightning.cli.speeds import uniform
 from hawq_lightning.export import network_of
 from hawq_lightning.export.speed import layer_latencies, measure_file, write_table
 from hawq_lightning.models.resnet20 import resnet20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq_lightning.cli.speeds import show, speeds
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import compare, network_of, to_onnx
 from hawq_lightning.plan import Plan, write_text
+from hawq_lightning.quantization import uninstall
 
 
 class Images:
@@ -43,7 +46,13 @@ class Images:
 
 
 def write_onnx(
-    folder: Path, module: nn.Module, plan: Plan, batches: Iterable[Any], images: int | None = None, **how: Any
+    folder: Path,
+    module: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    images: int | None = None,
+    seconds: float = 0.0,
+    **how: Any,
 ) -> dict[str, Any]:
     """Write ``model.onnx`` and ``export.json`` and print one line.
 
@@ -53,6 +62,7 @@ def write_onnx(
         plan: that it carries.
         batches: of the validation data.
         images: compare on so many at most; 0 for none.
+        seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         how: ``fold`` and ``exact`` of :func:`hawq_lightning.export.to_onnx`.
 
     Returns:
@@ -75,5 +85,9 @@ def write_onnx(
         record["agreement"] = found.to_dict()
         text += f"; {found}"
     print(text)
+    if seconds:
+        whole = uninstall(copy.deepcopy(net)).cpu().eval()
+        record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
+        show(record)
     write_text(folder / "export.json", json.dumps(record, indent=1))
     return record

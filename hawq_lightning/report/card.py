@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import write_text
-from hawq_lightning.report import facts
+from hawq_lightning.report import facts, outside
 from hawq_lightning.report.run import read_run
 from hawq_lightning.report.text import plain
 
@@ -49,6 +49,10 @@ def model_card(folder: str | Path, *, title: str | None = None) -> Path:
             for s in run.plan.weights
         ]
         lines += [*markdown_table(["weight", "shape", "bits", "code", "bits of its input"], plan), ""]
+    if told := outside.sentences(run):
+        lines += ["## ONNX", "", *(f"- {markdown_text(s)}" for s in told), ""]
+        if speeds := outside.speed_rows(run):
+            lines += [*markdown_table(outside.SPEED_COLUMNS, speeds), "", outside.speed_note(run), ""]
     if doubts := facts.doubts(run):
         lines += ["## What was uncertain", "", *(f"- {markdown_text(d)}" for d in doubts), ""]
     if run.command:

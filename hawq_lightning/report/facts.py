@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hawq_lightning.report import text
+from hawq_lightning.report import outside, text
 from hawq_lightning.report.along import KINDS, uncertain
 from hawq_lightning.report.checks import rank_correlations
 from hawq_lightning.report.run import Run
 
 STAGE_NAMES = {"float": "float", "quantized": "after quantizing", "fine_tuned": "after fine-tuning"}
 _UNSTABLE = 0.9  # share of bootstrap draws that choose the same bits
+_MOST_LIFTED = 6
 _LOOSE = 0.6  # rank correlation
 
 
@@ -51,6 +52,8 @@ def size_rows(run: Run) -> list[tuple[str, str, str]]:
                 f"{cost['bops'] / of:.1%} of 8 bits" if of else "",
             )
         )
+    if run.plan and isinstance(latency := run.plan.costs.get("latency_ms"), (int, float)):
+        rows.append(("latency by the table, one image", f"{latency:.3g} ms", ""))
     return [r for r in rows if r[1] != "–"]
 
 
@@ -98,6 +101,12 @@ def doubts(run: Run) -> list[str]:
     found = []
     if run.sensitivity:
         found += list(run.sensitivity.notes)
+    lifted = run.plan.settings.get("lifted") if run.plan else None
+    if isinstance(lifted, (list, tuple)) and lifted:
+        found += [str(s) for s in lifted[:_MOST_LIFTED]]
+        if len(lifted) > _MOST_LIFTED:
+            found.append(f"The same holds for {len(lifted) - _MOST_LIFTED} more sites; plan.json lists them.")
+    elif run.sensitivity:
         zero = [r.name for r in run.sensitivity if r.trace <= 0]
         noisy = [r.name for r in run.sensitivity if r.trace > 0 and uncertain(r)]
         if zero:
@@ -122,6 +131,7 @@ def doubts(run: Run) -> list[str]:
     predicted, real = _costs(run, measured=False).get("file_bytes"), run.packed_bytes
     if predicted and real and predicted != real:
         found.append(f"The packed file has {real:,} bytes where {predicted:,.0f} were predicted.")
+    found += outside.doubts(run)
     return found
 
 
@@ -132,7 +142,7 @@ def settings(run: Run) -> dict[str, str]:
         found["command"] = run.command
     if run.plan:
         found |= {"budget": text.plain(run.plan.budget), "selector": run.plan.selector}
-        found |= {str(k): text.plain(v) for k, v in run.plan.settings.items()}
+        found |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k != "lifted"}
     if run.sensitivity:
         found |= {str(k): text.plain(v) for k, v in run.sensitivity.settings.items()}
     for key in ("seed", "model", "data", "task", "torch", "lightning", "version"):

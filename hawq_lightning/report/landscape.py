@@ -9,6 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from hawq_lightning.report.run import Run
 from hawq_lightning.report.style import INK, Drawing, canvas
 
 Grid = Sequence[Sequence[float]]
@@ -42,14 +43,24 @@ def draw_landscapes(
         "The layer's weight is moved along the two eigenvectors of its Hessian block with the largest eigenvalues. All "
         "surfaces have the same axes: what is steep here loses most by the same disturbance, and deserves more bits.",
         figure,
-        ["site", "first", "second", "loss"],
+        ["site", "first", "second", "loss", "eigenvalue_1", "eigenvalue_2"],
         [
-            [n, float(f"{a[i]:.6g}"), float(f"{a[j]:.6g}"), float(f"{t[i, j]:.6g}")]
+            [n, float(f"{a[i]:.6g}"), float(f"{a[j]:.6g}"), float(f"{t[i, j]:.6g}"), *_two(eigenvalues.get(n, ()))]
             for n, t in tables.items()
             for i in range(len(a))
             for j in range(len(a))
         ],
     )
+
+
+def draw_landscape(run: Run) -> Drawing | None:
+    """The surfaces that an earlier measurement left in the folder (``paper_figures=true``)."""
+    found = run.landscape
+    return draw_landscapes(found.grids, found.offsets, found.eigenvalues) if found else None
+
+
+def _two(values: Sequence[float]) -> list[float | str]:
+    return [float(f"{v:.6g}") for v in values[:2]] + [""] * (2 - min(2, len(values)))
 
 
 def _surfaces(

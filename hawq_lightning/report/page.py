@@ -10,9 +10,10 @@ from markupsafe import Markup
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import write_text
-from hawq_lightning.report import facts
+from hawq_lightning.report import facts, outside
 from hawq_lightning.report.along import draw_bits, draw_traces
 from hawq_lightning.report.checks import draw_loss_check, draw_training
+from hawq_lightning.report.landscape import draw_landscape
 from hawq_lightning.report.run import Run, read_run
 from hawq_lightning.report.style import Drawing
 from hawq_lightning.report.tradeoff import draw_frontier
@@ -24,7 +25,9 @@ SECTIONS = (
     (draw_traces, "sensitivity.json", "How sensitive each site is"),
     (draw_loss_check, "loss_check.csv", "Does the prediction hold?"),
     (draw_training, "metrics.json", "Through fine-tuning"),
+    (draw_landscape, "figures/landscape.csv", "The loss around the trained weights"),
 )
+_ON_REQUEST = ("figures/landscape.csv",)  # nobody misses it when it was not asked for
 _MOST_ROWS = 300  # of a table on the page; the CSV has all
 
 
@@ -56,6 +59,8 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
         accuracy=facts.accuracy_rows(run),
         sizes=facts.size_rows(run),
         figures=[_on_page(d) for d in drawings],
+        outside=outside.sentences(run),
+        speed=(outside.SPEED_COLUMNS, outside.speed_rows(run), outside.speed_note(run)),
         absent=absent,
         doubts=facts.doubts(run),
         settings=facts.settings(run),
@@ -77,7 +82,7 @@ def draw_all(run: Run) -> tuple[list[Drawing], list[tuple[str, str]]]:
         drawing = draw(run)
         if drawing:
             drawings.append(drawing)
-        else:
+        elif needs not in _ON_REQUEST or (run.folder / needs).is_file():
             absent.append((title, run.missing.get(needs, f"{needs} holds too little for this figure.")))
     return drawings, absent
 

@@ -52,6 +52,21 @@ class LossCheck:
 
 
 @dataclass(frozen=True)
+class Landscape:
+    """Losses around the trained weights.
+
+    Attributes:
+        offsets: along each of two eigenvectors, in units of the weight.
+        grids: weight site -> loss[i][j] at the i-th and j-th offset.
+        eigenvalues: weight site -> the two eigenvalues.
+    """
+
+    offsets: Sequence[float]
+    grids: Mapping[str, Sequence[Sequence[float]]]
+    eigenvalues: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder.
 
@@ -62,6 +77,8 @@ class Run:
         frontier: of frontier.csv, ascending cost.
         metrics: of metrics.json, as it is.
         loss_check: of loss_check.csv.
+        export: of export.json, as it is.
+        landscape: of figures/landscape.csv.
         missing: file name -> one sentence why its section is left out.
         command: that made the run, when the folder tells.
     """
@@ -72,6 +89,8 @@ class Run:
     frontier: Sequence[FrontierPoint] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     loss_check: Sequence[LossCheck] = ()
+    export: Mapping[str, Any] = field(default_factory=dict)
+    landscape: Landscape | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
 
@@ -97,7 +116,7 @@ class Run:
         value: Any = self.metrics
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        return _finite(value)
+        return finite(value)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -129,6 +148,8 @@ def read_run(folder: str | Path) -> Run:
         frontier=attempt("frontier.csv", _read_frontier) or (),
         metrics=attempt("metrics.json", _read_metrics) or {},
         loss_check=attempt("loss_check.csv", _read_loss_check) or (),
+        export=attempt("export.json", _read_metrics) or {},
+        landscape=attempt("figures/landscape.csv", _read_landscape),
         missing=missing,
         command=_command(folder),
     )
@@ -176,6 +197,19 @@ def _read_loss_check(path: Path) -> list[LossCheck]:
     ]
 
 
+def _read_landscape(path: Path) -> Landscape | None:
+    table: dict[str, dict[tuple[float, float], float]] = {}
+    values: dict[str, tuple[float, ...]] = {}
+    for r in _rows(path):
+        table.setdefault(r["site"], {})[float(r["first"]), float(r["second"])] = float(r["loss"])
+        values[r["site"]] = tuple(float(r[k]) for k in ("eigenvalue_1", "eigenvalue_2") if r.get(k))
+    offsets = sorted({a for grid in table.values() for a, _ in grid})
+    if len(offsets) < 2:
+        return None
+    grids = {n: [[grid[a, b] for b in offsets] for a in offsets] for n, grid in table.items()}
+    return Landscape(offsets, grids, values)
+
+
 def _command(folder: Path) -> str | None:
     metrics = folder / "metrics.json"
     overrides = folder / ".hydra" / "overrides.yaml"
@@ -196,10 +230,11 @@ def _command(folder: Path) -> str | None:
 
 
 def _first(table: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    return next((v for n in names if (v := _finite(table.get(n))) is not None), None)
+    return next((v for n in names if (v := finite(table.get(n))) is not None), None)
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """The number, or ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
