@@ -1,0 +1,70 @@
+"""A user's short script: a float epoch, traces, plan, two epochs of fine-tuning, packed file; goes on from 'last'."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+from hawq_lightning import save_packed
+from hawq_lightning.callbacks import AtomicCheckpointIO
+from hawq_lightning.sensitivity.rounds import Rounds
+from tests.trainers import FEATURES, Classifier, assert_mixed, blobs, hawq, loader, trainer
+
+BATCHES = 4  # that traces are measured on
+
+
+class Noisy(Dataset):
+    """Augmented by torch's, NumPy's and Python's random numbers."""
+
+    def __init__(self):
+        self.rows = blobs()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        x, y = self.rows[i]
+        return x + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y
+
+
+def short_run(folder: Path) -> None:
+    """The whole script; every measured batch adds a byte to ``batches.log``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / "batches.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    original = Rounds._batch
+
+    def logged(self, *args):
+        original(self, *args)
+        os.write(log, b"b")
+
+    Rounds._batch = logged
+    seed_everything(7, verbose=False)
+    model = Classifier()
+    callback = hawq(start=1, images=16 * BATCHES, rtol=0.06, check_loss=True)
+    saver = ModelCheckpoint(folder, monitor="val_loss", save_last=True)
+    fitting = trainer(
+        folder, callback, saver, max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]
+    )  # fmt: skip
+    fitting.fit(model, DataLoader(Noisy(), 16, shuffle=True), loader(shuffle=False), ckpt_path="last")
+    assert_mixed(model, callback)
+    save_packed(model, callback.plan, folder / "model.safetensors")
+    state = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        state.update(key.encode() + value.numpy().tobytes())
+    plan = callback.plan.to_dict()
+    plan["settings"] = {k: v for k, v in plan["settings"].items() if not k.endswith("seconds")}
+    found = {
+        "plan": plan, "weights": state.hexdigest(),
+        "traces": {r.name: [r.trace, r.stderr] for r in callback.sensitivity},
+        "packed": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }  # fmt: skip
+    (folder / "found.json").write_text(json.dumps(found))
