@@ -1,6 +1,7 @@
 """Bad input: one clear sentence before training starts, and the model as it was."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -296,7 +297,7 @@ def test_damaged_files_are_refused_at_once(tmp_path, finished, kind, damage):
     else:
         text = {
             "cut": text[: len(text) // 2], "empty": "", "format": text.replace("hawq_lightning.", "other."),
-            "version": text.replace('"version": 1', '"version": 99'),
+            "version": re.sub('"version": [12]', '"version": 99', text),
             "bits": text.replace('"bits": 8', '"bits": 88').replace('"numel": ', '"numel": -'),
         }[damage]  # fmt: skip
         path.write_text(text)

@@ -234,7 +234,7 @@ def test_plans_from_files_are_checked(tmp_path):
         ('"kind": "weight"', '"kind": "wight"', "kind is 'wight'"),
         ('"code": "affine"', '"code": "os.system"', "code kind"),
         ('"scale": 0.05', '"scale": -1', "positive"),
-        ('"version": 1', '"version": 9', "version 9"),
+        ('"version": 2', '"version": 9', "version 9 is newer"),
         ('"format": "hawq_lightning.plan"', '"format": "x"', "not a plan"),
     ):
         assert old in text

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 
 from hawq_lightning.quantization import install
+from hawq_lightning.quantization.quantizers import named_in
 
 Module = TypeVar("Module", bound=LightningModule)
 _MARK = ".weight_quantizer.width"
@@ -24,12 +25,20 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
 
     Returns:
         the module, armed as it was saved.
+
+    Raises:
+        HawqError: a quantizer of the user's own whose file was not imported.
     """
 
     def load(self: Module, state_dict: Mapping[str, Any], *args: Any, **kw: Any) -> Any:
-        names = {key.removesuffix(_MARK) for key in state_dict if key.endswith(_MARK)}
-        if names:
-            install(self, include=lambda name, module: name in names)
+        twins: dict[str, set[str]] = {}  # quantizer -> layers
+        for key in state_dict:
+            if key.endswith(_MARK):
+                prefix = key.removesuffix("width")
+                own = named_in(k.removeprefix(prefix) for k in state_dict if k.startswith(prefix))
+                twins.setdefault(own, set()).add(key.removesuffix(_MARK))
+        for quantizer, names in twins.items():
+            install(self, include=lambda name, module, names=names: name in names, quantizer=quantizer)  # type: ignore[misc]
         return original(self, state_dict, *args, **kw)
 
     original = module_class.load_state_dict

@@ -10,11 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from hawq_lightning.callbacks._lightning import beside
+from hawq_lightning.callbacks.block_order import BlockwiseOrder
+from hawq_lightning.callbacks.distillation import Distillation
+from hawq_lightning.callbacks.freeze import FreezeSchedule
 from hawq_lightning.callbacks.install import InstallPlan
 from hawq_lightning.callbacks.measure import MeasureTraces
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option, Plan
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.quantization import QuantizerSpec, armed_bits
 from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
 from hawq_lightning.site_table import SiteTable
@@ -47,11 +51,20 @@ class HAWQ(Callback):
         loss_fn: ``loss_fn(module, batch) -> scalar`` instead of ``training_step``.
         input_bits: width of what the network itself reads; ``None``: as other activations.
         codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
+        quantizer: registered name, see :func:`hawq_lightning.quantization.quantizer_names`; ``None``: that of ``plan``,
+            or ``uniform``.
+        quantizer_options: keywords of the quantizer, such as ``{"ranges": "percentile"}``.
         check_loss: also measure the loss change of every site and width.
         seed: of all draws.
         selection_seed: of random selectors; default: ``seed``.
         cache: folder of measurements that runs share: the same weights, data and settings are measured once.
         dirpath: where results are saved; default: the logger's folder.
+        freeze_batchnorm: epoch, or share of the training such as ``0.8``, from which BatchNorm's statistics are fixed.
+        freeze_ranges: likewise for learned steps and re-estimated ranges; see :class:`FreezeSchedule`.
+        distill: weight of the distillation from the float network in the loss; 0: none. See :class:`Distillation`.
+        distill_temperature: of its softmax.
+        order: ``omega``: quantizers are switched on block-wise, the largest Omega first; see :class:`BlockwiseOrder`.
+        order_until: moment at which all are on.
         progress: show bars where the Trainer does.
 
     Attributes:
@@ -85,24 +98,40 @@ class HAWQ(Callback):
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         input_bits: int | None = 8,
         codes: str = "auto",
+        quantizer: str | QuantizerSpec | None = None,
+        quantizer_options: Mapping[str, Any] | None = None,
         check_loss: bool = False,
         seed: int = 0,
         selection_seed: int | None = None,
         cache: str | Path | None = None,
         dirpath: str | Path | None = None,
+        freeze_batchnorm: int | float | str | None = None,
+        freeze_ranges: int | float | str | None = None,
+        distill: float = 0.0,
+        distill_temperature: float = 4.0,
+        order: str | None = None,
+        order_until: int | float | str = 0.5,
         progress: bool = True,
     ) -> None:
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
             raise HawqError(f"start is {start!r}; it is a number of epochs, 0 or more.")
         self.start = start
+        self.installer = InstallPlan(plan, include, exclude, quantizer, quantizer_options)
+        if self.installer.quantizer.freezes_norms and freeze_batchnorm is None:
+            freeze_batchnorm = start
         self.measurer = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
             latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
-            input_bits=input_bits, codes=codes, check_loss=check_loss, seed=seed,
+            input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer, check_loss=check_loss, seed=seed,
             selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
         )  # fmt: skip
-        self.installer = InstallPlan(plan, include, exclude)
+        self.distillation = Distillation(distill, distill_temperature) if distill else None
+        self.companions: list[Callback] = [self.distillation] if self.distillation else []
+        if freeze_batchnorm is not None or freeze_ranges is not None:
+            self.companions.append(FreezeSchedule(freeze_batchnorm, freeze_ranges))
+        if order is not None:
+            self.companions.append(BlockwiseOrder(order, order_until, start=start))
 
     @property
     def plan(self) -> Plan | None:
@@ -138,6 +167,7 @@ class HAWQ(Callback):
         """Make twins at every stage."""
         self.installer.exclude = self.measurer.excluded(pl_module)
         self.installer.prepare(trainer, pl_module, stage, self)
+        beside(trainer, self, self.companions)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
@@ -171,6 +201,8 @@ class HAWQ(Callback):
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         given = self.installer._given
         plan = given if given is not None else self.measurer.analyze(trainer, pl_module)
+        if self.distillation is not None:
+            self.distillation.take(trainer, pl_module)
         self.installer.arm(trainer, pl_module, plan)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ from hawq_lightning.callbacks._lightning import (
 from hawq_lightning.callbacks.random_state import random_states, set_random_states
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan
-from hawq_lightning.quantization import arm, armed_bits, check_plan, install, plan_of, quantized_layers, refresh
+from hawq_lightning.quantization import (
+    QuantizerSpec,
+    arm,
+    armed_bits,
+    check_plan,
+    install,
+    plan_of,
+    quantized_layers,
+    quantizer_named,
+    refresh,
+    with_quantizer,
+)
+from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.selection import recost
 from hawq_lightning.sites import Patterns
 
@@ -40,15 +53,27 @@ class InstallPlan(Callback):
         plan: what to install, or its file; ``None``: only restore what a checkpoint holds.
         include: layers to make twins of; see :func:`hawq_lightning.sites`.
         exclude: likewise.
+        quantizer: registered name, which the plan's bits are then given to; ``None``: the plan's own, or ``uniform``.
+        quantizer_options: keywords of the quantizer.
 
     Attributes:
         plan: the plan in force.
+        quantizer: the quantizer in force.
     """
 
     def __init__(
-        self, plan: Plan | str | Path | None = None, include: Patterns = None, exclude: Patterns = None
+        self,
+        plan: Plan | str | Path | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        quantizer: str | QuantizerSpec | None = None,
+        quantizer_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
+        given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
+        if quantizer is None and given is not None:
+            quantizer, quantizer_options = given.quantizer, {**given.quantizer_options, **(quantizer_options or {})}
+        self.quantizer = quantizer_named(quantizer or "uniform", quantizer_options)
+        self._given = None if given is None else with_quantizer(given, self.quantizer)
         self._plan: Plan | None = None
         self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
@@ -74,11 +99,11 @@ class InstallPlan(Callback):
         """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
         before = go_first(trainer, listed)
         try:
-            install(pl_module, self.include, self.exclude)
+            install(pl_module, self.include, self.exclude, self.quantizer)
         except HawqError:
             if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
                 raise
-        after_layers_exist(pl_module, lambda: install(pl_module, self.include, self.exclude))
+        after_layers_exist(pl_module, lambda: install(pl_module, self.include, self.exclude, self.quantizer))
         copy_again(before, trainer, pl_module, stage)
         if self._relay.is_file() and not armed_bits(pl_module):
             pl_module.load_state_dict(torch.load(self._relay, weights_only=True)["buffers"], strict=False)
@@ -160,7 +185,7 @@ class InstallPlan(Callback):
                 f"{name}.{part}.{key}": value.detach().cpu()
                 for name, layer in quantized_layers(pl_module).items()
                 for part in ("weight_quantizer", "input_quantizer")
-                for key, value in getattr(layer, part).named_buffers()
+                for key, value in getattr(layer, part).state_dict().items()
             }
             torch.save({"plan": self._plan.to_dict(), "buffers": buffers}, self._relay)
 
@@ -171,8 +196,20 @@ class InstallPlan(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See :meth:`on_save_checkpoint`."""
+        if trainer.state.fn == "fit":
+            self._refuse_float_optimizer(pl_module, checkpoint)
         if trainer.state.fn == "fit" and trainer.world_size == 1:
             self._states = checkpoint.get(_RANDOM)
+
+    def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Learned steps are parameters, for which the optimizer of a float training has no state."""
+        learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
+        quantized = any(key.endswith(".weight_quantizer.width") for key in checkpoint.get("state_dict", {}))
+        if learned and not quantized and checkpoint.get("optimizer_states"):
+            raise HawqError(
+                f"This checkpoint is of float training, and quantizer {self.quantizer.name!r} learns parameters that "
+                "its optimizer does not know: load its weights into the model instead, and fit without ckpt_path."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, in plain types."""
@@ -182,6 +219,11 @@ class InstallPlan(Callback):
         """See :meth:`state_dict`."""
         if "plan" in state_dict:
             self._plan = Plan.from_dict(state_dict["plan"])
+
+
+def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
+    """Parameters of a twin's quantizers."""
+    return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
 
 
 def _consistent(plan: Plan | None) -> Plan | None:

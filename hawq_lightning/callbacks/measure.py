@@ -27,7 +27,16 @@ from hawq_lightning.callbacks.shared import shared_traces
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
-from hawq_lightning.quantization import check_bits, first_order_term, loss_check, options, paused, plan_loss
+from hawq_lightning.quantization import (
+    QuantizerSpec,
+    check_bits,
+    first_order_term,
+    loss_check,
+    options,
+    paused,
+    plan_loss,
+    quantizer_named,
+)
 from hawq_lightning.selection import Frontier, LatencyTable, Problem, select, with_stability
 from hawq_lightning.sensitivity import ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
@@ -61,6 +70,8 @@ class MeasureTraces(Callback):
         loss_fn: ``loss_fn(module, batch) -> scalar`` instead of ``training_step``.
         input_bits: width of what the network itself reads; ``None``: as other activations.
         codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
+        quantizer: registered name: whose errors are weighed.
+        quantizer_options: keywords of the quantizer, such as ``{"ranges": "percentile"}``.
         check_loss: also measure the loss change of every site and width (``loss_check.csv``).
         seed: of all draws.
         selection_seed: of random selectors; default: ``seed``.
@@ -95,6 +106,8 @@ class MeasureTraces(Callback):
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
         input_bits: int | None = 8,
         codes: str = "auto",
+        quantizer: str | QuantizerSpec = "uniform",
+        quantizer_options: Mapping[str, Any] | None = None,
         check_loss: bool = False,
         seed: int = 0,
         selection_seed: int | None = None,
@@ -123,6 +136,7 @@ class MeasureTraces(Callback):
         self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.include, self.exclude, self.loss_fn, self.codes = include, exclude, loss_fn, codes
+        self.quantizer = quantizer_named(quantizer, quantizer_options)
         self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
         self.sites: SiteTable | None = None
         self.sensitivity: Sensitivity | None = None
@@ -184,7 +198,8 @@ class MeasureTraces(Callback):
             traces.forget_partial(self.sensitivity.fingerprint)
             self.options = options(
                 pl_module, batches, self.sensitivity, table, loss_fn, weight_bits=self.weight_bits,
-                activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes, progress=show,
+                activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
+                quantizer=self.quantizer, progress=show,
             )  # fmt: skip
             problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
             chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
@@ -193,7 +208,7 @@ class MeasureTraces(Callback):
                 chosen = with_stability(problem, chosen, bootstraps=self.stability_draws)
             lifted = list(guarded_mean_traces(self.sensitivity)[1])
             settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed, "lifted": lifted}
-            chosen = chosen.replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
+            chosen = self._own(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
             plan = Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
             self.plan = plan
             if trainer.is_global_zero:
@@ -201,7 +216,9 @@ class MeasureTraces(Callback):
                 self.frontier.to_csv(folder / "frontier.csv")  # type: ignore[attr-defined]
             self._warn_untrained(pl_module, batches, loss_fn, plan)
             if self.check_loss:
-                self.loss_check = loss_check(pl_module, batches, loss_fn, table, self.options, progress=show)
+                self.loss_check = loss_check(
+                    pl_module, batches, loss_fn, table, self.options, quantizer=self.quantizer, progress=show
+                )
                 if trainer.is_global_zero:
                     write_text(folder / "loss_check.csv", _csv(self.loss_check))
         self._log(trainer, plan)
@@ -222,9 +239,12 @@ class MeasureTraces(Callback):
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
         if self.selector == "accuracy":
-            with plan_loss(pl_module, batches, loss_fn) as measure_loss:
-                return pick(measure_loss=measure_loss)
+            with plan_loss(pl_module, batches, loss_fn, quantizer=self.quantizer) as measure_loss:
+                return pick(measure_loss=lambda plan: measure_loss(self._own(plan)))
         return pick()
+
+    def _own(self, plan: Plan) -> Plan:
+        return plan.replace(quantizer=self.quantizer.name, quantizer_options=dict(self.quantizer.options))
 
     def _chosen(self, table: SiteTable) -> list[Any]:
         return [s for s in table if s.kind == "weight" or self.activation_bits is not None]

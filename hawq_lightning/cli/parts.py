@@ -14,6 +14,7 @@ from torch import nn
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks._lightning import runs_script_again
 from hawq_lightning.errors import HawqError
+from hawq_lightning.quantization import import_quantizers
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -39,7 +40,8 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
 
 
 def make_callback(cfg: DictConfig) -> HAWQ:
-    """The callback of the group ``hawq``."""
+    """The callback of the group ``hawq``; the user's own quantizers are imported first."""
+    import_quantizers(cfg.quantizer.imports or ())
     return instantiate(cfg.hawq, _convert_="all")
 
 

@@ -182,7 +182,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
                 module.disarm()
         for site in file.plan.sites:
             for name in site.layers:
-                layer = make_twin(modules[rename(name)])
+                layer = make_twin(modules[rename(name)], "uniform")  # the codes as they are, nothing learned
                 if site.kind == "activation":
                     layer.input_quantizer.arm(site.bits, site.scale or 1.0, site.zero_point or 0)
                     continue

@@ -13,17 +13,26 @@ from hawq_lightning.quantization.install import (
     quantized_layers,
     refresh,
     uninstall,
+    with_quantizer,
 )
 from hawq_lightning.quantization.loss_check import loss_check
 from hawq_lightning.quantization.perturbation import options, weight_options
 from hawq_lightning.quantization.plan_loss import plan_loss
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, check_bits
+from hawq_lightning.quantization.registry import (
+    QuantizerSpec,
+    import_quantizers,
+    quantizer_named,
+    quantizer_names,
+    register,
+)
 from hawq_lightning.quantization.twins import QuantizedLayer
 
 __all__ = [
     "ActivationQuantizer",
     "QuantizedLayer",
     "Quantizer",
+    "QuantizerSpec",
     "WeightQuantizer",
     "arm",
     "armed_bits",
@@ -31,6 +40,7 @@ __all__ = [
     "check_plan",
     "disarm",
     "first_order_term",
+    "import_quantizers",
     "install",
     "loss_check",
     "options",
@@ -39,7 +49,11 @@ __all__ = [
     "plan_of",
     "quantize",
     "quantized_layers",
+    "quantizer_named",
+    "quantizer_names",
     "refresh",
+    "register",
     "uninstall",
     "weight_options",
+    "with_quantizer",
 ]

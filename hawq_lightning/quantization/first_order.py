@@ -10,8 +10,7 @@ from torch import nn
 
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan
-from hawq_lightning.quantization.quantizers import MIDRISE_ZERO, WeightQuantizer
-from hawq_lightning.quantization.ranges import weight_step
+from hawq_lightning.quantization.registry import quantizer_named
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sites import channel_axis, quantizable_layers
 
@@ -26,6 +25,7 @@ def first_order_term(
     """``sum_l <g_l, Q(W_l) - W_l>`` over the weights of a plan, g the gradient of the mean loss over ``batches``."""
     layers, _ = quantizable_layers(model)
     weights = {s.name: layers[s.layers[0]] for s in plan.weights}
+    spec = quantizer_named(plan.quantizer, plan.quantizer_options)
     total, count = 0.0, 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with quiet(model), torch.enable_grad():
@@ -34,10 +34,9 @@ def first_order_term(
             layer = weights[s.name]
             w = layer.weight.detach()
             axis = channel_axis(layer)
-            step, _ = weight_step(w, s.bits, s.code, axis)
-            quantizer = WeightQuantizer(w.shape[axis], axis).to(w.device)
-            quantizer.arm(s.bits, step, MIDRISE_ZERO if s.code == "midrise" else 0.0)
-            shifts[s.name] = quantizer(w.float()) - w
+            quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
+            quantizer.fit(w, s.bits, s.code)
+            shifts[s.name] = (quantizer(w.float()) - w).detach()
         for layer in weights.values():
             layer.weight.requires_grad_(True)
         for batch in batches:

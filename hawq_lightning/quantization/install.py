@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.quantizers import Quantizer
-from hawq_lightning.quantization.ranges import weight_step
+from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
 from hawq_lightning.site_table import Site
-from hawq_lightning.sites import Patterns, channel_axis, quantizable_layers, site_name
+from hawq_lightning.sites import Patterns, quantizable_layers, site_name
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -22,13 +23,27 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {n: m for n, m in quantizable_layers(model)[0].items() if isinstance(m, QuantizedLayer)}
 
 
-def install(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, QuantizedLayer]:
+def install(
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    quantizer: str | QuantizerSpec | None = None,
+) -> dict[str, QuantizedLayer]:
     """Turn every quantizable layer into its fake-quant twin, quantizers off; may be called again.
+
+    Args:
+        model: changed in place.
+        include: see :func:`hawq_lightning.sites`.
+        exclude: likewise.
+        quantizer: registered name; ``None``: ``uniform``, and twins stay as they are.
 
     Returns:
         the twins by name.
+
+    Raises:
+        HawqError: no such quantizer, or a pattern that matches no layer.
     """
-    return {name: make_twin(layer) for name, layer in quantizable_layers(model, include, exclude)[0].items()}
+    return {n: make_twin(layer, quantizer) for n, layer in quantizable_layers(model, include, exclude)[0].items()}
 
 
 def uninstall(model: nn.Module) -> nn.Module:
@@ -59,10 +74,14 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             own = site_name(name, "weight")
             have[own] = Site(own, "weight", (name,), shape, 0)
     plan.check_fits(have)
+    weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
     for s in plan.settled().sites:
-        if s.code == "codebook" or (s.kind == "activation" and s.code != "affine"):
-            kinds = "'affine' or 'midrise'" if s.kind == "weight" else "'affine'"
-            raise HawqError(f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s can be {kinds} here.")
+        kinds = weights.kinds(s.bits) if s.kind == "weight" else ("affine",)
+        if s.code not in kinds:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s of {s.bits} bits can be "
+                f"{' or '.join(map(repr, kinds))} with quantizer {plan.quantizer!r}."
+            )
         if s.kind == "weight":
             continue
         if s.scale is None or s.zero_point is None:
@@ -74,6 +93,27 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 f"Site {s.name!r} of the plan has zero_point {s.zero_point}, which {s.bits} bits cannot hold "
                 f"(0 to {(1 << s.bits) - 1})."
             )
+
+
+def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
+    """The same bits for another quantizer: code kinds that it has, and no Omega where its error is another one."""
+    if (plan.quantizer, dict(plan.quantizer_options)) == (quantizer.name, dict(quantizer.options)):
+        return plan
+    weights = quantizer.weight_quantizer(1)
+    old = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
+    alike = type(weights).fit is type(old).fit and weights.ranges == old.ranges
+
+    def moved(site: PlanSite) -> PlanSite:
+        if site.kind == "activation":
+            return site
+        kinds = weights.kinds(site.bits)
+        code = site.code if site.code in kinds else kinds[0]
+        if alike and code == site.code:
+            return site
+        return replace(site, code=code, omega=None, perturbation=None, options=())
+
+    sites = tuple(moved(s) for s in plan.settled().sites)
+    return plan.replace(sites=sites, quantizer=quantizer.name, quantizer_options=dict(quantizer.options))
 
 
 @torch.no_grad()
@@ -89,7 +129,8 @@ def arm(model: nn.Module, plan: Plan) -> None:
     plan = plan.settled()
     planned = {name for s in plan.sites for name in s.layers}
     # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
-    layers = {n: make_twin(m) for n, m in quantizable_layers(model)[0].items() if n in planned}
+    spec = quantizer_named(plan.quantizer, plan.quantizer_options)
+    layers = {n: make_twin(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
     disarm(model)
     try:
         for s in plan.sites:
@@ -108,10 +149,9 @@ def arm_site(layer: QuantizedLayer, site: PlanSite) -> None:
         layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
         return
     try:
-        step, _ = weight_step(layer.weight, site.bits, site.code, channel_axis(layer))
+        layer.weight_quantizer.fit(layer.weight, site.bits, site.code)
     except HawqError as error:
         raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
-    layer.weight_quantizer.arm(site.bits, step, -0.5 if site.code == "midrise" else 0.0)
 
 
 def disarm(model: nn.Module) -> None:
@@ -206,4 +246,5 @@ def plan_of(model: nn.Module) -> Plan:
             )
     if not sites["weight"] and not sites["activation"]:
         raise HawqError("No quantizer of this model is armed.")
-    return Plan(sites=(*sites["weight"], *sites["activation"]), selector="restored")
+    name = next(layer.weight_quantizer.name for layer in layers.values())
+    return Plan(sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=name)

@@ -12,6 +12,7 @@ from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Option, PlanSite
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.install import arm_site, disarm, install, quantizers, uninstall
+from hawq_lightning.quantization.registry import QuantizerSpec
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.site_table import SiteTable
@@ -26,6 +27,7 @@ def loss_check(
     sites: SiteTable,
     options: Mapping[str, Sequence[Option]],
     *,
+    quantizer: str | QuantizerSpec | None = None,
     images_of: Callable[[Any], int] = batch_images,
     progress: bool | Bar = False,
 ) -> list[dict[str, Any]]:
@@ -37,6 +39,7 @@ def loss_check(
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         sites: the sites.
         options: what to try at each.
+        quantizer: registered name; ``None``: the twins' own, ``uniform`` for a float model.
         images_of: number of images in a batch.
         progress: show a bar.
 
@@ -47,10 +50,10 @@ def loss_check(
     kept = [to_device(b, device) for b in batches]
     images = [images_of(b) for b in kept]
     had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    layers = install(model)
+    layers = install(model, quantizer=quantizer)
     were_paused = [q for q in quantizers(model) if q.paused]
-    for quantizer in were_paused:
-        quantizer.paused = False
+    for held in were_paused:
+        held.paused = False
     trials = [(s, o) for s in sites for o in options.get(s.name, ())]
     out: list[dict[str, Any]] = []
 
@@ -71,8 +74,8 @@ def loss_check(
                     arm_site(layers[name], trial)
                 measured = mean_loss() - base
                 for name in site.layers:
-                    quantizer = layers[name].weight_quantizer if site.kind == "weight" else layers[name].input_quantizer
-                    quantizer.disarm()
+                    layer = layers[name]
+                    (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disarm()
                 out.append({
                     "site": site.name, "kind": site.kind, "bits": option.bits,
                     "predicted": option.omega / 2, "measured": measured,
@@ -80,8 +83,8 @@ def loss_check(
                 bar.advance(task, done + 1)
     finally:
         disarm(model)
-        for quantizer in were_paused:
-            quantizer.paused = True
+        for held in were_paused:
+            held.paused = True
         if not had:
             uninstall(model)
     return out

@@ -12,8 +12,9 @@ from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option
 from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.quantization.kernels import fake_quantize_tensor
 from hawq_lightning.quantization.quantizers import check_bits
-from hawq_lightning.quantization.ranges import activation_step, weight_step
+from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.reads import Reads
@@ -41,12 +42,27 @@ def weight_kinds(bits: int, codes: str = "auto") -> tuple[str, ...]:
 
 
 def weight_options(
-    weight: torch.Tensor, axis: int, widths: Sequence[int], mean_trace: float, codes: str = "auto"
+    weight: torch.Tensor,
+    axis: int,
+    widths: Sequence[int],
+    mean_trace: float,
+    codes: str = "auto",
+    quantizer: str | QuantizerSpec = "uniform",
 ) -> tuple[Option, ...]:
-    """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``."""
+    """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``.
+
+    Raises:
+        HawqError: a quantizer without such codes, or NaN in the weight.
+    """
+    spec = quantizer_named(quantizer)
+    q = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
     out = []
     for bits in widths:
-        error, code = min((weight_step(weight, bits, kind, axis)[1], kind) for kind in weight_kinds(bits, codes))
+        own = q.kinds(bits)
+        kinds = [k for k in weight_kinds(bits, codes) if k in own]
+        if not kinds and codes != "auto" and bits > 1:
+            raise HawqError(f"Quantizer {spec.name!r} has no {codes} codes of {bits} bits, but {' and '.join(own)}.")
+        error, code = min((q.fit(weight, bits, kind), kind) for kind in kinds or own)
         out.append(Option(bits, code, mean_trace * error, error))
     return tuple(out)
 
@@ -62,6 +78,7 @@ def options(
     activation_bits: int | Sequence[int] | None = 8,
     input_bits: int | None = 8,
     codes: str = "auto",
+    quantizer: str | QuantizerSpec = "uniform",
     images_of: Callable[[Any], int] = batch_images,
     progress: bool | Bar = False,
 ) -> dict[str, tuple[Option, ...]]:
@@ -77,6 +94,7 @@ def options(
         activation_bits: likewise 2 to 8; ``None`` leaves activations float.
         input_bits: width of what the network itself reads; ``None``: as other activations.
         codes: ``auto``, ``affine`` or ``midrise`` for weights of 2 bits and more.
+        quantizer: registered name, or what :func:`quantizer_named` returned: whose errors are weighed.
         images_of: number of images in a batch.
         progress: show a bar.
 
@@ -87,6 +105,7 @@ def options(
         HawqError: widths out of range, NaN in weights or activations (it names the site).
     """
     weight_widths = check_bits(weight_bits, "weight")
+    spec = quantizer_named(quantizer)
     layers, _ = quantizable_layers(model)
     mean_traces, _ = guarded_mean_traces(sensitivity)
     out: dict[str, tuple[Option, ...]] = {}
@@ -102,6 +121,7 @@ def options(
                     weight_widths,
                     mean_traces[site.name],
                     codes,
+                    spec,
                 )
             except HawqError as error:
                 raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
@@ -116,7 +136,7 @@ def options(
         site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
         with quiet(model):
             inputs = _network_inputs(model, kept[0], loss_fn, readers, site_of) if input_bits is not None else set()
-            seen = _Seen()
+            seen = _Seen(spec)
             _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
             steps: dict[str, dict[int, tuple[float, int]]] = {}
             for site in sites.activations:
@@ -179,7 +199,8 @@ def _network_inputs(
 class _Seen:
     """Extremes and a strided sample of what each site reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: QuantizerSpec) -> None:
+        self._quantizer = spec.activation_quantizer()
         self._low: dict[str, float] = {}
         self._high: dict[str, float] = {}
         self._samples: dict[str, list[torch.Tensor]] = {}
@@ -195,7 +216,7 @@ class _Seen:
 
     def step(self, site: str, bits: int) -> tuple[float, int]:
         try:
-            return activation_step(torch.cat(self._samples[site]), self._low[site], self._high[site], bits)
+            return self._quantizer.calibrate(torch.cat(self._samples[site]), self._low[site], self._high[site], bits)
         except HawqError as error:
             raise HawqError(f"Site {site!r}: {error}.") from None
 
@@ -216,7 +237,9 @@ class _Perturbations:
         def look(site: str, x: torch.Tensor) -> None:
             for bits, (step, zero) in self._steps[site].items():
                 x32 = x.float()
-                error = (torch.fake_quantize_per_tensor_affine(x32, step, zero, 0, (1 << bits) - 1) - x32).square_()
+                top = (1 << bits) - 1
+                levels = fake_quantize_tensor(x32, torch.tensor(step), torch.tensor(float(zero)), top)
+                error = levels.sub_(x32).square_()
                 per_image = self._unit.get(site) == "image"
                 value = error.flatten(1).sum(1).double() if per_image else error.sum().double()[None] / images
                 if (site, bits) in here:

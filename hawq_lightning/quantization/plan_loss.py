@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.install import arm_site, check_plan, disarm, install, quantizers, uninstall
+from hawq_lightning.quantization.registry import QuantizerSpec
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 
@@ -20,7 +21,11 @@ LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 @contextmanager
 def plan_loss(
-    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, images_of: Callable[[Any], int] = batch_images
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    images_of: Callable[[Any], int] = batch_images,
+    quantizer: str | QuantizerSpec | None = None,
 ) -> Iterator[Callable[[Plan], float]]:
     """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
 
@@ -31,15 +36,16 @@ def plan_loss(
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         images_of: number of images in a batch.
+        quantizer: registered name; ``None``: the twins' own, ``uniform`` for a float model.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = [to_device(b, device) for b in batches]
     images = [images_of(b) for b in kept]
     had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    layers = install(model)
+    layers = install(model, quantizer=quantizer)
     were_paused = [q for q in quantizers(model) if q.paused]
-    for quantizer in were_paused:
-        quantizer.paused = False
+    for held in were_paused:
+        held.paused = False
     armed: dict[str, PlanSite] = {}
 
     def loss_of(plan: Plan) -> float:
@@ -58,7 +64,7 @@ def plan_loss(
             yield loss_of
     finally:
         disarm(model)
-        for quantizer in were_paused:
-            quantizer.paused = True
+        for held in were_paused:
+            held.paused = True
         if not had:
             uninstall(model)

@@ -1,22 +1,34 @@
-"""Fake quantizers: Q(.) of the paper, with straight-through gradients from torch's fused kernels.
+"""Fake quantizers: Q(.) of the paper, with straight-through gradients.
 
 State lives in persistent *float32* buffers that hold integers (weight averaging and `bf16-true` ruin integer buffers),
 so that a plain state dict carries the plan. Python mirrors of the integers, which the kernels want, are refreshed
 whenever a state dict is loaded.
+
+A new quantizer overrides :meth:`WeightQuantizer.quantize` or :meth:`ActivationQuantizer.quantize`, and is found by the
+name that :func:`hawq_lightning.quantization.register` gives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from hawq_lightning.errors import HawqError
+from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS
+from hawq_lightning.quantization.kernels import (
+    MIDRISE_ZERO,
+    along,
+    fake_quantize_channels,
+    fake_quantize_tensor,
+    touch,
+)
+from hawq_lightning.quantization.ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
 
-MIDRISE_ZERO = -0.5  # (code - zero) * scale: levels at odd halves
+_DEFAULT = "uniform"
+_MARK = "quantizer_"
 
 
 class Quantizer(nn.Module):
@@ -27,20 +39,30 @@ class Quantizer(nn.Module):
 
     Attributes:
         bits: code width; 0 means the identity.
+        paused: the identity for a while, whatever the bits.
+        observing: whether ranges that follow the data may move in training; a schedule may switch it off.
     """
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
-        shape = () if channels is None else (channels,)
         self.register_buffer("width", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(shape))
+        self.make_scale(() if channels is None else (channels,))
         self.register_buffer("zero_point", torch.zeros(()))
         self.bits = 0
         self.paused = False
+        self.observing = True
 
     width: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+
+    def make_scale(self, shape: tuple[int, ...]) -> None:
+        """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
+        self.register_buffer("scale", torch.ones(shape))
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Fill it, in place."""
+        self.scale.copy_(scale)
 
     @torch.no_grad()
     def arm(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
@@ -54,12 +76,13 @@ class Quantizer(nn.Module):
         Raises:
             HawqError: a step that is not positive and finite.
         """
-        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.scale.device)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.width.device)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise HawqError("A quantization step must be positive and finite; weights or activations hold NaN or Inf.")
-        self.scale.copy_(scale)
         self.width.fill_(float(bits))
+        self.bits = bits
         self.zero_point.fill_(float(zero_point))
+        self.set_scale(scale)
         self.refresh()
 
     @torch.no_grad()
@@ -71,6 +94,19 @@ class Quantizer(nn.Module):
     def refresh(self) -> None:
         """Bring the Python mirror in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
         self.bits = round(float(self.width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Fake-quantize; same shape and dtype. The identity while off or paused."""
+        if self.paused:
+            return x
+        if self.bits == 0:
+            learned = [p for p in self.parameters() if p.requires_grad] if self.training else []
+            return touch(x, *learned) if learned and torch.is_grad_enabled() else x
+        return self.quantize(x)
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
@@ -91,29 +127,80 @@ class WeightQuantizer(Quantizer):
     """Symmetric, one step a channel; levels ``(code - zero_point) * scale`` with ``code`` in [-2^(b-1), 2^(b-1)-1].
 
     Code kind ``affine`` has zero_point 0; ``midrise`` has -1/2, so that all 2^b levels are symmetric about zero
-    (at one bit: sign times scale, as in DoReFa).
+    (at one bit: sign times scale, as in DoReFa). Steps are fitted when armed and then stay.
 
     Args:
         channels: length of the channel axis.
         axis: channel axis of the weight.
+        ranges: ``mse`` (steps of least squared error), ``minmax`` (the largest weight is on the grid) or
+            ``percentile`` (all but the largest 0.1 % are).
+        reestimate: fit again after every so many training steps; 0: never.
     """
 
-    def __init__(self, channels: int, axis: int = 0) -> None:
+    def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
         self.axis = axis
+        self.ranges = one_of("ranges", ranges, WEIGHT_RANGES)
+        if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
+            raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
+        self.reestimate = reestimate
+        self._steps = 0
+
+    def named(self, name: str) -> None:
+        """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
+        if name != _DEFAULT:
+            self.register_buffer(_MARK + name, torch.zeros((), device=self.width.device))
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        return named_in(self._buffers)
 
     @property
     def code(self) -> str:
         """Code kind."""
-        return "midrise" if float(self.zero_point) != 0.0 else "affine"
+        zero = float(self.zero_point)
+        return "midrise" if abs(zero - round(zero)) > 0.25 else "affine"  # averaging callbacks leave -0.4999
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Fake-quantize a weight of any shape whose ``axis`` has ``channels`` entries; same shape and dtype."""
-        if self.bits == 0 or self.paused:
-            return weight
-        half = 1 << (self.bits - 1)
-        zero = self.zero_point.expand(self.scale.shape).contiguous()
-        return torch.fake_quantize_per_channel_affine(weight, self.scale, zero, self.axis, -half, half - 1)
+    def kinds(self, bits: int) -> tuple[str, ...]:
+        """Code kinds that this quantizer has at a width; where several do, the first is tried first."""
+        return ("midrise",) if bits == 1 else ("affine", "midrise")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if own and (trained := named_in(own)) != self.name:
+            raise HawqError(
+                f"{prefix.removesuffix('.weight_quantizer.')!r} was trained with quantizer {trained!r}, but this "
+                f"network has {self.name!r}; build it with quantizer={trained!r}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
+        """Switch on, with ranges for this weight.
+
+        Args:
+            weight: any shape whose ``axis`` has ``channels`` entries.
+            bits: 1 to 8.
+            code: one of :meth:`kinds`.
+
+        Returns:
+            ``||Q(W) - W||^2``.
+
+        Raises:
+            HawqError: the weight holds NaN or infinity.
+        """
+        step, error = weight_step(weight, bits, code, self.axis, self.ranges)
+        self.arm(bits, step, MIDRISE_ZERO if code == "midrise" else 0.0)
+        return error
+
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
+        if self.reestimate and self.training and self.observing:
+            self._steps += 1
+            if self._steps % self.reestimate == 0:
+                self.fit(weight.detach(), self.bits, self.code)
+        return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
 
     @torch.no_grad()
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
@@ -124,28 +211,54 @@ class WeightQuantizer(Quantizer):
         """
         if self.bits == 0:
             raise HawqError("This quantizer is off; it has no codes.")
-        return torch.round(self(weight) / self._along(weight) + self.zero_point).to(torch.int32)
+        return torch.round(self(weight) / along(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
 
     @torch.no_grad()
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """The float32 weight that integer ``codes`` stand for, bit-identical to ``self(weight)``."""
-        return (codes.to(torch.float32) - self.zero_point) * self._along(codes)
-
-    def _along(self, weight: torch.Tensor) -> torch.Tensor:
-        shape = [1] * weight.ndim
-        shape[self.axis] = -1
-        return self.scale.view(shape)
+        return (codes.to(torch.float32) - self.zero_point) * along(self.scale, codes, self.axis)
 
 
 class ActivationQuantizer(Quantizer):
-    """One step a tensor; codes in [0, 2^b - 1], an integer ``zero_point`` (0: unsigned), so zero is on the grid."""
+    """One step a tensor; codes in [0, 2^b - 1], an integer ``zero_point`` (0: unsigned), so zero is on the grid.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Fake-quantize a tensor of any shape; same shape and dtype."""
-        if self.bits == 0 or self.paused:
-            return x
-        zero = self.zero_point.to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero, 0, (1 << self.bits) - 1)
+    Args:
+        ranges: ``mse`` (the step of least squared error), ``minmax`` or ``percentile`` (0.1 % beyond either end).
+    """
+
+    def __init__(self, *, ranges: str = "mse") -> None:
+        super().__init__()
+        self.ranges = one_of("ranges", ranges, ACTIVATION_RANGES)
+
+    def calibrate(self, sample: torch.Tensor, low: float, high: float, bits: int) -> tuple[float, int]:
+        """Step and zero point for one site, before training.
+
+        Args:
+            sample: values of the activation, flat.
+            low: the least value seen.
+            high: the greatest value seen.
+            bits: 2 to 8.
+
+        Raises:
+            HawqError: NaN or infinity.
+        """
+        return activation_step(sample, low, high, bits, self.ranges)
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
+        return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)
+
+
+def named_in(keys: Iterable[str]) -> str:
+    """The quantizer that the keys of one weight quantizer's state tell of."""
+    return next((k.removeprefix(_MARK) for k in keys if k.startswith(_MARK)), _DEFAULT)
+
+
+def one_of(what: str, value: Any, known: tuple[str, ...]) -> str:
+    """Return ``value``, or raise HawqError unless it is one of ``known``."""
+    if value not in known:
+        raise HawqError(f"{what}={value!r} is unknown; use one of {', '.join(known)}.{nearest(str(value), known)}")
+    return str(value)
 
 
 def check_bits(values: Any, kind: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sites import channel_axis
 
 
@@ -122,16 +123,26 @@ TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
-def make_twin(layer: nn.Module) -> QuantizedLayer:
-    """Turn a layer into its twin in place, quantizers off; a twin stays as it is."""
+def make_twin(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) -> QuantizedLayer:
+    """Turn a layer into its twin in place, quantizers off.
+
+    Args:
+        layer: of a quantizable type, or a twin, which stays as it is unless it has another quantizer.
+        quantizer: registered name; ``None``: a twin's own, ``uniform`` for a float layer.
+    """
     if isinstance(layer, QuantizedLayer):
-        return layer
+        if quantizer is None or layer.weight_quantizer.name == quantizer_named(quantizer).name:
+            return layer
+        make_float(layer)
+    spec = quantizer_named(quantizer or "uniform")
     axis = channel_axis(layer)
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     layer.__class__ = TWINS[type(layer)]
     assert isinstance(layer, QuantizedLayer)
-    layer.weight_quantizer = WeightQuantizer(weight.shape[axis], axis).to(weight.device)
-    layer.input_quantizer = ActivationQuantizer().to(weight.device)
+    layer.weight_quantizer = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
+    layer.input_quantizer = spec.activation_quantizer().to(weight.device)
+    layer.weight_quantizer.train(layer.training)
+    layer.input_quantizer.train(layer.training)
     return layer
 
 

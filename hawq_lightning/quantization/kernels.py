@@ -1,0 +1,138 @@
+"""Fake quantization and its straight-through gradients, fast on every device.
+
+torch's fused fake-quantizers run element by element on CPUs; a few vectorised passes are several times faster there
+and give the same numbers. Elsewhere, inside compiled code and for types other than float32 and bfloat16 the fused ones
+run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+MIDRISE_ZERO = -0.5  # (code - zero) * scale: levels at odd halves
+
+
+def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
+    """``(clamp(round(x / scale) + zero, 0, top) - zero) * scale``, one scale a tensor.
+
+    The gradient passes where rounding did not have to clip, and is zero elsewhere.
+
+    Args:
+        x: any shape.
+        scale: positive, a scalar tensor.
+        zero: a whole number in a scalar tensor.
+        top: the highest code.
+    """
+    if _eager(x):
+        step, z = float(scale), round(float(zero))
+        return _Clipped.apply(x, step, -z, top - z, 0.5)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, top)
+
+
+def fake_quantize_channels(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int, half: int
+) -> torch.Tensor:
+    """``(clamp(round(w / scale + zero), -half, half - 1) - zero) * scale``, one scale an index of ``axis``.
+
+    Args:
+        weight: any shape.
+        scale: positive, ``[weight.shape[axis]]``.
+        zero: scalar; -1/2 for midrise codes.
+        axis: channel axis.
+        half: half the number of levels, rounded up.
+    """
+    if _eager(weight) and weight.dtype == torch.float32:
+        return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)
+    zeros = zero.expand(scale.shape).contiguous()
+    return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
+
+
+def along(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
+    """One value a channel, shaped so that it broadcasts against ``like``."""
+    shape = [1] * like.ndim
+    shape[axis] = -1
+    return scale.view(shape)
+
+
+def _eager(x: torch.Tensor) -> bool:
+    wanted = x.dtype in (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and wanted and not torch.compiler.is_compiling()
+
+
+class _Clipped(torch.autograd.Function):
+    """Rounded to whole steps between two bounds; the gradient passes strictly inside of bounds ``margin`` wider."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, step: float, low: int, high: int, margin: float) -> torch.Tensor:
+        # in float32 also for bfloat16, as the fused one
+        return (x.float() * _inverse(step)).round_().clamp_(low, high).mul_(step).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, step, low, high, margin = inputs
+        ctx.save_for_backward(x)
+        ctx.bounds = (low - margin) * step, (high + margin) * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None
+
+
+class _Channels(torch.autograd.Function):
+    """Per channel; the gradient passes where rounding did not have to clip."""
+
+    @staticmethod
+    def forward(w: torch.Tensor, step: torch.Tensor, zero: float, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded = w * step.reciprocal()
+        if zero:
+            rounded.add_(zero)
+        rounded.round_()
+        levels = rounded.clamp(-half, half - 1)
+        inside = levels == rounded
+        if zero:
+            levels.sub_(zero)
+        return levels.mul_(step), inside
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None
+
+    @classmethod
+    def apply(cls, *args: Any) -> torch.Tensor:  # type: ignore[override]
+        """The quantized weight alone."""
+        return super().apply(*args)[0]
+
+
+def _inverse(step: float) -> float:
+    # as torch's kernels: the reciprocal in float32
+    return float(torch.tensor(step, dtype=torch.float32).reciprocal())
+
+
+class _Touch(torch.autograd.Function):
+    """The identity; parameters that are not in use yet get a gradient of zero, which DistributedDataParallel wants."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
+
+
+def touch(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """``x``, with zero gradients for ``parameters``."""
+    return _Touch.apply(x, *parameters)
