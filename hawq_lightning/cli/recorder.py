@@ -14,6 +14,7 @@ from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli.resume import Progress
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import write_text
+from hawq_lightning.report.per_image import keep_per_image
 
 SCORES = {
     "val/acc": "accuracy",
@@ -56,6 +57,7 @@ class Recorder(pl.Callback):
         """The whole validation set has been seen once, before any fine-tuning."""
         if self.hawq.plan is not None:  # with hawq.start the network is float until later
             self._put("quantized", scores(trainer.callback_metrics))
+            self._keep_images("quantized", trainer, pl_module)
         self._lap("validation")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,6 +70,7 @@ class Recorder(pl.Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             known = scores(trainer.callback_metrics)
             self._put("fine_tuned", known)  # the last one stays
+            self._keep_images("fine_tuned", trainer, pl_module)
             found = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in known.items()}
             epoch = trainer.current_epoch + 1
             # an epoch that was cut short after its validation comes twice
@@ -103,6 +106,11 @@ class Recorder(pl.Callback):
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
         write_text(self.folder / "metrics.json", json.dumps(self.record, indent=1))
         self.progress.done()
+
+    def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = getattr(pl_module, "per_image", None)
+        if found and trainer.world_size == 1:  # else each process saw a part
+            keep_per_image(self.folder, stage, {k: v.numpy() for k, v in found.items()})
 
     def _put(self, stage: str, found: dict[str, float]) -> None:
         for name, value in found.items():

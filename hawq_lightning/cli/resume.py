@@ -15,7 +15,7 @@ from hawq_lightning.plan import read_json, write_text
 
 UNFINISHED = "unfinished.json"
 _RESULTS = (UNFINISHED, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv", "model.safetensors",
-            "checkpoints/float/last.ckpt", "checkpoints/fine_tuning/last.ckpt")  # fmt: skip
+            "per_image.npz", "checkpoints/float/last.ckpt", "checkpoints/fine_tuning/last.ckpt")  # fmt: skip
 _SAME = ("paths", "resume", "report", "phase")  # what changes no result
 
 

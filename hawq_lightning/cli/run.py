@@ -113,7 +113,8 @@ def train_float(
         task.lr = cfg.float_lr
         trainer.fit(task, datamodule=data, ckpt_path=progress.checkpoint("float") if cfg.resume else None)
         task.lr = fine_tuning_lr
-    found: Any = trainer.validate(task, datamodule=data, verbose=False) if trainer.limit_val_batches else []
+    wanted = trainer.limit_val_batches and cfg.float_validation
+    found: Any = trainer.validate(task, datamodule=data, verbose=False) if wanted else []
     for name, value in scores(found[0] if found else {}).items():
         record.setdefault(name, {})["float"] = value
     label = "float_training" if cfg.float_epochs else "float_validation"

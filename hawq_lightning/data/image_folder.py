@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hawq_lightning.data.image_files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, read_image
-from hawq_lightning.data.splits import Parts
+from hawq_lightning.data.splits import Labelled, Parts
 from hawq_lightning.data.tensors import TensorImages
 from hawq_lightning.errors import HawqError, nearest
 
@@ -123,7 +123,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
                     read_image(path, header_only=True)
             self._sets[split] = self._dataset(files, training=split == "train")
 
-    def _dataset(self, files: list[tuple[Path, int]], training: bool) -> Dataset[tuple[Tensor, int]]:
+    def _dataset(self, files: Labelled, training: bool) -> Dataset[tuple[Tensor, int]]:
         crop = training and self.augment == "resized_crop"
         decoded = ImageFiles(files, self.size, self.resize, crop, self.mean, self.std)
         if not self.memory:

@@ -25,7 +25,7 @@ def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
         zero: a whole number in a scalar tensor.
         top: the highest code.
     """
-    if _eager(x):
+    if eager(x):
         step, z = float(scale), round(float(zero))
         return _Clipped.apply(x, step, -z, top - z, 0.5)
     return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, top)
@@ -43,7 +43,7 @@ def fake_quantize_channels(
         axis: channel axis.
         half: half the number of levels, rounded up.
     """
-    if _eager(weight) and weight.dtype == torch.float32:
+    if eager(weight) and weight.dtype == torch.float32:
         return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)
     zeros = zero.expand(scale.shape).contiguous()
     return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
@@ -56,7 +56,8 @@ def along(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
     return scale.view(shape)
 
 
-def _eager(x: torch.Tensor) -> bool:
+def eager(x: torch.Tensor) -> bool:
+    """Whether plain float32 passes on the CPU are what will run."""
     wanted = x.dtype in (torch.float32, torch.bfloat16)
     return x.device.type == "cpu" and wanted and not torch.compiler.is_compiling()
 

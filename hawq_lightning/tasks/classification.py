@@ -23,6 +23,9 @@ class ClassificationTask(pl.LightningModule):
     A network that returns several logits in training (InceptionV3) has the first as its answer; the others are
     auxiliary and enter the training loss only.
 
+    After validation ``per_image`` holds ``correct``: for every image that this process saw, in the loader's order,
+    whether the best class was right. Paired comparisons of runs need it.
+
     Args:
         net: images ``[N, C, H, W]`` to logits ``[N, num_classes]``. Its ``quantization_exclude`` (globs of layer
             names) says which layers get no quantizer.
@@ -73,6 +76,8 @@ class ClassificationTask(pl.LightningModule):
         self.train_scores = scores.clone(prefix="train/")
         self.val_scores = scores.clone(prefix="val/")
         self.test_scores = scores.clone(prefix="test/")
+        self.per_image: dict[str, Tensor] = {}
+        self._correct: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, num_classes]``."""
@@ -100,7 +105,15 @@ class ClassificationTask(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect loss and accuracy."""
-        self._evaluate("val", self.val_scores, batch)
+        self._correct.append(self._evaluate("val", self.val_scores, batch))
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new record."""
+        self._correct = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Complete ``per_image``."""
+        self.per_image = {"correct": torch.cat(self._correct).cpu()} if self._correct else {}
 
     def test_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect loss and accuracy."""
@@ -113,7 +126,7 @@ class ClassificationTask(pl.LightningModule):
             self.parameters(), self.optimizer, self.lr, self.momentum, self.weight_decay, self.schedule, steps
         )
 
-    def _evaluate(self, stage: str, scores: MetricCollection, batch: Batch) -> None:
+    def _evaluate(self, stage: str, scores: MetricCollection, batch: Batch) -> Tensor:
         images, labels = batch
         logits = self(images)
         scores.update(logits, labels)
@@ -121,6 +134,7 @@ class ClassificationTask(pl.LightningModule):
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(labels))
         for name, score in scores.items():
             self.log(name, score, prog_bar=name.endswith("/acc"), batch_size=len(labels))
+        return logits.argmax(1) == labels
 
 
 def _split(output: Any) -> tuple[Tensor, list[Tensor]]:

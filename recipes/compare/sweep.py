@@ -1,0 +1,256 @@
+"""One resumable sweep: method x setting x seed, each run by ``hawq-lightning`` itself in a folder of its own.
+
+    python recipes/compare/sweep.py recipes/compare/cifar10.yaml OUT DATA=/data WEIGHTS=/data/resnet20_cifar10.pt
+
+A plan does not depend on the seed of fine-tuning, so each is made once (``OUT/plans``); then the grid is tried on
+images held out of the training split (``OUT/tuning``), the same small grid for every method; then the runs
+(``OUT/runs/<setting>/<method>/seed=N``), ordered so that the table of a sweep cut short is a fair one. What is finished
+is not repeated. The same command in a second terminal shares the work. ``table.py`` writes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hawq_lightning.errors import HawqError, nearest
+
+_WAIT = 5.0  # seconds between looks at what another process is doing
+_SCORES = ("accuracy", "map")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the program.
+
+    Attributes:
+        folder: of the run.
+        overrides: of the configuration.
+        after: jobs whose results it needs.
+        facts: setting, method, seed..., kept beside the results for the tables.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    after: tuple[Job, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Its results are there, and are those of these overrides."""
+        if not (self.folder / "metrics.json").is_file():
+            return False
+        try:
+            known = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return known.get("overrides") == list(self.overrides)
+
+
+class Design:
+    """What a YAML file of this folder asks for, with its jobs.
+
+    Args:
+        path: of the file.
+        out: folder of the sweep.
+        given: values of the ``${NAME}`` in it.
+
+    Raises:
+        HawqError: a name in the file that is not given, a method or setting that does not exist.
+    """
+
+    def __init__(self, path: str | Path, out: str | Path, given: Mapping[str, str]) -> None:
+        text = Path(path).read_text(encoding="utf-8")
+        for name in sorted(set(re.findall(r"\$\{([A-Z_]+)\}", text))):
+            if name not in given:
+                raise HawqError(f"{path} needs {name}=...; add it to the command.{nearest(name, given)}")
+            text = text.replace(f"${{{name}}}", given[name])
+        self.asked: dict[str, Any] = yaml.safe_load(text)
+        self.out = Path(out).resolve()
+        self.common = [*self.asked["common"], f"paths.cache={self.out / 'cache'}"]
+        for setting in self.asked["settings"].values():
+            for method in setting["methods"]:
+                if method not in self.asked["methods"]:
+                    raise HawqError(f"{path} describes no method {method!r}.{nearest(method, self.asked['methods'])}")
+
+    def baseline(self) -> Job:
+        """The score of the float network."""
+        return Job(self.out / "float", (*self.common, *self.asked["baseline"]), facts={"method": "float"})
+
+    def plan(self, setting: str, method: str, seed: int) -> Job:
+        """Traces and bits; once for all seeds unless the method draws its bits."""
+        own = self.asked["methods"][method].get("draws", False)
+        folder = self.out / "plans" / setting / method / (f"seed={seed}" if own else "")
+        seeds = [f"seed={seed}"] if own else []
+        return Job(folder, (*self.common, *self._overrides(setting, method), *self.asked["plan"], *seeds))
+
+    def tuning(self, method: str) -> list[tuple[dict[str, Any], Job]]:
+        """The grid's points with their jobs; empty without tuning."""
+        asked = self.asked.get("tuning")
+        if not asked:
+            return []
+        plan = self.plan(asked["setting"], method, self.asked["seeds"][0])
+        found = []
+        for values in itertools.product(*asked["grid"].values()):
+            point = dict(zip(asked["grid"], values))
+            name = ",".join(f"{k}={v}" for k, v in point.items())
+            overrides = (
+                *self._training(asked["setting"], method, plan), *asked["overrides"],
+                *(f"{k}={v}" for k, v in point.items()), f"seed={self.asked['seeds'][0]}",
+            )  # fmt: skip
+            found.append((point, Job(self.out / "tuning" / method / name, overrides, (plan,))))
+        return found
+
+    def run(self, setting: str, method: str, seed: int) -> Job:
+        """Fine-tuning with the best point of the grid; before that is known, the job waits for the grid."""
+        plan, grid = self.plan(setting, method, seed), self.tuning(method)
+        best = best_point(grid)
+        facts = {
+            "setting": setting, "method": method, "seed": seed, "tuned": best,
+            "labels": {"setting": self.asked["settings"][setting].get("label", setting),
+                       "method": self.asked["methods"][method].get("label", method)},
+            "reference": method == self.asked.get("reference"),
+        }  # fmt: skip
+        overrides = (
+            *self._training(setting, method, plan), *(f"{k}={v}" for k, v in (best or {}).items()), f"seed={seed}",
+        )  # fmt: skip
+        folder = self.out / "runs" / setting / method / f"seed={seed}"
+        return Job(folder, overrides, (plan, *(job for _, job in grid)), facts)
+
+    def runs(self) -> Iterator[tuple[str, str, int]]:
+        """Setting, method and seed of every run, in the order in which they are wanted."""
+        for seed in self.asked["seeds"]:
+            for setting, asked in self.asked["settings"].items():
+                for method in asked["methods"]:
+                    yield setting, method, seed
+
+    def _overrides(self, setting: str, method: str) -> list[str]:
+        asked = self.asked["settings"][setting]
+        own = asked.get("only", {}).get(method, [])
+        return [*asked["overrides"], *self.asked["methods"][method]["overrides"], *own]
+
+    def _training(self, setting: str, method: str, plan: Job) -> list[str]:
+        given = f"hawq.plan={plan.folder / 'plan.json'}"
+        return [*self.common, *self._overrides(setting, method), *self.asked["train"], given]
+
+
+def best_point(grid: Sequence[tuple[dict[str, Any], Job]]) -> dict[str, Any] | None:
+    """The point with the best score; None as long as one is missing or where there is no grid."""
+    scored = []
+    for point, job in grid:
+        if not job.done:
+            return None
+        record = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
+        metric = next(m for m in _SCORES if m in record)
+        scored.append((record[metric]["fine_tuned"], point))
+    return max(scored, key=lambda s: s[0])[1] if scored else None
+
+
+@contextmanager
+def claimed(job: Job, locks: Path) -> Iterator[bool]:
+    """Whether this process may run the job; the system takes the lock back from a process that dies."""
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / re.sub(r"[^\w.=,-]+", "_", str(job.folder))[-200:]).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def carry_out(job: Job, locks: Path) -> str:
+    """``done``, ``busy`` (another process has it) or ``failed``."""
+    with claimed(job, locks) as mine:
+        if job.done:
+            return "done"
+        if not mine:
+            return "busy"
+        job.folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        text = json.dumps({**job.facts, "overrides": list(job.overrides)}, indent=1)
+        (job.folder / "metrics.json").unlink(missing_ok=True)
+        (job.folder / "job.json").write_text(text, encoding="utf-8")
+        with (job.folder / "log.txt").open("w", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "hawq_lightning.cli.train", *job.overrides, f"hydra.run.dir={job.folder}"]
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        ended = "done" if code == 0 and job.done else "failed"
+        print(f"{time.strftime('%H:%M:%S')} {ended} in {time.perf_counter() - start:.0f} s: {job.folder}", flush=True)
+        if ended == "failed":
+            print("  " + (job.folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2], flush=True)
+        return ended
+
+
+def work(design: Design, only: str = "", limit: int | None = None) -> bool:
+    """Carry out all runs whose ``setting/method/seed=N`` matches ``only``; what fails is left out and told.
+
+    Returns:
+        whether all were carried out.
+    """
+    locks, failed = design.out / "locks", set()
+    wanted = [r for r in design.runs() if re.search(only, f"{r[0]}/{r[1]}/seed={r[2]}")][:limit]
+    first: list[Any] = [None] if design.asked.get("baseline") else []
+    left = [*first, *wanted]
+    while left:
+        busy = []
+        for run in left:
+            job = design.baseline() if run is None else design.run(*run)
+            ended = "done"
+            for needed in job.after:
+                ended = "failed" if needed.folder in failed else carry_out(needed, locks)
+                if ended == "failed":
+                    failed.add(needed.folder)
+                if ended != "done":
+                    break
+            if ended == "done":
+                job = design.baseline() if run is None else design.run(*run)  # now with the best point of its grid
+                ended = carry_out(job, locks)
+            if ended == "failed":
+                failed.add(job.folder)
+            if ended == "busy":
+                busy.append(run)
+        if busy and len(busy) == len(left):
+            time.sleep(_WAIT)
+        left = busy
+    return not failed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("design", type=Path, help="a YAML file of this folder")
+    parser.add_argument("out", type=Path, help="folder of the sweep")
+    parser.add_argument("given", nargs="*", help="NAME=value of what the file leaves open")
+    parser.add_argument("--only", default="", help="regular expression on setting/method/seed=N")
+    parser.add_argument("--limit", type=int, default=None, help="the first so many runs")
+    parser.add_argument("--list", action="store_true", help="show the runs and whether they are done")
+    asked = parser.parse_args(arguments)
+    try:
+        design = Design(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given))
+        if asked.list:
+            for run in design.runs():
+                print(f"{'done' if design.run(*run).done else 'open'}  {run[0]}/{run[1]}/seed={run[2]}")
+            return
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        complete = work(design, asked.only, asked.limit)
+    except HawqError as error:
+        raise SystemExit(f"error: {error}") from None
+    raise SystemExit(0 if complete else 1)
+
+
+if __name__ == "__main__":
+    main()
