@@ -206,18 +206,18 @@ def test_a_share_of_the_batches_adds_up_to_the_whole():
     batches = [
         (torch.randn(4, 2, 8, 8, generator=g, dtype=torch.float64), torch.arange(4) % 3) for _ in range(5)
     ]  # fmt: skip
-    whole = measure(net, batches, CROSS_ENTROPY, rtol=9.0, seed=2, progress=False)
+    whole = measure(net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False)
     tables: list[torch.Tensor] = []
     for rank in range(2):  # two processes, one after the other: the tables they would add
         measure(
-            copy.deepcopy(net), batches, CROSS_ENTROPY, rtol=9.0, seed=2, progress=False, max_probes=2,
+            copy.deepcopy(net), batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
             share=Share(rank, 2, lambda t: tables.append(t.clone()) or t),
         )  # fmt: skip
     both = measure(
-        net, batches, CROSS_ENTROPY, rtol=9.0, seed=2, progress=False, max_probes=2,
+        net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
         share=Share(0, 2, lambda t: tables[0] + tables[1]),
     )  # fmt: skip
-    two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, seed=2, progress=False, max_probes=2)
+    two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2)
     assert [r.trace for r in both] == pytest.approx([r.trace for r in two], rel=1e-12)
     assert whole.settings["probes"] >= 2
 

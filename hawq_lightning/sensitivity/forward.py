@@ -13,6 +13,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity.network import Network
+from hawq_lightning.sensitivity.reads import Reads
 from hawq_lightning.site_table import SiteTable
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -68,6 +69,29 @@ def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) ->
                 continue
             yield Pass(loss, network, OutputHessian(loss, outputs, boundary))
             return
+
+
+@contextmanager
+def outputs_of(setting: Setting, batch: Any) -> Iterator[OutputHessian]:
+    """The loss's Hessian at the outputs of ``batch``, for nothing to be sent back through the network.
+
+    Raises:
+        HawqError: the loss is no finite scalar, or does not depend on the layers.
+    """
+    with Reads(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
+        with torch.enable_grad():
+            loss = check_loss(setting.loss_fn(setting.model, batch))
+            boundary, nested, _ = find_boundary(loss, outputs.edges)
+        if nested or not boundary:
+            with forward_pass(setting, batch, {s.name: False for s in setting.table}) as step:
+                yield step.hessian
+            return
+        with torch.enable_grad():
+            yield OutputHessian(loss, outputs, boundary)
+
+
+def _in_graph(site: str, x: torch.Tensor) -> torch.Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_(True)
 
 
 def check_loss(loss: Any) -> torch.Tensor:

@@ -8,7 +8,8 @@ elsewhere (Schraudolph, Neural Computation 14, 2002).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +17,40 @@ import torch
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian
 from hawq_lightning.sensitivity.curvature import Block, Dense, Draw, Softmax, draw, recognise, without_curvature
-from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass
+from hawq_lightning.sensitivity.draws import output_curvature
+from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass, outputs_of
 from hawq_lightning.sensitivity.network import Overwritten
 
 MAX_COLUMNS = 4096
 
 
-def signs(shapes: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
-    """Random signs (Rademacher), one tensor like each of ``shapes``."""
-    return [torch.randint(0, 2, v.shape, generator=generator).mul_(2).sub_(1).to(v) for v in shapes]
+@dataclass(frozen=True)
+class Signs:
+    """Random signs (Rademacher) for the outputs; a batch joined of several draws for each of them what it would alone.
+
+    Args:
+        parts: (images, seed) of each batch that the images come from.
+    """
+
+    parts: Sequence[tuple[int, int]]
+
+    def generators(self) -> list[torch.Generator]:
+        """Fresh, one a part."""
+        return [torch.Generator().manual_seed(seed) for _, seed in self.parts]
+
+    def draw(self, shapes: Sequence[torch.Tensor], generators: Sequence[torch.Generator]) -> list[torch.Tensor]:
+        """One tensor like each of ``shapes``; ``generators`` go on."""
+        if len(self.parts) == 1:
+            return [_signs(v.shape, generators[0]).to(v) for v in shapes]
+        drawn = [
+            [_signs((count, *v.shape[1:]), generator) for v in shapes]
+            for (count, _), generator in zip(self.parts, generators)
+        ]
+        return [torch.cat(pieces).to(v) for v, pieces in zip(shapes, zip(*drawn))]
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1)
 
 
 def columns(values: Sequence[torch.Tensor], images: int, by_image: bool) -> Iterable[list[torch.Tensor]]:
@@ -84,28 +110,40 @@ def independent_images(setting: Setting, batch: Any, images: int) -> dict[str, b
     return {s.name: not leaks.get(s.name, True) for s in setting.table}
 
 
+@dataclass
+class Probed:
+    """What probing a batch gives.
+
+    Attributes:
+        rows: of every probe: site -> a value a row.
+        sizes: activation site -> elements of each row.
+        curvature: of the loss at the outputs, one value an image, where it was asked for and is known.
+    """
+
+    rows: list[dict[str, torch.Tensor]]
+    sizes: dict[str, torch.Tensor]
+    curvature: torch.Tensor | None = None
+
+
 def probe_batch(
     setting: Setting,
     batch: Any,
     images: int,
     per_image: Mapping[str, bool],
-    generator: torch.Generator,
+    signs: Signs,
     probes: int,
-    record: Callable[[dict[str, torch.Tensor]], None],
     *,
     rotate: bool = True,
     exact: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Send ``probes`` random vectors (or every column) of one batch back; ``record`` gets the rows of each.
-
-    Returns:
-        activation site -> elements of each row.
-    """
+    curvature: bool = False,
+) -> Probed:
+    """Send ``probes`` random vectors (or every column) of one batch back."""
     while True:
         try:
             with forward_pass(setting, batch, per_image) as step:
-                blocks = _blocks(setting, step.hessian, generator, any(per_image.values()))
-                sloped = _sloped(setting, step.hessian, generator)
+                generators = signs.generators()
+                blocks = _blocks(setting, step.hessian, any(per_image.values()))
+                sloped = _sloped(setting, step.hessian)
                 results = []
                 if exact:
                     total: dict[str, torch.Tensor] = {}
@@ -118,20 +156,29 @@ def probe_batch(
                     results.append(total)
                 else:
                     for _ in range(probes):
-                        z = signs(step.hessian.values, generator)
+                        z = signs.draw(step.hessian.values, generators)
                         results.append(send_back(step, draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped)))
                 sizes = {s: step.network.sizes(s, images) for s in step.network.aliases()}
-            for rows in results:
-                record(rows)
-            return sizes
+                known = output_curvature(step.hessian, blocks, sloped) if curvature else None
+            return Probed(results, sizes, known)
         except Overwritten as which:
             setting.keep_copies.add(str(which))
 
 
-def _sloped(setting: Setting, hessian: OutputHessian, generator: torch.Generator) -> list[int]:
+def pool_curvature(setting: Setting, batch: Any) -> torch.Tensor | None:
+    """Curvature of the loss at the outputs, one value an image, from a forward pass alone; see :mod:`.draws`.
+
+    Only for losses and networks that do not couple images; ``None`` where the loss has no closed form.
+    """
+    with outputs_of(setting, batch) as hessian:
+        blocks = _blocks(setting, hessian, True)
+        return output_curvature(hessian, blocks, _sloped(setting, hessian))
+
+
+def _sloped(setting: Setting, hessian: OutputHessian) -> list[int]:
     if setting.l1 != "fisher":
         return []
-    found = without_curvature(hessian, generator)
+    found = without_curvature(hessian, torch.Generator().manual_seed(0))
     if found:
         names = ", ".join(dict.fromkeys(hessian.names[i] or "the model" for i in found))
         setting.note(
@@ -141,14 +188,12 @@ def _sloped(setting: Setting, hessian: OutputHessian, generator: torch.Generator
     return found
 
 
-def _blocks(
-    setting: Setting, hessian: OutputHessian, generator: torch.Generator, by_image: bool
-) -> list[Block] | Dense | None:
+def _blocks(setting: Setting, hessian: OutputHessian, by_image: bool) -> list[Block] | Dense | None:
     if hessian.linear and setting.l1 == "zero":
         setting.note(
             "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
         )
-    blocks = recognise(hessian, generator, by_image)
+    blocks = recognise(hessian, torch.Generator().manual_seed(0), by_image)
     if blocks is None:
         setting.note(
             "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hawq_lightning.sensitivity.forward import Setting
-from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.ggn import Signs, probe_batch
 from hawq_lightning.sensitivity.slopes import Sampler, Slopes, loss_slope, rademacher, slopes_of
 
 Record = Callable[[dict[str, torch.Tensor]], None]
@@ -61,7 +61,7 @@ def hessian_batch(
     batch: Any,
     images: int,
     per_image: Mapping[str, bool],
-    generator: torch.Generator,
+    seed: int,
     probes: int,
     record: Record,
     *,
@@ -75,7 +75,7 @@ def hessian_batch(
         batch: one batch.
         images: its size.
         per_image: as the Gauss-Newton probes have it; here weight rows are batches all the same.
-        generator: of all random vectors.
+        seed: of all random vectors.
         probes: how many.
         record: gets the rows of each.
         curved: sites where Gauss-Newton is not all; elsewhere it is exact.
@@ -84,8 +84,8 @@ def hessian_batch(
     Returns:
         activation site -> elements of each row.
     """
-    found: list[dict[str, torch.Tensor]] = []
-    sizes = probe_batch(setting, batch, images, per_image, generator, probes, found.append, rotate=rotate)
+    probed = probe_batch(setting, batch, images, per_image, Signs([(images, seed)]), probes, rotate=rotate)
+    found = probed.rows
     weights = {s.name for s in setting.table.weights}
     for rows in found:
         for site in weights & rows.keys():
@@ -94,14 +94,15 @@ def hessian_batch(
         missing: list[dict[str, torch.Tensor]] = []
         own = {n: per and n not in weights for n, per in per_image.items()}
         hutchinson_batch(
-            setting, batch, images, own, rademacher(generator), probes, missing.append, linearised=True, only=curved
-        )
+            setting, batch, images, own, rademacher(torch.Generator().manual_seed(seed + 1)), probes, missing.append,
+            linearised=True, only=curved,
+        )  # fmt: skip
         for rows, more in zip(found, missing):
             for site, value in more.items():
                 rows[site] = rows[site] + value if site in rows else value
     for rows in found:
         record(rows)
-    return sizes
+    return probed.sizes
 
 
 def _quadratic_form(slopes: Slopes, site: str, sample: Sampler, per_image: bool, images: int) -> torch.Tensor:

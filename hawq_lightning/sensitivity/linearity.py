@@ -15,7 +15,7 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import Pass, Setting
-from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.ggn import Signs, probe_batch
 from hawq_lightning.sensitivity.hutchinson import hutchinson_batch
 from hawq_lightning.sensitivity.parts import ImagesOf, take
 from hawq_lightning.sensitivity.slopes import Slopes, gaussian, rademacher, slopes_of
@@ -219,9 +219,8 @@ def _missing(
     """The largest share of a trace that Gauss-Newton misses, less two standard errors; and its site."""
     batch, images = _few(setting, batch, images, per_image, images_of, _SOME)
     generator = torch.Generator().manual_seed(seed + 1)
-    known: list[dict[str, torch.Tensor]] = []
     missing: list[dict[str, torch.Tensor]] = []
-    probe_batch(setting, batch, images, per_image, generator, _SOME, known.append)
+    known = probe_batch(setting, batch, images, per_image, Signs([(images, seed)]), _SOME).rows
     weights = {s.name for s in setting.table.weights}
     own = {n: per and n not in weights for n, per in per_image.items()}
     hutchinson_batch(

@@ -13,6 +13,7 @@ from torch import nn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.progress import Bar
+from hawq_lightning.sensitivity.draws import DRAWS
 from hawq_lightning.sensitivity.fingerprint import fingerprint
 from hawq_lightning.sensitivity.forward import LossFn, Setting, check_weights
 from hawq_lightning.sensitivity.ggn import independent_images
@@ -45,6 +46,7 @@ def measure(
     max_probes: int = 200,
     distribution: str = "rademacher",
     rotate: bool = True,
+    draw: str = "auto",
     l1: str = "zero",
     seed: int = 0,
     progress: bool | Bar = True,
@@ -75,6 +77,9 @@ def measure(
         max_probes: random vectors a batch at the most.
         distribution: of Hutchinson's vectors, ``rademacher`` or ``gaussian``.
         rotate: rotate the signs onto the softmax factor's singular vectors: unbiased, less noise.
+        draw: which images a round of probes sends back: ``all`` of them; those that a draw in proportion to the
+            ``curvature`` of the loss at their outputs picks, weighed so that the mean is the same; ``auto``, drawn ones
+            where that is possible and promises to save a third of the work, as in trained networks.
         l1: output tensors whose loss has slope but no curvature, as L1 box losses have: ``zero``, the Hessian as it is;
             ``fisher``, the Fisher information of a Laplace distribution of unit scale in its place.
         seed: of all random draws; the result does not depend on the number of processes.
@@ -98,6 +103,8 @@ def measure(
         )
     if distribution not in ("rademacher", "gaussian"):
         raise HawqError(f"Unknown distribution {distribution!r}; use 'rademacher' or 'gaussian'.")
+    if draw not in DRAWS:
+        raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
     if l1 not in L1:
         raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.{nearest(str(l1), L1)}")
     if not 0 < rtol < 10:
@@ -116,7 +123,7 @@ def measure(
             try:
                 table = sites or find_sites(model, lambda x=first: loss_fn(model, x), few, include, exclude)  # type: ignore[misc]
                 setting = Setting(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn, l1=l1)
-                asked = f"{estimator} {rtol} {max_probes} {distribution} {rotate} {l1}"
+                asked = f"{estimator} {rtol} {max_probes} {distribution} {rotate} {draw} {l1}"
                 key = fingerprint(setting, kept, first, asked, seed, images)
                 known = reuse(key) if reuse is not None else None
                 if known is not None:
@@ -131,7 +138,7 @@ def measure(
         chosen, curved = _estimator(estimator, setting, first, few, per_image, images_of, seed)
         rounds = Rounds(
             setting, chosen, per_image, images_of, distribution, rotate, curved, seed,
-            None if few == images[0] else few,
+            None if few == images[0] else few, draw,
         )  # fmt: skip
         if rounds.largest is not None:
             rounds.settle(kept[0], images[0], few)
@@ -150,7 +157,11 @@ def measure(
         "images": sum(images), "batches": len(kept),
         "probes": final.probes, "distribution": distribution, "seconds": round(time.perf_counter() - began, 3),
         "processes": share.world,
+        "draw": "all" if rounds.drawn is None else "curvature",
     } | setting.facts  # fmt: skip
+    if rounds.drawn is not None:
+        share_drawn = float(rounds.drawn.design.probability.mean())
+        settings |= {"rounds": final.probes, "probes": round(final.probes * share_drawn, 2)}
     return Sensitivity(
         records=records,
         rows={n: final.means(n).tolist() for n in final.mean},

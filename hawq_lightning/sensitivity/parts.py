@@ -17,14 +17,19 @@ _WINDOWS = 8
 
 
 def take(batch: Any, images: int, start: int, stop: int, images_of: ImagesOf = batch_images) -> Any | None:
-    """Images ``start`` to ``stop`` of a batch of tensors, or of lists with one entry an image.
+    """Images ``start`` to ``stop`` of a batch; see :func:`pick`."""
+    return pick(batch, images, torch.arange(start, stop), images_of)
+
+
+def pick(batch: Any, images: int, ids: torch.Tensor, images_of: ImagesOf = batch_images) -> Any | None:
+    """The images at positions ``ids`` of a batch of tensors, or of lists with one entry an image.
 
     Returns:
         a batch of the same make; ``None`` where it is not clear how to take images out.
     """
     try:
-        part = _take(batch, images, start, stop, top=True)
-        return part if images_of(part) == stop - start else None
+        part = _pick(batch, images, ids, top=True)
+        return part if images_of(part) == len(ids) else None
     except (_UnclearError, HawqError):
         return None
 
@@ -33,17 +38,17 @@ class _UnclearError(Exception):
     """No telling which entries belong to which image."""
 
 
-def _take(x: Any, images: int, start: int, stop: int, top: bool = False) -> Any:
+def _pick(x: Any, images: int, ids: torch.Tensor, top: bool = False) -> Any:
     if isinstance(x, torch.Tensor):
         if x.ndim and x.shape[0] == images:
-            return x[start:stop]
+            return x[ids.to(x.device)]
         raise _UnclearError
     if parts := parts_of(x):
         try:
-            return like(x, [_take(v, images, start, stop) for v in parts])
+            return like(x, [_pick(v, images, ids) for v in parts])
         except _UnclearError:
             if isinstance(x, (list, tuple)) and len(x) == images and not hasattr(x, "_fields"):
-                return type(x)(x[start:stop])
+                return type(x)([x[i] for i in ids.tolist()])
             raise
     if top:
         raise _UnclearError

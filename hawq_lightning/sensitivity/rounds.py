@@ -13,8 +13,10 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.sensitivity.drawn import Drawn, NotDrawableError
+from hawq_lightning.sensitivity.draws import design, worth
 from hawq_lightning.sensitivity.forward import Setting
-from hawq_lightning.sensitivity.ggn import probe_batch
+from hawq_lightning.sensitivity.ggn import Signs, pool_curvature, probe_batch
 from hawq_lightning.sensitivity.guard import SIGNIFICANT
 from hawq_lightning.sensitivity.hutchinson import hessian_batch, hutchinson_batch
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, scale_of_parts, take
@@ -51,6 +53,7 @@ class Rounds:
         curved: for ``hessian``: where the network is not piecewise linear.
         seed: of all draws.
         largest: images at a time at the most; shrinks when memory runs out.
+        draw: which images a round sends back: ``all``, ``curvature`` or ``auto``.
     """
 
     setting: Setting
@@ -62,6 +65,8 @@ class Rounds:
     curved: tuple[str, ...] = ()
     seed: int = 0
     largest: int | None = None
+    draw: str = "all"
+    drawn: Drawn | None = field(default=None, init=False)
     _kind: str = field(default="", init=False)
 
     def row_unit(self) -> dict[str, bool]:
@@ -77,26 +82,47 @@ class Rounds:
         """Fill ``rows`` until every site's standard error is below ``rtol`` of its trace; the sum over processes."""
         mine = range(share.rank, len(kept), share.world)
         bar = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
-        exact = self.estimator == "exact"
         with bar as shown:
-            task = shown.begin("Hessian traces", len(mine))
-            turn, first, begun = partial.restore(rows, share)
-            while True:
-                if turn and not begun:  # a round has ended, here or before an interruption
-                    rows.probes = 1 if exact else PER_ROUND * turn
-                    final = rows.gathered(share.all_sum)
-                    if exact:
-                        return final
-                    worst, name = _worst(final, rtol)
-                    free = min(final.freedom(s.name) for s in self.setting.table)
-                    if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
-                        return final
-                    if rows.probes + PER_ROUND > max_probes:
-                        self.setting.note(
-                            f"Stopped at {rows.probes} probes a batch with a standard error of {worst:.1%} at {name}."
-                        )
-                        return final
+            empty = rows.fresh()
+            try:
+                self.drawn = self._drawing(kept, images, mine, share, shown)
+                return self._until(kept, images, mine, rows, share, rtol, max_probes, shown, partial)
+            except NotDrawableError as reason:
+                if self.draw == "curvature":
+                    raise HawqError(f"draw='curvature' is impossible: {reason}; use 'auto' or 'all'.") from None
+            self.drawn = None
+            return self._until(kept, images, mine, empty, share, rtol, max_probes, shown, partial)
+
+    def _until(
+        self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], rows: Rows, share: Share, rtol: float,
+        max_probes: int, shown: Bar, partial: Partial,
+    ) -> Rows:  # fmt: skip
+        exact = self.estimator == "exact"
+        each = PER_ROUND if self.drawn is None else 1
+        # of each image, on average
+        work = float(each if self.drawn is None else self.drawn.design.probability.mean())
+        task = shown.begin("Hessian traces", len(mine))
+        turn, first, begun = partial.restore(rows, share)
+        while True:
+            if turn and not begun:  # a round has ended, here or before an interruption
+                rows.probes = 1 if exact else each * turn
+                final = rows.gathered(share.all_sum)
+                if exact:
+                    return final
+                worst, name = _worst(final, rtol)
+                free = min(final.freedom(s.name) for s in self.setting.table)
+                if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
+                    return final
+                if work * (turn + 1) > max_probes:
+                    self.setting.note(
+                        f"Stopped at {work * turn:.3g} probes an image with a standard error of {worst:.1%} at {name}."
+                    )
+                    return final
+                if self.drawn is None or turn % 8 == 0:
                     task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
+            if self.drawn is not None:
+                self.drawn.round(turn, rows)
+            else:
                 for done, b in enumerate(mine):
                     if done < first:
                         continue
@@ -104,8 +130,54 @@ class Rounds:
                     release_memory()
                     shown.advance(task, done + 1)
                     partial.save(rows, turn, done + 1)
-                turn, first, begun = turn + 1, 0, False
-                partial.save(rows, turn, 0)
+            turn, first, begun = turn + 1, 0, False
+            partial.save(rows, turn, 0)
+
+    def _drawing(
+        self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], share: Share, shown: Bar
+    ) -> Drawn | None:
+        """A design from the curvature of all images' losses, if drawing is possible and pays; else ``None``.
+
+        Raises:
+            NotDrawableError: it is not possible.
+        """
+        if self.draw == "all":
+            return None
+        if self.estimator != "ggn":
+            raise NotDrawableError(f"estimator='{self.estimator}' has whole batches as rows")
+        if not all(self.per_image.values()):
+            raise NotDrawableError("images cannot be told apart at every site")
+        if self.largest is not None:
+            raise NotDrawableError("memory ran out with whole batches")
+        start = [0, *torch.tensor(list(images)).cumsum(0).tolist()]
+        # the last entry counts processes that found no closed form: all must go the same way
+        table = torch.zeros(start[-1] + 1, dtype=torch.float64)
+        task = shown.begin("Curvature at the outputs", len(mine))
+        for done, b in enumerate(mine):
+            try:
+                known = pool_curvature(self.setting, kept[b])
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                known = None
+            if known is None or len(known) != images[b]:
+                table[-1] += 1
+                break
+            table[start[b] : start[b + 1]] = known
+            release_memory()
+            shown.advance(task, done + 1)
+        if share.all_sum is not None:
+            table = share.all_sum(table)
+        if float(table[-1]):
+            raise NotDrawableError("the curvature of the loss at the outputs has no closed form")
+        weighed = table[:-1] * torch.repeat_interleave(torch.tensor(images), torch.tensor(images))
+        found = design(weighed)
+        if self.draw == "auto" and not worth(found):
+            return None
+        return Drawn(
+            self.setting, self.per_image, self.images_of, self.rotate, kept, images, mine, table[:-1], found,
+            lambda *numbers: _mix(self.seed, *numbers), max(images),
+        )  # fmt: skip
 
     def _batch(self, batch: Any, images: int, number: int, turn: int, rows: Rows) -> None:
         found, sizes = self.probes(batch, images, number, turn)
@@ -182,22 +254,23 @@ class Rounds:
     def _probe(
         self, batch: Any, images: int, seed: int
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
         found: list[dict[str, torch.Tensor]] = []
         setting, per_image = self.setting, self.per_image
         if self.estimator == "hutchinson":
+            generator = torch.Generator().manual_seed(seed)
             sample = (rademacher if self.distribution == "rademacher" else gaussian)(generator)
             sizes = hutchinson_batch(setting, batch, images, self.row_unit(), sample, PER_ROUND, found.append)
         elif self.estimator == "hessian":
             sizes = hessian_batch(
-                setting, batch, images, per_image, generator, PER_ROUND, found.append,
+                setting, batch, images, per_image, seed, PER_ROUND, found.append,
                 curved=self.curved, rotate=self.rotate,
             )  # fmt: skip
         else:
-            sizes = probe_batch(
-                setting, batch, images, per_image, generator, PER_ROUND, found.append,
+            probed = probe_batch(
+                setting, batch, images, per_image, Signs([(images, seed)]), PER_ROUND,
                 rotate=self.rotate, exact=self.estimator == "exact",
             )  # fmt: skip
+            found, sizes = probed.rows, probed.sizes
         return found, sizes
 
 

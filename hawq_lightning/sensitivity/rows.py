@@ -58,6 +58,10 @@ class Rows:
             self.mean[site][place] += before / self.counts[batch]
             self.spread[site][place] += before * (x - self.mean[site][place])
 
+    def fresh(self) -> Rows:
+        """An empty table for the same rows."""
+        return Rows(self.table, self._images, self.per_image)
+
     def gathered(self, all_sum: AllSum | None) -> Rows:
         """A copy summed over processes (each holds its own batches, zeros elsewhere)."""
         out = object.__new__(Rows)
