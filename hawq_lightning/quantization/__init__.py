@@ -1,5 +1,6 @@
 """Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
 
+from hawq_lightning.quantization import dorefa, fqn, lsq  # noqa: F401  they register themselves
 from hawq_lightning.quantization.first_order import first_order_term
 from hawq_lightning.quantization.install import (
     arm,

@@ -10,6 +10,7 @@ from hawq_lightning.quantization.kernels import MIDRISE_ZERO
 WEIGHT_RANGES = ACTIVATION_RANGES = ("mse", "minmax", "percentile")
 OUTSIDE = 0.001  # the share of values that ``percentile`` leaves beyond a range
 TINY = 1e-30  # below it 1/step leaves float32
+HUGE = 3.2e38  # float32 ends soon after
 _GRID = 24
 _SAMPLE = 2048
 _SWEEPS = 4
@@ -39,8 +40,7 @@ def weight_step(
         HawqError: the weight holds NaN or infinity.
     """
     rows = weight.detach().transpose(0, axis).reshape(weight.shape[axis], -1).to(torch.float32)
-    if not bool(torch.isfinite(rows).all()):
-        raise HawqError("the weight holds NaN or infinity")
+    check_finite(rows)
     peak = rows.abs().amax(1).clamp_min(TINY)
     unit = rows / peak[:, None]  # so that huge and denormal channels are alike
     zero = MIDRISE_ZERO if code == "midrise" else 0.0
@@ -73,7 +73,7 @@ def weight_step(
         now = error(unit, fitted)
         best = torch.where(now < least, fitted, best)
         least = torch.minimum(now, least)
-    step = (best * peak).clamp_min(TINY)
+    step = (best * peak).clamp(TINY, HUGE)
     total = (levels(rows, step) * step[:, None] - rows).to(torch.float64).square().sum()
     return step, float(total)
 
@@ -127,6 +127,12 @@ def activation_step(sample: torch.Tensor, low: float, high: float, bits: int, ra
         if a == 0.0:
             a = 0.0
     return grid(a, b)
+
+
+def check_finite(weight: torch.Tensor) -> None:
+    """Raise HawqError if a weight holds NaN or infinity."""
+    if not bool(torch.isfinite(weight).all()):
+        raise HawqError("the weight holds NaN or infinity")
 
 
 def _quantile(rows: torch.Tensor, q: float) -> torch.Tensor:

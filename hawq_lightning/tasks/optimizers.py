@@ -33,7 +33,8 @@ def make_optimizer(
     """What ``configure_optimizers`` returns; the schedule moves with every step.
 
     Args:
-        parameters: those that need no gradient are left out; only tensors with two axes or more decay.
+        parameters: those that need no gradient are left out; only tensors with two axes or more decay, and those that
+            say so by an attribute ``decays`` (PACT's clipping points).
         optimizer: ``sgd`` (with Nesterov's momentum) or ``adamw``.
         lr: the peak learning rate.
         momentum: of SGD.
@@ -42,9 +43,11 @@ def make_optimizer(
         steps: optimizer steps of the whole run.
     """
     free = [p for p in parameters if p.requires_grad]
+    decaying = [p for p in free if p.ndim > 1 or getattr(p, "decays", False)]
+    own = {id(p) for p in decaying}
     groups = [
-        {"params": [p for p in free if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": [p for p in free if id(p) not in own], "weight_decay": 0.0},
     ]
     made: torch.optim.Optimizer
     if optimizer == "sgd":
