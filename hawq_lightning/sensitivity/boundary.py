@@ -153,6 +153,7 @@ class OutputHessian:
         self.edges = [outputs.edges[i] for i in boundary]
         self.values = [outputs.values[i] for i in boundary]
         self.names = [outputs.names[i] for i in boundary]
+        outputs.values.clear()  # of inner layers: the graph keeps what it needs
         outputs.blocked["on"] = True
         try:
             found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
@@ -175,6 +176,6 @@ class OutputHessian:
             self._outputs.blocked["on"] = False
         return [h if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
 
-    def backward(self, vectors: Sequence[torch.Tensor]) -> None:
-        """Send ``vectors`` back through the network; the graph stays for the next probe."""
-        torch.autograd.backward(self.edges, list(vectors), retain_graph=True)
+    def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
+        """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""
+        torch.autograd.backward(self.edges, list(vectors), retain_graph=not last)

@@ -69,14 +69,17 @@ def columns(values: Sequence[torch.Tensor], images: int, by_image: bool) -> Iter
             yield out
 
 
-def send_back(step: Pass, what: Draw) -> dict[str, torch.Tensor]:
-    """Rows of every site for one probe."""
+def send_back(step: Pass, what: Draw, last: bool = False) -> dict[str, torch.Tensor]:
+    """Rows of every site for one probe; the ``last`` one frees the graph as it goes."""
     rows: dict[str, torch.Tensor] = {}
+    network, hessian = step.network, step.hessian
     if what.two is not None:
         z, hz = what.two
-        step.network.products(lambda: step.hessian.backward(z), lambda: step.hessian.backward(hz), rows)
-    for coefficient, vectors in what.pairs:
-        step.network.squares(lambda v=vectors: step.hessian.backward(v), coefficient, rows)  # type: ignore[misc]
+        network.products(lambda: hessian.backward(z), lambda: hessian.backward(hz, last and not what.pairs), rows)
+    for i, (coefficient, vectors) in enumerate(what.pairs):
+        end = last and i == len(what.pairs) - 1
+        network.last_pass = end
+        network.squares(lambda v=vectors, e=end: hessian.backward(v, e), coefficient, rows)  # type: ignore[misc]
     return rows
 
 
@@ -142,8 +145,10 @@ def probe_batch(
         try:
             with forward_pass(setting, batch, per_image) as step:
                 generators = signs.generators()
+                sizes = {s: step.network.sizes(s, images) for s in step.network.aliases()}
                 blocks = _blocks(setting, step.hessian, any(per_image.values()))
                 sloped = _sloped(setting, step.hessian)
+                known = output_curvature(step.hessian, blocks, sloped) if curvature else None
                 results = []
                 if exact:
                     total: dict[str, torch.Tensor] = {}
@@ -155,11 +160,10 @@ def probe_batch(
                             total[site] = total[site] + value if site in total else value
                     results.append(total)
                 else:
-                    for _ in range(probes):
+                    for k in range(probes):
                         z = signs.draw(step.hessian.values, generators)
-                        results.append(send_back(step, draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped)))
-                sizes = {s: step.network.sizes(s, images) for s in step.network.aliases()}
-                known = output_curvature(step.hessian, blocks, sloped) if curvature else None
+                        what = draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped)
+                        results.append(send_back(step, what, last=k == probes - 1))
             return Probed(results, sizes, known)
         except Overwritten as which:
             setting.keep_copies.add(str(which))

@@ -18,6 +18,9 @@ class Overwritten(Exception):
     """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
 
 
+_GONE = torch.empty(0)
+
+
 @dataclass
 class _Call:
     """A layer call, or a tensor read: its site, and the gradients of up to two backward passes."""
@@ -50,6 +53,7 @@ class Network:
         self._waiting: dict[str, int] = {}
         self._rows: dict[str, torch.Tensor] = {}
         self.recording = True
+        self.last_pass = False  # what layers read is let go of as soon as it has served
         self.per_image: Mapping[str, bool] = {}
         self.leaks: dict[str, bool] | None = None
         self.images = 1
@@ -187,6 +191,8 @@ class Network:
                 value = part if value is None else value + part
         for c in calls:
             c.grads[:] = [None, None]
+            if self.last_pass:
+                c.value = _GONE
         if value is not None:
             value = self._coefficient * value.cpu()
             self._rows[site] = self._rows[site] + value if site in self._rows else value

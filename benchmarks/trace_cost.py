@@ -1,0 +1,199 @@
+"""What a back-propagated image costs: a Gauss-Newton probe against a training step, on the paper's four networks.
+
+    pip install 'hawq-lightning[models,detection]'
+    python benchmarks/trace_cost.py [--models resnet50 ...] [--repeat 5]
+
+Random weights, random images of the usual size, one batch. A *training step* is forward and backward in training mode
+with all gradients, without the optimizer. A *probe* is one pass of :func:`hawq_lightning.measure`'s loop: a forward
+pass with the hooks in place, the factor of the loss's Hessian, and one backward pass that yields every weight's and
+every activation's squared norm for every image. Both run in processes of their own, in turns (step, probe, step, ...);
+the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports hold.
+
+Results: benchmarks/results/trace_cost.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# images a batch, height and width
+SETTINGS = {
+    "resnet50": (8, 224, 224), "inception_v3": (8, 299, 299), "squeezenext": (8, 224, 224),
+    "retinanet_resnet50": (2, 480, 640),
+}  # fmt: skip
+PAPER_IMAGES, PAPER_MINUTES, PAPER_GPUS = 512, 30, 4  # ResNet50, all layers (section 3.1)
+
+
+def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor]]:
+    """A network, a batch, and its loss."""
+    torch.manual_seed(0)
+    count, height, width = SETTINGS[name]
+    if name.startswith("retinanet"):
+        from hawq_lightning.models.retinanet import retinanet_resnet50
+
+        net = retinanet_resnet50(num_classes=80, min_size=height, max_size=width)
+        images = [torch.rand(3, height, width) for _ in range(count)]
+        targets = []
+        for _ in range(count):
+            corner = torch.rand(7, 2) * torch.tensor([width * 0.6, height * 0.6])
+            size = 20 + torch.rand(7, 2) * torch.tensor([width * 0.3, height * 0.3])
+            targets.append({"boxes": torch.cat([corner, corner + size], 1), "labels": torch.randint(0, 80, (7,))})
+        return net, (images, targets), lambda m, b: torch.stack(list(m(*b).values())).sum()
+    net = getattr(importlib.import_module(f"hawq_lightning.models.{name}"), name)()
+    batch = (torch.randn(count, 3, height, width), torch.randint(0, 1000, (count,)))
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        out = m(b[0])
+        if isinstance(out, tuple):  # Inception's auxiliary head
+            return F.cross_entropy(out[0], b[1]) + 0.4 * F.cross_entropy(out[1], b[1])
+        return F.cross_entropy(out, b[1])
+
+    return net, batch, loss
+
+
+def resident() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def work(name: str, what: str, threads: int) -> None:
+    """Answer every line on stdin with the seconds of one step; then the peak memory."""
+    torch.set_num_threads(threads)
+    net, batch, loss = make(name)
+    net.train()
+    count = SETTINGS[name][0]
+    before = resident()
+    if what == "step":
+
+        def run() -> None:
+            loss(net, batch).backward()
+            net.zero_grad(set_to_none=True)
+    else:
+        from hawq_lightning.sensitivity.forward import Setting
+        from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
+        from hawq_lightning.sensitivity.quiet import quiet
+        from hawq_lightning.sites import find_sites, quantizable_layers
+
+        exclude = list(getattr(net, "quantization_exclude", ()))
+        with quiet(net, 0):
+            layers, _ = quantizable_layers(net, None, exclude)
+            table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
+            setting = Setting(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
+            per_image = independent_images(setting, batch, count)
+        turn = [0]
+
+        def run() -> None:
+            turn[0] += 1
+            with quiet(net, 0):
+                probe_batch(setting, batch, count, per_image, Signs([(count, turn[0])]), 1)
+
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run()
+        print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, flush=True)
+
+
+def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
+    processes = {
+        what: subprocess.Popen(
+            [sys.executable, __file__, "--worker", name, what, "--threads", str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for what in ("step", "probe")
+    }
+    seconds: dict[str, list[float]] = {"step": [], "probe": []}
+    memory = dict.fromkeys(seconds, 0.0)
+    for turn in range(repeat + 1):
+        for what, process in processes.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            took, peak = map(float, process.stdout.readline().split())
+            memory[what] = peak
+            if turn:  # the first warms up
+                seconds[what].append(took)
+    for process in processes.values():
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    count = SETTINGS[name][0]
+    median = {k: statistics.median(v) / count for k, v in seconds.items()}
+    ratios = [p / s for p, s in zip(seconds["probe"], seconds["step"])]
+    return {
+        "batch": SETTINGS[name], "seconds_an_image": median, "all_seconds": seconds, "memory_mib": memory,
+        "time_ratio": statistics.median(ratios), "memory_ratio": memory["probe"] / memory["step"],
+    }  # fmt: skip
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        "# A probe against a training step", "",
+        f"{report['date']}, {report['machine']}, torch {report['torch']}, {report['threads']} threads, load "
+        f"{report['load']:.1f} before. Made by `benchmarks/trace_cost.py`, whose head says how.", "",
+        "| network | batch | step, s an image | probe, s an image | time ratio | step, MiB | probe, MiB | memory ratio |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, r in report["models"].items():
+        count, height, width = r["batch"]
+        s, m = r["seconds_an_image"], r["memory_mib"]
+        lines.append(
+            f"| {name} | {count} x {height} x {width} | {s['step']:.3f} | {s['probe']:.3f} | {r['time_ratio']:.2f} | "
+            f"{m['step']:.0f} | {m['probe']:.0f} | {r['memory_ratio']:.2f} |"
+        )
+    if "resnet50" in report["models"]:
+        ratio = report["models"]["resnet50"]["time_ratio"]
+        lines += [
+            "",
+            f"The paper needs {PAPER_MINUTES} minutes on {PAPER_GPUS} GPUs for ResNet50's traces (section 3.1). By the "
+            f"ratio above a probe of one image costs {ratio:.2f} training steps of it; a V100 trains ResNet50 at some "
+            "360 images a second in float32 (not measured here), so that one probe for each of "
+            f"{PAPER_IMAGES} images would take about {PAPER_IMAGES / 360 * ratio:.1f} s on one of them, and twenty "
+            f"{20 * PAPER_IMAGES / 360 * ratio:.0f} s: an extrapolation, to be confirmed on a GPU.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(*args.worker, args.threads)
+        return
+    report: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": {},
+    }  # fmt: skip
+    for name in args.models:
+        report["models"][name] = compare(name, args.repeat, args.threads)
+        print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "trace_cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (args.out / "trace_cost.md").write_text(text := table(report), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
