@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo     train, quantize and report on real digits (about a minute)
 #   make test     the tests; make lint; make stress: long fault and load tests
+#   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included
 # The development environment uses the versions that the tests ran with; users of the package are not pinned.
 #   make test TORCH="torch torchvision"      the newest instead
@@ -15,7 +16,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test stress lint clean install
+.PHONY: demo test stress lint docs clean install
 
 install: $(STAMP)
 
@@ -41,6 +42,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+	@echo "open site/index.html"
+
+.venv/.docs: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
