@@ -253,7 +253,7 @@ def test_two_processes(tmp_path):
     script.write_text(DDP)
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120,
+        [sys.executable, str(script), str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=150,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -21,12 +22,14 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 from torchmetrics import Metric
 
 from hawq_lightning.batches import batch_images
+from hawq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.measure import Share
 from hawq_lightning.sensitivity.quiet import random_states_kept
@@ -47,10 +50,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
         HawqError: no train data, or it is empty.
     """
     with random_states_kept(seed):
-        source = trainer.fit_loop._data_source
-        if not source.is_defined():
-            raise HawqError("The Trainer has no train dataloader to measure on; pass one to fit().")
-        loaders = source.dataloader()
+        loaders = _loaders(trainer)
         if isinstance(loaders, CombinedLoader):
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
@@ -60,6 +60,32 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
     return batches
+
+
+def _loaders(trainer: Trainer) -> Any:
+    source = trainer.fit_loop._data_source
+    if trainer.state.fn == "fit":
+        if not source.is_defined():
+            raise HawqError("The Trainer has no train dataloader to measure on; pass one to fit().")
+        return source.dataloader()
+    try:  # trainer.validate: a datamodule may have train data all the same
+        if source.is_defined() and (loaders := _train_data(trainer)):
+            return loaders
+    except Exception as error:
+        rank_zero_info(f"HAWQ: the train data cannot be had here ({error}).")
+    rank_zero_info("HAWQ: measures on the validation data, since there is no train data.")
+    return trainer.validate_loop._data_source.dataloader()
+
+
+def _train_data(trainer: Trainer) -> Any:
+    source, data = trainer.fit_loop._data_source, getattr(trainer, "datamodule", None)
+    try:
+        return source.dataloader()
+    except Exception:
+        if data is None:
+            raise
+        data.setup("fit")  # it was set up for validation only
+        return source.dataloader()
 
 
 def _from_loader(loader: Any, images: int, seed: int, overfit: int) -> list[Any]:
@@ -145,9 +171,14 @@ class _LossFound(BaseException):
 
 @contextmanager
 def borrowed_step(
-    trainer: Trainer, pl_module: LightningModule, loss_fn: Callable[..., Any] | None = None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loss_fn: Callable[..., Any] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[Any, Any], torch.Tensor]]:
     """Lend ``training_step`` (or the user's ``loss_fn``) as ``loss(module, batch)``; afterwards nothing has changed.
+
+    ``before`` is called before every loss, and may raise.
 
     Logging is muted; metrics, counters, lists and modes of every submodule are put back.
     """
@@ -170,7 +201,7 @@ def borrowed_step(
         if manual:
             pl_module.__dict__["manual_backward"] = _found
             torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]
-        yield functools.partial(_loss, trainer, loss_fn)
+        yield functools.partial(_loss, before, loss_fn)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
         for name in (*muted, "manual_backward"):
@@ -188,7 +219,8 @@ def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     raise _LossFound(loss)
 
 
-def _loss(trainer: Trainer, loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+    before()
     if loss_fn is not None:
         out = loss_fn(module, batch)
         if not isinstance(out, torch.Tensor):
@@ -290,14 +322,38 @@ def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
 # ---------------------------------------------------------------- hooks and company
 
 
+def check_namespace(trainer: Any) -> None:
+    """Lightning has two names, whose classes are not each other's.
+
+    Raises:
+        HawqError: the Trainer is ``pytorch_lightning``'s.
+    """
+    if not isinstance(trainer, Trainer):
+        raise HawqError(
+            f"HAWQ is a callback for lightning.pytorch, and this Trainer comes from {type(trainer).__module__}: write "
+            "'import lightning.pytorch as pl' in the place of 'import pytorch_lightning as pl' (the same code)."
+        )
+
+
+def is_sharded(trainer: Trainer) -> str:
+    """The name of a strategy that splits parameters over processes, or nothing."""
+    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    return next((name for name in _SHARDED if name in names), "")
+
+
+def write_checkpoints_atomically(trainer: Trainer) -> None:
+    """Unless the strategy or the user has a way of their own: see :class:`AtomicCheckpointIO`."""
+    if not is_sharded(trainer) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
 def refuse_sharded(trainer: Trainer) -> None:
     """Measuring needs whole layers.
 
     Raises:
         HawqError: the strategy splits parameters over processes.
     """
-    name = type(trainer.strategy).__name__
-    if name in _SHARDED:
+    if name := is_sharded(trainer):
         raise HawqError(
             f"{name} splits the layers, so traces cannot be measured under it: run hawq-lightning-analyze "
             "(or fit on one device) first and give HAWQ(plan='.../plan.json')."
@@ -364,7 +420,30 @@ def sync_averages(trainer: Trainer, pl_module: LightningModule) -> None:
 
 def at_epoch_end(trainer: Trainer) -> bool:
     """Whether a checkpoint written now resumes at the start of an epoch."""
-    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch or progress.current.ready == 0
+
+
+def in_middle_of_epoch(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a fit from this checkpoint goes on within an epoch."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_loop.batch_progress", {})
+    return bool(progress) and not progress["is_last_batch"] and progress["current"]["ready"] > 0
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """The train dataloaders, once the Trainer has them."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def gathered(trainer: Trainer, mine: dict[str, Any]) -> dict[str, Any]:
+    """What a single process says, or ``{"ranks": [...]}`` of several."""
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return mine
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    return {"ranks": everyone}
 
 
 def has_parent(trainer: Trainer) -> bool:
@@ -383,11 +462,6 @@ def runs_script_again(trainer: Trainer) -> bool:
 
 
 # ---------------------------------------------------------------- a step of one's own
-
-
-def sharded(trainer: Trainer) -> bool:
-    """Whether the strategy splits layers over processes."""
-    return type(trainer.strategy).__name__ in _SHARDED
 
 
 def float_copy(pl_module: LightningModule) -> LightningModule:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from hawq_lightning.callbacks._lightning import float_copy, loss_of, replaced_step, restored_step, sharded, with_loss
+from hawq_lightning.callbacks._lightning import float_copy, is_sharded, loss_of, replaced_step, restored_step, with_loss
 from hawq_lightning.callbacks.random_state import random_states, set_random_states
 from hawq_lightning.errors import HawqError
 from hawq_lightning.quantization import armed_bits, uninstall
@@ -70,8 +70,8 @@ class Distillation(Callback):
                 f"{type(pl_module).__name__} optimizes by hand, so distillation cannot add to its loss; switch distill "
                 "off, or set automatic_optimization."
             )
-        if sharded(trainer):
-            raise HawqError(f"{type(trainer.strategy).__name__} splits the layers; distillation needs them whole.")
+        if name := is_sharded(trainer):
+            raise HawqError(f"{name} splits the layers; distillation needs them whole.")
         self._teacher = float_copy(pl_module)
         uninstall(self._teacher)
         self._of = weakref.ref(pl_module)

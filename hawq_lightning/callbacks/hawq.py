@@ -16,9 +16,11 @@ from hawq_lightning.callbacks.distillation import Distillation
 from hawq_lightning.callbacks.freeze import FreezeSchedule
 from hawq_lightning.callbacks.install import InstallPlan
 from hawq_lightning.callbacks.measure import MeasureTraces
+from hawq_lightning.callbacks.post_training import improve, outside_of_evaluation
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option, Plan
 from hawq_lightning.quantization import QuantizerSpec, armed_bits
+from hawq_lightning.quantization.post_training import check_methods
 from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
 from hawq_lightning.site_table import SiteTable
@@ -65,10 +67,14 @@ class HAWQ(Callback):
         distill_temperature: of its softmax.
         order: ``omega``: quantizers are switched on block-wise, the largest Omega first; see :class:`BlockwiseOrder`.
         order_until: moment at which all are on.
+        post_training: improve rounding and biases without training; ``True``, or names of
+            :data:`hawq_lightning.quantization.post_training.METHODS`. ``trainer.validate`` alone then measures,
+            quantizes, improves and scores the network.
         progress: show bars where the Trainer does.
 
     Attributes:
         plan, sensitivity, frontier, sites, loss_check: after ``fit`` has started.
+        improved: what each method of ``post_training`` reports of each layer.
 
     Raises:
         HawqError: arguments out of range; at the start of ``fit``: a budget that no plan meets, no quantizable layer,
@@ -111,6 +117,7 @@ class HAWQ(Callback):
         distill_temperature: float = 4.0,
         order: str | None = None,
         order_until: int | float | str = 0.5,
+        post_training: bool | str | Sequence[str] | None = None,
         progress: bool = True,
     ) -> None:
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
@@ -132,6 +139,8 @@ class HAWQ(Callback):
             self.companions.append(FreezeSchedule(freeze_batchnorm, freeze_ranges))
         if order is not None:
             self.companions.append(BlockwiseOrder(order, order_until, start=start))
+        self.post_training = check_methods(post_training)
+        self.improved: dict[str, dict[str, Any]] = {}
 
     @property
     def plan(self) -> Plan | None:
@@ -204,13 +213,24 @@ class HAWQ(Callback):
         if self.distillation is not None:
             self.distillation.take(trainer, pl_module)
         self.installer.arm(trainer, pl_module, plan)
+        if self.post_training:
+            m = self.measurer
+            self.improved = improve(trainer, pl_module, self.post_training, m.images, m.seed, m.loss_fn, m.progress)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirrors follow buffers; with ``post_training``, ``trainer.validate`` quantizes a float network."""
+        self.installer.on_validation_start(trainer, pl_module)
+        if self.post_training and trainer.state.fn == "validate" and not armed_bits(pl_module):
+            with outside_of_evaluation(pl_module):
+                self._quantize(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers."""
         self.installer.on_validation_start(trainer, pl_module)
+        if self.post_training and not armed_bits(pl_module):
+            rank_zero_warn("HAWQ: the network is float here; trainer.validate() quantizes it.")
 
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
+    on_predict_start = on_test_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one; say so if training ended before its ``start``."""

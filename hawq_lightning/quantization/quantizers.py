@@ -25,6 +25,7 @@ from hawq_lightning.quantization.kernels import (
     fake_quantize_tensor,
     touch,
 )
+from hawq_lightning.quantization.lean import repeatable
 from hawq_lightning.quantization.ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
 
 _DEFAULT = "uniform"
@@ -137,6 +138,8 @@ class WeightQuantizer(Quantizer):
         reestimate: fit again after every so many training steps; 0: never.
     """
 
+    zero_points = False  # whether affine codes have zero points of their own
+
     def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
         self.axis = axis
@@ -244,6 +247,7 @@ class ActivationQuantizer(Quantizer):
         """
         return activation_step(sample, low, high, bits, self.ranges)
 
+    @repeatable
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
         return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.quantization.lean import made_again
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sites import channel_axis
@@ -38,13 +39,17 @@ class QLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear``."""
-        return F.linear(self.input_quantizer(input), self.quantized_weight, self.bias)
+        x, weight = self.input_quantizer(input), self.quantized_weight
+        with made_again(x, input, self.input_quantizer):
+            return F.linear(x, weight, self.bias)
 
 
 class _QConv(QuantizedLayer, nn.modules.conv._ConvNd):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the float convolution."""
-        return self._conv_forward(self.input_quantizer(input), self.quantized_weight, self.bias)  # type: ignore[operator]
+        x, weight = self.input_quantizer(input), self.quantized_weight
+        with made_again(x, input, self.input_quantizer):
+            return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
 
 
 class QConv1d(_QConv, nn.Conv1d):
@@ -85,7 +90,9 @@ class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
         )
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
         x = self.input_quantizer(input)
-        return run(x, self.quantized_weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
+        weight = self.quantized_weight
+        with made_again(x, input, self.input_quantizer):
+            return run(x, weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
 
 
 class QConvTranspose1d(_QConvTranspose, nn.ConvTranspose1d):

@@ -1,0 +1,282 @@
+"""Time and peak memory of a W4A4 training step over the float step: ours and other packages', same network.
+
+    pip install brevitas
+    python benchmarks/training_step.py [--networks resnet20,resnet18] [--rounds 3] [--steps 4]
+
+A step is forward, loss, backward and SGD with momentum on random images: ResNet20 on 128 images of 32 x 32,
+torchvision's ResNet18 on 16 of 224 x 224. Weights of all convolutions and the linear layer have 4 bits with one scale a
+channel, what they read has 4 bits with one scale a tensor. (torchao's training layers are linear only.)
+
+Every measurement is a process of its own, on one thread; methods take turns, so that other load meets all of them.
+Seconds are the least of a process's steps (after one to warm up); of the rounds the median is shown, with the
+range. Memory is the peak resident set of the steps beyond what model, data and imports hold. Packages that are absent
+are left out. Results: benchmarks/results/training_step.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NETWORKS = {"resnet20": (128, 32, 10), "resnet18": (16, 224, 1000)}
+METHODS = {
+    "float": "float",
+    "uniform": "ours, uniform",
+    "lsq": "ours, LSQ",
+    "brevitas": "Brevitas",
+    "brevitas_lsq": "Brevitas, learned scales",
+    "torch_fx": "torch.ao fake-quant modules",
+}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "resnet20":
+        from hawq_lightning.models.resnet20 import resnet20
+
+        return resnet20()
+    from torchvision.models import resnet18
+
+    return resnet18()
+
+
+def ours(net: nn.Module, images: torch.Tensor, quantizer: str) -> nn.Module:
+    """Steps fitted to the weights; activation steps from one pass, as a plan would have them."""
+    from hawq_lightning.plan import Plan, PlanSite
+    from hawq_lightning.quantization import quantize
+    from hawq_lightning.quantization.ranges import activation_step
+    from hawq_lightning.sites import quantizable_layers
+
+    layers, _ = quantizable_layers(net)
+    sites: list[PlanSite] = []
+    reads: dict[str, torch.Tensor] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda m, a, name=n: reads.update({name: a[0].detach()})) for n, m in layers.items()
+    ]
+    with torch.no_grad():
+        net(images)
+    for handle in handles:
+        handle.remove()
+    for name, layer in layers.items():
+        shape = tuple(layer.weight.shape)
+        sites.append(PlanSite(f"{name}.weight", "weight", (name,), shape, layer.weight.numel(), 4, "affine"))
+    for name, x in reads.items():
+        step, zero = activation_step(x.flatten()[:20_000], float(x.min()), float(x.max()), 4)
+        sites.append(PlanSite(f"{name}.input", "activation", (name,), (), 0, 4, "affine", step, zero))
+    return quantize(net, Plan(sites=tuple(sites), quantizer=quantizer))
+
+
+def brevitas(net: nn.Module, images: torch.Tensor, learned: bool) -> nn.Module:
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
+
+    def quantizers(first: bool) -> dict[str, Any]:
+        act = Int8ActPerTensorFloat if first else Uint8ActPerTensorFloat
+        out: dict[str, Any] = {
+            "weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": 4, "input_quant": act, "input_bit_width": 4,
+            "input_collect_stats_steps": 1,  # then scales are learned, as after the first steps of any training
+        }  # fmt: skip
+        if learned:
+            out["weight_scaling_impl_type"] = "parameter_from_stats"
+        return out
+
+    first = True
+    for parent in list(net.modules()):
+        for key, m in list(parent.named_children()):
+            if type(m) is nn.Conv2d:
+                new: Any = qnn.QuantConv2d(
+                    m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups,
+                    bias=m.bias is not None, **quantizers(first),
+                )  # fmt: skip
+            elif type(m) is nn.Linear:
+                new = qnn.QuantLinear(m.in_features, m.out_features, bias=m.bias is not None, **quantizers(first))
+            else:
+                continue
+            new.weight.data.copy_(m.weight.data)
+            setattr(parent, key, new)
+            first = False
+    net.train()
+    with torch.no_grad():
+        for _ in range(2):
+            net(images)
+    return net
+
+
+def torch_fx(net: nn.Module, images: torch.Tensor) -> nn.Module:
+    """PyTorch's own QAT layers, observers off, as after their warm-up."""
+    from torch.ao.nn import qat
+    from torch.ao.quantization import (
+        FakeQuantize,
+        MovingAverageMinMaxObserver,
+        PerChannelMinMaxObserver,
+        QConfig,
+        disable_observer,
+    )
+
+    weight = FakeQuantize.with_args(
+        observer=PerChannelMinMaxObserver, quant_min=-8, quant_max=7, dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric, ch_axis=0,
+    )  # fmt: skip
+    act = FakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=15, dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
+    )  # fmt: skip
+    config = QConfig(activation=act, weight=weight)
+    for parent in list(net.modules()):
+        for key, m in list(parent.named_children()):
+            if type(m) in (nn.Conv2d, nn.Linear):
+                m.qconfig = config  # type: ignore[assignment]
+                twin = (qat.Conv2d if isinstance(m, nn.Conv2d) else qat.Linear).from_float(m)
+                setattr(parent, key, nn.Sequential(act(), twin))
+    net.train()
+    with torch.no_grad():
+        net(images)
+    net.apply(disable_observer)
+    return net
+
+
+BUILD: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
+    "float": lambda net, x: net,
+    "uniform": lambda net, x: ours(net, x, "uniform"),
+    "lsq": lambda net, x: ours(net, x, "lsq"),
+    "brevitas": lambda net, x: brevitas(net, x, learned=False),
+    "brevitas_lsq": lambda net, x: brevitas(net, x, learned=True),
+    "torch_fx": torch_fx,
+}
+
+
+def measure(method: str, name: str, steps: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    images, side, classes = NETWORKS[name]
+    torch.manual_seed(1)
+    x, y = torch.randn(images, 3, side, side), torch.randint(0, classes, (images,))
+    net = BUILD[method](network(name), x[:8]).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+    for p in net.parameters():  # the optimizer's state is not the step's
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    gc.collect()
+    before = _resident()
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    assert bool(torch.isfinite(loss.detach()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": min(seconds[1:]), "memory": peak - before}
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def run(method: str, name: str, steps: int) -> dict[str, float] | None:
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", method, "--networks", name, "--steps", str(steps)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        print(f"{method} on {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        "# A W4A4 training step over the float step",
+        "",
+        f"`python benchmarks/training_step.py`, {record['date']}, {record['cpu']}, one thread, torch "
+        f"{record['versions']['torch']}, {record['rounds']} rounds of {record['steps']} steps, load average "
+        f"{record['load']:.1f} at the start. Median over rounds, range in brackets; memory is the largest of them.",
+    ]
+    for name, rows in record["networks"].items():
+        images, side, _ = NETWORKS[name]
+        lines += ["", f"{name}, {images} images of {side} x {side}", ""]
+        lines += ["| | step | over float | memory | over float |", "|---|---|---|---|---|"]
+        base = rows["float"]
+        for method, row in rows.items():
+            ratios = [s / b for s, b in zip(row["seconds"], base["seconds"])]
+            ratio, memory = statistics.median(ratios), max(row["memory"]) / max(base["memory"])
+            version = record["versions"].get(method.split("_")[0], "")
+            lines.append(
+                f"| {METHODS[method]} {version}".rstrip() + f" | {statistics.median(row['seconds']):.2f} s | "
+                f"{ratio:.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | {max(row['memory']):.0f} MiB | {memory:.2f}x |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default="resnet20,resnet18")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--one")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.networks, args.steps)))
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"torch": torch.__version__}
+    for package in ("brevitas",):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            print(f"{package} is absent", file=sys.stderr)
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"), "cpu": _cpu(), "versions": versions, "rounds": args.rounds,
+        "steps": args.steps, "load": os.getloadavg()[0], "networks": {},
+    }  # fmt: skip
+    for name in args.networks.split(","):
+        rows: dict[str, dict[str, list[float]]] = {}
+        absent: set[str] = set()
+        for _ in range(args.rounds):
+            for method in args.methods.split(","):
+                if method in absent:
+                    continue
+                found = run(method, name, args.steps)
+                if found is None:
+                    absent.add(method)
+                    continue
+                for key, value in found.items():
+                    rows.setdefault(method, {}).setdefault(key, []).append(value)
+                print(name, method, found, flush=True)
+        record["networks"][name] = rows
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "training_step.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / "training_step.md").write_text(table(record))
+    print(table(record))
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

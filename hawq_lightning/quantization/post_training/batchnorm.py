@@ -1,0 +1,61 @@
+"""BatchNorm statistics of the quantized network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from hawq_lightning.batches import default_forward
+from hawq_lightning.quantization.post_training.reference import FloatReference, Forward, prepared, still
+
+
+def reestimate_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = default_forward,
+    reference: FloatReference | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Measure the running means and variances of every BatchNorm anew, as averages over ``batches``.
+
+    Mean and variance alike are then those of the quantized network. A batch should hold many images.
+
+    Args:
+        model: armed; running statistics are changed in place.
+        batches: some hundred images.
+        forward: runs the model on a batch.
+        reference: not needed; here so that all methods are called alike.
+        progress: likewise.
+
+    Returns:
+        BatchNorm -> mean ratio of the new standard deviation to the old.
+
+    Raises:
+        HawqError: nothing is armed, or no batches.
+    """
+    _, kept = prepared(model, batches)
+    norms = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+    }
+    old = {n: (m.running_var.clone(), m.momentum) for n, m in norms.items() if m.running_var is not None}
+    with still(model):
+        try:
+            for m in norms.values():
+                m.reset_running_stats()
+                m.momentum = None  # the plain average of all batches
+                m.training = True
+            for batch in kept:
+                forward(model, batch)
+        finally:
+            for n, m in norms.items():
+                m.momentum = old[n][1]
+    return {
+        n: float((m.running_var / old[n][0].clamp_min(1e-30)).sqrt().mean())
+        for n, m in norms.items()
+        if m.running_var is not None
+    }
