@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hawq_lightning.callbacks._lightning import beside
+from hawq_lightning.callbacks._lightning import beside, sync_averages
 from hawq_lightning.callbacks.block_order import BlockwiseOrder
 from hawq_lightning.callbacks.distillation import Distillation
 from hawq_lightning.callbacks.freeze import FreezeSchedule
@@ -216,6 +216,7 @@ class HAWQ(Callback):
         if self.post_training:
             m = self.measurer
             self.improved = improve(trainer, pl_module, self.post_training, m.images, m.seed, m.loss_fn, m.progress)
+            sync_averages(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers; with ``post_training``, ``trainer.validate`` quantizes a float network."""
