@@ -32,7 +32,9 @@ def made_again(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> cont
     """
     if made is source or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
-    if not quantizer.bits or quantizer.paused or not getattr(type(quantizer).quantize, "repeatable", False):
+    if not quantizer.bits or quantizer.paused or quantizer._leader:
+        return _NOTHING
+    if not getattr(type(quantizer).quantize, "repeatable", False):
         return _NOTHING
     address, numel, version = made.data_ptr(), made.numel(), source._version
     kept = source.detach()
