@@ -11,16 +11,19 @@ from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from hawq_lightning.models.weights import require
+from hawq_lightning.tasks.matching import join, match_image, objects_of
 from hawq_lightning.tasks.optimizers import check_names, make_optimizer
 
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
+_Dicts = list[dict[str, torch.Tensor]]
 
 
 class DetectionTask(LightningModule):
     """Trains a detector that returns a dict of losses in training mode and boxes, scores and labels otherwise.
 
     The loss is the sum of that dict. Validation and test log ``map`` (IoU 0.50 to 0.95) and ``map_50`` under
-    ``val/`` and ``test/``.
+    ``val/`` and ``test/``. After validation ``per_image`` holds every detection with its matches
+    (:mod:`hawq_lightning.tasks.matching`), from which intervals over images are made.
 
     Args:
         net: called as ``net(images, targets)`` in training, ``net(images)`` otherwise; see ``models.retinanet``.
@@ -61,6 +64,8 @@ class DetectionTask(LightningModule):
                     parameter.requires_grad_(False)
         self.val_map = MeanAveragePrecision(backend="faster_coco_eval")
         self.test_map = MeanAveragePrecision(backend="faster_coco_eval")
+        self.per_image: dict[str, torch.Tensor] = {}
+        self._matches: list[Any] = []
         for metric in (self.val_map, self.test_map):
             metric.warn_on_many_detections = False
 
@@ -88,11 +93,17 @@ class DetectionTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect detections."""
-        self._collect(self.val_map, batch)
+        found, targets = self._collect(self.val_map, batch)
+        self._matches += [(match_image(f, t), objects_of(t)) for f, t in zip(found, targets)]
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new record."""
+        self._matches = []
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/map`` and ``val/map_50``."""
+        """Log ``val/map`` and ``val/map_50``; complete ``per_image``."""
         self._log_map("val", self.val_map)
+        self.per_image = join(*zip(*self._matches)) if self._matches else {}
 
     def test_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect detections."""
@@ -109,12 +120,13 @@ class DetectionTask(LightningModule):
             self.parameters(), self.optimizer, self.lr, self.momentum, self.weight_decay, self.schedule, steps
         )
 
-    def _collect(self, metric: MeanAveragePrecision, batch: Batch) -> None:
+    def _collect(self, metric: MeanAveragePrecision, batch: Batch) -> tuple[_Dicts, _Dicts]:
         images, targets = batch
         found = [
             {k: v.detach().float() if v.is_floating_point() else v for k, v in d.items()} for d in self.net(images)
         ]
         metric.update(found, [{k: t[k] for k in ("boxes", "labels", "iscrowd", "area") if k in t} for t in targets])
+        return found, targets
 
     def _log_map(self, stage: str, metric: MeanAveragePrecision) -> None:
         result = metric.compute()

@@ -1,9 +1,10 @@
-"""One resumable sweep: method x setting x seed, each run by ``hawq-lightning`` itself in a folder of its own.
+"""One resumable sweep: method x setting x seed, each a run of ``hawq-lightning`` in a folder of its own.
 
     python recipes/compare/sweep.py recipes/compare/cifar10.yaml OUT DATA=/data WEIGHTS=/data/resnet20_cifar10.pt
 
-A plan does not depend on the seed of fine-tuning, so each is made once (``OUT/plans``); then the grid is tried on
-images held out of the training split (``OUT/tuning``), the same small grid for every method; then the runs
+A plan does not depend on the seed of fine-tuning, so each is made once (``OUT/plans``): the reference measures traces
+and options, from which the other methods choose. Then the grid is tried on images held out of the training split
+(``OUT/tuning``), the same small grid for every method; then the runs
 (``OUT/runs/<setting>/<method>/seed=N``), ordered so that the table of a sweep cut short is a fair one. What is finished
 is not repeated. The same command in a second terminal shares the work. ``table.py`` writes the tables.
 """
@@ -16,18 +17,23 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 
+from hawq_lightning import Plan, select
 from hawq_lightning.errors import HawqError, nearest
+from hawq_lightning.selection import problem_of
 
 _WAIT = 5.0  # seconds between looks at what another process is doing
 _SCORES = ("accuracy", "map")
@@ -42,12 +48,16 @@ class Job:
         overrides: of the configuration.
         after: jobs whose results it needs.
         facts: setting, method, seed..., kept beside the results for the tables.
+        chooses_from: instead of a run, a choice from the options that this plan lists.
+        eigenvalues_of: the plan that lists eigenvalues, for such a choice.
     """
 
     folder: Path
     overrides: tuple[str, ...]
     after: tuple[Job, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    chooses_from: Path | None = None
+    eigenvalues_of: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -81,7 +91,7 @@ class Design:
             text = text.replace(f"${{{name}}}", given[name])
         self.asked: dict[str, Any] = yaml.safe_load(text)
         self.out = Path(out).resolve()
-        self.common = [*self.asked["common"], f"paths.cache={self.out / 'cache'}"]
+        self.common = [*self.asked["common"], f"paths.cache={quoted(self.out / 'cache')}"]
         for setting in self.asked["settings"].values():
             for method in setting["methods"]:
                 if method not in self.asked["methods"]:
@@ -92,17 +102,30 @@ class Design:
         return Job(self.out / "float", (*self.common, *self.asked["baseline"]), facts={"method": "float"})
 
     def plan(self, setting: str, method: str, seed: int) -> Job:
-        """Traces and bits; once for all seeds unless the method draws its bits."""
+        """Traces and bits; once for all seeds unless the method draws its bits.
+
+        The reference measures, and so does a method in the settings that it ``measures``; the others choose from what
+        the reference has measured there, or in the setting named by ``options_of``.
+        """
         own = self.asked["methods"][method].get("draws", False)
         folder = self.out / "plans" / setting / method / (f"seed={seed}" if own else "")
         seeds = [f"seed={seed}"] if own else []
-        return Job(folder, (*self.common, *self._overrides(setting, method), *self.asked["plan"], *seeds))
+        overrides = (*self.common, *self._overrides(setting, method), *self.asked["plan"], *seeds)
+        reference, measures = self.asked.get("reference"), self.asked["methods"][method].get("measures", ())
+        options_of = self.asked["settings"][setting].get("options_of", setting)
+        if reference is None or setting in measures or (method == reference and options_of == setting):
+            return Job(folder, overrides)
+        base = self.plan(options_of, reference, seed)
+        values = [self.plan(measures[0], method, seed)] if measures else []
+        eigen = values[0].folder / "plan.json" if values else None
+        return Job(folder, overrides, (base, *values), {}, base.folder / "plan.json", eigen)
 
     def tuning(self, method: str) -> list[tuple[dict[str, Any], Job]]:
         """The grid's points with their jobs; empty without tuning."""
         asked = self.asked.get("tuning")
         if not asked:
             return []
+        method = self.asked["methods"][method].get("tuned_as", method)
         plan = self.plan(asked["setting"], method, self.asked["seeds"][0])
         found = []
         for values in itertools.product(*asked["grid"].values()):
@@ -144,8 +167,14 @@ class Design:
         return [*asked["overrides"], *self.asked["methods"][method]["overrides"], *own]
 
     def _training(self, setting: str, method: str, plan: Job) -> list[str]:
-        given = f"hawq.plan={plan.folder / 'plan.json'}"
+        given = f"hawq.plan={quoted(plan.folder / 'plan.json')}"
         return [*self.common, *self._overrides(setting, method), *self.asked["train"], given]
+
+
+def quoted(path: Path) -> str:
+    """A path as a value in Hydra's grammar, to which ``=`` and commas mean something."""
+    text = str(path)
+    return f"'{text}'" if "'" not in text else f'"{text}"'
 
 
 def best_point(grid: Sequence[tuple[dict[str, Any], Job]]) -> dict[str, Any] | None:
@@ -185,14 +214,75 @@ def carry_out(job: Job, locks: Path) -> str:
         text = json.dumps({**job.facts, "overrides": list(job.overrides)}, indent=1)
         (job.folder / "metrics.json").unlink(missing_ok=True)
         (job.folder / "job.json").write_text(text, encoding="utf-8")
-        with (job.folder / "log.txt").open("w", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "hawq_lightning.cli.train", *job.overrides, f"hydra.run.dir={job.folder}"]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = call(job)
         ended = "done" if code == 0 and job.done else "failed"
         print(f"{time.strftime('%H:%M:%S')} {ended} in {time.perf_counter() - start:.0f} s: {job.folder}", flush=True)
         if ended == "failed":
             print("  " + (job.folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2], flush=True)
         return ended
+
+
+def call(job: Job) -> int:
+    """Carry out a job in a copy of this process, which has its imports already; the exit code."""
+    child = os.fork()
+    if child == 0:
+        with (job.folder / "log.txt").open("w", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+            code = 1
+            try:
+                (choose if job.chooses_from else run)(job)
+                code = 0
+            except HawqError as error:
+                print(f"error: {error}", flush=True)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(job: Job) -> None:
+    """As ``hawq-lightning`` with the job's overrides, in its folder."""
+    from hawq_lightning.cli.entry import quiet_down
+    from hawq_lightning.cli.run import run as carry_out_configuration
+
+    quiet_down()
+    cfg = composed([*job.overrides, f"paths.output_dir={quoted(job.folder)}"])
+    OmegaConf.save(cfg, _made(job.folder / ".hydra") / "config.yaml")
+    OmegaConf.save(OmegaConf.create(list(job.overrides)), job.folder / ".hydra" / "overrides.yaml")
+    carry_out_configuration(cfg)
+
+
+def choose(job: Job) -> None:
+    """Choose from the options that another plan lists."""
+    assert job.chooses_from is not None
+    cfg = composed(job.overrides)
+    budget = cfg.selector.budget
+    budget = budget if isinstance(budget, str) else OmegaConf.to_container(budget)
+    known = Plan.load(job.eigenvalues_of).settings.get("eigenvalues") if job.eigenvalues_of else None
+    problem = problem_of(Plan.load(job.chooses_from))
+    plan = select(problem, budget, cfg.selector.name, seed=cfg.seed, eigenvalues=known)
+    plan.save(job.folder / "plan.json")
+    (job.folder / "metrics.json").write_text(json.dumps({"chosen_from": str(job.chooses_from)}), encoding="utf-8")
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of ``hawq-lightning`` with these overrides."""
+    with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def needs(job: Job) -> Iterator[Job]:
+    """What a job needs, and what that needs, first things first."""
+    for one in job.after:
+        yield from needs(one)
+        yield one
 
 
 def work(design: Design, only: str = "", limit: int | None = None) -> bool:
@@ -201,6 +291,8 @@ def work(design: Design, only: str = "", limit: int | None = None) -> bool:
     Returns:
         whether all were carried out.
     """
+    import hawq_lightning.cli.run  # noqa: F401  what every job needs is imported once
+
     locks, failed = design.out / "locks", set()
     wanted = [r for r in design.runs() if re.search(only, f"{r[0]}/{r[1]}/seed={r[2]}")][:limit]
     first: list[Any] = [None] if design.asked.get("baseline") else []
@@ -210,7 +302,7 @@ def work(design: Design, only: str = "", limit: int | None = None) -> bool:
         for run in left:
             job = design.baseline() if run is None else design.run(*run)
             ended = "done"
-            for needed in job.after:
+            for needed in needs(job):
                 ended = "failed" if needed.folder in failed else carry_out(needed, locks)
                 if ended == "failed":
                     failed.add(needed.folder)
@@ -245,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for run in design.runs():
                 print(f"{'done' if design.run(*run).done else 'open'}  {run[0]}/{run[1]}/seed={run[2]}")
             return
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         complete = work(design, asked.only, asked.limit)
     except HawqError as error:
         raise SystemExit(f"error: {error}") from None
