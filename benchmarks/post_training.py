@@ -1,0 +1,168 @@
+"""What quantization without training keeps: ResNet20 at 2 to 4 bits, nearest rounding and post-training methods.
+
+    python benchmarks/post_training.py --data CIFAR10_FOLDER --weights RESNET20.pt [--bits 3,4] [--images 256]
+    python benchmarks/post_training.py --digits [--bits 3,4]
+
+All weights have the same bits, activations 8 (calibrated on the same images). The images come from the train set; the
+accuracy is on ``--score`` images of ``val``, drawn once. With ``--digits`` the float network is trained here, on
+scikit-learn's digits. Results: benchmarks/results/post_training_*.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+import hawq_lightning as hl
+from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization import quantize, uninstall
+from hawq_lightning.quantization.post_training import post_training
+from hawq_lightning.quantization.ranges import activation_step
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TRIALS: dict[str, tuple[str, ...]] = {
+    "nearest": (),
+    "bias correction": ("bias_correction",),
+    "BatchNorm statistics": ("batchnorm",),
+    "learned rounding": ("adaround",),
+    "learned rounding, bias correction": ("adaround", "bias_correction"),
+    "learned rounding, BatchNorm statistics": ("adaround", "batchnorm"),
+}
+
+
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def draw(dataset: Any, count: int, batch: int) -> list[Any]:
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return list(DataLoader(Subset(dataset, order), batch))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[Any]) -> float:
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    return right / sum(len(y) for _, y in batches)
+
+
+def cifar10(args: argparse.Namespace) -> tuple[nn.Module, list[Any], list[Any]]:
+    from hawq_lightning.data.image_folder import ImageFolderDataModule
+    from hawq_lightning.models.resnet20 import resnet20
+
+    data = ImageFolderDataModule(args.data, num_classes=10, augment="none", memory=False)
+    data.setup("fit")
+    net = resnet20(weights=args.weights)
+    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
+    return net, draw(train, args.images, 64), draw(val, args.score, 100)
+
+
+def digits(args: argparse.Namespace) -> tuple[nn.Module, list[Any], list[Any]]:
+    from hawq_lightning.data.digits import DigitsDataModule
+    from hawq_lightning.models.resnet20 import resnet20
+
+    torch.manual_seed(1)
+    data, net = DigitsDataModule(batch_size=64), resnet20(in_channels=1)
+    data.setup("fit")
+    epochs, loader = 8, data.train_dataloader()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
+    for _ in range(epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_of(net, batch).backward()
+            optimizer.step()
+            schedule.step()
+    return net, draw(loader.dataset, args.images, 64), draw(data.val_dataloader().dataset, args.score, 100)
+
+
+def plans_of(net: nn.Module, batches: list[Any], widths: tuple[int, ...]) -> dict[int, Plan]:
+    """All weights at one width, activations at 8 bits with steps for what ``batches`` give."""
+    table = hl.sites(net, batches[0])
+    seen: dict[str, list[torch.Tensor]] = {s.name: [] for s in table.activations}
+    handles = [
+        net.get_submodule(s.layers[0]).register_forward_pre_hook(
+            lambda m, a, into=seen[s.name]: into.append(a[0].detach().flatten())
+        )
+        for s in table.activations
+    ]
+    accuracy(net, batches[:2])
+    for handle in handles:
+        handle.remove()
+    reads = []
+    for s in table.activations:
+        x = torch.cat(seen[s.name])
+        step, zero = activation_step(x[::101], float(x.min()), float(x.max()), 8)
+        reads.append(PlanSite(s.name, "activation", s.layers, s.shape, s.numel, 8, "affine", step, zero))
+    out = {}
+    for bits in widths:
+        weights = [PlanSite(s.name, "weight", s.layers, s.shape, s.numel, bits, "affine") for s in table.weights]
+        out[bits] = Plan(sites=(*weights, *reads))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data")
+    parser.add_argument("--weights")
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--bits", default="3,4")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--score", type=int, default=2000)
+    args = parser.parse_args()
+    net, calibration, held_out = digits(args) if args.digits else cifar10(args)
+    net.eval()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    widths = tuple(int(b) for b in args.bits.split(","))
+    float_accuracy = accuracy(net, held_out)
+    plans = plans_of(net, calibration, widths)
+    rows: list[dict[str, Any]] = []
+    for bits, plan in plans.items():
+        for label, methods in TRIALS.items():
+            uninstall(net).load_state_dict(state)
+            quantize(net, plan)
+            start = time.perf_counter()
+            if methods:
+                post_training(net, calibration, methods)
+            rows.append({
+                "bits": bits, "method": label, "accuracy": accuracy(net, held_out),
+                "seconds": time.perf_counter() - start,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    name = "digits" if args.digits else "cifar10"
+    record = {
+        "network": f"ResNet20, {name}", "float": float_accuracy, "images": sum(len(b[1]) for b in calibration),
+        "score_images": sum(len(b[1]) for b in held_out), "rows": rows,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"post_training_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"post_training_{name}.md").write_text(as_table(record, widths))
+    print(as_table(record, widths))
+
+
+def as_table(record: dict[str, Any], widths: tuple[int, ...]) -> str:
+    lines = [
+        f"# Quantized without training: {record['network']}",
+        "",
+        f"`python benchmarks/post_training.py`: {record['images']} train images without their labels, accuracy on "
+        f"{record['score_images']} images of `val`, activations at 8 bits. Float: {record['float']:.2%}.",
+        "",
+        "| weights | " + " | ".join(f"{b} bits" for b in widths) + " |",
+        "|---|" + "---|" * len(widths),
+    ]
+    for label in TRIALS:
+        found = {r["bits"]: r["accuracy"] for r in record["rows"] if r["method"] == label}
+        lines.append(f"| {label} | " + " | ".join(f"{found[b]:.2%}" for b in widths) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
