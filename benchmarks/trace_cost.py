@@ -108,15 +108,19 @@ def work(name: str, what: str, threads: int) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         run()
-        print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, flush=True)
+        print(
+            time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, flush=True
+        )
 
 
 def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
     processes = {
         what: subprocess.Popen(
             [sys.executable, __file__, "--worker", name, what, "--threads", str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for what in ("step", "probe")
     }
     seconds: dict[str, list[float]] = {"step": [], "probe": []}
@@ -148,7 +152,7 @@ def table(report: dict[str, Any]) -> str:
         "# A probe against a training step", "",
         f"{report['date']}, {report['machine']}, torch {report['torch']}, {report['threads']} threads, load "
         f"{report['load']:.1f} before. Made by `benchmarks/trace_cost.py`, whose head says how.", "",
-        "| network | batch | step, s an image | probe, s an image | time ratio | step, MiB | probe, MiB | memory ratio |",
+        "| network | batch | step, s an image | probe, s | time ratio | step, MiB | probe, MiB | memory ratio |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, r in report["models"].items():

@@ -10,6 +10,7 @@ from hawq_lightning.selection.plans import PlanFrontier, problem_of, recost
 from hawq_lightning.selection.problem import Problem
 from hawq_lightning.selection.robustness import Stability, stability, with_stability
 from hawq_lightning.selection.select import select
+from hawq_lightning.selection.settled import PlanSettled
 from hawq_lightning.selection.tradeoff import save_tradeoff, set_b_count, tradeoff
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Frontier",
     "LatencyTable",
     "PlanFrontier",
+    "PlanSettled",
     "Problem",
     "Stability",
     "activation_steps",

@@ -20,7 +20,7 @@ from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.linearity import check_linearity, choose_estimator, named
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, take
 from hawq_lightning.sensitivity.quiet import quiet, to_device
-from hawq_lightning.sensitivity.result import Sensitivity
+from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity.resume import Partial
 from hawq_lightning.sensitivity.rounds import Rounds, Share
 from hawq_lightning.sensitivity.rows import Rows
@@ -54,6 +54,7 @@ def measure(
     share: Share | None = None,
     reuse: Callable[[str], Sensitivity | None] | None = None,
     resume: str | Path | Callable[[str], str | Path | None] | None = None,
+    enough: Callable[[Sensitivity], bool] | None = None,
 ) -> Sensitivity:
     """Average Hessian traces of every weight and activation (paper 2.1, 2.2), with standard errors.
 
@@ -89,6 +90,8 @@ def measure(
         reuse: fingerprint -> an earlier measurement of the same weights, data and settings, or ``None``.
         resume: file to keep unfinished rows in, or a function from the fingerprint to it; an interrupted call with the
             same arguments goes on from there.
+        enough: asked now and then with what is known by then: whether that will do, however large the errors; such as
+            :class:`hawq_lightning.selection.PlanSettled`. Its ``key``, if it has one, goes into the fingerprint.
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their images.
@@ -123,7 +126,9 @@ def measure(
             try:
                 table = sites or find_sites(model, lambda x=first: loss_fn(model, x), few, include, exclude)  # type: ignore[misc]
                 setting = Setting(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn, l1=l1)
-                asked = f"{estimator} {rtol} {max_probes} {distribution} {rotate} {draw} {l1}"
+                asked = (
+                    f"{estimator} {rtol} {max_probes} {distribution} {rotate} {draw} {l1} {getattr(enough, 'key', '')}"
+                )
                 key = fingerprint(setting, kept, first, asked, seed, images)
                 known = reuse(key) if reuse is not None else None
                 if known is not None:
@@ -139,6 +144,7 @@ def measure(
         rounds = Rounds(
             setting, chosen, per_image, images_of, distribution, rotate, curved, seed,
             None if few == images[0] else few, draw,
+            None if enough is None else lambda rows: enough(_result(rows, unit, rows.records(), {}, (), key)),
         )  # fmt: skip
         if rounds.largest is not None:
             rounds.settle(kept[0], images[0], few)
@@ -156,22 +162,34 @@ def measure(
         "estimator": chosen, "estimator_asked": estimator, "l1": l1, "rtol": rtol, "seed": seed,
         "images": sum(images), "batches": len(kept),
         "probes": final.probes, "distribution": distribution, "seconds": round(time.perf_counter() - began, 3),
-        "processes": share.world,
-        "draw": "all" if rounds.drawn is None else "curvature",
+        "processes": share.world, "draw": "all" if rounds.drawn is None else "curvature", "stopped": rounds.stopped,
     } | setting.facts  # fmt: skip
     if rounds.drawn is not None:
         share_drawn = float(rounds.drawn.design.probability.mean())
         settings |= {"rounds": final.probes, "probes": round(final.probes * share_drawn, 2)}
+    return _result(final, unit, records, settings, setting.notes, key)
+
+
+def _result(
+    rows: Rows, unit: dict[str, bool], records: Sequence[SiteTrace], settings: dict[str, Any], notes: Sequence[str],
+    key: str,
+) -> Sensitivity:  # fmt: skip
     return Sensitivity(
-        records=records,
-        rows={n: final.means(n).tolist() for n in final.mean},
-        sizes={n: t.tolist() for n, t in final.size.items()},
-        row_weights={n: t.tolist() for n, t in final.weight.items() if not unit[n]},
+        records=tuple(records),
+        rows={n: rows.means(n).tolist() for n in rows.mean},
+        sizes={n: _filled(t).tolist() for n, t in rows.size.items()},
+        row_weights={n: t.tolist() for n, t in rows.weight.items() if not unit[n]},
         row_unit={n: "image" if per else "batch" for n, per in unit.items()},
         settings=settings,
-        notes=tuple(setting.notes),
+        notes=tuple(notes),
         fingerprint=key,
     )
+
+
+def _filled(sizes: torch.Tensor) -> torch.Tensor:
+    """Sizes of rows that were never drawn are not known; their traces count 0, whatever stands here."""
+    known = sizes > 0
+    return torch.where(known, sizes, sizes[known].mean()) if bool(known.any()) else sizes.clamp_min(1)
 
 
 def _estimator(

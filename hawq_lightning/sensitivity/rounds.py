@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,7 @@ class Rounds:
         seed: of all draws.
         largest: images at a time at the most; shrinks when memory runs out.
         draw: which images a round sends back: ``all``, ``curvature`` or ``auto``.
+        enough: asked after round 4 and every 8th: whether what is known will do.
     """
 
     setting: Setting
@@ -66,6 +67,8 @@ class Rounds:
     seed: int = 0
     largest: int | None = None
     draw: str = "all"
+    enough: Callable[[Rows], bool] | None = None
+    stopped: str = field(default="", init=False)
     drawn: Drawn | None = field(default=None, init=False)
     _kind: str = field(default="", init=False)
 
@@ -108,12 +111,18 @@ class Rounds:
                 rows.probes = 1 if exact else each * turn
                 final = rows.gathered(share.all_sum)
                 if exact:
+                    self.stopped = "exact"
                     return final
                 worst, name = _worst(final, rtol)
                 free = min(final.freedom(s.name) for s in self.setting.table)
                 if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
+                    self.stopped = "error"
+                    return final
+                if self.enough is not None and (turn == 4 or turn % 8 == 0) and self.enough(final):
+                    self.stopped = "enough"
                     return final
                 if work * (turn + 1) > max_probes:
+                    self.stopped = "max_probes"
                     self.setting.note(
                         f"Stopped at {work * turn:.3g} probes an image with a standard error of {worst:.1%} at {name}."
                     )
