@@ -238,5 +238,5 @@ def test_the_designs_of_the_recipe_compose(name, tmp_path):
         if {setting, method} <= seen:
             continue
         seen |= {setting, method}
-        for job in (design.plan(setting, method, seed), design.run(setting, method, seed)):
-            assert module.composed(job.overrides).float_epochs == 0
+        cfg = module.composed(design.run(setting, method, seed).overrides)
+        assert cfg.float_epochs == 0 and cfg.hawq.plan.endswith("plan.json")

@@ -78,12 +78,13 @@ class Design:
         path: of the file.
         out: folder of the sweep.
         given: values of the ``${NAME}`` in it.
+        also: overrides for every run.
 
     Raises:
         HawqError: a name in the file that is not given, a method or setting that does not exist.
     """
 
-    def __init__(self, path: str | Path, out: str | Path, given: Mapping[str, str]) -> None:
+    def __init__(self, path: str | Path, out: str | Path, given: Mapping[str, str], also: Sequence[str] = ()) -> None:
         text = Path(path).read_text(encoding="utf-8")
         for name in sorted(set(re.findall(r"\$\{([A-Z_]+)\}", text))):
             if name not in given:
@@ -91,7 +92,7 @@ class Design:
             text = text.replace(f"${{{name}}}", given[name])
         self.asked: dict[str, Any] = yaml.safe_load(text)
         self.out = Path(out).resolve()
-        self.common = [*self.asked["common"], f"paths.cache={quoted(self.out / 'cache')}"]
+        self.common = [*self.asked["common"], *also, f"paths.cache={quoted(self.out / 'cache')}"]
         for setting in self.asked["settings"].values():
             for method in setting["methods"]:
                 if method not in self.asked["methods"]:
@@ -327,12 +328,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("design", type=Path, help="a YAML file of this folder")
     parser.add_argument("out", type=Path, help="folder of the sweep")
     parser.add_argument("given", nargs="*", help="NAME=value of what the file leaves open")
+    parser.add_argument("--also", nargs="*", default=[], help="overrides for every run, such as model.box_loss=l1")
     parser.add_argument("--only", default="", help="regular expression on setting/method/seed=N")
     parser.add_argument("--limit", type=int, default=None, help="the first so many runs")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done")
     asked = parser.parse_args(arguments)
     try:
-        design = Design(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given))
+        design = Design(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given), asked.also)
         if asked.list:
             for run in design.runs():
                 print(f"{'done' if design.run(*run).done else 'open'}  {run[0]}/{run[1]}/seed={run[2]}")
