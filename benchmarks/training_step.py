@@ -8,9 +8,9 @@ torchvision's ResNet18 on 16 of 224 x 224. Weights of all convolutions and the l
 channel, what they read has 4 bits with one scale a tensor. (torchao's training layers are linear only.)
 
 Every measurement is a process of its own, on one thread; methods take turns, so that other load meets all of them.
-Seconds are the least of a process's steps (after one to warm up); of the rounds the median is shown, with the
-range. Memory is the peak resident set of the steps beyond what model, data and imports hold. Packages that are absent
-are left out. Results: benchmarks/results/training_step.{json,md}.
+Seconds are of the processor, the least of a process's steps (after one to warm up); of the rounds the median is shown,
+with the range. Memory is the peak resident set of the steps beyond what model, data and imports hold. Packages that are
+absent are left out. Results: benchmarks/results/training_step.{json,md}.
 """
 
 from __future__ import annotations
@@ -176,12 +176,12 @@ def measure(method: str, name: str, steps: int) -> dict[str, float]:
     before = _resident()
     seconds = []
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()  # of this one thread: others' load does not count
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert bool(torch.isfinite(loss.detach()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": min(seconds[1:]), "memory": peak - before}

@@ -353,3 +353,14 @@ def test_without_post_training_validate_leaves_the_network_float(tmp_path):
     assert not armed_bits(model)
     with pytest.warns(UserWarning, match="the network is float here"):
         trainer(tmp_path, hawq(post_training=True)).test(model, loader(shuffle=False), verbose=False)
+
+
+def test_corrections_agree_in_any_order():
+    batches = inputs(ConvNet)
+    means = []
+    for methods in (["bias_correction"], ["batchnorm", "bias_correction"], ["bias_correction"] * 2):
+        model = build(Norms).float()
+        quantize(model, weight_plan(model, 2))
+        post_training(model, batches, methods)
+        means.append(model.bn.running_mean)
+    assert torch.allclose(means[0], means[1], atol=1e-6) and torch.allclose(means[0], means[2], atol=1e-6)

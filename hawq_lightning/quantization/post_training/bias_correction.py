@@ -59,6 +59,7 @@ def bias_correction(
         targets = {n: ChannelMean() for n in order}
         with reference.in_place():
             _means_of_all(model, layers, kept, forward, targets)
+            float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
         task = bar.begin("Bias correction", len(order))
         for done, (name, calls) in enumerate(order.items()):
             layer = layers[name]
@@ -71,7 +72,7 @@ def bias_correction(
                     layer.bias.add_(shift.to(layer.bias.dtype))
                 else:
                     running = norms[name].running_mean
-                    running.sub_(shift.to(running.dtype))
+                    running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
                 found[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
             bar.advance(task, done + 1)
     return found
