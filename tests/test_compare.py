@@ -127,7 +127,7 @@ DESIGN = """
 common: ["model.weights=${{WEIGHTS}}", model.depth=8, model.channels=4, data.subset=200, sensitivity.images=32,
          sensitivity.rtol=0.5, trainer=cpu, ~callbacks.progress, logger=none, hawq.check_loss=false, report=false,
          float_epochs=0, "quantizer.weight_bits=[2,4]"]
-baseline: [selector.budget=8x, epochs=0, trainer.num_sanity_val_steps=0]
+baseline: [epochs=0, float_validation=true, trainer.num_sanity_val_steps=0]
 plan: [epochs=0, float_validation=false, trainer.num_sanity_val_steps=0, trainer.limit_val_batches=0]
 train: [epochs=1, float_validation=false]
 tuning: {{setting: small, overrides: [trainer.num_sanity_val_steps=0], grid: {{task.lr: [0.001, 0.02]}}}}

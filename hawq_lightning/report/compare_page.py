@@ -108,7 +108,7 @@ def run_numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
 
 
 def draw(found: Comparison) -> Drawing:
-    """Scores before and after fine-tuning, a panel a setting; a bar is the interval, a faint mark a seed."""
+    """Scores after fine-tuning, a panel a setting; a bar is the interval, a faint mark a seed."""
     scale = 100 if found.metric == "accuracy" else 1
     settings = list(found.rows.items())
     height = sum(0.34 * len(rows) + 0.9 for _, rows in settings) + 0.4
@@ -117,21 +117,20 @@ def draw(found: Comparison) -> Drawing:
             ax.set_title(rows[0].first.labels["setting"])
             for y, row in enumerate(rows):
                 colour = ORANGE if row.first.reference else BLUE
-                for stage, c, marker in (("before", SOFT, "o"), ("after", colour, "D")):
-                    interval: Interval | None = getattr(row, stage)
-                    points = [scale * v for r in row.runs if (v := getattr(r, stage)) is not None]
-                    ax.plot(points, [y] * len(points), marker, color=c, alpha=0.4, markersize=4, zorder=3)
-                    if interval:
-                        ends = [scale * interval.low, scale * interval.high]
-                        ax.plot(ends, [y, y], color=c, linewidth=2.2, zorder=2)
-                        ax.plot(scale * interval.value, y, marker, color=c, markersize=7, zorder=4)
+                points = [scale * r.after for r in row.runs if r.after is not None]
+                ax.plot(points, [y] * len(points), "o", color=colour, alpha=0.4, markersize=4, zorder=3)
+                if row.after:
+                    ends = [scale * row.after.low, scale * row.after.high]
+                    ax.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=2)
+                    ax.plot(scale * row.after.value, y, "D", color=colour, markersize=7, zorder=4)
             if found.float_score is not None:
                 ax.axvline(scale * found.float_score, color=GREEN, linestyle="--", linewidth=1.2)
-            ax.set_yticks(range(len(rows)), [r.first.labels["method"] for r in rows])
+            names = [f"{r.first.labels['method']} ({score(r.mean('before'), found.metric)})" for r in rows]
+            ax.set_yticks(range(len(rows)), names)
             ax.set_ylim(len(rows) - 0.5, -0.5)
             if found.metric == "accuracy":
-                ax.xaxis.set_major_formatter(PercentFormatter(100, decimals=0, symbol=" %"))
-        axes[-1].set_xlabel(f"{found.metric}: grey right after quantizing, coloured after fine-tuning, dashed float")
+                ax.xaxis.set_major_formatter(PercentFormatter(100, decimals=1, symbol=" %"))
+        axes[-1].set_xlabel(f"{found.metric} after fine-tuning (in brackets before it); dashed: float", color=SOFT)
     columns, rows_of = numbers(found)
     told = "; ".join(
         f"{rows[0].first.labels['setting']}: "

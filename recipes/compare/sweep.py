@@ -100,7 +100,11 @@ class Design:
 
     def baseline(self) -> Job:
         """The score of the float network."""
-        return Job(self.out / "float", (*self.common, *self.asked["baseline"]), facts={"method": "float"})
+        setting, method = next(iter(self.asked["settings"])), self.asked["reference"]
+        plan = self.plan(setting, method, self.asked["seeds"][0])  # any will do: nothing need be measured again
+        given = f"hawq.plan={quoted(plan.folder / 'plan.json')}"
+        overrides = (*self.common, *self._overrides(setting, method), *self.asked["baseline"], given)
+        return Job(self.out / "float", overrides, (plan,), {"method": "float"})
 
     def plan(self, setting: str, method: str, seed: int) -> Job:
         """Traces and bits; once for all seeds unless the method draws its bits.
@@ -112,9 +116,9 @@ class Design:
         folder = self.out / "plans" / setting / method / (f"seed={seed}" if own else "")
         seeds = [f"seed={seed}"] if own else []
         overrides = (*self.common, *self._overrides(setting, method), *self.asked["plan"], *seeds)
-        reference, measures = self.asked.get("reference"), self.asked["methods"][method].get("measures", ())
+        reference, measures = self.asked["reference"], self.asked["methods"][method].get("measures", ())
         options_of = self.asked["settings"][setting].get("options_of", setting)
-        if reference is None or setting in measures or (method == reference and options_of == setting):
+        if setting in measures or (method == reference and options_of == setting):
             return Job(folder, overrides)
         base = self.plan(options_of, reference, seed)
         values = [self.plan(measures[0], method, seed)] if measures else []
@@ -147,7 +151,7 @@ class Design:
             "setting": setting, "method": method, "seed": seed, "tuned": best,
             "labels": {"setting": self.asked["settings"][setting].get("label", setting),
                        "method": self.asked["methods"][method].get("label", method)},
-            "reference": method == self.asked.get("reference"),
+            "reference": method == self.asked["reference"],
         }  # fmt: skip
         overrides = (
             *self._training(setting, method, plan), *(f"{k}={v}" for k, v in (best or {}).items()), f"seed={seed}",
