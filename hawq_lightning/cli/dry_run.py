@@ -40,7 +40,8 @@ def dry_run(cfg: DictConfig) -> None:
     table = sites(task, batch, include=include, exclude=exclude)
     print(table)
     print()
-    for line in budget_ranges(table, sorted(callback.measurer.weight_bits), packed_overhead(task, table)):
+    overhead = packed_overhead(task, table, callback.measurer.quantizer)
+    for line in budget_ranges(table, sorted(callback.measurer.weight_bits), overhead):
         print(line)
     start = time.perf_counter()
     trial = measure(

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,23 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export.index import TORCH_TYPES, Index
 
 FORMAT = "hawq_lightning.packed"
-VERSION = "1"
+VERSIONS = ("1", "2")  # 2 has some of EXTRAS, which a reader of version 1 does not know
+EXTRAS = ("basis", "zeros")
 _METADATA = {"format", "version", "index", "sha256", "pad"}
 
 
-def header_bound(index: Index, code_bytes: int) -> int:
-    """Bytes before the data when the codes take at most ``code_bytes`` bytes."""
-    return 8 + _aligned(len(_header_text(index, code_bytes, "0" * 64, "")))
+def header_bound(index: Index, code_bytes: int, extras: Mapping[str, int] | None = None) -> int:
+    """Bytes before the data when codes take at most ``code_bytes`` bytes, and ``extras`` so many elements."""
+    return 8 + _aligned(len(_header_text(index, code_bytes, extras or {}, "0" * 64, "")))
 
 
-def write(path: str | Path, index: Index, blobs: Mapping[str, torch.Tensor], most_code_bytes: int) -> int:
+def write(
+    path: str | Path,
+    index: Index,
+    blobs: Mapping[str, torch.Tensor],
+    most_code_bytes: int,
+    most_extras: Mapping[str, int] | None = None,
+) -> int:
     """Write the file, atomically, and return its size in bytes.
 
     Args:
@@ -40,16 +47,18 @@ def write(path: str | Path, index: Index, blobs: Mapping[str, torch.Tensor], mos
         index: what it holds.
         blobs: as :meth:`Index.blobs` lists them, 1-D on the CPU.
         most_code_bytes: size of the codes at 8 bits, which fixes the header's length.
+        most_extras: likewise the elements of the blobs that only some files have.
 
     Raises:
         HawqError: the file cannot be written there.
     """
     code_bytes = blobs["codes"].numel()
-    most = len(_header_text(index, most_code_bytes, "0" * 64, ""))
+    extras = {name: blobs[name].numel() for name in EXTRAS if name in blobs}
+    most = len(_header_text(index, most_code_bytes, most_extras or {}, "0" * 64, ""))
     encoded, digest = index.encode(), _digest(index, blobs)
-    pad = " " * (most - len(_header_text(index, code_bytes, digest, "", encoded)))
-    text = _header_text(index, code_bytes, digest, pad, encoded)
-    raw = bytearray(safetensors.torch.save(dict(blobs), _metadata(encoded, digest, pad)))
+    pad = " " * (most - len(_header_text(index, code_bytes, extras, digest, "", encoded)))
+    text = _header_text(index, code_bytes, extras, digest, pad, encoded)
+    raw = bytearray(safetensors.torch.save(dict(blobs), _metadata(encoded, digest, pad, _version(blobs))))
     # the library writes metadata in random order; the same entries in a fixed one make equal files byte-equal
     length = int.from_bytes(raw[:8], "little")
     if length != _aligned(most) or json.loads(raw[8 : 8 + length]) != json.loads(text):
@@ -75,8 +84,10 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
                 raise HawqError(
                     f"{path} is not a packed file of hawq_lightning (its format is {metadata.get('format')!r})."
                 )
-            if metadata.get("version") != VERSION:
-                raise HawqError(f"{path} has version {metadata.get('version')!r}; this release reads {VERSION}.")
+            if metadata.get("version") not in VERSIONS:
+                raise HawqError(
+                    f"{path} has version {metadata.get('version')!r}; this release reads {' and '.join(VERSIONS)}."
+                )
             if set(metadata) != _METADATA or metadata["pad"].strip(" "):
                 raise HawqError(f"The packed file {path} is corrupt: its metadata holds other entries than it should.")
             index = Index.decode(metadata["index"])
@@ -84,7 +95,8 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
             if "codes" not in names:
                 raise HawqError(f"The packed file {path} is corrupt: it holds no codes.")
             found = {n: (file.get_slice(n).get_dtype(), file.get_slice(n).get_shape()) for n in names}
-            wanted = {n: (d, [c]) for n, d, c in index.blobs(math.prod(found["codes"][1]))}
+            extras = {n: math.prod(found[n][1]) for n in EXTRAS if n in names and metadata["version"] == "2"}
+            wanted = {n: (d, [c]) for n, d, c in index.blobs(math.prod(found["codes"][1]), extras)}
             if found != wanted:
                 wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
                 raise HawqError(f"The packed file {path} is corrupt: {', '.join(wrong)} do not fit its index.")
@@ -96,14 +108,20 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
     return index, blobs
 
 
-def _metadata(encoded: str, digest: str, pad: str) -> dict[str, str]:
-    return {"format": FORMAT, "index": encoded, "pad": pad, "sha256": digest, "version": VERSION}
+def _version(blobs: Iterable[str]) -> str:
+    return VERSIONS[any(name in EXTRAS for name in blobs)]
 
 
-def _header_text(index: Index, code_bytes: int, digest: str, pad: str, encoded: str | None = None) -> str:
-    header: dict[str, Any] = {"__metadata__": _metadata(encoded or index.encode(), digest, pad)}
+def _metadata(encoded: str, digest: str, pad: str, version: str) -> dict[str, str]:
+    return {"format": FORMAT, "index": encoded, "pad": pad, "sha256": digest, "version": version}
+
+
+def _header_text(
+    index: Index, code_bytes: int, extras: Mapping[str, int], digest: str, pad: str, encoded: str | None = None
+) -> str:
+    header: dict[str, Any] = {"__metadata__": _metadata(encoded or index.encode(), digest, pad, _version(extras))}
     at = 0
-    for name, dtype, count in index.blobs(code_bytes):
+    for name, dtype, count in index.blobs(code_bytes, extras):
         end = at + count * TORCH_TYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [at, end]}
         at = end
@@ -111,7 +129,7 @@ def _header_text(index: Index, code_bytes: int, digest: str, pad: str, encoded: 
 
 
 def _digest(index: Index, blobs: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {VERSION} {index.encode()}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {_version(blobs)} {index.encode()}".encode())
     for name in sorted(blobs):
         digest.update(f" {name} ".encode())
         digest.update(blobs[name].contiguous().view(torch.uint8).numpy().data if blobs[name].numel() else b"")

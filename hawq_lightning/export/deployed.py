@@ -36,11 +36,12 @@ class StoredWeight(nn.Module):
         scale: float32, one a channel.
         axis: channel axis.
         midrise: code kind.
+        zero: the code of 0, of affine codes.
     """
 
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, axis: int, midrise: bool) -> None:
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, axis: int, midrise: bool, zero: int = 0) -> None:
         super().__init__()
-        codes, scale = (2 * codes + 1, scale / 2) if midrise else (codes, scale)
+        codes, scale = (2 * codes + 1, scale / 2) if midrise else (codes - zero, scale)
         small = bool((codes == codes.to(torch.int8)).all())
         self.register_buffer("codes", codes.to(torch.int8 if small else torch.int16))
         self.register_buffer("scale", scale.clone())
@@ -114,7 +115,10 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
         raise HawqError("The model's quantizers were never armed; call quantize(model, plan) before the export.")
     plan = plan_of(model) if plan is None else _named_for(plan, model)
     if books := [s.name for s in plan.sites if s.code == "codebook"]:
-        raise HawqError(f"Site {books[0]!r} has a codebook, which ONNX and torch.export cannot store; choose affine.")
+        raise HawqError(
+            f"Site {books[0]!r} has a codebook, for which ONNX and torch.export have no type; choose a quantizer with "
+            "even steps, such as lsq."
+        )
     check_armed(layers, plan)
     copied = _copy(model)
     inputs = at_least_two(example_input)
@@ -151,7 +155,9 @@ def _store(layer: QuantizedLayer) -> None:
     w, a = layer.weight_quantizer, layer.input_quantizer
     bits, scale, zero = a.bits, float(a.scale), round(float(a.zero_point))
     if w.bits:
-        stored = StoredWeight(w.codes(layer.weight), w.scale, w.axis, w.code == "midrise")
+        midrise = w.code == "midrise"
+        own = 0 if midrise else round(float(w.zero_point))
+        stored = StoredWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
         # the weight may be tied to something else, which keeps it
         layer.weight = None  # type: ignore[assignment]
         layer.weight_quantizer = stored  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,16 @@ _MOST_INDEX = 1 << 26  # bytes of index text, some hundred thousand tensors
 
 @dataclass(frozen=True)
 class IndexedSite:
-    """A site as the index names it: a weight with its channel axis, or an activation with its elements an image."""
+    """A site as the index names it: a weight with its channel axis, or an activation with its elements an image.
+
+    ``dtype`` is that of the weight in the saved model; codes and scales give its values in no other.
+    """
 
     name: str
     layers: tuple[str, ...]
     shape: tuple[int, ...]
     extra: int
+    dtype: str = "F32"
 
     @property
     def numel(self) -> int:
@@ -66,8 +70,14 @@ class Index:
     activations: tuple[IndexedSite, ...]
     rest: tuple[IndexedTensor, ...]
 
-    def blobs(self, code_bytes: int) -> list[tuple[str, str, int]]:
-        """Name, type and elements of every blob, in file order (safetensors: wide types first, then by name)."""
+    def blobs(self, code_bytes: int, extras: Mapping[str, int] | None = None) -> list[tuple[str, str, int]]:
+        """Name, type and elements of every blob, in file order (safetensors: wide types first, then by name).
+
+        Args:
+            code_bytes: size of the codes.
+            extras: float32 elements of the blobs that only some quantizers need: ``basis`` (codebooks, b numbers a
+                channel) and ``zeros`` (affine codes with a zero point, one number a site).
+        """
         sites, reads = len(self.weights), len(self.activations)
         sizes = {
             "codes": ("U8", code_bytes),
@@ -77,6 +87,7 @@ class Index:
         }
         if reads:
             sizes |= {"act_bits": ("U8", reads), "act_scales": ("F32", reads), "act_zeros": ("F32", reads)}
+        sizes |= {name: ("F32", count) for name, count in (extras or {}).items()}
         for dtype in {t.dtype for t in self.rest}:
             sizes[f"rest_{dtype}"] = (dtype, sum(t.numel for t in self.rest if t.dtype == dtype))
         return [(name, *sizes[name]) for name in sorted(sizes, key=lambda n: (-_RANK[sizes[n][0]], n))]
@@ -84,7 +95,7 @@ class Index:
     def encode(self) -> str:
         """Compressed text."""
         sites = [
-            [[s.name, list(s.layers), list(s.shape), s.extra] for s in part]
+            [[s.name, list(s.layers), list(s.shape), s.extra, *([] if s.dtype == "F32" else [s.dtype])] for s in part]
             for part in (self.weights, self.activations)
         ]
         rest = [[list(t.keys), list(t.shape), t.dtype] for t in self.rest]
@@ -105,7 +116,9 @@ class Index:
                 raise ValueError("its index is too long or cut short")
             weights, activations, rest = json.loads(raw)
             index = cls(
-                tuple(IndexedSite(_text(n), _texts(ls), _shape(s), _whole(x)) for n, ls, s, x in weights),
+                tuple(
+                    IndexedSite(_text(n), _texts(ls), _shape(s), _whole(x), *_type(d)) for n, ls, s, x, *d in weights
+                ),
                 tuple(IndexedSite(_text(n), _texts(ls), _shape(s), _whole(x)) for n, ls, s, x in activations),
                 tuple(IndexedTensor(_texts(k), _shape(s), _dtype(d)) for k, s, d in rest),
             )
@@ -149,6 +162,12 @@ def _shape(values: Any) -> tuple[int, ...]:
     shape = tuple(_whole(v) for v in values)
     _whole(math.prod(shape))
     return shape
+
+
+def _type(values: Any) -> tuple[str, ...]:
+    if len(values) > 1:
+        raise ValueError(f"{values!r} are too many")
+    return tuple(_dtype(v) for v in values)
 
 
 def _dtype(value: Any) -> str:

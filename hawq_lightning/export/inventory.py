@@ -34,7 +34,10 @@ def index_of(model: nn.Module, sites: Sequence[Site | PlanSite]) -> Index:
                 raise HawqError(
                     f"Site {site.name!r} has shape {list(site.shape)}; the model's weight has {list(shape)}."
                 )
-            weights.append(IndexedSite(site.name, tuple(site.layers), shape, channel_axis(layer)))
+            if layer.weight.dtype not in DTYPES:
+                raise HawqError(f"{site.name!r} has type {layer.weight.dtype}, which the packed file cannot hold.")
+            kind = DTYPES[layer.weight.dtype]  # type: ignore[index]
+            weights.append(IndexedSite(site.name, tuple(site.layers), shape, channel_axis(layer), kind))
         else:
             activations.append(IndexedSite(site.name, tuple(site.layers), tuple(site.shape), site.numel))
     if not weights:
@@ -129,6 +132,8 @@ def check_same(
             shapes = {tuple(m.weight.shape) for m in found}  # type: ignore[union-attr, arg-type]
             if shapes != {site.shape} or channel_axis(found[0]) != site.extra:  # type: ignore[arg-type]
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
+            elif (kinds := {DTYPES.get(m.weight.dtype) for m in found}) != {site.dtype}:  # type: ignore[union-attr, arg-type]
+                reshaped.append(f"{site.name} {site.dtype} against {kinds.pop()}")
             elif len({id(m.weight) for m in found}) != 1:  # type: ignore[union-attr]
                 reshaped.append(f"{site.name} is one weight shared by {', '.join(site.layers)}")
     for keys, want in stored.items():
@@ -142,7 +147,11 @@ def check_same(
     missing = [keys[0] for keys in targets if keys not in stored]
     parts = [
         f"{what}: {', '.join(which[:4])}{f' and {len(which) - 4} more' if len(which) > 4 else ''}"
-        for what, which in (("only in the file", unknown), ("only in the model", missing), ("other shapes", reshaped))
+        for what, which in (
+            ("only in the file", unknown),
+            ("only in the model", missing),
+            ("other shapes or types", reshaped),
+        )
         if which
     ]
     if parts:

@@ -1,13 +1,14 @@
 """The packed file of an armed network: bit-packed codes, scales, and everything else exactly as it is.
 
 The codes are those that training saw, BatchNorm unfolded, so the reloaded network gives the same logits bit for bit.
-``file_bytes`` of a plan is ``packed_overhead + sum(ceil(numel * bits / 8) + 4 * channels)``, to the byte.
+``file_bytes`` of a plan is ``packed_overhead + sum(ceil(numel * bits / 8) + 4 * channels)``, to the byte; a codebook
+takes ``4 * channels * bits`` more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,15 +17,19 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import container
 from hawq_lightning.export.bits import pack, packed_bytes, unpack
+from hawq_lightning.export.extras import most_extras, read_extras
 from hawq_lightning.export.index import TORCH_TYPES, Index
 from hawq_lightning.export.inventory import check_same, index_of, owning, plain, renaming, rest_of
 from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
-from hawq_lightning.quantization.quantizers import MIDRISE_ZERO, Quantizer
+from hawq_lightning.quantization.kernels import MIDRISE_ZERO
+from hawq_lightning.quantization.lq_nets import WeightLQ
+from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_twin
 from hawq_lightning.site_table import Site
 from hawq_lightning.sites import QUANTIZABLE, layer_type
 
-KINDS = ("affine", "midrise")  # stored as 0 and 1
+KINDS = ("affine", "midrise", "codebook")  # stored as 0, 1 and 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class PackedFile:
         plan: sites with bits, code kinds and activation grids; no traces and no costs.
         codes: weight site -> int32 codes in the weight's shape.
         scales: weight site -> float32 step a channel.
+        zeros: weight site -> the code of 0, where that is not 0.
+        bases: weight site -> ``[channels, bits]``, of codebooks.
         rest: first state-dict key -> tensor, stored exactly.
         index: names, shapes, types.
     """
@@ -44,23 +51,29 @@ class PackedFile:
     scales: Mapping[str, torch.Tensor]
     rest: Mapping[str, torch.Tensor]
     index: Index
+    zeros: Mapping[str, float] = field(default_factory=dict)
+    bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def packed_overhead(model: nn.Module, sites: Iterable[Site | PlanSite]) -> int:
+def packed_overhead(
+    model: nn.Module, sites: Iterable[Site | PlanSite], quantizer: str | QuantizerSpec = "uniform"
+) -> int:
     """Bytes of the packed file that no choice of bits changes: header and rest, without codes and scales of weights.
 
     Args:
         model: float or with twins.
         sites: the sites that the plan will have: a ``SiteTable``, ``plan.sites``, or any part of them.
+        quantizer: that the plan will have.
 
     Raises:
         HawqError: the model holds something that the file cannot.
     """
     index = index_of(model, tuple(sites))
     most = sum(w.numel for w in index.weights)
-    blobs = index.blobs(most)
-    data = sum(count * TORCH_TYPES[dtype].itemsize for _, dtype, count in blobs)
-    return container.header_bound(index, most) + data - most - 4 * sum(w.channels for w in index.weights)
+    weights = quantizer_named(quantizer).weight_quantizer(1)
+    extras = most_extras(index, "codebook" in weights.kinds(8), weights.zero_points)
+    fixed = (b for b in index.blobs(0, extras) if b[0] not in ("codes", "scales", "basis"))
+    return container.header_bound(index, most, extras) + sum(n * TORCH_TYPES[dtype].itemsize for _, dtype, n in fixed)
 
 
 def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
@@ -81,13 +94,26 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     index = index_of(model, plan.sites)
     layers = _layers(model)
     check_armed(layers, plan)
-    codes, scales, bits, kinds = [], [], [], []
+    codes, scales, bits, kinds, zeros, bases = [], [], [], [], [], []
+    offset = False
     for site in index.weights:
         layer = layers[site.layers[0]]
         quantizer = layer.weight_quantizer
         if not torch.isfinite(layer.weight).all():
             raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
-        codes.append(torch.from_numpy(pack(quantizer.codes(layer.weight), quantizer.bits)))
+        numbers = quantizer.codes(layer.weight)
+        levels = quantizer.dequantize(numbers).to(layer.weight.dtype)
+        if not torch.equal(levels, quantizer.settled(layer.weight)):
+            raise HawqError(
+                f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
+                "network would be another one."
+            )
+        codes.append(torch.from_numpy(pack(numbers, quantizer.bits)))
+        if quantizer.code == "codebook":
+            bases.append(quantizer.basis[:, : quantizer.bits].detach().cpu().reshape(-1))  # type: ignore[union-attr]
+        zero = round(float(quantizer.zero_point)) if quantizer.code == "affine" else 0
+        zeros.append(float(zero))
+        offset = offset or quantizer.zero_points or bool(zero)
         scales.append(quantizer.scale.detach().float().cpu().reshape(-1))
         bits.append(quantizer.bits)
         kinds.append(KINDS.index(quantizer.code))
@@ -97,6 +123,8 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         "bits": torch.tensor(bits, dtype=torch.uint8),
         "kinds": torch.tensor(kinds, dtype=torch.uint8),
     }
+    blobs |= {"basis": torch.cat(bases)} if bases else {}
+    blobs |= {"zeros": torch.tensor(zeros)} if offset else {}
     if index.activations:
         reads = [layers[s.layers[0]].input_quantizer for s in index.activations]
         blobs |= {
@@ -108,7 +136,8 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     for dtype in {t.dtype for t in index.rest}:
         parts = [groups[t.keys].reshape(-1) for t in index.rest if t.dtype == dtype]
         blobs[f"rest_{dtype}"] = torch.cat(parts)
-    return container.write(path, index, blobs, sum(w.numel for w in index.weights))
+    most = most_extras(index, bool(bases), offset)
+    return container.write(path, index, blobs, sum(w.numel for w in index.weights), most)
 
 
 def read_packed(path: str | Path) -> PackedFile:
@@ -131,6 +160,7 @@ def read_packed(path: str | Path) -> PackedFile:
         raise bad(f"{blobs['codes'].numel()} bytes of codes where its bits need {wanted}")
     if not bool((torch.isfinite(blobs["scales"]) & (blobs["scales"] > 0)).all()):
         raise bad("a scale is not positive and finite")
+    zeros, bases = read_extras(index, blobs, bits, [KINDS[k] for k in kinds], bad)
     data, at, channel = blobs["codes"].numpy(), 0, 0
     codes, scales, sites = {}, {}, []
     for site, b, kind in zip(index.weights, bits, kinds):
@@ -151,7 +181,8 @@ def read_packed(path: str | Path) -> PackedFile:
         begin = used[tensor.dtype]
         used[tensor.dtype] = begin + tensor.numel
         rest[tensor.keys[0]] = blobs[f"rest_{tensor.dtype}"][begin : begin + tensor.numel].reshape(tensor.shape)
-    return PackedFile(Plan(tuple(sites), selector="packed file"), codes, scales, rest, index)
+    plan = Plan(tuple(sites), selector="packed file", quantizer="lq_nets" if bases else "uniform")
+    return PackedFile(plan, codes, scales, rest, index, zeros, bases)
 
 
 def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
@@ -180,20 +211,38 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
                 module.disarm()
+        books = {rename(n) for s in file.plan.weights if s.name in file.bases for n in s.layers}
         for site in file.plan.sites:
             for name in site.layers:
-                layer = make_twin(modules[rename(name)], "uniform")  # the codes as they are, nothing learned
+                # the codes as they are: nothing of what learned them is left
+                book = rename(name) in books
+                layer = make_twin(modules[rename(name)], "lq_nets" if book else "uniform")
                 if site.kind == "activation":
                     layer.input_quantizer.arm(site.bits, site.scale or 1.0, site.zero_point or 0)
                     continue
-                zero = MIDRISE_ZERO if site.code == "midrise" else 0.0
-                layer.weight_quantizer.arm(site.bits, file.scales[site.name], zero)
+                zero = MIDRISE_ZERO if site.code == "midrise" else file.zeros.get(site.name, 0.0)
+                if isinstance(layer.weight_quantizer, WeightLQ):
+                    layer.weight_quantizer.arm_basis(site.bits, file.bases[site.name])
+                else:
+                    layer.weight_quantizer.arm(site.bits, file.scales[site.name], zero)
                 device = layer.weight_quantizer.scale.device
                 layer.weight.copy_(layer.weight_quantizer.dequantize(file.codes[site.name].to(device)))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly
         for keys, tensor in stored.items():
             targets[keys].copy_(file.rest[tensor.keys[0]])
+        for site in file.plan.weights:
+            _untie(site, file, [modules[rename(name)] for name in site.layers])
     return model
+
+
+def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> None:
+    """Where a tied float weight does not round to the codes (DoReFa squashes first), the layers get their own."""
+    for layer in layers:
+        assert isinstance(layer, QuantizedLayer)
+        quantizer = layer.weight_quantizer
+        levels = quantizer.dequantize(file.codes[site.name].to(quantizer.width.device)).to(layer.weight.dtype)
+        if not torch.equal(quantizer.settled(layer.weight), levels):
+            layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -210,6 +259,13 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
                 raise HawqError(f"The model is not quantized at {name!r}: call quantize(model, plan) first.")
             quantizer = layers[name].weight_quantizer if site.kind == "weight" else layers[name].input_quantizer
             planned.add(id(quantizer))
+            quantizer.refresh()
+            reads = layers[site.layers[0]].input_quantizer
+            if site.kind == "activation" and float(quantizer.scale) != float(reads.scale):
+                raise HawqError(
+                    f"The layers of {site.name!r} read one tensor by different grids, {site.layers[0]!r} and {name!r}; "
+                    "call hawq_lightning.quantization.share(model, plan) before training goes on."
+                )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never armed: call quantize(model, plan) first.")
             code = layers[name].weight_quantizer.code if site.kind == "weight" else site.code
@@ -218,7 +274,7 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
                     f"The model carries another plan: {site.name!r} has {quantizer.bits} bits ({code}), "
                     f"the plan says {site.bits} ({site.code})."
                 )
-            if site.kind == "activation" and site.code not in KINDS:
+            if site.kind == "activation" and site.code != "affine":
                 raise HawqError(f"Site {site.name!r}: code kind {site.code!r} cannot be packed.")
     for name, layer in layers.items():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):

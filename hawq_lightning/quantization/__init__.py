@@ -1,6 +1,6 @@
 """Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
 
-from hawq_lightning.quantization import dorefa, fqn, lsq  # noqa: F401  they register themselves
+from hawq_lightning.quantization import dorefa, fqn, int_only, lq_nets, lsq  # noqa: F401  they register themselves
 from hawq_lightning.quantization.first_order import first_order_term
 from hawq_lightning.quantization.install import (
     arm,
@@ -13,6 +13,7 @@ from hawq_lightning.quantization.install import (
     quantize,
     quantized_layers,
     refresh,
+    share,
     uninstall,
     with_quantizer,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "quantizer_names",
     "refresh",
     "register",
+    "share",
     "uninstall",
     "weight_options",
     "with_quantizer",

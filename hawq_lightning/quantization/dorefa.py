@@ -99,5 +99,7 @@ class WeightDoReFa(WeightQuantizer):
                 levels = torch.where(weight < 0, -0.5 * (2 * mean), 0.5 * (2 * mean))
             return passed_through(weight, levels.to(weight.dtype))
         tanh = torch.tanh(weight)
+        if tanh.requires_grad and not torch.compiler.is_compiling():
+            tanh.register_hook(torch.nan_to_num)  # weights near the end of float32 have infinite gradients here
         bounded = tanh / tanh.abs().max().clamp_min(TINY) * self.gain.to(weight.dtype)
         return fake_quantize_channels(bounded, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))

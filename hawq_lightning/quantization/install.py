@@ -136,9 +136,21 @@ def arm(model: nn.Module, plan: Plan) -> None:
         for s in plan.sites:
             for name in s.layers:
                 arm_site(layers[name], s)
+        share(model, plan)
     except HawqError:
         disarm(model)  # all or nothing
         raise
+
+
+def share(model: nn.Module, plan: Plan) -> None:
+    """Let the layers of one site have one grid, where training moves grids."""
+    layers = quantized_layers(model)
+    for s in plan.sites:
+        part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
+        first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
+        for quantizer in others:
+            if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
+                quantizer.follow(first)
 
 
 @torch.no_grad()

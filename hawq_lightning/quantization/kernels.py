@@ -56,6 +56,11 @@ def along(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
     return scale.view(shape)
 
 
+def finite(bound: float) -> float:
+    """A number that float32 can hold."""
+    return min(max(bound, -3.4e38), 3.4e38)
+
+
 def eager(x: torch.Tensor) -> bool:
     """Whether plain float32 passes on the CPU are what will run."""
     wanted = x.dtype in (torch.float32, torch.bfloat16)
@@ -74,7 +79,7 @@ class _Clipped(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, step, low, high, margin = inputs
         ctx.save_for_backward(x)
-        ctx.bounds = (low - margin) * step, (high + margin) * step
+        ctx.bounds = finite((low - margin) * step), finite((high + margin) * step)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

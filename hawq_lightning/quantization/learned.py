@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.quantization.kernels import eager
+from hawq_lightning.quantization.kernels import eager, finite
 
 
 def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:
@@ -50,35 +50,39 @@ def passed_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return _Through.apply(x, levels)
 
 
+def _levels(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int) -> torch.Tensor:
+    # rounding commutes with adding whole numbers, not with adding halves
+    shift = zero - round(zero) if abs(zero - round(zero)) > 0.25 else 0.0
+    whole = round(zero - shift)
+    codes = x * step.reciprocal()
+    if shift:
+        codes.add_(shift)
+    codes.round_().clamp_(low - whole, high - whole)
+    if shift:
+        codes.sub_(shift)
+    return codes.mul_(step)
+
+
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(
         x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float, fast: bool
     ) -> tuple[torch.Tensor]:
-        # rounding commutes with adding whole numbers, not with adding halves
-        shift = zero - round(zero) if abs(zero - round(zero)) > 0.25 else 0.0
-        whole = round(zero - shift)
-        codes = x * step.reciprocal()
-        if shift:
-            codes.add_(shift)
-        codes.round_().clamp_(low - whole, high - whole)
-        if shift:
-            codes.sub_(shift)
-        return (codes.mul_(step),)
+        return (_levels(x, step, zero, low, high),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor]) -> None:
-        x, step, zero, low, high, ctx.factor, ctx.fast = inputs
-        ctx.bounds = low - zero, high - zero
-        ctx.save_for_backward(x, step, output[0])
+        x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
+        ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (g,), (x, step, levels) = grads, ctx.saved_tensors
-        low, high = ctx.bounds
+        (g,), (x, step), (zero, low, high) = grads, ctx.saved_tensors, ctx.grid
+        levels = _levels(x, step, zero, low, high)
+        low, high = low - zero, high - zero
         if ctx.fast:
             s = float(step)
-            passed = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
+            passed = torch.ops.aten.hardtanh_backward(g, x, finite(low * s), finite(high * s))
             moved = torch.dot(g.reshape(-1), levels.reshape(-1)) - torch.dot(passed.reshape(-1), x.reshape(-1))
         else:
             v = x * step.reciprocal()
@@ -104,7 +108,7 @@ class _LearnedRange(torch.autograd.Function):
         (g,), (x, width) = grads, ctx.saved_tensors
         low, high = (width * share for share in ctx.shares)
         if ctx.fast:
-            passed = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
+            passed = torch.ops.aten.hardtanh_backward(g, x, finite(float(low)), finite(float(high)))
         else:
             passed = g * ((x > low) & (x < high))
         moved = (g * (x >= high)).sum() * ctx.shares[1]

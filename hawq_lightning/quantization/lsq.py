@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning.quantization.kernels import along
+from hawq_lightning.quantization.lean import repeatable
 from hawq_lightning.quantization.learned import learned_step
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from hawq_lightning.quantization.ranges import TINY
@@ -46,6 +47,7 @@ class ActivationLSQ(_LearnedStep, ActivationQuantizer):
         ranges: where the step starts from: ``mse``, ``minmax`` or ``percentile``.
     """
 
+    @repeatable
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper."""
         top, zero = (1 << self.bits) - 1, round(float(self.zero_point))

@@ -52,10 +52,12 @@ class Quantizer(nn.Module):
         self.bits = 0
         self.paused = False
         self.observing = True
+        self._leader: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
 
     width: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    follows_data = False  # whether the grid moves in training without gradients
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
@@ -86,28 +88,60 @@ class Quantizer(nn.Module):
         self.set_scale(scale)
         self.refresh()
 
+    def follow(self, leader: Quantizer) -> None:
+        """Share a grid that moves in training: from now on ``leader`` quantizes here too, and this one's state follows.
+
+        Layers of one site have a quantizer each, since sites are not known yet when optimizers are made.
+        """
+        self._leader = (leader,)
+
+    @torch.no_grad()
+    def _take_state(self) -> None:
+        for leader in self._leader:
+            for mine, theirs in zip(self._tensors(), leader._tensors()):
+                mine.copy_(theirs)
+            self.bits = leader.bits
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
     @torch.no_grad()
     def disarm(self) -> None:
         """Switch off: the identity again."""
+        self._leader = ()
         self.width.zero_()
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the Python mirror in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
+        self._take_state()
         self.bits = round(float(self.width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize; same shape and dtype. The identity while off or paused."""
         if self.paused:
-            return x
-        if self.bits == 0:
-            learned = [p for p in self.parameters() if p.requires_grad] if self.training else []
-            return touch(x, *learned) if learned and torch.is_grad_enabled() else x
-        return self.quantize(x)
+            return self._untouched(x)
+        if self._leader:
+            self._take_state()
+            return self._leader[0](self._untouched(x))
+        return self.quantize(x) if self.bits else self._untouched(x)
+
+    def _untouched(self, x: torch.Tensor) -> torch.Tensor:
+        learned = [p for p in self.parameters() if p.requires_grad] if self.training else []
+        return touch(x, *learned) if learned and torch.is_grad_enabled() else x
+
+    @property
+    def moves(self) -> bool:
+        """Whether training changes the grid: by gradients, or by watching what passes."""
+        return type(self).follows_data or next(self.parameters(), None) is not None
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
         raise NotImplementedError
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._take_state()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
@@ -206,6 +240,18 @@ class WeightQuantizer(Quantizer):
         return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
 
     @torch.no_grad()
+    def settled(self, weight: torch.Tensor) -> torch.Tensor:
+        """The quantized weight as evaluation sees it: in training mode too, no range moves."""
+        if self._leader:
+            self.refresh()
+            return self._leader[0].settled(weight)  # type: ignore[attr-defined, no-any-return]
+        mode, self.training = self.training, False
+        try:
+            return self(weight)
+        finally:
+            self.training = mode
+
+    @torch.no_grad()
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Integer codes (int32, the weight's shape) that the fake-quantized weight stands for.
 
@@ -214,7 +260,8 @@ class WeightQuantizer(Quantizer):
         """
         if self.bits == 0:
             raise HawqError("This quantizer is off; it has no codes.")
-        return torch.round(self(weight) / along(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
+        levels = self.settled(weight)
+        return torch.round(levels / along(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
 
     @torch.no_grad()
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,14 @@ def linear(problem: Problem, name: str) -> tuple[Linear, ...]:
     if name == "file_bytes":
         scales = SCALE_BYTES * sum(s.channels for s in problem.sites if s.kind == "weight")
         constant = problem.file_overhead + scales
-        return (_by_site(problem, lambda i, b: math.ceil(problem.sites[i].numel * b / 8), "weight", constant),)
+        books = {(s.name, o.bits) for s in problem.sites for o in problem.options[s.name] if o.code == "codebook"}
+
+        def stored(i: int, b: int) -> float:
+            site = problem.sites[i]
+            basis = SCALE_BYTES * site.channels * b if (site.name, b) in books else 0
+            return math.ceil(site.numel * b / 8) + basis
+
+        return (_by_site(problem, stored, "weight", constant),)
     if name == "act_bytes":
         _need_activations(problem, name)
         return (_by_site(problem, lambda i, b: problem.sites[i].numel * b / 8, "activation"),)
