@@ -105,8 +105,10 @@ def test_saturated_weights_keep_their_only_code():
     assert codes.tolist() == [[3, -4, 0]]
 
 
-@pytest.mark.parametrize("kind", [ConvNet, SharedHead, Sequence1d, Volume, Tied])
-@pytest.mark.parametrize("bits, code", [(2, "midrise"), (3, "affine"), (1, "midrise")])
+@pytest.mark.parametrize("kind, bits, code", [
+    (ConvNet, 2, "midrise"), (ConvNet, 1, "midrise"), (ConvNet, 3, "affine"), (SharedHead, 3, "affine"),
+    (Sequence1d, 2, "affine"), (Volume, 2, "midrise"), (Tied, 3, "affine"),
+])  # fmt: skip
 def test_codes_are_at_most_one_from_the_nearest_and_stick(kind, bits, code):
     model, batches = made(kind, bits, code)
     layers = quantized_layers(model)

@@ -1,4 +1,4 @@
-"""Keep the recipe instead of the copy: the quantized input of a layer is made again when the backward pass needs it.
+"""Keep the recipe instead of the copy: quantized inputs and weights are made again when the backward pass needs them.
 
 A float layer and the ReLU before it keep one tensor for both. Fake-quantization puts a second one between them; made
 again in the backward pass, for the price of some vectorised passes, it need not be kept.
@@ -22,39 +22,58 @@ def repeatable(method: Method) -> Method:
     return method
 
 
-def made_again(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, operations that would keep ``made`` for their backward pass keep ``source`` and its quantizer.
+def made_again(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations that would keep a quantized operand for their backward pass keep what it was made of.
 
     Args:
-        made: ``quantizer(source)``.
-        source: what was quantized; others keep it anyway.
-        quantizer: whose ``quantize`` is marked :func:`repeatable`; with others nothing happens.
+        operands: ``(quantizer(source), source, quantizer)`` each; others keep the source anyway. Quantizers whose
+            ``quantize`` is not marked :func:`repeatable` are left alone.
     """
-    if made is source or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
-    if not quantizer.bits or quantizer.paused or quantizer._leader:
+    recipes = [_Recipe(*operand) for operand in operands if _can_repeat(*operand)]
+    if not recipes:
         return _NOTHING
-    if not getattr(type(quantizer).quantize, "repeatable", False):
-        return _NOTHING
-    address, numel, version = made.data_ptr(), made.numel(), source._version
-    kept = source.detach()
 
     def pack(tensor: torch.Tensor) -> Any:
-        if tensor.data_ptr() == address and tensor.numel() == numel and tensor.dtype == kept.dtype:
-            return tuple(tensor.shape), tensor.stride()  # a view of it, perhaps
+        for recipe in recipes:
+            if recipe.makes(tensor):
+                return recipe, tuple(tensor.shape), tensor.stride()  # a view of it, perhaps
         return tensor
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        if kept._version != version:
-            raise RuntimeError(
-                "A quantized layer needs its input for the backward pass, but it was modified by an in-place operation."
-            )
-        with torch.no_grad():
-            return quantizer.quantize(kept).as_strided(*packed)  # type: ignore[no-any-return]
+        recipe, shape, stride = packed
+        return recipe.again().as_strided(shape, stride)  # type: ignore[no-any-return]
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class _Recipe:
+    def __init__(self, made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> None:
+        self._address, self._numel = made.data_ptr(), made.numel()
+        self._source, self._version, self._quantizer = source.detach(), source._version, quantizer
+
+    def makes(self, tensor: torch.Tensor) -> bool:
+        same = tensor.data_ptr() == self._address and tensor.numel() == self._numel
+        return same and tensor.dtype == self._source.dtype
+
+    def again(self) -> torch.Tensor:
+        if self._source._version != self._version:
+            raise RuntimeError(
+                "A quantized layer needs its input and weight for the backward pass, but one was modified by an "
+                "in-place operation."
+            )
+        with torch.no_grad():
+            return self._quantizer.quantize(self._source)  # type: ignore[no-any-return]
+
+
+def _can_repeat(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> bool:
+    if made is source or not quantizer.bits or quantizer.paused or quantizer._leader:
+        return False
+    moves = getattr(quantizer, "reestimate", 0) or quantizer._forward_hooks
+    return not moves and getattr(type(quantizer).quantize, "repeatable", False)
 
 
 def _others_decide() -> bool:

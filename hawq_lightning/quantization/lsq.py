@@ -74,6 +74,7 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
     def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse") -> None:
         super().__init__(channels, axis, ranges=ranges)
 
+    @repeatable
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper, per channel."""
         half, zero = 1 << (self.bits - 1), -0.5 if self.code == "midrise" else 0.0

@@ -231,6 +231,7 @@ class WeightQuantizer(Quantizer):
         self.arm(bits, step, MIDRISE_ZERO if code == "midrise" else 0.0)
         return error
 
+    @repeatable
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
         if self.reestimate and self.training and self.observing:

@@ -40,7 +40,7 @@ class QLinear(QuantizedLayer, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear``."""
         x, weight = self.input_quantizer(input), self.quantized_weight
-        with made_again(x, input, self.input_quantizer):
+        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return F.linear(x, weight, self.bias)
 
 
@@ -48,7 +48,7 @@ class _QConv(QuantizedLayer, nn.modules.conv._ConvNd):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the float convolution."""
         x, weight = self.input_quantizer(input), self.quantized_weight
-        with made_again(x, input, self.input_quantizer):
+        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
 
 
@@ -91,7 +91,7 @@ class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
         x = self.input_quantizer(input)
         weight = self.quantized_weight
-        with made_again(x, input, self.input_quantizer):
+        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return run(x, weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
 
 

@@ -77,14 +77,17 @@ def _moments(
 ) -> Moments:
     moments = Moments(_rows(layer))
     for batch in batches:
-        inputs: list[torch.Tensor] = []
+        floating: list[torch.Tensor] = []
+
+        def keep(x: torch.Tensor, _: torch.Tensor, into: list[torch.Tensor] = floating) -> None:
+            into.append(patches(layer, x))
+
+        def add(x: torch.Tensor, _: torch.Tensor, rest: list[torch.Tensor] = floating) -> None:
+            moments.add(rest.pop(0), patches(layer, layer.input_quantizer(x)))
+
         with reference.in_place():
-            look_at(model, layer, calls, batch, forward, lambda x, _, into=inputs: into.append(patches(layer, x)))
-        waiting = iter(inputs)
-        look_at(
-            model, layer, calls, batch, forward,
-            lambda x, _, rest=waiting: moments.add(next(rest), patches(layer, layer.input_quantizer(x))),
-        )  # fmt: skip
+            look_at(model, layer, calls, batch, forward, keep)
+        look_at(model, layer, calls, batch, forward, add)
     return moments
 
 
