@@ -1,0 +1,147 @@
+"""Sizes of the exported files, and whether they hold the same network: the paper's four models and ResNet20.
+
+    python benchmarks/export.py [--models resnet20,squeezenext] [--images 4] [--out benchmarks/results/export.md]
+
+Weights are random, which changes no size; widths 2, 3, 4, 5, 6 and 8 take turns over the layers, activations have 8
+bits over the range seen. The packed file is loaded into another network of the same kind, whose outputs and state must
+be equal bit for bit. It may take 1.01 x (codes + scales + rest) + 16 KiB; the script fails otherwise. The ONNX file
+runs on random images of reduced size in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hawq_lightning import Plan, load_packed, quantize, save_packed, sites
+from hawq_lightning.errors import HawqError
+from hawq_lightning.export import compare, network_of, read_packed, to_onnx
+from hawq_lightning.models.inception_v3 import inception_v3
+from hawq_lightning.models.resnet20 import resnet20
+from hawq_lightning.models.resnet50 import resnet50
+from hawq_lightning.models.retinanet import retinanet_resnet50
+from hawq_lightning.models.squeezenext import squeezenext
+from hawq_lightning.plan import PlanSite
+from hawq_lightning.site_table import SiteTable
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet20": (resnet20, 32),
+    "squeezenext": (squeezenext, 96),
+    "inception_v3": (inception_v3, 128),
+    "resnet50": (resnet50, 96),
+    "retinanet_resnet50": (retinanet_resnet50, 128),
+}
+WIDTHS = (2, 3, 4, 5, 6, 8)
+ALLOWANCE = 16 << 10
+
+
+def turns(net: nn.Module, table: SiteTable, x: torch.Tensor) -> Plan:
+    """A plan whose widths take turns, with activation grids over the range of ``x``."""
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            low[name] = min(low.get(name, 0.0), float(args[0].min()))
+            high[name] = max(high.get(name, 0.0), float(args[0].max()))
+
+        return note
+
+    handles = [net.get_submodule(n).register_forward_pre_hook(hook(n)) for s in table for n in s.layers]
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    chosen = [
+        PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, "affine")
+        for s, bits in zip(table.weights, cycle(WIDTHS))
+    ]
+    for s in table.activations:
+        bottom, top = min(low[n] for n in s.layers), max(high[n] for n in s.layers)
+        step = max(top - bottom, 1e-6) / 255
+        chosen.append(PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 8, "affine", step, round(-bottom / step)))
+    return Plan(tuple(chosen), table.layers)
+
+
+def measured(name: str, images: int, folder: Path) -> list[str]:
+    """One row of the table."""
+    make, size = MODELS[name]
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    net = network_of(make()).eval()
+    x = torch.randn(images, 3, size, size)
+    floats = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    table = sites(net, x[:2])
+    plan = turns(net, table, x)
+    quantize(net, plan)
+    packed = save_packed(net, plan, folder / "model.safetensors")
+    held = read_packed(folder / "model.safetensors")
+    codes = sum((s.numel * s.bits + 7) // 8 for s in plan.weights)
+    scales = sum(4 * t.numel() for t in held.scales.values())
+    rest = sum(t.numel() * t.element_size() for t in held.rest.values())
+    bound = 1.01 * (codes + scales + rest) + ALLOWANCE
+    if packed > bound:
+        raise HawqError(f"{name}: the packed file takes {packed:,} bytes, more than {bound:,.0f}.")
+    torch.manual_seed(1)
+    again = network_of(make()).eval()
+    load_packed(folder / "model.safetensors", again)
+    with torch.no_grad():
+        outputs = [torch.utils._pytree.tree_leaves(n(x)) for n in (net, again)]
+    exact = all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    deployed = to_onnx(net, plan, x[:2], folder / "model.onnx")
+    onnx = (folder / "model.onnx").stat().st_size
+    found = compare(net, folder / "model.onnx", [x])
+    flipped = sum(found.flipped.values()) / max(1, sum(found.codes.values()))
+    moved = ", ".join(f"{k} {mean:.1e}" for k, (_, mean) in found.outputs.items())
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return [
+        name,
+        f"{len(plan.weights)}",
+        f"{floats / 2**20:.2f}",
+        f"{codes / 2**20:.3f}",
+        f"{packed / 2**20:.3f}",
+        f"{packed / (codes + scales + rest):.4f}",
+        "yes" if exact else "NO",
+        f"{onnx / 2**20:.3f}",
+        f"{len(deployed.folding.folded)} of {len(deployed.folding.folded) + len(deployed.folding.kept)}",
+        f"{flipped:.3%}",
+        moved,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="write the table there as well")
+    args = parser.parse_args()
+    heads = ["model", "weights", "float, MiB", "codes, MiB", "packed, MiB", "packed / content", "reload bit-exact",
+             "ONNX, MiB", "BatchNorms folded", "codes flipped", "mean difference of outputs"]  # fmt: skip
+    rows = []
+    for name in args.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measured(name, args.images, Path(folder)))
+    lines = [f"| {' | '.join(r)} |" for r in (heads, ["---"] + ["---:"] * (len(heads) - 1), *rows)]
+    text = "\n".join(
+        [
+            "# What the exported files take",
+            "",
+            f"Made by `benchmarks/export.py`, torch {torch.__version__}.",
+            "",
+            *lines,
+        ]
+    )
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
