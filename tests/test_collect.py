@@ -12,6 +12,7 @@ from hawq_lightning.cli.collect import main
 from hawq_lightning.report.style import csv_text
 from hawq_lightning.report.sweep import read_sweep
 from hawq_lightning.report.sweep_page import collect, mean_table
+from tests import chromium
 
 EVIL = '<script>alert("1")</script>'
 FORMULA = '=HYPERLINK("http://a.example","b")'
@@ -121,3 +122,16 @@ def test_runs_without_fine_tuning_or_sizes(tmp_path):
     write_run(tmp_path / "a", 0.5, accuracy={"float": 0.9, "quantized": 0.4}, sizes={}, costs={})
     found = collect(tmp_path)
     assert found.rows[0].score == 0.4 and "<svg" not in (tmp_path / "sweep.html").read_text()
+
+
+@chromium.needed
+def test_chromium_opens_the_page_without_a_complaint(sweep, tmp_path_factory):
+    collect(sweep)
+    script = """
+      const plot = document.querySelector("svg.plot"), box = plot.querySelector(".hits circle").getBoundingClientRect();
+      plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + 7, clientY: box.y + 7, bubbles: true}));
+      document.title = document.getElementById("tip").hidden + "|" + performance.getEntriesByType("resource").length;
+    """
+    complaints, page = chromium.opened((sweep / "sweep.html").read_text(), script, tmp_path_factory.mktemp("browser"))
+    assert not complaints
+    assert "<title>false|0</title>" in page

@@ -4,10 +4,7 @@ import ast
 import csv
 import html.parser
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from hawq_lightning.report.text import names, size
 from hawq_lightning.report.tradeoff import _uniform
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.site_table import Layer
+from tests import chromium
 
 WIDTHS = (2, 4, 8)
 NASTY = "a<b>&\"'$x_1$.weight"
@@ -358,20 +356,15 @@ def test_report_and_export_import_neither_lightning_nor_hydra() -> None:
                 assert name.split(".")[0] not in ("lightning", "hydra", "omegaconf"), f"{path.name} imports {name}"
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+@chromium.needed
 def test_chromium_opens_it_without_a_complaint(full: tuple[Path, Plan, str], tmp_path: Path) -> None:
-    probe = """<script>addEventListener("load", () => {
+    script = """
       const plot = document.querySelector("#frontier svg.plot"), spots = plot.querySelectorAll(".hits circle");
       const box = spots[spots.length - 1].getBoundingClientRect();
       plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.x + 7, clientY: box.y + 7, bubbles: true}));
       document.title = "TIP " + document.getElementById("tip").textContent.split("\\n")[0]
         + "|" + document.querySelectorAll("#tip i").length + "|" + performance.getEntriesByType("resource").length;
-    });</script></body>"""
-    (tmp_path / "page.html").write_text(full[2].replace("</body>", probe), encoding="utf-8")
-    done = subprocess.run(
-        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         "--window-size=1100,6000", f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
-    assert re.search(r"<title>TIP the chosen plan\|3\|0</title>", done.stdout), done.stderr[-500:]
+    """
+    complaints, page = chromium.opened(full[2], script, tmp_path)
+    assert not complaints
+    assert "<title>TIP the chosen plan|3|0</title>" in page

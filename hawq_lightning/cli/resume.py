@@ -15,7 +15,8 @@ from hawq_lightning.plan import read_json, write_text
 
 UNFINISHED = "unfinished.json"
 _RESULTS = (UNFINISHED, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv", "model.safetensors",
-            "per_image.npz", "checkpoints/float/last.ckpt", "checkpoints/fine_tuning/last.ckpt")  # fmt: skip
+            "per_image.npz", "export.json", "model.onnx", "model.pt2", "figures/landscape.csv",
+            "checkpoints/float/last.ckpt", "checkpoints/fine_tuning/last.ckpt")  # fmt: skip
 _SAME = ("paths", "resume", "report", "phase")  # what changes no result
 
 
