@@ -48,7 +48,7 @@ class ActivationPACT(ActivationQuantizer):
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Eq. 1 to 3 of the paper."""
-        return learned_range(x, self._width(), round(float(self.zero_point)), self._top)
+        return learned_range(x, self._width(), round(self.zero), self._top)
 
 
 @register("pact", activation=ActivationPACT)

@@ -57,7 +57,8 @@ class WeightIntOnly(WeightQuantizer):
     """One affine range a tensor, from the least weight to the greatest, with a whole zero point (eq. 1, 12 and 13).
 
     It follows the weights in training. At 8 bits the lowest code is not used, so that products fit the paper's 16-bit
-    accumulators (appendix B). The paper is about 8 bits; one bit is sign times scale here.
+    accumulators (appendix B). The paper is about 8 bits; one bit is sign times scale here. BatchNorm is folded
+    when the network is exported, and not while it trains (section 3.2).
 
     Args:
         channels: length of the channel axis.

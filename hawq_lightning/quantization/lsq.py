@@ -50,7 +50,7 @@ class ActivationLSQ(_LearnedStep, ActivationQuantizer):
     @repeatable
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper."""
-        top, zero = (1 << self.bits) - 1, round(float(self.zero_point))
+        top, zero = (1 << self.bits) - 1, round(self.zero)
         features = x.numel() // max(1, x.shape[0]) if x.ndim > 1 else x.numel()
         factor = 1 / math.sqrt(max(1, features) * max(1, top - zero))
         return learned_step(x, self.positive_step(), zero, 0, top, factor)

@@ -40,6 +40,7 @@ class Quantizer(nn.Module):
 
     Attributes:
         bits: code width; 0 means the identity.
+        zero: ``zero_point`` as a Python number, as of the last :meth:`refresh`.
         paused: the identity for a while, whatever the bits.
         observing: whether ranges that follow the data may move in training; a schedule may switch it off.
     """
@@ -50,6 +51,7 @@ class Quantizer(nn.Module):
         self.make_scale(() if channels is None else (channels,))
         self.register_buffer("zero_point", torch.zeros(()))
         self.bits = 0
+        self.zero = 0.0
         self.paused = False
         self.observing = True
         self._leader: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
@@ -100,7 +102,7 @@ class Quantizer(nn.Module):
         for leader in self._leader:
             for mine, theirs in zip(self._tensors(), leader._tensors()):
                 mine.copy_(theirs)
-            self.bits = leader.bits
+            self.bits, self.zero = leader.bits, leader.zero
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -113,9 +115,10 @@ class Quantizer(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the Python mirror in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
+        """Bring the Python mirrors in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
         self._take_state()
         self.bits = round(float(self.width))
+        self.zero = round(2 * float(self.zero_point)) / 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize; same shape and dtype. The identity while off or paused."""
@@ -196,8 +199,7 @@ class WeightQuantizer(Quantizer):
     @property
     def code(self) -> str:
         """Code kind."""
-        zero = float(self.zero_point)
-        return "midrise" if abs(zero - round(zero)) > 0.25 else "affine"  # averaging callbacks leave -0.4999
+        return "midrise" if self.zero % 1 else "affine"
 
     def kinds(self, bits: int) -> tuple[str, ...]:
         """Code kinds that this quantizer has at a width; where several do, the first is tried first."""
@@ -245,7 +247,9 @@ class WeightQuantizer(Quantizer):
         """The quantized weight as evaluation sees it: in training mode too, no range moves."""
         if self._leader:
             self.refresh()
-            return self._leader[0].settled(weight)  # type: ignore[attr-defined, no-any-return]
+            leader = self._leader[0]
+            assert isinstance(leader, WeightQuantizer)
+            return leader.settled(weight)
         mode, self.training = self.training, False
         try:
             return self(weight)
