@@ -20,6 +20,7 @@ from hawq_lightning.batches import batch_images, default_forward
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.site_table import FloatPart, Layer, Site, SiteTable
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
 QUANTIZABLE: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
@@ -187,9 +188,9 @@ def sites(
 
 
 def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    # a compiled wrapper is the same module under a longer name
+    # a compiled or sharded wrapper is the same module under a longer name
     for name, module in model.named_modules():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
 
 
 def _as_list(patterns: Patterns) -> list[Pattern]:

@@ -418,6 +418,26 @@ def sync_averages(trainer: Trainer, pl_module: LightningModule) -> None:
             target.load_state_dict(pl_module.state_dict())
 
 
+@contextmanager
+def signal_handlers(trainer: Trainer) -> Iterator[None]:
+    """Lightning's handlers (SLURM's requeue), which it registers after ``on_fit_start``: until then a notice kills."""
+    connector = trainer._signal_connector
+    if connector._original_handlers:
+        yield
+        return
+    connector.register_signal_handlers()
+    try:
+        yield
+    finally:
+        connector.teardown()
+
+
+def restore_progress(trainer: Trainer) -> None:
+    """In ``on_fit_start`` loops and optimizers are not yet those of the checkpoint; one written now would lose them."""
+    if trainer._checkpoint_connector._loaded_checkpoint:
+        trainer._checkpoint_connector.restore_training_state()
+
+
 def at_epoch_end(trainer: Trainer) -> bool:
     """Whether a checkpoint written now resumes at the start of an epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -14,14 +14,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from hawq_lightning.callbacks._lightning import (
     after_layers_exist,
-    at_epoch_end,
     builds_later,
+    check_namespace,
     copy_again,
     go_first,
     has_parent,
+    is_sharded,
     sync_averages,
 )
-from hawq_lightning.callbacks.random_state import random_states, set_random_states
+from hawq_lightning.callbacks.random_state import ResumedStates
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan
 from hawq_lightning.quantization import (
@@ -34,13 +35,12 @@ from hawq_lightning.quantization import (
     quantized_layers,
     quantizer_named,
     refresh,
+    share,
     with_quantizer,
 )
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.selection import recost
 from hawq_lightning.sites import Patterns
-
-_RANDOM = "hawq_lightning_random_states"
 
 
 class InstallPlan(Callback):
@@ -78,7 +78,7 @@ class InstallPlan(Callback):
         self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
         self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
-        self._states: dict[str, Any] | None = None
+        self._resumed = ResumedStates()
 
     @property
     def plan(self) -> Plan | None:
@@ -97,16 +97,25 @@ class InstallPlan(Callback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
         """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
+        check_namespace(trainer)
         before = go_first(trainer, listed)
         try:
             install(pl_module, self.include, self.exclude, self.quantizer)
         except HawqError:
             if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
                 raise
-        after_layers_exist(pl_module, lambda: install(pl_module, self.include, self.exclude, self.quantizer))
+        after_layers_exist(pl_module, lambda: self._layers_exist(trainer, pl_module, stage))
+        if not builds_later(pl_module):
+            self._layers_exist(trainer, pl_module, stage)
         copy_again(before, trainer, pl_module, stage)
         if self._relay.is_file() and not armed_bits(pl_module):
             pl_module.load_state_dict(torch.load(self._relay, weights_only=True)["buffers"], strict=False)
+
+    def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        install(pl_module, self.include, self.exclude, self.quantizer)
+        complete = not {"setup", "configure_model"} & pl_module.__dict__.keys()
+        if complete and stage == "fit" and self._given and is_sharded(trainer) and not armed_bits(pl_module):
+            self.arm(trainer, pl_module, self._given)  # steps are fitted to weights that are still whole
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arm the given plan, unless a checkpoint has armed the model."""
@@ -122,6 +131,9 @@ class InstallPlan(Callback):
         refresh(pl_module)
         if not armed_bits(pl_module):
             return False
+        if self._given is not None and is_sharded(pl_module.trainer):
+            self._plan = self._given  # armed in setup; what there is of the weights now has other shapes
+            return True
         if self._given is not None and self._given.bits.items() - plan_of(pl_module).bits.items():
             check_plan(pl_module, self._given)
             known = armed_bits(pl_module)
@@ -131,10 +143,12 @@ class InstallPlan(Callback):
                 for n in s.layers
             ):
                 rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
-                self._plan = plan_of(pl_module)
+                self._plan = _sized(plan_of(pl_module))
+                share(pl_module, self._plan)
                 return True
         if self._plan is None:
-            self._plan = self._given or plan_of(pl_module)
+            self._plan = self._given or _sized(plan_of(pl_module))
+        share(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
@@ -155,26 +169,22 @@ class InstallPlan(Callback):
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
         refresh(pl_module)
         if self._plan is None and armed_bits(pl_module):
-            self._plan = plan_of(pl_module)
+            self._plan = _sized(plan_of(pl_module))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
     def before_data(self) -> None:
         """A resumed epoch starts from the random states of its checkpoint: its iterator is made after this."""
-        if self._states is not None:
-            set_random_states(self._states)
+        self._resumed.before_data()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""
-        if self._states is not None:
-            self._states = random_states()
+        self._resumed.iterator_stands(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :meth:`on_train_start`."""
-        if self._states is not None:
-            set_random_states(self._states)
-            self._states = None
+        self._resumed.epoch_starts()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one."""
@@ -190,16 +200,14 @@ class InstallPlan(Callback):
             torch.save({"plan": self._plan.to_dict(), "buffers": buffers}, self._relay)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Random states, for checkpoints from which an epoch starts afresh."""
-        if trainer.world_size == 1 and at_epoch_end(trainer):
-            checkpoint[_RANDOM] = random_states()
+        """Random states of all processes."""
+        self._resumed.save(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See :meth:`on_save_checkpoint`."""
         if trainer.state.fn == "fit":
             self._refuse_float_optimizer(pl_module, checkpoint)
-        if trainer.state.fn == "fit" and trainer.world_size == 1:
-            self._states = checkpoint.get(_RANDOM)
+        self._resumed.load(trainer, checkpoint)
 
     def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""
@@ -233,6 +241,11 @@ def _consistent(plan: Plan | None) -> Plan | None:
     try:
         return recost(plan)
     except HawqError:  # a width that was never weighed: weights can have it all the same
-        size = sum(s.numel * s.bits for s in settled.weights) / 8
-        known = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in settled.weights)}
-        return settled.replace(selector="manual", costs=known)
+        return _sized(settled.replace(selector="manual"))
+
+
+def _sized(plan: Plan) -> Plan:
+    """A plan without a history, with the costs that bits alone tell."""
+    size = sum(s.numel * s.bits for s in plan.weights) / 8
+    known = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
+    return plan.replace(costs=known)

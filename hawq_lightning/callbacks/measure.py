@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.callbacks._lightning import (
     borrowed_step,
+    check_namespace,
     draw_batches,
     onto_device,
     refuse_sharded,
@@ -24,6 +25,7 @@ from hawq_lightning.callbacks._lightning import (
     shows_progress,
 )
 from hawq_lightning.callbacks.shared import shared_traces
+from hawq_lightning.callbacks.signals import interruptible
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
@@ -168,10 +170,14 @@ class MeasureTraces(Callback):
         Raises:
             HawqError: whatever cannot be measured or met, before any training step.
         """
+        check_namespace(trainer)
         refuse_sharded(trainer)
+        return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
+
+    def _analyze(self, trainer: Trainer, pl_module: LightningModule, check: Callable[[], None]) -> Plan:
         folder = self.folder(trainer)
         show = self.progress and shows_progress(trainer)
-        with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn) as loss_fn:
+        with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn, check) as loss_fn:
             drawn = draw_batches(trainer, self.images, self.seed)
             batches = onto_device(trainer, pl_module, drawn)
             with quiet(pl_module):
@@ -180,7 +186,7 @@ class MeasureTraces(Callback):
                     pl_module, lambda: loss_fn(pl_module, batches[0]), batch_images(batches[0]), self.include, exclude
                 )
             self.sites = table
-            overhead = packed_overhead(pl_module, self._chosen(table))
+            overhead = packed_overhead(pl_module, self._chosen(table), self.quantizer)
             self._check_budget(table, overhead)
             with shared_traces(trainer, folder, self.cache, table) as traces:
                 self.sensitivity = self.given or measure(

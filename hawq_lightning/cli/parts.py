@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.callbacks._lightning import runs_script_again
+from hawq_lightning.callbacks._lightning import runs_script_again, write_checkpoints_atomically
 from hawq_lightning.errors import HawqError
 from hawq_lightning.quantization import import_quantizers
 
@@ -69,6 +69,7 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
         _convert_="all",
         **changes,
     )
+    write_checkpoints_atomically(trainer)
     if _in_sweep() and runs_script_again(trainer):
         raise HawqError(
             f"trainer.strategy={cfg.trainer.strategy} starts its processes by running the whole command again, which "
