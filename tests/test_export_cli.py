@@ -199,6 +199,6 @@ def test_a_detector_is_exported_without_its_surroundings(tmp_path):
     record = write_onnx(tmp_path, task, plan, [batch])
     assert record["agreement"]["same_top1"] is None and record["agreement"]["codes"] > 0
     names = [o.name for o in onnx.load(str(tmp_path / "model.onnx")).graph.output]
-    assert names == ["cls_logits", "bbox_regression"]
+    assert names == ["scores", "boxes"]
     with pytest.raises(HawqError, match="validation data is empty"):
         write_onnx(tmp_path, task, plan, [])

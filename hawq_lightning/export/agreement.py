@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Agreement:
         flipped: layer input -> activation codes that differ.
         codes: layer input -> activation codes compared.
         classes: whether the output is class logits; otherwise ``same`` says nothing.
+        outputs: output -> greatest and mean absolute difference.
     """
 
     images: int
@@ -52,6 +53,7 @@ class Agreement:
     flipped: Mapping[str, int]
     codes: Mapping[str, int]
     classes: bool = True
+    outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -65,6 +67,9 @@ class Agreement:
             "images": self.images,
             "same_top1": self.same if self.classes else None,
             "largest_difference": self.difference,
+            "outputs": {
+                k: {"largest_difference": most, "mean_difference": mean} for k, (most, mean) in self.outputs.items()
+            },
             "disagreements": [vars(d) for d in self.disagreements],
             "flipped_codes": flipped,
             "codes": codes,
@@ -73,11 +78,14 @@ class Agreement:
 
     def __str__(self) -> str:
         flipped, codes = sum(self.flipped.values()), sum(self.codes.values())
-        top = f"onnxruntime agrees on {self.same} of {self.images} images ({self.share:.2%})"
-        return (
-            f"{top if self.classes else f'onnxruntime on {self.images} images'}, outputs differ by at most "
-            f"{self.difference:.2g}, {flipped:,} of {codes:,} activation codes flipped"
-        )
+        images = f"onnxruntime on {self.images} images"
+        if self.classes:
+            images = f"onnxruntime agrees on {self.same} of {self.images} images ({self.share:.2%})"
+        moved = f"outputs differ by at most {self.difference:.2g}"
+        if len(self.outputs) > 1:
+            each = (f"{k} by {mean:.2g} on average, {most:.2g} at most" for k, (most, mean) in self.outputs.items())
+            moved = f"outputs differ: {', '.join(each)}"
+        return f"{images}, {moved}, {flipped:,} of {codes:,} activation codes flipped"
 
 
 @torch.no_grad()
@@ -101,7 +109,9 @@ def compare(
     layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
-    different, count, worst, classes = [], 0, 0.0, True
+    different, count, classes = [], 0, True
+    names = [o.name for o in whole.get_outputs()]
+    most, total, values = np.zeros(len(names)), np.zeros(len(names)), np.zeros(len(names))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mode = model.training
     model.eval()
@@ -114,15 +124,19 @@ def compare(
                 wanted = _leaves(default_forward(model, x))
             feed = {whole.get_inputs()[0].name: x.cpu().numpy()}
             found = whole.run(None, feed)
-            worst = max(worst, *(float(np.abs(w - f).max()) for w, f in zip(wanted, found)))
+            for i, (w, f) in enumerate(zip(wanted, found)):
+                apart = np.abs(w - f)
+                most[i] = max(most[i], apart.max(initial=0.0))
+                total[i] += apart.sum(dtype=np.float64)
+                values[i] += apart.size
             classes = len(wanted) == 1 and wanted[0].ndim == 2
             different += _differences(wanted[0], found[0], count) if classes else []
             if inside is not None:
-                for tensor, values in zip(reads, inside.run(list(reads), feed)):
+                for tensor, held in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
                     expected = seen.codes[name][call]
-                    flipped[f"{name}.input"] += int((expected != values.astype(np.int32)).sum())
-                    counted[f"{name}.input"] += values.size
+                    flipped[f"{name}.input"] += int((expected != held.astype(np.int32)).sum())
+                    counted[f"{name}.input"] += held.size
             count += len(x)
             if images is not None and count >= images:
                 break
@@ -131,7 +145,8 @@ def compare(
     if not count:
         raise HawqError("There are no images to compare on.")
     same = count - len({d.image for d in different})
-    return Agreement(count, same, worst, tuple(different), dict(flipped), dict(counted), classes)
+    apart = {n: (float(m), float(t / max(1, v))) for n, m, t, v in zip(names, most, total, values)}
+    return Agreement(count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart)
 
 
 def session(path: str | Path | bytes, threads: int | None = None, optimize: bool = True) -> Any:

@@ -90,7 +90,12 @@ def _agreement(agreement: Mapping[str, Any]) -> list[str]:
             which = "all" if close == len(margins) else str(close)
             told += f"; on {which} of the other {len(margins)} the two best classes lay closer than the logits moved"
         found.append(f"{told}.")
-    if (worst := finite(agreement.get("largest_difference"))) is not None and images:
+    outputs = agreement.get("outputs")
+    if isinstance(outputs, Mapping) and len(outputs) > 1:
+        each = [f"{k} by {v['mean_difference']:.2g} on average and {v['largest_difference']:.2g} at most"
+                for k, v in outputs.items() if _two(v)]  # fmt: skip
+        found.append(f"On {images or 0:,.0f} images the outputs differ: {', '.join(each)}.")
+    elif (worst := finite(agreement.get("largest_difference"))) is not None and images:
         found.append(f"On {images:,.0f} images the outputs differ by at most {worst:.2g}.")
     flipped, codes = finite(agreement.get("flipped_codes")), finite(agreement.get("codes"))
     if flipped is not None and codes:
@@ -98,6 +103,11 @@ def _agreement(agreement: Mapping[str, Any]) -> list[str]:
             f"{flipped:,.0f} of {codes:,.0f} activation codes flipped ({flipped / codes:.2%}), by float rounding."
         )
     return found
+
+
+def _two(row: Any) -> bool:
+    keys = ("mean_difference", "largest_difference")
+    return isinstance(row, Mapping) and all(finite(row.get(k)) is not None for k in keys)
 
 
 def _disagreements(agreement: Mapping[str, Any]) -> list[tuple[float, float]]:
