@@ -1,6 +1,7 @@
 """Distillation: right distance for each loss, the float network as teacher, neutral to checkpoints and random draws."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,8 @@ def test_the_term_is_in_the_loss_and_logged(tmp_path):
     assert "train/distillation" in t.logged_metrics
     assert "training_step" not in model.__dict__ and not any("teacher" in k for k in model.state_dict())
     assert not any(p is q for p in model.parameters() for q in teacher.parameters())
+    spawned = pickle.loads(pickle.dumps(callback)).distillation
+    assert all(torch.equal(v, spawned._saved[k]) for k, v in teacher.state_dict().items())
 
 
 def test_the_first_term_is_the_distance_to_the_float_network(tmp_path):

@@ -169,6 +169,10 @@ class Distillation(Callback):
                 raise HawqError(f"Layer {name!r} gave the float network other outputs; switch distill off.")
         return seen.tensors
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are spawned: the teacher's weights, from which it is built again."""
+        return {**self.__dict__, "_saved": self.state_dict().get("teacher"), "_teacher": None, "_of": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The teacher's weights."""
         return {} if self._teacher is None else {"teacher": self._teacher.state_dict()}

@@ -62,7 +62,7 @@ def bias_correction(
             float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
         task = bar.begin("Bias correction", len(order))
         for done, (name, calls) in enumerate(order.items()):
-            layer = layers[name]
+            layer: Any = layers[name]
             if layer.bias is not None or name in norms:
                 mean = ChannelMean()
                 for batch in kept:
@@ -71,7 +71,7 @@ def bias_correction(
                 if layer.bias is not None:
                     layer.bias.add_(shift.to(layer.bias.dtype))
                 else:
-                    running = norms[name].running_mean
+                    running: Any = norms[name].running_mean
                     running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
                 found[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
             bar.advance(task, done + 1)
@@ -137,9 +137,9 @@ def norms_behind(
     calls: dict[str, int] = {}
     for name, _ in made.values():
         calls[name] = calls.get(name, 0) + 1
-    found = {}
+    found: dict[str, nn.modules.batchnorm._BatchNorm] = {}
     for name, modules in readers.items():
-        norm = modules[0] if modules else None
+        norm: Any = modules[0] if modules else None
         alone = norm is not None and set(map(id, modules)) == {id(norm)} and set(reads[norm]) == {name}
         if alone and len(modules) == calls[name] and norm.running_mean is not None:
             found[name] = norm
