@@ -16,6 +16,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with MathML instead of LaTeX; code stays as it is."""
     parts = _CODE.split(markdown)
     for i in range(0, len(parts), 2):
-        text = _BLOCK.sub(lambda m: f"\n\n<div>{convert(m[1].strip(), display='block')}</div>\n\n", parts[i])
-        parts[i] = _INLINE.sub(lambda m: convert(m[1]), text)
+        text = _BLOCK.sub(lambda m: f"\n\n<div>{convert(_numbered(m[1]), display='block')}</div>\n\n", parts[i])
+        # without the span, Markdown would take an equation at the start of a line for a block of its own
+        parts[i] = _INLINE.sub(lambda m: f"<span>{convert(m[1])}</span>", text)
     return "".join(parts)
+
+
+def _numbered(equation: str) -> str:
+    """Its number behind it, with room between."""
+    return re.sub(r"\\tag\{([^}]*)\}", r"\\qquad (\1)", equation.strip())

@@ -97,6 +97,8 @@ def draw_training(run: Run) -> Drawing | None:
         ax.set_xlabel("epoch of fine-tuning", color=SOFT)
         ax.set_ylabel(key, color=SOFT)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(points) == 1:
+            ax.set_xlim(points[0][0] - 1, points[0][0] + 1)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
             ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))

@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from hawq_lightning.report.run import Run
-from hawq_lightning.report.style import INK, Drawing, canvas
+from hawq_lightning.report.style import GRID, INK, SOFT, Drawing, canvas
 
 Grid = Sequence[Sequence[float]]
 
@@ -80,6 +80,10 @@ def _surfaces(
         ax.plot_surface(x, y, t, cmap="viridis", norm=scale, linewidth=0, antialiased=True)  # type: ignore[attr-defined]
         ax.set_zlim(low, high)  # type: ignore[attr-defined]
         values = ", ".join(f"{v:.3g}" for v in eigenvalues.get(name, ())[:2])
-        ax.set_title(f"{name.removesuffix('.weight')}\neigenvalues {values}", fontsize=10)
+        ax.set_title(name.removesuffix(".weight") + (f"\neigenvalues {values}" if values else ""), fontsize=10)
         ax.tick_params(labelsize=7, colors=INK)
+        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):  # type: ignore[attr-defined]
+            axis.set_pane_color((0, 0, 0, 0))  # the page may be dark
+            axis.line.set_color(SOFT)
+            axis._axinfo["grid"]["color"] = GRID
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, shrink=0.6, label="loss")
