@@ -59,6 +59,9 @@ AVERAGES = {
 }
 
 
+@pytest.mark.feature(
+    "Other callbacks", "WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging, listed before or after", "works"
+)
 @ORDERS
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_weight_averaging(tmp_path, kind, first):
@@ -73,6 +76,7 @@ def test_weight_averaging(tmp_path, kind, first):
     assert before[0]["val_loss"] < 2.0
 
 
+@pytest.mark.feature("Other callbacks", "checkpoints of averaged weights", "hold the plan")
 @ORDERS
 def test_averaged_checkpoints_keep_the_plan(tmp_path, first):
     model, callback = Classifier(), hawq()
@@ -82,6 +86,7 @@ def test_averaged_checkpoints_keep_the_plan(tmp_path, first):
     assert armed_bits(loaded) == armed_bits(model)
 
 
+@pytest.mark.feature("Other callbacks", "ModelPruning, listed before or after", "works; pruned weights stay 0")
 @ORDERS
 def test_pruning(tmp_path, first):
     model, callback = Classifier(), hawq()
@@ -92,6 +97,9 @@ def test_pruning(tmp_path, first):
     assert type(model.net[4].weight) is torch.nn.Parameter
 
 
+@pytest.mark.feature(
+    "Other callbacks", "LearningRateFinder, listed before or after", "works; it tries rates on the quantized network"
+)
 @ORDERS
 def test_learning_rate_finder_sees_the_armed_network(tmp_path, first):
     seen = []
@@ -116,6 +124,7 @@ def test_learning_rate_finder_sees_the_armed_network(tmp_path, first):
     assert finder.optimal_lr.suggestion() == model.lr != 0.02
 
 
+@pytest.mark.feature("Other callbacks", "BatchSizeFinder, listed before or after", "works")
 @ORDERS
 def test_batch_size_finder(tmp_path, first):
     class Sized(Classifier):
@@ -135,6 +144,9 @@ def test_batch_size_finder(tmp_path, first):
     assert_mixed(model, callback)
 
 
+@pytest.mark.feature(
+    "Other callbacks", "EarlyStopping, ModelCheckpoint, LearningRateMonitor, ModelSummary, CSVLogger", "works"
+)
 @ORDERS
 def test_early_stopping_checkpointing_and_the_rest(tmp_path, first):
     model, callback = Classifier(), hawq()
@@ -151,6 +163,7 @@ def test_early_stopping_checkpointing_and_the_rest(tmp_path, first):
     assert_mixed(model, callback)
 
 
+@pytest.mark.feature("Optimizers", "OneCycleLR, LambdaLR, SequentialLR, CosineAnnealingLR", "works")
 @pytest.mark.parametrize("schedule", ["OneCycleLR", "LambdaLR", "SequentialLR", "CosineAnnealingLR"])
 def test_schedulers(tmp_path, schedule):
     class Scheduled(Classifier):
@@ -170,16 +183,19 @@ def test_schedulers(tmp_path, schedule):
     fit(tmp_path, Scheduled(), hawq(), [], True)
 
 
+@pytest.mark.feature("Settings", "a submodule compiled in place (`net.compile()`)", "works")
 def test_a_compiled_network_is_measured_and_armed(tmp_path):
     model, callback = Classifier(), hawq()
     model.net.compile(backend="eager")
     fit(tmp_path, model, callback, [], True, max_epochs=1)
 
 
+@pytest.mark.feature("Settings", "`gradient_clip_val` and `accumulate_grad_batches`", "works")
 def test_gradient_clipping_and_accumulation(tmp_path):
     fit(tmp_path, Classifier(), hawq(), [], True, gradient_clip_val=0.5, accumulate_grad_batches=3)
 
 
+@pytest.mark.feature("Settings", "`precision` 64-true, bf16-true", "works; quantization steps stay float32")
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_true_precisions(tmp_path, precision):
     model = Classifier()
@@ -188,6 +204,7 @@ def test_true_precisions(tmp_path, precision):
     assert scales and all(v.dtype == torch.float32 for v in scales)
 
 
+@pytest.mark.feature("Modules", "`deepcopy` and pickle of the fitted module", "works")
 def test_the_fitted_module_copies_and_pickles(tmp_path):
     model, callback = Classifier(), hawq()
     fit(tmp_path, model, callback, [], True, max_epochs=1)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .trainers import assert_mixed_elsewhere, plan_bits
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,12 +31,18 @@ def alone(tmp_path_factory):
 STRATEGIES = ["ddp", "ddp_spawn", pytest.param("ddp_fork", marks=pytest.mark.stress)]
 
 
+@pytest.mark.feature(
+    "Processes",
+    "DDP (popen, spawn, fork), 2 processes",
+    "works; traces, plan and weights are equal on all processes, the plan equals that of one process",
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes(tmp_path, alone, strategy):
     ranks = run(tmp_path, strategy, 2)
     first, second = ranks
     assert first["world"] == 2 and alone["world"] == 1
     assert first["plan"] == second["plan"]
+    assert_mixed_elsewhere(plan_bits(first["plan"]))
     assert first["traces"] == second["traces"]
     assert first["images"] == alone["images"]
     for site, trace in alone["traces"].items():
@@ -49,9 +57,11 @@ def test_two_processes(tmp_path, alone, strategy):
     assert not torch.equal(first["state"]["net.0.weight"], alone["state"]["net.0.weight"])  # they did train apart
 
 
+@pytest.mark.feature("Processes", "DDP, 4 processes", "works; likewise")
 @pytest.mark.stress
 def test_four_processes(tmp_path, alone):
     ranks = run(tmp_path, "ddp", 4)
+    assert_mixed_elsewhere(plan_bits(ranks[0]["plan"]))
     assert all(r["plan"] == ranks[0]["plan"] and r["traces"] == ranks[0]["traces"] for r in ranks)
     for site, trace in alone["traces"].items():
         assert ranks[0]["traces"][site] == pytest.approx(trace, rel=1e-5, abs=1e-12)

@@ -60,6 +60,7 @@ class ManualDeep(ManualOptimBoringModel):
         self.layer = BoringDeep().layer
 
 
+@pytest.mark.feature("Modules", "Lightning's BoringModel and its manual twin, with some depth", "works")
 @pytest.mark.parametrize("kind", [BoringDeep, ManualDeep])
 def test_boring_models_with_some_depth(tmp_path, kind):
     fit(tmp_path, kind(), DataLoader(RandomDataset(32, 32), 8))
@@ -96,6 +97,7 @@ class MnistStyle(LightningModule):
         return torch.optim.Adadelta(self.parameters(), lr=0.1)
 
 
+@pytest.mark.feature("Modules", "Lightning's convolutional demo network", "works")
 def test_demo_conv_net(tmp_path):
     data = TensorDataset(torch.rand(16, 1, 8, 8), torch.randint(0, 10, (16,)))
     fit(tmp_path, MnistStyle(), DataLoader(data, 8), rtol=1.0, images=16)
@@ -130,6 +132,7 @@ class AnyBatch(Classifier):
         return F.cross_entropy(self(x), y)
 
 
+@pytest.mark.feature("Data", "batches as tuple, list, dict, nested, with text", "works")
 @pytest.mark.parametrize("form", ["tuple", "list", "dict", "nested", "text"])
 def test_batches_of_any_form(tmp_path, form):
     fit(tmp_path, AnyBatch(), DataLoader(Reshaped(form), 16))
@@ -202,6 +205,9 @@ def test_measuring_leaves_training_bitwise_alone(tmp_path):
     assert type(beside.net[0]) is nn.Linear  # this callback changes no layer
 
 
+@pytest.mark.feature(
+    "Modules", "metrics, counters, lists and random draws in `training_step`", "left as they were by the measurement"
+)
 def test_hawq_also_leaves_random_states_and_counters_alone(tmp_path):
     callback = hawq()
     alone, _, _ = run_observed(tmp_path / "alone")
@@ -270,6 +276,7 @@ class Untoggled(Manual):
         optimizer.step()
 
 
+@pytest.mark.feature("Optimizers", "manual optimization, several optimizers (GAN), `loss.backward()` by hand", "works")
 @pytest.mark.parametrize("kind", [Manual, Untoggled, Gan])
 def test_manual_optimization(tmp_path, kind):
     model = kind()
@@ -332,6 +339,7 @@ class InBoth(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+@pytest.mark.feature("Modules", "layers built in `setup` or `configure_model`", "works")
 @pytest.mark.parametrize("kind", [InSetup, InConfigureModel, InBoth])
 def test_layers_built_late(tmp_path, kind):
     model = kind()
@@ -352,6 +360,7 @@ class Lazy(Classifier):
         self.net(torch.zeros(2, FEATURES))
 
 
+@pytest.mark.feature("Modules", "lazy layers after their dry run", "works")
 def test_lazy_layers_after_their_dry_run(tmp_path):
     fit(tmp_path, Lazy(), loader())
 
@@ -372,6 +381,7 @@ class FromHooks(Classifier):
         return loader()
 
 
+@pytest.mark.feature("Data", "several dataloaders, CombinedLoader", "works")
 @pytest.mark.parametrize("form", ["dict", "list", "min_size", "max_size_cycle"])
 def test_several_loaders(tmp_path, form):
     one, two = loader(), loader(8)
@@ -469,6 +479,9 @@ def test_the_measurement_sees_the_samplers_images(tmp_path):
     assert seen and {tuple(x) for x in seen} <= allowed
 
 
+@pytest.mark.feature(
+    "Settings", "`overfit_batches`, `limit_train_batches`, `accumulate_grad_batches`, `precision` bf16-mixed", "works"
+)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -510,6 +523,7 @@ def squared(module, x, y):
     return F.mse_loss(module(x), F.one_hot(y, CLASSES).float())
 
 
+@pytest.mark.feature("Modules", "label smoothing, class weights, ignore_index, dice, BCE, MSE", "works")
 @pytest.mark.parametrize("loss", [smoothed, weighted, ignoring, dice, elementwise, squared])
 def test_losses(tmp_path, loss):
     class Mine(Classifier):
@@ -544,6 +558,7 @@ class Segmenter(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+@pytest.mark.feature("Modules", "a segmentation network with an auxiliary head in training mode", "works")
 def test_segmentation_with_an_auxiliary_head(tmp_path):
     masks = torch.randint(0, 3, (24, 6, 6))
     masks[:, 0] = 255
@@ -587,6 +602,11 @@ def test_steps_that_cannot_be_borrowed_ask_for_loss_fn(tmp_path, kind):
     assert "log" not in model.__dict__ and model._current_fx_name in (None, "on_fit_start")
 
 
+@pytest.mark.feature(
+    "Modules",
+    "`training_step(dataloader_iter)`, or one that needs a later hook",
+    "one sentence asks for `HAWQ(loss_fn=...)`, which works",
+)
 @pytest.mark.parametrize("kind", [Iterates, NeedsEarlierHook])
 def test_loss_fn_is_the_way_out(tmp_path, kind):
     fit(tmp_path, kind(), loader(), loss_fn=lambda module, batch: Classifier.loss(module, batch))
@@ -603,6 +623,7 @@ class Epochs(Callback):
         self.armed.append(bool(armed_bits(pl_module)))
 
 
+@pytest.mark.feature("Modules", "float epochs first (`HAWQ(start=n)`)", "works")
 def test_start_after_an_epoch(tmp_path):
     model, callback, epochs = Classifier(), hawq(start=1), Epochs()
     trainer(tmp_path, callback, epochs, max_epochs=3).fit(model, loader())
@@ -630,6 +651,7 @@ class Keep(Callback):
         self.states.append({k: v.clone() for k, v in pl_module.state_dict().items()})
 
 
+@pytest.mark.feature("Checkpoints", "a plan from a file or another run", "works; nothing is measured")
 @pytest.mark.parametrize("as_file", [False, True])
 def test_a_given_plan_is_installed_unmeasured(tmp_path, as_file):
     torch.manual_seed(0)
@@ -702,6 +724,7 @@ def test_everything_is_saved(tmp_path):
     assert len(callback.loss_check) >= 3 * len(callback.plan.weights)
 
 
+@pytest.mark.feature("Loggers", "CSVLogger", "works")
 def test_traces_and_bits_reach_the_loggers(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     callback = HAWQ(budget="9x", images=32, rtol=0.5, progress=False)
@@ -714,12 +737,14 @@ def test_traces_and_bits_reach_the_loggers(tmp_path):
     assert float(row["hawq/mean_trace/net.0.weight"]) > 0
 
 
+@pytest.mark.feature("Settings", "`fast_dev_run`", "works")
 def test_fast_dev_run(tmp_path):
     model, callback = Classifier(), hawq()
     trainer(tmp_path, callback, fast_dev_run=2).fit(model, loader())
     assert_mixed(model, callback)
 
 
+@pytest.mark.feature("Checkpoints", "a second `fit`", "goes on with the same plan")
 def test_a_second_fit_goes_on_with_the_same_plan(tmp_path):
     model, callback = Classifier(), hawq()
     trainer(tmp_path, callback).fit(model, loader())
@@ -727,3 +752,8 @@ def test_a_second_fit_goes_on_with_the_same_plan(tmp_path):
     trainer(tmp_path, callback).fit(model, loader())
     assert callback.plan is plan
     assert_mixed(model, callback)
+    fresh = hawq()
+    trainer(tmp_path, fresh).fit(model, loader())
+    assert [(s.name, s.bits) for s in fresh.plan.weights] == [(s.name, s.bits) for s in plan.weights]
+    for cost in ("weight_bytes", "float_weight_bytes"):
+        assert fresh.plan.costs[cost] == plan.costs[cost]

@@ -13,7 +13,16 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from hawq_lightning import InstallPlan, MeasureTraces, Sensitivity, load_from_checkpoint
 from hawq_lightning.quantization import armed_bits
 
-from .trainers import Classifier, assert_mixed, hawq, loader, same_states, trainer
+from .trainers import (
+    Classifier,
+    assert_mixed,
+    assert_mixed_elsewhere,
+    hawq,
+    loader,
+    plan_bits,
+    same_states,
+    trainer,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +83,11 @@ def undisturbed(tmp_path_factory):
     return folder, torch.load(folder / "final.pt", weights_only=True)
 
 
+@pytest.mark.feature(
+    "Restart",
+    "SIGKILL in fine-tuning, resumed from an epoch's checkpoint",
+    "the same plan, weights and metrics to the bit",
+)
 def test_killed_in_fine_tuning_and_resumed_gives_the_same_weights(tmp_path, undisturbed):
     killed = run(tmp_path / "run", kill=(2, 1))
     assert killed.returncode == -signal.SIGKILL
@@ -82,12 +96,14 @@ def test_killed_in_fine_tuning_and_resumed_gives_the_same_weights(tmp_path, undi
     assert "measured" not in resumed.stdout
     final, expected = torch.load(tmp_path / "run" / "final.pt", weights_only=True), undisturbed[1]
     assert final["plan"]["sites"] == expected["plan"]["sites"]
+    assert_mixed_elsewhere(plan_bits(final["plan"]))
     assert final["sensitivity"]["records"] == expected["sensitivity"]["records"]
     assert final["state"].keys() == expected["state"].keys()
     assert all(torch.equal(v, expected["state"][k]) for k, v in final["state"].items())
     assert all(torch.equal(v, expected["metrics"][k]) for k, v in final["metrics"].items())
 
 
+@pytest.mark.feature("Restart", "SIGKILL in the float epochs before `start`", "the same plan and weights to the bit")
 def test_killed_before_start_measures_after_the_resume(tmp_path):
     undisturbed = run(tmp_path / "undisturbed", start=2)
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
@@ -97,6 +113,7 @@ def test_killed_before_start_measures_after_the_resume(tmp_path):
     assert resumed.returncode == 0 and resumed.stdout.count("measured") == 1, resumed.stderr[-2000:]
     final, expected = (torch.load(tmp_path / n / "final.pt", weights_only=True) for n in ("run", "undisturbed"))
     assert final["plan"]["sites"] == expected["plan"]["sites"]
+    assert_mixed_elsewhere(plan_bits(final["plan"]))
     assert all(torch.equal(v, expected["state"][k]) for k, v in final["state"].items())
 
 
@@ -105,15 +122,19 @@ import sys, torch
 torch.set_num_threads(1)
 from tests.trainers import *
 from hawq_lightning import InstallPlan
+from hawq_lightning.quantization import armed_bits
 model = Classifier()
 callback = hawq() if sys.argv[2] == "hawq" else InstallPlan()
 run = getattr(trainer(sys.argv[1], callback), sys.argv[3])
 found = run(model, loader(shuffle=False), ckpt_path=sys.argv[1] + "/last.ckpt")
 assert_mixed(model, callback)
-torch.save(found, sys.argv[4])
+torch.save({"found": found[0], "bits": armed_bits(model)}, sys.argv[4])
 """
 
 
+@pytest.mark.feature(
+    "Checkpoints", "`validate` and `test` with `ckpt_path` in a fresh process", "the same metrics to the bit"
+)
 @pytest.mark.parametrize("which, how", [("hawq", "validate"), ("install", "test")])
 def test_a_fresh_process_rebuilds_the_quantized_network(tmp_path, undisturbed, which, how):
     folder, final = undisturbed
@@ -122,10 +143,13 @@ def test_a_fresh_process_rebuilds_the_quantized_network(tmp_path, undisturbed, w
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr[-2000:]
-    found = torch.load(tmp_path / "out.pt", weights_only=True)[0]
+    told = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert_mixed_elsewhere(told["bits"])
+    found = told["found"]
     assert found == {k: v.item() for k, v in final["metrics"].items() if k in found} and len(found) == 2
 
 
+@pytest.mark.feature("Checkpoints", "`predict` with `ckpt_path`", "works")
 def test_predict_from_a_checkpoint(undisturbed, tmp_path):
     class Predicts(Classifier):
         def predict_step(self, batch):
@@ -164,6 +188,9 @@ class Late(Classifier):
         self.visited = True
 
 
+@pytest.mark.feature(
+    "Checkpoints", "`load_from_checkpoint` without a Trainer", "works with `hawq_lightning.load_from_checkpoint`"
+)
 @pytest.mark.parametrize("kind", [Classifier, OwnLoad, OwnHook, Late])
 def test_load_from_checkpoint_without_a_trainer(undisturbed, kind):
     path = undisturbed[0] / "last.ckpt"
@@ -206,6 +233,7 @@ def test_checkpoints_load_with_weights_only(undisturbed):
 # ------------------------------------------------------------ other kinds of checkpoints
 
 
+@pytest.mark.feature("Checkpoints", "`save_weights_only=True`", "works")
 def test_a_weights_only_checkpoint(tmp_path):
     torch.manual_seed(0)
     model, callback = Classifier(), hawq()
@@ -231,6 +259,7 @@ def float_checkpoint(tmp_path):
     return model, str(tmp_path / "last.ckpt")
 
 
+@pytest.mark.feature("Checkpoints", "`fit` from a float checkpoint", "resumes, measures, quantizes")
 def test_a_float_checkpoint_is_resumed_and_quantized(tmp_path, float_checkpoint):
     model, callback = Classifier(), hawq()
     start = Start()
@@ -244,6 +273,7 @@ class Start(Callback):
         self.state = {k: v.clone() for k, v in pl_module.state_dict().items()}
 
 
+@pytest.mark.feature("Checkpoints", "float weights loaded into a quantized module", "works; its bits stay")
 def test_a_float_checkpoint_does_not_disarm_a_quantized_module(tmp_path, float_checkpoint):
     model, callback = Classifier(), hawq()
     trainer(tmp_path, callback).fit(model, loader())
@@ -262,6 +292,7 @@ def test_a_float_checkpoint_tests_float(tmp_path, float_checkpoint):
     assert not armed_bits(model)
 
 
+@pytest.mark.feature("Checkpoints", '`ckpt_path="best"`', "works")
 def test_best_checkpoint_of_the_same_trainer(tmp_path):
     model, callback = Classifier(), hawq()
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
@@ -280,6 +311,7 @@ class Crash(Callback):
         raise RuntimeError("out of luck")
 
 
+@pytest.mark.feature("Restart", "a crash after the measurement", "the traces are used again")
 def test_a_crash_after_measuring_does_not_measure_again(tmp_path):
     torch.manual_seed(0)
     float_state = Classifier().state_dict()
@@ -302,6 +334,7 @@ def test_a_crash_after_measuring_does_not_measure_again(tmp_path):
     assert changed.sensitivity.settings["seconds"] != known["settings"]["seconds"]
 
 
+@pytest.mark.feature("Restart", "a damaged file of traces in the run folder", "is measured again")
 @pytest.mark.parametrize("damage", ["", "{", '{"format": "hawq_lightning.sensitivity", "version": 99}'])
 def test_a_damaged_measurement_is_made_again(tmp_path, damage):
     (tmp_path / "sensitivity.json").write_text(damage)

@@ -81,14 +81,32 @@ def weight_widths(model):
     return {bits for name, bits in armed_bits(model).items() if name.endswith(".weight")}
 
 
+proofs = 0  # how often quantizers were found armed with unequal bits: tests marked as a feature must do it
+
+
 def assert_mixed(model, callback=None):
     """Armed, with at least two widths, and as the plan says."""
+    global proofs
+    proofs += 1
     assert len(weight_widths(model)) >= 2, armed_bits(model)
     if callback is not None:
         known = armed_bits(model)
         for site in callback.plan.sites:
             for layer in site.layers:
                 assert known[f"{layer}.{'weight' if site.kind == 'weight' else 'input'}"] == site.bits
+
+
+def assert_mixed_elsewhere(bits):
+    """Likewise for ``armed_bits`` of, or the plan that was armed in, another process."""
+    global proofs
+    proofs += 1
+    found = {b for n, b in bits.items() if n.endswith(".weight")}
+    assert len(found) >= 2 and 0 not in found, bits
+
+
+def plan_bits(plan):
+    """Site -> bits of a plan as a dict."""
+    return {s["name"]: s["bits"] for s in plan["sites"]}
 
 
 def fit(folder, model, data, **kwargs):

@@ -166,7 +166,8 @@ def campaign(count: int, seed: int, folder: Path) -> dict:
             failures.append({"kill": kills, "at": where, "problem": problem})
             print(json.dumps(failures[-1]), file=sys.stderr, flush=True)
     return {
-        "kills": kills, "seed": seed, "recoveries killed once more": again, "batches measured": total,
+        "bits": {s["name"]: s["bits"] for s in expected["plan"]["sites"]}, "kills": kills,
+        "seed": seed, "recoveries killed once more": again, "batches measured": total,
         "kills by stage": dict(sorted(by_stage.items())), "failures": failures,
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip

@@ -290,7 +290,9 @@ def campaign(count: int, seed: int, folder: Path) -> dict:
             failures.append({"mutation": next_one, "kind": kind, "what": f"FAILED: the process ended with {status}"})
             found[f"{kind}: FAILED"] += 1
             next_one += 1
-    return {"mutations": count, "seed": seed, "outcomes": dict(sorted(found.items())), "failures": failures}
+    bits = {s["name"]: s["bits"] for s in json.loads(files["plan.json"])["sites"]}
+    outcomes = dict(sorted(found.items()))
+    return {"bits": bits, "mutations": count, "seed": seed, "outcomes": outcomes, "failures": failures}
 
 
 def _child(folder, files, kinds, first, count, seed, write) -> None:

@@ -49,7 +49,7 @@ def short_run(folder: Path) -> None:
     Rounds._batch = logged
     seed_everything(7, verbose=False)
     model = Classifier()
-    callback = hawq(start=1, images=16 * BATCHES, rtol=0.06, check_loss=True)
+    callback = hawq(start=1, images=16 * BATCHES, rtol=0.02, check_loss=True)
     saver = ModelCheckpoint(folder, monitor="val_loss", save_last=True)
     fitting = trainer(
         folder, callback, saver, max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainers import assert_mixed_elsewhere
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -20,15 +22,27 @@ def campaign(what, count, seed, timeout):
     assert done.stdout.lstrip().startswith("{"), done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["failures"] == [] and done.returncode == 0
+    assert_mixed_elsewhere(found.pop("bits"))
     return found
 
 
+@pytest.mark.feature(
+    "Restart",
+    "SIGKILL at random points: measuring, calibrating, selecting, arming, mid-epoch, validating, writing a checkpoint, "
+    "results or the packed file",
+    "started again it ends with the same plan, weights and packed file to the bit; no finished batch is measured again",
+)
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.stress)])
 def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
     found = campaign("kills", count, 1, 3600)
     assert found["kills"] >= count and len(found["kills by stage"]) >= 4 and found["batches measured"] > 8
 
 
+@pytest.mark.feature(
+    "Files from strangers",
+    "damaged packed files and plans",
+    "refused, identical, or (a plan that still makes sense) loaded with a warning that it was changed; nothing is run",
+)
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.stress)])
 def test_damaged_files_are_refused_or_identical(count):
     found = campaign("mutations", count, 1, 3600)
