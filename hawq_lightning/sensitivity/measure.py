@@ -31,6 +31,7 @@ __all__ = ["ESTIMATORS", "L1", "Share", "measure"]
 
 ESTIMATORS = ("auto", "ggn", "hessian", "hutchinson", "exact")
 L1 = ("zero", "fisher")
+_FEW = 16  # images that tell whether rows are images
 
 
 def measure(
@@ -133,7 +134,7 @@ def measure(
                 known = reuse(key) if reuse is not None else None
                 if known is not None:
                     return known
-                per_image = independent_images(setting, first, few)
+                per_image = _independent(setting, first, few, images_of)
                 break
             except Exception as error:
                 half = take(kept[0], images[0], 0, few // 2, images_of) if out_of_memory(error) else None
@@ -184,6 +185,17 @@ def _result(
         notes=tuple(notes),
         fingerprint=key,
     )
+
+
+def _independent(setting: Setting, batch: Any, images: int, images_of: ImagesOf) -> dict[str, bool]:
+    """Whether rows are images, site by site; a few images tell as much as the batch."""
+    part = take(batch, images, 0, _FEW, images_of) if images > _FEW else None
+    if part is not None:
+        try:
+            return independent_images(setting, part, _FEW)
+        except Exception:  # somebody's loss: whatever it raises, the whole batch is what it was made for
+            pass
+    return independent_images(setting, batch, images)
 
 
 def _filled(sizes: torch.Tensor) -> torch.Tensor:
