@@ -46,7 +46,7 @@ class Stripes(Dataset):
     """Pictures of stripes with a random crop and flip each time."""
 
     def __init__(self, train=True):
-        g = torch.Generator().manual_seed(train)
+        g = torch.Generator().manual_seed(int(train))
         self.train, self.targets = train, torch.randint(0, 4, (48,), generator=g)
         grid = torch.arange(12).float()
         waves = torch.stack([torch.sin(grid * (k + 1) / 2) for k in range(4)])
