@@ -1,5 +1,6 @@
 """Bad input: one clear sentence before training starts, and the model as it was."""
 
+import copy
 import math
 import re
 import warnings
@@ -320,6 +321,38 @@ def test_damaged_packed_files_leave_the_model_alone(tmp_path, finished, damage):
     with pytest.raises(HawqError):
         load_packed(path, model)
     assert same_states(before, model.state_dict()) and not quantized_layers(model)
+
+
+class NoBias(Classifier):
+    """Nothing but quantized weights: no other tensor tells the precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(FEATURES, 16, bias=False), nn.ReLU(), nn.Linear(16, 24, bias=False), nn.ReLU(),
+            nn.Linear(24, CLASSES, bias=False),
+        )  # fmt: skip
+
+
+def test_a_packed_file_into_another_precision(tmp_path):
+    trained = NoBias()
+    callback = fit(tmp_path, trained, loader())
+    path = tmp_path / "model.safetensors"
+    save_packed(trained, callback.plan, path)
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float64, "F64")):
+        model = NoBias().to(dtype)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(HawqError, match=rf"net\.0\.weight F32 against {name}"):
+            load_packed(path, model)
+        assert same_states(before, model.state_dict()) and not armed_bits(model)
+    trained.trainer = None
+    half = copy.deepcopy(trained).bfloat16()
+    save_packed(half, callback.plan, path)
+    loaded = load_packed(path, NoBias().bfloat16())
+    x = torch.randn(8, FEATURES).bfloat16()
+    assert torch.equal(loaded.eval()(x), half.eval()(x)) and armed_bits(loaded) == armed_bits(half)
+    with pytest.raises(HawqError, match="BF16 against F32"):
+        load_packed(path, NoBias())
 
 
 def test_the_undamaged_files_load(tmp_path, finished):
