@@ -109,7 +109,7 @@ def detector(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
     data.setup("fit")
     torch.manual_seed(0)
     x, y = next(iter(data.train_dataloader()))
-    net = retinanet_resnet18(3)  # smooth L1, which has curvature
+    net = retinanet_resnet18(3, anchor_size=16)  # smooth L1, which has curvature
     state = torch.load(args.detector, weights_only=True, map_location="cpu")["state_dict"]
     net.load_state_dict({k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")})
     return Detector(net, y).train(), x, y

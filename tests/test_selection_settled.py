@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from hawq_lightning import measure, select
+from hawq_lightning import HAWQ, Plan, measure, select
+from hawq_lightning.errors import HawqError
 from hawq_lightning.quantization import options
 from hawq_lightning.selection import PlanSettled, Problem
 from hawq_lightning.sites import find_sites
 from tests.nets import CASES
 from tests.test_traces_draws import images, sure_net
+from tests.trainers import Classifier, fit, loader
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,14 @@ def test_a_plan_that_noise_would_change_is_not_settled(case):
 
     measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, enough=enough)
     assert asked and not asked[0]
+
+
+def test_the_callback_stops_with_the_plan(tmp_path):
+    model = Classifier()
+    fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop="plan", dirpath=tmp_path)
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.settings["stopped"] == "enough" and plan.settings["probes"] < 400
+    with pytest.raises(HawqError, match=r"Unknown stop 'plann'.*plan"):
+        HAWQ(stop="plann")
+    with pytest.raises(HawqError, match="not by 'uniform'"):
+        HAWQ(stop="plan", selector="uniform")

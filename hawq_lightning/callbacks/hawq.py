@@ -45,6 +45,8 @@ class HAWQ(Callback):
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
         max_probes: random vectors a batch at the most.
+        draw: images that a round of probes sends back: ``auto``, ``all`` or ``curvature``.
+        stop: ``error``, or ``plan``: also as soon as the plan no longer changes; see :class:`MeasureTraces`.
         start: epochs of float training before measuring; 0: at once.
         plan: install this plan (or file) and measure nothing.
         sensitivity: choose from these traces (or file) and measure nothing.
@@ -96,6 +98,8 @@ class HAWQ(Callback):
         images: int = 512,
         rtol: float = 0.05,
         max_probes: int = 64,
+        draw: str = "auto",
+        stop: str = "error",
         start: int = 0,
         plan: Plan | str | Path | None = None,
         sensitivity: Sensitivity | str | Path | None = None,
@@ -129,7 +133,7 @@ class HAWQ(Callback):
         self.measurer = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
             latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
-            sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
+            draw=draw, stop=stop, sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
             input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer, check_loss=check_loss, seed=seed,
             selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from hawq_lightning.callbacks._lightning import (
 )
 from hawq_lightning.callbacks.shared import shared_traces
 from hawq_lightning.callbacks.signals import interruptible
-from hawq_lightning.errors import HawqError
+from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.plan import Option, Plan, write_text
 from hawq_lightning.quantization import (
@@ -39,13 +39,14 @@ from hawq_lightning.quantization import (
     plan_loss,
     quantizer_named,
 )
-from hawq_lightning.selection import Frontier, LatencyTable, Problem, select, with_stability
-from hawq_lightning.sensitivity import ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
+from hawq_lightning.selection import Frontier, LatencyTable, PlanSettled, Problem, select, with_stability
+from hawq_lightning.sensitivity import DRAWS, ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
 from hawq_lightning.site_table import SiteTable
 from hawq_lightning.sites import Patterns, find_sites
 
+STOPS = ("error", "plan")
 _CHANCE = 0.8  # of ln(classes)
 _SLOPE_SHARE = 0.01  # of the loss
 _SLOPE_OVER = 2.0  # times half of Omega: trained networks reach 1.5 (ResNet20 on augmented CIFAR-10)
@@ -66,6 +67,9 @@ class MeasureTraces(Callback):
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
         max_probes: random vectors a batch at the most.
+        draw: images that a round sends back: ``auto``, ``all``, or ``curvature``: see :func:`hawq_lightning.measure`.
+        stop: ``error``, when ``rtol`` is reached; ``plan``, also before, as soon as 95% of bootstraps over the images
+            agree that the plan is within 1% of their best: see :class:`hawq_lightning.selection.PlanSettled`.
         sensitivity: an earlier measurement, or its file, instead of a new one.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``.
         exclude: likewise; the module's own ``quantization_exclude`` is added.
@@ -102,6 +106,8 @@ class MeasureTraces(Callback):
         images: int = 512,
         rtol: float = 0.05,
         max_probes: int = 64,
+        draw: str = "auto",
+        stop: str = "error",
         sensitivity: Sensitivity | str | Path | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
@@ -133,7 +139,13 @@ class MeasureTraces(Callback):
             raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
         self.l1 = l1
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
-        self.max_probes = max_probes
+        if draw not in DRAWS:
+            raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
+        if stop not in STOPS:
+            raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
+        if stop == "plan" and selector not in ("pareto", "monotone"):
+            raise HawqError(f"stop='plan' selects again and again, by pareto or monotone; not by {selector!r}.")
+        self.max_probes, self.draw, self.stop = max_probes, draw, stop
         self.selection_seed = seed if selection_seed is None else selection_seed
         self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
@@ -189,10 +201,17 @@ class MeasureTraces(Callback):
             overhead = packed_overhead(pl_module, self._chosen(table), self.quantizer)
             self._check_budget(table, overhead)
             with shared_traces(trainer, folder, self.cache, table) as traces:
+                weigh = partial(
+                    options, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
+                    activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
+                    quantizer=self.quantizer,
+                )  # fmt: skip
+                settled = PlanSettled(table, weigh, self.budget, self.selector, overhead, self.constraints)
                 self.sensitivity = self.given or measure(
                     pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                    max_probes=self.max_probes, l1=self.l1, seed=self.seed, progress=show, share=share_of(trainer),
-                    reuse=traces.find, resume=traces.partial,
+                    max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
+                    share=share_of(trainer), reuse=traces.find, resume=traces.partial,
+                    enough=settled if self.stop == "plan" else None,
                 )  # fmt: skip
                 if self.given is None:
                     traces.store(self.sensitivity)
@@ -202,11 +221,7 @@ class MeasureTraces(Callback):
             if trainer.is_global_zero:
                 self.sensitivity.save(folder / "sensitivity.json")
             traces.forget_partial(self.sensitivity.fingerprint)
-            self.options = options(
-                pl_module, batches, self.sensitivity, table, loss_fn, weight_bits=self.weight_bits,
-                activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
-                quantizer=self.quantizer, progress=show,
-            )  # fmt: skip
+            self.options = weigh(self.sensitivity, progress=show)
             problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
             chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
             self.frontier = problem.frontier("weight_bytes")
