@@ -1,9 +1,11 @@
-"""LightningCLI and the other namespace."""
+"""LightningCLI, loggers, progress bars and the other namespace."""
 
 import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import HAWQ, InstallPlan, MeasureTraces
@@ -61,6 +63,48 @@ def test_lightning_cli(tmp_path, monkeypatch):
     assert_mixed(cli.model, callback)
     assert not any(s.name.startswith("net.0") for s in callback.plan.sites)
     assert "hawq_lightning.HAWQ" in (tmp_path / "config.yaml").read_text()  # what LightningCLI keeps of a run
+
+
+@pytest.mark.feature("Loggers", "W&B, offline", "works; traces and bits of every site are logged")
+def test_wandb_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, project="hawq", offline=True)
+    model, callback = Classifier(), hawq(dirpath=tmp_path)
+    trainer(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(model, loader())
+    assert_mixed(model, callback)
+    bits = callback.plan["net.0.weight"].bits
+    assert logger.experiment.summary["hawq/bits/net.0.weight"] == bits
+    wandb.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.feature("Loggers", "TensorBoard", "works; traces and bits of every site are logged")
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    model, callback = Classifier(), hawq()
+    trainer(tmp_path, callback, logger=logger).fit(model, loader())
+    assert_mixed(model, callback)
+    logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("hawq/bits/net.0.weight")[0].value == callback.plan["net.0.weight"].bits
+
+
+@pytest.mark.feature("Other callbacks", "RichProgressBar, RichModelSummary", "works")
+@pytest.mark.parametrize("first", [True, False], ids=["hawq_first", "hawq_last"])
+def test_rich(tmp_path, first, capsys):
+    model, callback = Classifier(), hawq(progress=True)
+    others = [RichProgressBar(), RichModelSummary()]
+    callbacks = [callback, *others] if first else [*others, callback]
+    t = trainer(tmp_path, *callbacks, enable_progress_bar=True, enable_model_summary=True)
+    t.fit(model, loader(), loader(shuffle=False))
+    assert_mixed(model, callback)
+    assert "QLinear" not in capsys.readouterr().err
 
 
 @pytest.mark.feature(

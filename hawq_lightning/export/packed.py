@@ -102,15 +102,16 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         if not torch.isfinite(layer.weight).all():
             raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
         numbers = quantizer.codes(layer.weight)
-        levels = quantizer.dequantize(numbers).to(layer.weight.dtype)
-        if not torch.equal(levels, quantizer.settled(layer.weight)):
+        narrow = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
+        levels = quantizer.dequantize(numbers).to(narrow)
+        if not torch.equal(levels, quantizer.settled(layer.weight).to(narrow)):
             raise HawqError(
                 f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
                 "network would be another one."
             )
         codes.append(torch.from_numpy(pack(numbers, quantizer.bits)))
         if quantizer.code == "codebook":
-            bases.append(quantizer.basis[:, : quantizer.bits].detach().cpu().reshape(-1))  # type: ignore[union-attr]
+            bases.append(quantizer.basis[:, : quantizer.bits].detach().cpu().reshape(-1))  # type: ignore[index]
         zero = round(float(quantizer.zero_point)) if quantizer.code == "affine" else 0
         zeros.append(float(zero))
         offset = offset or quantizer.zero_points or bool(zero)
