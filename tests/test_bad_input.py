@@ -375,3 +375,15 @@ def test_after_a_refusal_the_same_model_trains(tmp_path):
 
 def test_install_plan_without_a_plan(tmp_path):
     refused(tmp_path, Classifier(), loader(), "InstallPlan has no plan", InstallPlan())
+
+
+def test_measuring_under_sharded_strategies_is_refused():
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    from hawq_lightning.callbacks._lightning import refuse_sharded
+
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):  # neither starts without GPUs
+        with pytest.raises(HawqError, match=f"{type(strategy).__name__} splits the layers.*hawq-lightning-analyze"):
+            refuse_sharded(SimpleNamespace(strategy=strategy))
