@@ -89,7 +89,7 @@ def work(name: str, what: str, threads: int) -> None:
     else:
         from hawq_lightning.sensitivity.forward import Setting
         from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
-        from hawq_lightning.sensitivity.quiet import quiet
+        from hawq_lightning.sensitivity.quiet import quiet, release_memory
         from hawq_lightning.sites import find_sites, quantizable_layers
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -98,12 +98,14 @@ def work(name: str, what: str, threads: int) -> None:
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
             setting = Setting(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
             per_image = independent_images(setting, batch, count)
+            release_memory()  # as the loop does after every batch
         turn = [0]
 
         def run() -> None:
             turn[0] += 1
             with quiet(net, 0):
                 probe_batch(setting, batch, count, per_image, Signs([(count, turn[0])]), 1)
+            release_memory()
 
     for _ in sys.stdin:
         began = time.perf_counter()

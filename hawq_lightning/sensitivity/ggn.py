@@ -105,7 +105,7 @@ def independent_images(setting: Setting, batch: Any, images: int) -> dict[str, b
             return nothing
         network = step.network
         network.recording, network.images, network.leaks = False, images, {}
-        step.hessian.backward(first)
+        step.hessian.backward(first, last=True)
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
