@@ -19,7 +19,8 @@ TAIL = """
 ## What these tests cannot show
 
 They run on CPUs, with gloo between processes. On GPUs remain to be confirmed: NCCL in the place of gloo, a saved plan
-under FSDP (torch 2.14 does not start FSDP without an accelerator) and there `bf16-mixed` (it casts buffers), `16-mixed`, CUDA graphs (`torch.compile(mode="reduce-overhead")`), several machines.
+under FSDP (torch 2.14 does not start FSDP without an accelerator) and there `bf16-mixed` (it casts buffers),
+`16-mixed`, CUDA graphs (`torch.compile(mode="reduce-overhead")`), several machines.
 """
 
 
