@@ -25,6 +25,7 @@ from hawq_lightning.quantization import armed_bits
 from .trainers import (
     CLASSES,
     FEATURES,
+    Augmented,
     Classifier,
     assert_mixed,
     blobs,
@@ -405,20 +406,6 @@ class Stream(IterableDataset):
             self.at += 1
             self.given.append(i)
             yield self.rows[i]
-
-
-class Augmented(Dataset):
-    """Random augmentation from torch's, NumPy's and Python's generators."""
-
-    def __init__(self):
-        self.rows = blobs()
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        x, y = self.rows[i]
-        return x + 0.1 * torch.randn(FEATURES) + random.random() * 0.1 + float(np.random.rand()) * 0.1, y
 
 
 class OwnIterable:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.quantization import armed_bits
@@ -20,6 +23,20 @@ def blobs(count=IMAGES, seed=0):
     y = torch.randint(0, CLASSES, (count,), generator=g)
     centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(99))
     return TensorDataset(centres[y] + 0.4 * torch.randn(count, FEATURES, generator=g), y)
+
+
+class Augmented(Dataset):
+    """Random augmentation from torch's, NumPy's and Python's generators."""
+
+    def __init__(self):
+        self.rows = blobs()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        x, y = self.rows[i]
+        return x + 0.1 * torch.randn(FEATURES) + random.random() * 0.1 + float(np.random.rand()) * 0.1, y
 
 
 def loader(batch_size=16, shuffle=True, **kwargs):

@@ -5,35 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from pathlib import Path
 
-import numpy as np
-import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hawq_lightning import save_packed
 from hawq_lightning.callbacks import AtomicCheckpointIO
 from hawq_lightning.sensitivity.rounds import Rounds
-from tests.trainers import FEATURES, Classifier, assert_mixed, blobs, hawq, loader, trainer
+from tests.trainers import Augmented, Classifier, assert_mixed, hawq, loader, trainer
 
 BATCHES = 4  # that traces are measured on
-
-
-class Noisy(Dataset):
-    """Augmented by torch's, NumPy's and Python's random numbers."""
-
-    def __init__(self):
-        self.rows = blobs()
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        x, y = self.rows[i]
-        return x + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y
 
 
 def short_run(folder: Path) -> None:
@@ -54,7 +37,7 @@ def short_run(folder: Path) -> None:
     fitting = trainer(
         folder, callback, saver, max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]
     )  # fmt: skip
-    fitting.fit(model, DataLoader(Noisy(), 16, shuffle=True), loader(shuffle=False), ckpt_path="last")
+    fitting.fit(model, DataLoader(Augmented(), 16, shuffle=True), loader(shuffle=False), ckpt_path="last")
     assert_mixed(model, callback)
     save_packed(model, callback.plan, folder / "model.safetensors")
     state = hashlib.sha256()
