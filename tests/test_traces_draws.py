@@ -141,32 +141,51 @@ def test_an_interrupted_drawn_measurement_goes_on(sure, tmp_path):
     assert [r.trace for r in again] == [r.trace for r in whole]
 
 
-def _one_of_two(rank: int, address: str, folder: str) -> None:
+def _halves() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x, y = images(48)
+    return [(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)]
+
+
+def _coupled_in_one(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """A weighted mean, which is a plain one for batches without class 2."""
+    return F.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64))
+
+
+def _second_has_class_2() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(x, y if i == 1 else y.clamp_max(1)) for i, (x, y) in enumerate(_halves())]
+
+
+def _one_of_two(rank: int, address: str, folder: str, coupled: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    x, y = images(48)
-    batches = [(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)]
 
     def all_sum(table: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(table)
         return table
 
-    found = measure(
-        sure_net(), batches, CASES["cross_entropy"][1], draw="curvature", share=Share(rank, 2, all_sum), progress=False
-    )
+    batches = _second_has_class_2() if coupled else _halves()
+    loss_fn = _coupled_in_one if coupled else CASES["cross_entropy"][1]
+    draw = "auto" if coupled else "curvature"
+    found = measure(sure_net(), batches, loss_fn, draw=draw, share=Share(rank, 2, all_sum), progress=False)
     found.save(f"{folder}/{rank}.json")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_draw_the_same_images(sure, tmp_path):
+@pytest.mark.parametrize("coupled", [False, True])
+def test_two_processes_go_the_same_way(sure, tmp_path, coupled):
+    """The same images drawn; and where one process finds that it cannot draw, none does."""
     from hawq_lightning import Sensitivity
 
     net, batches, loss_fn, _, _ = sure
-    alone = measure(net, batches, loss_fn, draw="curvature", progress=False)
-    mp.spawn(_one_of_two, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
+    if coupled:
+        alone = measure(net, _second_has_class_2(), _coupled_in_one, draw="all", progress=False)
+    else:
+        alone = measure(net, batches, loss_fn, draw="curvature", progress=False)
+    mp.spawn(_one_of_two, (f"file://{tmp_path}/meet", str(tmp_path), coupled), nprocs=2)
     for rank in (0, 1):
         found = Sensitivity.load(tmp_path / f"{rank}.json")
-        assert found.settings["rounds"] == alone.settings["rounds"]
+        assert found.settings["draw"] == ("all" if coupled else "curvature")
+        assert found.settings["probes"] == alone.settings["probes"]
         for a, b in zip(alone, found):
             assert b.trace == pytest.approx(a.trace, rel=1e-9) and b.stderr == pytest.approx(a.stderr, rel=1e-9)
 

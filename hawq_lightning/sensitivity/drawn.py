@@ -52,7 +52,6 @@ class Drawn:
     design: Design
     seed_of: Callable[..., int]
     largest: int
-    sent: int = field(default=0, init=False)
     _kind: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -91,8 +90,7 @@ class Drawn:
                 probed = None
             if probed is None:  # outside of the handler, so that the graph is gone
                 self.largest = max(1, chunk.images // 2)
-                again = [(b, ids) for b, ids in chunk.segments]
-                work = chunks(self.kept, self.images, again, self.largest, self.images_of) + work
+                work = chunks(self.kept, self.images, chunk.segments, self.largest, self.images_of) + work
                 self.setting.notes[:] = [n for n in self.setting.notes if not n.startswith("Memory ran out")]
                 self.setting.note(f"Memory ran out: drawn images were measured {self.largest} at a time.")
                 continue
@@ -103,7 +101,6 @@ class Drawn:
 
     def _probe(self, chunk: Chunk, turn: int) -> Probed:
         signs = Signs([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
-        self.sent += chunk.images
         return probe_batch(
             self.setting, chunk.batch, chunk.images, self.per_image, signs, 1, rotate=self.rotate, curvature=True
         )
@@ -120,9 +117,7 @@ class Drawn:
             for site, value in probed.rows[0].items():
                 found[b][site][ids] = weight * value[mine]
             for site, size in probed.sizes.items():
-                rows.size[site][rows.place(site, b)] = rows.size[site][rows.place(site, b)].index_copy(
-                    0, ids, size[mine]
-                )
+                rows.size[site][rows.place(site, b)][ids] = size[mine]  # a slice is a view
 
     def _check(self, chunk: Chunk, probed: Probed) -> None:
         """Every image's loss must be what it was in its own batch, but for the mean's 1/N."""

@@ -130,7 +130,7 @@ class Rounds:
                 if self.drawn is None or turn % 8 == 0:
                     task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
             if self.drawn is not None:
-                self.drawn.round(turn, rows)
+                self._drawn_round(self.drawn, turn, rows, share)
             else:
                 for done, b in enumerate(mine):
                     if done < first:
@@ -141,6 +141,20 @@ class Rounds:
                     partial.save(rows, turn, done + 1)
             turn, first, begun = turn + 1, 0, False
             partial.save(rows, turn, 0)
+
+    @staticmethod
+    def _drawn_round(drawn: Drawn, turn: int, rows: Rows, share: Share) -> None:
+        """A round of drawn images; what one process cannot draw from, all give up together."""
+        failed = ""
+        try:
+            drawn.round(turn, rows)
+        except NotDrawableError as reason:
+            failed = str(reason)
+        count = torch.tensor([float(bool(failed))], dtype=torch.float64)
+        if share.all_sum is not None:
+            count = share.all_sum(count)
+        if float(count):
+            raise NotDrawableError(failed or "another process found that losses depend on their batch")
 
     def _drawing(
         self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], share: Share, shown: Bar
@@ -156,15 +170,13 @@ class Rounds:
             raise NotDrawableError(f"estimator='{self.estimator}' has whole batches as rows")
         if not all(self.per_image.values()):
             raise NotDrawableError("images cannot be told apart at every site")
-        if self.largest is not None:
-            raise NotDrawableError("memory ran out with whole batches")
         start = [0, *torch.tensor(list(images)).cumsum(0).tolist()]
-        # the last entry counts processes that found no closed form: all must go the same way
+        # the last entry counts processes that cannot draw: all must go the same way
         table = torch.zeros(start[-1] + 1, dtype=torch.float64)
         task = shown.begin("Curvature at the outputs", len(mine))
         for done, b in enumerate(mine):
             try:
-                known = pool_curvature(self.setting, kept[b])
+                known = pool_curvature(self.setting, kept[b]) if self.largest is None else None
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -178,7 +190,9 @@ class Rounds:
         if share.all_sum is not None:
             table = share.all_sum(table)
         if float(table[-1]):
-            raise NotDrawableError("the curvature of the loss at the outputs has no closed form")
+            raise NotDrawableError(
+                "the curvature of the loss at the outputs has no closed form, or memory ran out with whole batches"
+            )
         weighed = table[:-1] * torch.repeat_interleave(torch.tensor(images), torch.tensor(images))
         found = design(weighed)
         if self.draw == "auto" and not worth(found):
