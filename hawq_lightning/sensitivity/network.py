@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity.norms import Use, inner_products
+from hawq_lightning.sensitivity.norms import inner_products
+from hawq_lightning.sensitivity.patches import Use
 from hawq_lightning.sensitivity.reads import Reads
 from hawq_lightning.site_table import SiteTable
 
