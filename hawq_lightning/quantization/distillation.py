@@ -60,7 +60,7 @@ def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     The graph of the loss is walked back to the first outputs of parametric layers; a softmax met on the way tells that
     an output holds logits.
     """
-    boundary, _, _ = find_boundary(loss, outputs.edges)
+    boundary, _ = find_boundary(loss, outputs)
     softmax = _softmax_behind(loss, {(outputs.edges[i].node, outputs.edges[i].output_nr): i for i in boundary})
     heads: dict[str, Head] = {}
     for i in boundary:

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hawq_lightning.sensitivity.quiet import release_memory
+
 Key = tuple[Any, int]
+_LARGE = 1 << 20  # output elements
 
 
 class Cut(torch.autograd.Function):
@@ -34,7 +37,8 @@ class Cut(torch.autograd.Function):
 class Outputs:
     """Records the outputs of every module that owns parameters, as edges of the autograd graph.
 
-    Edges are taken in forward hooks, so they survive in-place operations on the outputs.
+    Edges are taken in forward hooks, so they survive in-place operations on the outputs. Values are let go of as soon
+    as another recorded output follows from them: only those of the boundary are wanted.
 
     Args:
         model: hooks go on its modules while active.
@@ -46,8 +50,10 @@ class Outputs:
         self._handles: list[Any] = []
         self.blocked = {"on": False}
         self.edges: list[GradientEdge] = []
-        self.values: list[torch.Tensor] = []
+        self.values: list[torch.Tensor | None] = []
         self.names: list[str] = []
+        self.inner: set[int] = set()  # outputs that another one follows from
+        self._number: dict[Key, int] = {}
 
     def __enter__(self) -> Outputs:
         for name, module in self._model.named_modules():
@@ -66,13 +72,47 @@ class Outputs:
 
         return record
 
+    def behind(self, edge: GradientEdge, variables: list[torch.Tensor] | None = None) -> set[int]:
+        """Numbers of the recorded outputs that this one follows from directly.
+
+        Args:
+            edge: where to start.
+            variables: gets the leaves on the way.
+        """
+        found: set[int] = set()
+        stack: list[Any] = [edge.node]
+        visited: set[Any] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            if variables is not None and hasattr(node, "variable"):
+                variables.append(node.variable)
+            for parent, nr in node.next_functions:
+                if parent is None:
+                    continue
+                hit = self._number.get((parent, nr))
+                if hit is None:
+                    stack.append(parent)
+                else:
+                    found.add(hit)
+        return found
+
     def _visit(self, name: str, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
             if not output.requires_grad:
                 return output
             if len(self.edges) in self._cut:
                 output = Cut.apply(output, self.blocked)
-            self.edges.append(get_gradient_edge(output))
+            edge = get_gradient_edge(output)
+            # an outer module's output is its last layer's
+            self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
+            behind = self.behind(edge)
+            self.inner |= behind
+            for i in behind - self._cut:
+                self.values[i] = None
+            self.edges.append(edge)
             self.values.append(output.detach())
             self.names.append(name)
             return output
@@ -90,53 +130,22 @@ class Outputs:
         return output
 
 
-def find_boundary(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> tuple[list[int], bool, list[torch.Tensor]]:
+def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool]:
     """Walk back from the loss to the first recorded outputs.
 
     Returns:
         numbers of the outputs on the boundary, in order; whether one of them also feeds another (then gradients of
-        the loss are totals and :class:`Cut` is needed); parameters that the loss reads directly.
+        the loss are totals and :class:`Cut` is needed).
     """
-    number: dict[Key, int] = {}
-    for i, edge in enumerate(edges):
-        number.setdefault((edge.node, edge.output_nr), i)  # an outer module's output is its last layer's
-    own = get_gradient_edge(loss)
-    number.pop((own.node, own.output_nr), None)
-    found: dict[int, Any] = {}
-    direct: list[torch.Tensor] = []
+    found = outputs.behind(get_gradient_edge(loss))
+    return sorted(found), bool(found & outputs.inner)
 
-    def walk(start: Any, into: dict[int, Any]) -> None:
-        stack, visited = [start], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in visited:
-                continue
-            visited.add(node)
-            if hasattr(node, "variable") and start is own.node:
-                direct.append(node.variable)
-            for parent, nr in node.next_functions:
-                if parent is None:
-                    continue
-                hit = number.get((parent, nr))
-                if hit is not None:
-                    into[hit] = parent
-                else:
-                    stack.append(parent)
 
-    walk(own.node, found)
-    below: dict[int, Any] = {}
-    seen: set[int] = set()
-    frontier = list(found.items())
-    while frontier:  # everything upstream of the boundary, one recorded output at a time
-        i, node = frontier.pop()
-        if i in seen:
-            continue
-        seen.add(i)
-        step: dict[int, Any] = {}
-        walk(node, step)
-        below |= step
-        frontier += step.items()
-    return sorted(found), bool(set(found) & set(below)), direct
+def read_by(loss: torch.Tensor, outputs: Outputs) -> list[torch.Tensor]:
+    """Parameters that the loss reads directly."""
+    found: list[torch.Tensor] = []
+    outputs.behind(get_gradient_edge(loss), found)
+    return found
 
 
 class OutputHessian:
@@ -151,9 +160,11 @@ class OutputHessian:
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
-        self.values = [outputs.values[i] for i in boundary]
+        self.values = [v for i in boundary if (v := outputs.values[i]) is not None]
         self.names = [outputs.names[i] for i in boundary]
-        outputs.values.clear()  # of inner layers: the graph keeps what it needs
+        outputs.values.clear()
+        self._large = sum(v.numel() for v in self.values) > _LARGE
+        self._tidy()
         outputs.blocked["on"] = True
         try:
             found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
@@ -161,6 +172,12 @@ class OutputHessian:
             outputs.blocked["on"] = False
         self.gradient = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, self.values)]
         self.linear = not any(g.requires_grad for g in self.gradient)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Where outputs are large, their loss is the peak of memory, and every step of it leaves the heap in holes."""
+        if self._large:
+            release_memory()
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """H v."""
@@ -174,7 +191,12 @@ class OutputHessian:
             )
         finally:
             self._outputs.blocked["on"] = False
+        self._tidy()
         return [h if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
+
+    def let_go(self) -> None:
+        """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
+        self.gradient = [g.detach() for g in self.gradient]
 
     def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""

@@ -113,12 +113,14 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
         generator: of the random vector.
         by_image: the loss does not couple images, and the first axis of every tensor is the images.
     """
-    probe = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values]
-    answer = hessian(probe)
-    diagonal = hessian([torch.ones_like(v) for v in hessian.values])
+    state = generator.get_state()
+    answer = hessian([_normal(v, generator) for v in hessian.values])
+    diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
     size = max(float(h.abs().max()) for h in answer) if answer else 0.0
     blocks: list[Block] = []
-    for f, v, h, d in zip(hessian.values, probe, answer, diagonal):
+    generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
+    for f, h, d in zip(hessian.values, answer, diagonal):
+        v = _normal(f, generator)
         tolerance = (1e-4 if f.dtype == torch.float64 else 3e-3) * float(h.norm()) + 1e-7 * size
         if float((h - d * v).norm()) <= tolerance:
             blocks.append(Diagonal(d))
@@ -130,9 +132,13 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
     return blocks
 
 
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
 def without_curvature(hessian: OutputHessian, generator: torch.Generator) -> list[int]:
     """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
-    answer = hessian([torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in hessian.values])
+    answer = hessian([_normal(v, generator) for v in hessian.values])
     found = [i for i, (h, g) in enumerate(zip(answer, hessian.gradient)) if not bool(h.any()) and bool(g.any())]
     slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
     if len(found) == len(answer) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):

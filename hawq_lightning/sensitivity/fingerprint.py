@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hawq_lightning.batches import parts_of
-from hawq_lightning.sensitivity.boundary import Outputs, find_boundary
+from hawq_lightning.sensitivity.boundary import Outputs, read_by
 from hawq_lightning.sensitivity.forward import Setting, check_loss
 
 
@@ -39,8 +39,7 @@ def check_loss_value(setting: Setting, batch: Any) -> float:
     try:
         with Outputs(setting.model) as outputs:
             loss = check_loss(setting.loss_fn(setting.model, batch))
-        _, _, direct = find_boundary(loss, outputs.edges)
-        if read := [weights[id(w)][0] for w in direct if id(w) in weights]:
+        if read := [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]:
             more = f" and {len(read) - 3} more" if len(read) > 3 else ""
             setting.note(
                 f"The loss reads the weights of {', '.join(read[:3])}{more} outside of their layers (a penalty on "

@@ -42,9 +42,14 @@ class Setting:
 class Pass:
     """One batch after its forward pass."""
 
-    loss: torch.Tensor
+    loss: torch.Tensor | None
     network: Network
     hessian: OutputHessian
+
+    def let_go_of_loss(self) -> None:
+        """Free what lies between the outputs and the loss, once its Hessian is known."""
+        self.loss = None
+        self.hessian.let_go()
 
 
 @contextmanager
@@ -60,14 +65,16 @@ def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) ->
         network.per_image = per_image
         with network, Outputs(setting.model, cut) as outputs, torch.enable_grad():
             loss = check_loss(setting.loss_fn(setting.model, batch))
-            boundary, nested, _ = find_boundary(loss, outputs.edges)
+            boundary, nested = find_boundary(loss, outputs)
             if not boundary:
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
             if nested and not cut:
                 cut = frozenset(boundary)
                 setting.note("The loss also reads an inner feature; its paths were separated.")
                 continue
-            yield Pass(loss, network, OutputHessian(loss, outputs, boundary))
+            step = Pass(loss, network, OutputHessian(loss, outputs, boundary))
+            del loss  # may be let go of
+            yield step
             return
 
 
@@ -81,7 +88,7 @@ def outputs_of(setting: Setting, batch: Any) -> Iterator[OutputHessian]:
     with Reads(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
         with torch.enable_grad():
             loss = check_loss(setting.loss_fn(setting.model, batch))
-            boundary, nested, _ = find_boundary(loss, outputs.edges)
+            boundary, nested = find_boundary(loss, outputs)
         if nested or not boundary:
             with forward_pass(setting, batch, {s.name: False for s in setting.table}) as step:
                 yield step.hessian

@@ -103,6 +103,7 @@ def independent_images(setting: Setting, batch: Any, images: int) -> dict[str, b
         if any(bool(h[1:].any()) for h in step.hessian(first)):
             setting.note("The loss couples the images of a batch: whole batches are the unit of the traces.")
             return nothing
+        step.let_go_of_loss()
         network = step.network
         network.recording, network.images, network.leaks = False, images, {}
         step.hessian.backward(first, last=True)
@@ -149,6 +150,8 @@ def probe_batch(
                 blocks = _blocks(setting, step.hessian, any(per_image.values()))
                 sloped = _sloped(setting, step.hessian)
                 known = output_curvature(step.hessian, blocks, sloped) if curvature else None
+                if blocks is not None:
+                    step.let_go_of_loss()
                 results = []
                 if exact:
                     total: dict[str, torch.Tensor] = {}

@@ -100,6 +100,7 @@ def slopes_of(
                 points = {n: p for n, p in points.items() if n in wanted}
             flat = [t for tensors in points.values() for t in tensors]
             if direction is None:
+                assert step.loss is not None
                 found = torch.autograd.grad(step.loss, flat, create_graph=True, allow_unused=True)
             else:
                 vectors = direction(step)

@@ -75,7 +75,8 @@ def _gradient(layer: Any, read: torch.Tensor, grad: torch.Tensor, apart: bool) -
         read, grad = (x.reshape(1, -1, *x.shape[2:]) for x in (read, grad))
         weight, groups = weight.expand(images, *weight.shape).flatten(0, 1), images * groups
     found = torch.ops.aten.convolution_backward(
-        grad.contiguous(), read.contiguous(), weight.to(grad.dtype), None,
-        list(layer.stride), list(reversed(pads[::2])), list(layer.dilation), transposed, list(layer.output_padding), groups, [False, True, False],
+        grad.contiguous(), read.contiguous(), weight.to(grad.dtype), None, list(layer.stride),
+        list(reversed(pads[::2])), list(layer.dilation), transposed, list(layer.output_padding), groups,
+        [False, True, False],
     )[1]  # fmt: skip
     return found.reshape(images if apart else 1, *layer.weight.shape)
