@@ -32,24 +32,29 @@ class Site:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantizable layer: its two sites and its multiply-accumulates for one image."""
+    """A quantizable layer: its two sites and its multiply-accumulates for one image.
+
+    ``norm`` names the BatchNorm that reads its outputs, all of them and nothing else, so that it can be folded.
+    """
 
     name: str
     type: str
     weight: str
     activation: str | None
     macs: int
+    norm: str | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Layer:
         """Read back ``dataclasses.asdict``."""
-        reads = raw.get("activation")
+        reads, norm = raw.get("activation"), raw.get("norm")
         return cls(
             str(raw["name"]),
             str(raw["type"]),
             str(raw["weight"]),
             None if reads is None else str(reads),
             int(raw["macs"]),
+            None if norm is None else str(norm),
         )
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hawq_lightning.batches import batch_images, default_forward
 from hawq_lightning.errors import HawqError, nearest
+from hawq_lightning.norms import norms_behind
 from hawq_lightning.site_table import FloatPart, Layer, Site, SiteTable
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
@@ -114,7 +115,7 @@ def find_sites(
         kinds = ", ".join(t.__name__ for t in QUANTIZABLE)
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {kinds}.")
     if run is None:
-        return _assemble(layers, dict.fromkeys(layers, 0), [], floats, 1, traced=False)
+        return _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, 1, traced=False)
     reads: list[tuple[str, torch.Tensor, tuple[int, int]]] = []
     silent: list[tuple[str, torch.Tensor, tuple[int, int]]] = []  # where the model itself switched gradients off
     macs: dict[str, int] = {}
@@ -137,7 +138,7 @@ def find_sites(
         for p in needs:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
         with torch.enable_grad(), counter:
-            run()
+            norms = norms_behind(model, dict(_named_modules(model)), layers, run)
     finally:
         for p in needs:
             p.requires_grad_(True)
@@ -153,7 +154,7 @@ def find_sites(
     floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
     floats += _functional(counter, macs, layers, floats, images)
     ordered = {name: layers[name] for name in macs if name in layers}
-    return _assemble(ordered, {n: macs[n] // images for n in ordered}, reads, floats, images, traced=True)
+    return _assemble(ordered, {n: macs[n] // images for n in ordered}, reads, norms, floats, images, traced=True)
 
 
 def sites(
@@ -256,6 +257,7 @@ def _assemble(
     layers: Mapping[str, Any],
     macs: Mapping[str, int],
     reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
+    norms: Mapping[str, str],
     floats: Sequence[FloatPart],
     images: int,
     traced: bool,
@@ -286,7 +288,8 @@ def _assemble(
         out.append(Site(name, "activation", tuple(readers), shape, per_image))
         activation_of |= dict.fromkeys(readers, name)
     table = tuple(
-        Layer(n, layer_type(m).__name__, weight_of[n], activation_of.get(n), macs[n]) for n, m in layers.items()
+        Layer(n, layer_type(m).__name__, weight_of[n], activation_of.get(n), macs[n], norms.get(n))
+        for n, m in layers.items()
     )
     return SiteTable(tuple(out), table, tuple(floats), traced)
 

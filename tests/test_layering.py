@@ -10,8 +10,8 @@ from pathlib import Path
 import hawq_lightning
 
 ROOT = Path(hawq_lightning.__file__).parent
-ORDER = ["errors", "progress", "batches", "site_table", "plan", "sites", "sensitivity", "quantization", "selection",
-         "callbacks", "export", "report", "tasks", "models", "data", "cli"]  # fmt: skip
+ORDER = ["errors", "progress", "batches", "site_table", "plan", "norms", "sites", "sensitivity", "quantization",
+         "selection", "callbacks", "export", "report", "tasks", "models", "data", "cli"]  # fmt: skip
 # the callback predicts the packed file's size, so it looks down once
 ALLOWED = {("callbacks", "export"), ("data", "models"), ("tasks", "models"), ("tasks", "data"), ("models", "data")}
 

@@ -168,9 +168,13 @@ def _store(layer: QuantizedLayer) -> None:
 
 def _named_for(plan: Plan, model: nn.Module) -> Plan:
     rename = renaming(plan.sites[0].layers[0], [plain(n) for n, _ in model.named_modules(remove_duplicate=False)])
+
+    def renamed(name: str | None) -> str | None:
+        return name and rename(name)
+
     sites = tuple(replace(s, name=rename(s.name), layers=tuple(map(rename, s.layers))) for s in plan.sites)
     layers = tuple(
-        replace(x, name=rename(x.name), weight=rename(x.weight), activation=x.activation and rename(x.activation))
+        replace(x, name=rename(x.name), weight=rename(x.weight), activation=renamed(x.activation), norm=renamed(x.norm))
         for x in plan.layers
     )
     return plan.replace(sites=sites, layers=layers)

@@ -10,6 +10,7 @@ from torch import nn
 
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan
+from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.registry import quantizer_named
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sites import channel_axis, quantizable_layers
@@ -25,6 +26,7 @@ def first_order_term(
     """``sum_l <g_l, Q(W_l) - W_l>`` over the weights of a plan, g the gradient of the mean loss over ``batches``."""
     layers, _ = quantizable_layers(model)
     weights = {s.name: layers[s.layers[0]] for s in plan.weights}
+    norms = norms_to_fold(model, plan.layers)
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
     total, count = 0.0, 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -35,6 +37,7 @@ def first_order_term(
             w = layer.weight.detach()
             axis = channel_axis(layer)
             quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
+            quantizer.fold(norms.get(s.layers[0]))
             quantizer.fit(w, s.bits, s.code)
             shifts[s.name] = (quantizer(w.float()) - w).detach()
         for layer in weights.values():

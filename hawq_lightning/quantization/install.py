@@ -11,6 +11,7 @@ from torch import nn
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.quantizers import Quantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
@@ -131,11 +132,12 @@ def arm(model: nn.Module, plan: Plan) -> None:
     # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
     layers = {n: make_twin(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
+    norms = norms_to_fold(model, plan.layers)
     disarm(model)
     try:
         for s in plan.sites:
             for name in s.layers:
-                arm_site(layers[name], s)
+                arm_site(layers[name], s, norms.get(name))
         share(model, plan)
     except HawqError:
         disarm(model)  # all or nothing
@@ -143,7 +145,7 @@ def arm(model: nn.Module, plan: Plan) -> None:
 
 
 def share(model: nn.Module, plan: Plan) -> None:
-    """Let the layers of one site have one grid, where training moves grids."""
+    """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
     layers = quantized_layers(model)
     for s in plan.sites:
         part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
@@ -151,15 +153,19 @@ def share(model: nn.Module, plan: Plan) -> None:
         for quantizer in others:
             if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
                 quantizer.follow(first)
+    for name, norm in norms_to_fold(model, plan.layers).items():
+        if name in layers and layers[name].weight_quantizer.bits:
+            layers[name].weight_quantizer.fold(norm)
 
 
 @torch.no_grad()
-def arm_site(layer: QuantizedLayer, site: PlanSite) -> None:
-    """Switch on one quantizer of one layer."""
+def arm_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = None) -> None:
+    """Switch on one quantizer of one layer; ``norm`` is the BatchNorm that it can take in."""
     if site.kind == "activation":
         assert site.scale is not None and site.zero_point is not None
         layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
         return
+    layer.weight_quantizer.fold(norm)
     try:
         layer.weight_quantizer.fit(layer.weight, site.bits, site.code)
     except HawqError as error:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from hawq_lightning.errors import HawqError
+from hawq_lightning.norms import gain
+from hawq_lightning.quantization.kernels import along
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization.ranges import HUGE, TINY, check_finite
 from hawq_lightning.quantization.registry import register
@@ -56,23 +61,60 @@ class ActivationEMA(ActivationQuantizer):
 class WeightIntOnly(WeightQuantizer):
     """One affine range a tensor, from the least weight to the greatest, with a whole zero point (eq. 1, 12 and 13).
 
-    It follows the weights in training. At 8 bits the lowest code is not used, so that products fit the paper's 16-bit
-    accumulators (appendix B). The paper is about 8 bits; one bit is sign times scale here. BatchNorm is folded
-    when the network is exported, and not while it trains (section 3.2).
+    Where a BatchNorm reads the outputs of the layer and nothing else does, the tensor is that of section 3.2: the
+    weight times ``f = |gamma| / sqrt(running var + eps)``, a number a channel, into which the BatchNorm is folded when
+    the network is exported. The layer gets ``Q(w f) / f``, whose step is ``s / f`` a channel, so that the BatchNorm
+    stays where it is; folded, every channel has the step ``s``, with the sign of its gamma.
+
+    What differs from the paper: BatchNorm itself normalises by the statistics of the batch and of the quantized
+    convolution, which therefore runs once, not twice; f counts as a constant for gradients, since gamma has its own in
+    the BatchNorm; the bias of the folded layer is not rounded. A channel whose f is 0 has a range of its own, so that
+    its gamma can come back. One bit is sign times a scale a channel here, whatever f; the paper is about 8 bits.
+
+    The range follows the weights and f in training. Afterwards the step ``s`` stays, and f is what the statistics then
+    are. At 8 bits the lowest code is not used, so that products fit the paper's 16-bit accumulators (appendix B).
 
     Args:
         channels: length of the channel axis.
         axis: channel axis of the weight.
+
+    Attributes:
+        factor: f, as of the last use; ones without a BatchNorm.
+        step: s.
     """
 
     zero_points = follows_data = True
+    factor: torch.Tensor
+    step: torch.Tensor
 
     def __init__(self, channels: int, axis: int = 0) -> None:
         super().__init__(channels, axis, ranges="minmax")
+        self.register_buffer("factor", torch.ones(channels))
+        self.register_buffer("step", torch.ones(()))
+        self._norm: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
 
     def kinds(self, bits: int) -> tuple[str, ...]:
         """Integers with a zero point; sign times scale at one bit."""
         return ("midrise",) if bits == 1 else ("affine",)
+
+    @property
+    def folding(self) -> bool:  # type: ignore[override]
+        """Whether a BatchNorm is folded while training."""
+        return bool(self._norm)
+
+    @torch.no_grad()
+    def fold(self, norm: nn.Module | None) -> None:
+        """See :meth:`WeightQuantizer.fold`."""
+        self._norm = () if norm is None else (norm,)
+        if norm is None:
+            self.factor.fill_(1.0)
+        self._take_state()
+
+    @torch.no_grad()
+    def disarm(self) -> None:
+        """See :meth:`Quantizer.disarm`."""
+        super().disarm()
+        self.fold(None)
 
     @torch.no_grad()
     def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
@@ -80,11 +122,13 @@ class WeightIntOnly(WeightQuantizer):
         if bits == 1:
             return super().fit(weight, bits, code)
         check_finite(weight)
+        self._take_state()
         self.arm(bits, *self._range(weight, bits))
-        return float((self(weight.detach()).double() - weight.double()).square().sum())
+        return float((self.settled(weight.detach()).double() - weight.double()).square().sum())
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range is the present weights' own."""
+        self._take_state()
         if self.training and self.observing and self.bits > 1:
             with torch.no_grad():
                 scale, zero = self._range(weight, self.bits)
@@ -92,12 +136,45 @@ class WeightIntOnly(WeightQuantizer):
                 self.zero_point.fill_(zero)
         return super().quantize(weight)
 
+    @torch.no_grad()
+    def _take_state(self) -> None:
+        super()._take_state()
+        if self._norm and (factor := magnitude(self._norm[0], self.factor)) is not None:
+            self.factor.copy_(factor)
+            if self.bits > 1:
+                steps = (self.step / factor).clamp(TINY, HUGE)
+                self.scale.copy_(torch.where(factor > 0, steps, self.scale))
+
     def _range(self, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+        """Steps a channel and the zero point; ``step`` is set."""
         half = 1 << (bits - 1)
         lowest = -half + (bits == 8)
-        low, high = torch.aminmax(weight.detach().float())
-        scale, zero = nudged(low, high, lowest, half - 1)
-        return scale.expand(self.scale.shape), float(zero)
+        weight = weight.detach().float()
+        factor = torch.where((self.factor > 0).any(), self.factor, 1.0)
+        folded = (weight * along(factor, weight, self.axis)).clamp(-HUGE, HUGE)
+        step, zero = nudged(*torch.aminmax(folded), lowest, half - 1)
+        self.step.copy_(step)
+        peak = weight.transpose(0, self.axis).flatten(1).abs().amax(1)
+        own = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
+        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), own), float(zero)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}scale" in state_dict and f"{prefix}factor" not in state_dict:  # of a version that did not fold
+            state_dict[f"{prefix}factor"] = torch.ones_like(self.factor)
+            state_dict[f"{prefix}step"] = state_dict[f"{prefix}scale"].flatten()[0]
+        norm, self._norm = self._norm, ()  # it may be loaded after this
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._norm = norm
+
+
+def magnitude(norm: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """F of a BatchNorm, 0 where it is no finite number; ``None`` where its state is spread over processes."""
+    parts = [t for t in (norm.running_var, norm.weight) if t is not None]
+    if any(t.shape != like.shape or type(t) not in (torch.Tensor, nn.Parameter) for t in parts):
+        return None
+    return gain(norm).abs().float().nan_to_num_(0.0, 0.0).to(like.device)
 
 
 def nudged(low: torch.Tensor, high: torch.Tensor, lowest: int, highest: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Option, PlanSite
 from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.install import arm_site, disarm, install, quantizers, uninstall
 from hawq_lightning.quantization.registry import QuantizerSpec
 from hawq_lightning.quantization.twins import QuantizedLayer
@@ -51,6 +52,7 @@ def loss_check(
     images = [images_of(b) for b in kept]
     had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     layers = install(model, quantizer=quantizer)
+    norms = norms_to_fold(model, sites.layers)
     were_paused = [q for q in quantizers(model) if q.paused]
     for held in were_paused:
         held.paused = False
@@ -71,7 +73,7 @@ def loss_check(
                     option.scale, option.zero_point,
                 )  # fmt: skip
                 for name in site.layers:
-                    arm_site(layers[name], trial)
+                    arm_site(layers[name], trial, norms.get(name))
                 measured = mean_loss() - base
                 for name in site.layers:
                     layer = layers[name]

@@ -12,6 +12,7 @@ from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option
 from hawq_lightning.progress import Bar, progress_bar
+from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.kernels import fake_quantize_tensor
 from hawq_lightning.quantization.quantizers import check_bits
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
@@ -48,14 +49,18 @@ def weight_options(
     mean_trace: float,
     codes: str = "auto",
     quantizer: str | QuantizerSpec = "uniform",
+    norm: nn.Module | None = None,
 ) -> tuple[Option, ...]:
     """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``.
+
+    ``norm`` is the BatchNorm behind the layer, for quantizers that fold it while training.
 
     Raises:
         HawqError: a quantizer without such codes, or NaN in the weight.
     """
     spec = quantizer_named(quantizer)
     q = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
+    q.fold(norm)
     out = []
     for bits in widths:
         own = q.kinds(bits)
@@ -107,6 +112,7 @@ def options(
     weight_widths = check_bits(weight_bits, "weight")
     spec = quantizer_named(quantizer)
     layers, _ = quantizable_layers(model)
+    norms = norms_to_fold(model, sites.layers)
     mean_traces, _ = guarded_mean_traces(sensitivity)
     out: dict[str, tuple[Option, ...]] = {}
     bar = progress_bar(bool(progress))
@@ -122,6 +128,7 @@ def options(
                     mean_traces[site.name],
                     codes,
                     spec,
+                    norms.get(site.layers[0]),
                 )
             except HawqError as error:
                 raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None

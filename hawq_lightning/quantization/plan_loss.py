@@ -11,6 +11,7 @@ from torch import nn
 
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.install import arm_site, check_plan, disarm, install, quantizers, uninstall
 from hawq_lightning.quantization.registry import QuantizerSpec
 from hawq_lightning.quantization.twins import QuantizedLayer
@@ -51,11 +52,12 @@ def plan_loss(
     def loss_of(plan: Plan) -> float:
         if not armed:
             check_plan(model, plan)
+        norms = norms_to_fold(model, plan.layers)
         for site in plan.sites:
             known = armed.get(site.name)
             if known is None or (known.bits, known.code) != (site.bits, site.code):
                 for name in site.layers:
-                    arm_site(layers[name], site)
+                    arm_site(layers[name], site, norms.get(name))
                 armed[site.name] = site
         return sum(float(loss_fn(model, b)) * n for b, n in zip(kept, images)) / sum(images)
 

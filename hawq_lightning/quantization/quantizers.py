@@ -176,6 +176,7 @@ class WeightQuantizer(Quantizer):
     """
 
     zero_points = False  # whether affine codes have zero points of their own
+    folding = False  # whether the grid is one of the weight with a BatchNorm in it
 
     def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
@@ -213,6 +214,13 @@ class WeightQuantizer(Quantizer):
                 f"network has {self.name!r}; build it with quantizer={trained!r}."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def fold(self, norm: nn.Module | None) -> None:
+        """Told before :meth:`fit` which BatchNorm reads the layer's outputs, alone; quantizers that fold it override.
+
+        Args:
+            norm: with running statistics; ``None``: there is none.
+        """
 
     @torch.no_grad()
     def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:

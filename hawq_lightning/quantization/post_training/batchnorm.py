@@ -21,7 +21,8 @@ def reestimate_batchnorm(
 ) -> dict[str, float]:
     """Measure the running means and variances of every BatchNorm anew, as averages over ``batches``.
 
-    Mean and variance alike are then those of the quantized network. A batch should hold many images.
+    Mean and variance alike are then those of the quantized network. A batch should hold many images. Weights into which
+    a BatchNorm is folded while training (``int_only``) get ranges that fit its new statistics.
 
     Args:
         model: armed; running statistics are changed in place.
@@ -36,7 +37,7 @@ def reestimate_batchnorm(
     Raises:
         HawqError: nothing is armed, or no batches.
     """
-    _, kept = prepared(model, batches)
+    layers, kept = prepared(model, batches)
     norms = {
         n: m
         for n, m in model.named_modules()
@@ -54,6 +55,10 @@ def reestimate_batchnorm(
         finally:
             for n, m in norms.items():
                 m.momentum = old[n][1]
+        for layer in layers.values():
+            quantizer = layer.weight_quantizer
+            if quantizer.bits and quantizer.folding:
+                quantizer.fit(layer.weight, quantizer.bits, quantizer.code)
     return {
         n: float((m.running_var / old[n][0].clamp_min(1e-30)).sqrt().mean())
         for n, m in norms.items()
