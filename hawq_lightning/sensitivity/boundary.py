@@ -53,6 +53,7 @@ class Outputs:
         self.values: list[torch.Tensor | None] = []
         self.names: list[str] = []
         self.inner: set[int] = set()  # outputs that another one follows from
+        self.recording = True
         self._number: dict[Key, int] = {}
 
     def __enter__(self) -> Outputs:
@@ -101,8 +102,8 @@ class Outputs:
 
     def _visit(self, name: str, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            if not output.requires_grad:
-                return output
+            if not self.recording or not output.requires_grad:
+                return output  # activation checkpointing runs the forward pass again
             if len(self.edges) in self._cut:
                 output = Cut.apply(output, self.blocked)
             edge = get_gradient_edge(output)
@@ -163,6 +164,7 @@ class OutputHessian:
         self.values = [v for i in boundary if (v := outputs.values[i]) is not None]
         self.names = [outputs.names[i] for i in boundary]
         outputs.values.clear()
+        outputs.recording = False
         self._large = sum(v.numel() for v in self.values) > _LARGE
         self._tidy()
         outputs.blocked["on"] = True

@@ -177,29 +177,41 @@ def draw(
     *,
     rotate: bool = True,
     sloped: Sequence[int] = (),
+    concave: float = 1.0,
 ) -> Draw:
     """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
 
     Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
     clipping. Tensors numbered in ``sloped`` get the Fisher information of a Laplace distribution of unit scale, ``|g|``
     at slope g, in place of their zero Hessian.
+
+    Args:
+        hessian: the operator.
+        blocks: its closed forms.
+        z: signs.
+        rotate: rotate the signs onto the softmax factor.
+        sloped: tensors that count by their slope.
+        concave: how often the concave part counts; 0 leaves it to another probe, which counts it several times.
     """
-    laplace = [g.detach().abs().sqrt() * v if i in sloped else torch.zeros_like(v) for i, (g, v) in
-               enumerate(zip(hessian.gradient, z))]  # fmt: skip
-    extra = [(1.0, laplace)] if sloped else []
+    laplace = [torch.zeros(()).to(v).expand_as(v) for v in z]
+    for i in sloped:
+        laplace[i] = hessian.gradient[i].detach().abs().sqrt() * z[i]
+    apart = [(1.0, laplace)] if sloped else []
     if blocks is None:
-        return Draw(extra, (list(z), hessian(z)))
+        return Draw(apart, (list(z), hessian(z)))
     plus, minus = [], []
-    if isinstance(blocks, Dense):
+    if isinstance(blocks, Dense):  # its signs belong to eigenvectors, not to outputs: not independent of the slopes'
         plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0), ()
-    for block, signs in zip(blocks, z):
+    else:
+        apart = []
+    for block, signs, slope in zip(blocks, z, laplace):
         if isinstance(block, Softmax):
             plus.append(block.factor(block.rotated(signs) if rotate else signs))
-            minus.append(torch.zeros_like(signs))
+            minus.append(torch.zeros(()).to(signs).expand_as(signs))
         else:
-            plus.append(block.d.clamp_min(0).sqrt() * signs)
+            plus.append(block.d.clamp_min(0).sqrt() * signs + slope)  # where there is slope there is no curvature
             minus.append((-block.d).clamp_min(0).sqrt() * signs)
-    pairs = [(1.0, plus), *extra]
-    if any(bool(m.any()) for m in minus):
-        pairs.append((-1.0, minus))
+    pairs = [(1.0, plus), *apart]
+    if concave and any(bool(m.any()) for m in minus):
+        pairs.append((-concave, minus))
     return Draw(pairs)

@@ -60,8 +60,13 @@ class Drawn:
     def _of(self, batch: int, table: torch.Tensor) -> torch.Tensor:
         return table[self._start[batch] : self._start[batch + 1]]
 
-    def round(self, turn: int, rows: Rows) -> None:
+    def round(self, turn: int, rows: Rows, concave: float = 1.0) -> None:
         """Draw images, send one probe back for each, and add what they give to ``rows``.
+
+        Args:
+            turn: number of the round.
+            rows: the table.
+            concave: how often the concave part of the loss counts in this probe.
 
         Raises:
             NotDrawableError: the images' losses depend on the batch that they are in.
@@ -83,7 +88,7 @@ class Drawn:
         while work:
             chunk = work.pop(0)
             try:
-                probed = self._probe(chunk, turn)
+                probed = self._probe(chunk, turn, concave)
             except Exception as error:
                 if not out_of_memory(error) or chunk.images < 2:
                     raise
@@ -99,10 +104,18 @@ class Drawn:
         for b in self.mine:
             rows.add(b, found[b])
 
-    def _probe(self, chunk: Chunk, turn: int) -> Probed:
+    def _probe(self, chunk: Chunk, turn: int, concave: float) -> Probed:
         signs = Signs([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
         return probe_batch(
-            self.setting, chunk.batch, chunk.images, self.per_image, signs, 1, rotate=self.rotate, curvature=True
+            self.setting,
+            chunk.batch,
+            chunk.images,
+            self.per_image,
+            signs,
+            1,
+            rotate=self.rotate,
+            curvature=True,
+            concave=[concave],
         )
 
     def _scatter(self, chunk: Chunk, probed: Probed, found: dict[int, dict[str, torch.Tensor]], rows: Rows) -> None:

@@ -16,7 +16,16 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.boundary import OutputHessian
-from hawq_lightning.sensitivity.curvature import Block, Dense, Draw, Softmax, draw, recognise, without_curvature
+from hawq_lightning.sensitivity.curvature import (
+    Block,
+    Dense,
+    Diagonal,
+    Draw,
+    Softmax,
+    draw,
+    recognise,
+    without_curvature,
+)
 from hawq_lightning.sensitivity.draws import output_curvature
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass, outputs_of
 from hawq_lightning.sensitivity.network import Overwritten
@@ -140,8 +149,22 @@ def probe_batch(
     rotate: bool = True,
     exact: bool = False,
     curvature: bool = False,
+    concave: Sequence[float] = (),
 ) -> Probed:
-    """Send ``probes`` random vectors (or every column) of one batch back."""
+    """Send ``probes`` random vectors (or every column) of one batch back.
+
+    Args:
+        setting: model, loss and sites.
+        batch: one batch.
+        images: its size.
+        per_image: site -> whether its rows are images.
+        signs: of the random vectors.
+        probes: how many.
+        rotate: rotate the signs onto the softmax factor.
+        exact: every column instead.
+        curvature: also tell that of the loss at the outputs.
+        concave: for every probe, how often the concave part counts; once in each by default.
+    """
     while True:
         try:
             with forward_pass(setting, batch, per_image) as step:
@@ -165,7 +188,8 @@ def probe_batch(
                 else:
                     for k in range(probes):
                         z = signs.draw(step.hessian.values, generators)
-                        what = draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped)
+                        share = concave[k] if concave else 1.0
+                        what = draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped, concave=share)
                         results.append(send_back(step, what, last=k == probes - 1))
             return Probed(results, sizes, known)
         except Overwritten as which:
@@ -180,6 +204,17 @@ def pool_curvature(setting: Setting, batch: Any) -> torch.Tensor | None:
     with outputs_of(setting, batch) as hessian:
         blocks = _blocks(setting, hessian, True)
         return output_curvature(hessian, blocks, _sloped(setting, hessian))
+
+
+def concave_share(setting: Setting, batch: Any) -> tuple[float, float]:
+    """Concave curvature of the loss at the outputs, and all of it; zeros where it has no closed form."""
+    with outputs_of(setting, batch) as hessian:
+        blocks = recognise(hessian, torch.Generator().manual_seed(0))
+        if not isinstance(blocks, list):
+            return 0.0, 0.0
+        curvature = [b.d for b in blocks if isinstance(b, Diagonal)]
+        concave = sum(float((-d).clamp_min(0).sum(dtype=torch.float64)) for d in curvature)
+        return concave, sum(float(d.abs().sum(dtype=torch.float64)) for d in curvature)
 
 
 def _sloped(setting: Setting, hessian: OutputHessian) -> list[int]:

@@ -16,7 +16,7 @@ from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.sensitivity.drawn import Drawn, NotDrawableError
 from hawq_lightning.sensitivity.draws import design, worth
 from hawq_lightning.sensitivity.forward import Setting
-from hawq_lightning.sensitivity.ggn import Signs, pool_curvature, probe_batch
+from hawq_lightning.sensitivity.ggn import Signs, concave_share, pool_curvature, probe_batch
 from hawq_lightning.sensitivity.guard import SIGNIFICANT
 from hawq_lightning.sensitivity.hutchinson import hessian_batch, hutchinson_batch
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, scale_of_parts, take
@@ -27,6 +27,8 @@ from hawq_lightning.sensitivity.slopes import gaussian, rademacher
 
 PER_ROUND = 2
 _MIN_FREEDOM = 20  # below it a standard error is itself a guess
+_SLIGHT = 0.05  # share of concave curvature up to which it need not be probed every time
+_THIN = 8  # it then counts so often in every eighth probe: one backward pass a probe instead of two
 _SAFETY = 1.15  # stopping at the first small error picks lucky ones
 
 
@@ -70,6 +72,7 @@ class Rounds:
     enough: Callable[[Rows], bool] | None = None
     stopped: str = field(default="", init=False)
     drawn: Drawn | None = field(default=None, init=False)
+    _thin: int = field(default=1, init=False)
     _kind: str = field(default="", init=False)
 
     def row_unit(self) -> dict[str, bool]:
@@ -87,6 +90,7 @@ class Rounds:
         bar = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
         with bar as shown:
             empty = rows.fresh()
+            self._thin = self._thinned(kept, mine, share, max_probes)
             try:
                 self.drawn = self._drawing(kept, images, mine, share, shown)
                 return self._until(kept, images, mine, rows, share, rtol, max_probes, shown, partial)
@@ -113,24 +117,27 @@ class Rounds:
                 if exact:
                     self.stopped = "exact"
                     return final
-                worst, name = _worst(final, rtol)
-                free = min(final.freedom(s.name) for s in self.setting.table)
-                if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
-                    self.stopped = "error"
-                    return final
-                if self.enough is not None and (turn == 4 or turn % 8 == 0) and self.enough(final):
-                    self.stopped = "enough"
-                    return final
-                if work * (turn + 1) > max_probes:
-                    self.stopped = "max_probes"
-                    self.setting.note(
-                        f"Stopped at {work * turn:.3g} probes an image with a standard error of {worst:.1%} at {name}."
-                    )
-                    return final
-                if self.drawn is None or turn % 8 == 0:
-                    task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
+                # in between, the concave part has been counted too often or not yet
+                if each * turn % self._thin == 0:
+                    worst, name = _worst(final, rtol)
+                    free = min(final.freedom(s.name) for s in self.setting.table)
+                    if worst <= rtol / _SAFETY and free >= _MIN_FREEDOM:
+                        self.stopped = "error"
+                        return final
+                    if self.enough is not None and (turn == 4 or turn % 8 == 0) and self.enough(final):
+                        self.stopped = "enough"
+                        return final
+                    if work * (turn + max(1, self._thin // each)) > max_probes:
+                        self.stopped = "max_probes"
+                        self.setting.note(
+                            f"Stopped at {work * turn:.3g} probes an image with a standard error of {worst:.1%} at "
+                            f"{name}."
+                        )
+                        return final
+                    if self.drawn is None or turn % 8 == 0:
+                        task = shown.begin(f"Hessian traces, error {worst:.1%} at {name}", len(mine))
             if self.drawn is not None:
-                self._drawn_round(self.drawn, turn, rows, share)
+                self._drawn_round(self.drawn, turn, rows, share, self._concave(turn))
             else:
                 for done, b in enumerate(mine):
                     if done < first:
@@ -142,12 +149,31 @@ class Rounds:
             turn, first, begun = turn + 1, 0, False
             partial.save(rows, turn, 0)
 
+    def _thinned(self, kept: Sequence[Any], mine: Sequence[int], share: Share, max_probes: int) -> int:
+        """Every how many probes to send back the concave part, by its share in the first batch of every process."""
+        if self.estimator != "ggn" or max_probes < 2 * _THIN:
+            return 1
+        try:
+            concave, whole = concave_share(self.setting, kept[mine[0]]) if len(mine) else (0.0, 0.0)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            concave = whole = 1.0
+        table = torch.tensor([concave, whole], dtype=torch.float64)
+        if share.all_sum is not None:
+            table = share.all_sum(table)
+        return _THIN if 0 < float(table[0]) <= _SLIGHT * float(table[1]) else 1
+
+    def _concave(self, probe: int) -> float:
+        """How often the concave part counts in a probe."""
+        return 0.0 if probe % self._thin else float(self._thin)
+
     @staticmethod
-    def _drawn_round(drawn: Drawn, turn: int, rows: Rows, share: Share) -> None:
+    def _drawn_round(drawn: Drawn, turn: int, rows: Rows, share: Share, concave: float) -> None:
         """A round of drawn images; what one process cannot draw from, all give up together."""
         failed = ""
         try:
-            drawn.round(turn, rows)
+            drawn.round(turn, rows, concave)
         except NotDrawableError as reason:
             failed = str(reason)
         count = torch.tensor([float(bool(failed))], dtype=torch.float64)
@@ -252,7 +278,7 @@ class Rounds:
         self, batch: Any, images: int, size: int, number: int, turn: int
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         if size == images:
-            return self._probe(batch, images, _mix(self.seed, number, turn))
+            return self._probe(batch, images, turn, _mix(self.seed, number, turn))
         unit = self.row_unit()
         found: list[list[dict[str, torch.Tensor]]] = []
         all_sizes: list[dict[str, torch.Tensor]] = []
@@ -261,7 +287,7 @@ class Rounds:
             part = take(batch, images, start, stop, self.images_of)
             if part is None:
                 raise HawqError("Memory ran out, and it is not clear how to take images out of this batch.")
-            values, sizes = self._probe(part, stop - start, _mix(self.seed, number, turn, start))
+            values, sizes = self._probe(part, stop - start, turn, _mix(self.seed, number, turn, start))
             share = (stop - start) / images if self._kind == "mean" else 1.0
             found.append([{n: share * v for n, v in rows.items()} for rows in values])
             all_sizes.append(sizes)
@@ -275,7 +301,7 @@ class Rounds:
         return joined, {n: torch.cat([s[n] for s in all_sizes]) for n in all_sizes[0]}
 
     def _probe(
-        self, batch: Any, images: int, seed: int
+        self, batch: Any, images: int, turn: int, seed: int
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         found: list[dict[str, torch.Tensor]] = []
         setting, per_image = self.setting, self.per_image
@@ -292,6 +318,7 @@ class Rounds:
             probed = probe_batch(
                 setting, batch, images, per_image, Signs([(images, seed)]), PER_ROUND,
                 rotate=self.rotate, exact=self.estimator == "exact",
+                concave=[self._concave(PER_ROUND * turn + k) for k in range(PER_ROUND)],
             )  # fmt: skip
             found, sizes = probed.rows, probed.sizes
         return found, sizes
