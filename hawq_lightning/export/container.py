@@ -23,8 +23,8 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.export.index import TORCH_TYPES, Index
 
 FORMAT = "hawq_lightning.packed"
-VERSIONS = ("1", "2")  # 2 has some of EXTRAS, which a reader of version 1 does not know
-EXTRAS = ("basis", "zeros")
+EXTRAS = {"basis": "2", "zeros": "2", "act_basis": "3"}  # blobs that readers of earlier versions do not know
+VERSIONS = ("1", "2", "3")
 _METADATA = {"format", "version", "index", "sha256", "pad"}
 
 
@@ -86,7 +86,7 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
                 )
             if metadata.get("version") not in VERSIONS:
                 raise HawqError(
-                    f"{path} has version {metadata.get('version')!r}; this release reads {' and '.join(VERSIONS)}."
+                    f"{path} has version {metadata.get('version')!r}; this release reads {', '.join(VERSIONS)}."
                 )
             if set(metadata) != _METADATA or metadata["pad"].strip(" "):
                 raise HawqError(f"The packed file {path} is corrupt: its metadata holds other entries than it should.")
@@ -95,7 +95,9 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
             if "codes" not in names:
                 raise HawqError(f"The packed file {path} is corrupt: it holds no codes.")
             found = {n: (file.get_slice(n).get_dtype(), file.get_slice(n).get_shape()) for n in names}
-            extras = {n: math.prod(found[n][1]) for n in EXTRAS if n in names and metadata["version"] == "2"}
+            extras = {
+                n: math.prod(found[n][1]) for n, since in EXTRAS.items() if n in names and metadata["version"] >= since
+            }
             wanted = {n: (d, [c]) for n, d, c in index.blobs(math.prod(found["codes"][1]), extras)}
             if found != wanted:
                 wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
@@ -109,7 +111,7 @@ def read(path: str | Path) -> tuple[Index, dict[str, torch.Tensor]]:
 
 
 def _version(blobs: Iterable[str]) -> str:
-    return VERSIONS[any(name in EXTRAS for name in blobs)]
+    return max((EXTRAS[name] for name in blobs if name in EXTRAS), default="1")
 
 
 def _metadata(encoded: str, digest: str, pad: str, version: str) -> dict[str, str]:

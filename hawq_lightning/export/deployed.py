@@ -119,6 +119,11 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
             f"Site {books[0]!r} has a codebook, for which ONNX and torch.export have no type; choose a quantizer with "
             "even steps, such as lsq."
         )
+    if learned := [n for n, m in layers.items() if getattr(m.input_quantizer, "learned", False)]:
+        raise HawqError(
+            f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
+            "type; choose a quantizer with even steps, such as lsq."
+        )
     check_armed(layers, plan)
     copied = _copy(model)
     inputs = at_least_two(example_input)

@@ -1,4 +1,4 @@
-"""The blobs of a packed file that only some quantizers need: bases of codebooks, and zero points of weights."""
+"""The blobs of a packed file that only some quantizers need: bases of codebooks and activations, zero points."""
 
 from __future__ import annotations
 
@@ -8,12 +8,28 @@ import torch
 
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export.index import Index
+from hawq_lightning.quantization.lq_activations import MOST_BITS
 
 
-def most_extras(index: Index, codebooks: bool, zero_points: bool) -> dict[str, int]:
+def most_extras(index: Index, codebooks: bool, zero_points: bool, bases: bool) -> dict[str, int]:
     """Elements of the optional blobs at 8 bits."""
     most = {"basis": 8 * sum(w.channels for w in index.weights)} if codebooks else {}
-    return most | ({"zeros": len(index.weights)} if zero_points else {})
+    most |= {"zeros": len(index.weights)} if zero_points else {}
+    return most | ({"act_basis": MOST_BITS * len(index.activations)} if bases and index.activations else {})
+
+
+def read_bases(index: Index, blobs: Mapping[str, torch.Tensor], bad: Callable[[str], HawqError]) -> list[torch.Tensor]:
+    """The basis of every activation site, zeros where its steps are even; none of an earlier version."""
+    if "act_basis" not in blobs:
+        return [torch.zeros(MOST_BITS)] * len(index.activations)
+    basis, bits = blobs["act_basis"], blobs["act_bits"].tolist()
+    if basis.numel() != MOST_BITS * len(bits) or not bool(torch.isfinite(basis).all()):
+        raise bad("the bases do not fit the activations")
+    rows = basis.reshape(-1, MOST_BITS).clone()
+    for read, b, zero, row in zip(index.activations, bits, blobs["act_zeros"].tolist(), rows):
+        if bool(row[b:].any()) or (bool(row.any()) and (b > MOST_BITS or zero != 0)):
+            raise bad(f"{read.name!r} has a basis that its {b} bits do not")
+    return list(rows)
 
 
 def read_extras(

@@ -76,7 +76,8 @@ class Index:
         Args:
             code_bytes: size of the codes.
             extras: float32 elements of the blobs that only some quantizers need: ``basis`` (codebooks, b numbers a
-                channel) and ``zeros`` (affine codes with a zero point, one number a site).
+                channel), ``zeros`` (affine codes with a zero point, one number a site) and ``act_basis`` (activations
+                on a learned basis, 4 numbers a site whatever its bits).
         """
         sites, reads = len(self.weights), len(self.activations)
         sizes = {

@@ -2,7 +2,7 @@
 
 The codes are those that training saw, BatchNorm unfolded, so the reloaded network gives the same logits bit for bit.
 ``file_bytes`` of a plan is ``packed_overhead + sum(ceil(numel * bits / 8) + 4 * channels)``, to the byte; a codebook
-takes ``4 * channels * bits`` more.
+takes ``4 * channels * bits`` more. Activations on a learned basis take 16 bytes a site, whatever their bits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import container
 from hawq_lightning.export.bits import pack, packed_bytes, unpack
-from hawq_lightning.export.extras import most_extras, read_extras
+from hawq_lightning.export.extras import most_extras, read_bases, read_extras
 from hawq_lightning.export.index import TORCH_TYPES, Index
 from hawq_lightning.export.inventory import check_same, index_of, owning, plain, renaming, rest_of
 from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning.quantization.kernels import MIDRISE_ZERO
+from hawq_lightning.quantization.lq_activations import MOST_BITS, ActivationLQ
 from hawq_lightning.quantization.lq_nets import WeightLQ
 from hawq_lightning.quantization.quantizers import Quantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
@@ -41,7 +42,7 @@ class PackedFile:
         codes: weight site -> int32 codes in the weight's shape.
         scales: weight site -> float32 step a channel.
         zeros: weight site -> the code of 0, where that is not 0.
-        bases: weight site -> ``[channels, bits]``, of codebooks.
+        bases: weight site -> ``[channels, bits]``, of codebooks; activation site -> ``[bits]``, where it is learned.
         rest: first state-dict key -> tensor, stored exactly.
         index: names, shapes, types.
     """
@@ -70,8 +71,9 @@ def packed_overhead(
     """
     index = index_of(model, tuple(sites))
     most = sum(w.numel for w in index.weights)
-    weights = quantizer_named(quantizer).weight_quantizer(1)
-    extras = most_extras(index, "codebook" in weights.kinds(8), weights.zero_points)
+    spec = quantizer_named(quantizer)
+    weights, learned = spec.weight_quantizer(1), isinstance(spec.activation_quantizer(), ActivationLQ)
+    extras = most_extras(index, "codebook" in weights.kinds(8), weights.zero_points, learned)
     fixed = (b for b in index.blobs(0, extras) if b[0] not in ("codes", "scales", "basis"))
     return container.header_bound(index, most, extras) + sum(n * TORCH_TYPES[dtype].itemsize for _, dtype, n in fixed)
 
@@ -126,6 +128,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     }
     blobs |= {"basis": torch.cat(bases)} if bases else {}
     blobs |= {"zeros": torch.tensor(zeros)} if offset else {}
+    learned = False
     if index.activations:
         reads = [layers[s.layers[0]].input_quantizer for s in index.activations]
         blobs |= {
@@ -133,11 +136,14 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
             "act_scales": torch.tensor([float(q.scale) for q in reads]),
             "act_zeros": torch.tensor([float(q.zero_point) for q in reads]),
         }
+        if learned := any(isinstance(q, ActivationLQ) for q in reads):
+            rows = [q.basis.detach().cpu() if isinstance(q, ActivationLQ) else torch.zeros(MOST_BITS) for q in reads]
+            blobs |= {"act_basis": torch.cat(rows)}
     groups = {keys: tensor.detach().cpu().contiguous() for keys, tensor in rest_of(model, owning(model, index.weights))}
     for dtype in {t.dtype for t in index.rest}:
         parts = [groups[t.keys].reshape(-1) for t in index.rest if t.dtype == dtype]
         blobs[f"rest_{dtype}"] = torch.cat(parts)
-    most = most_extras(index, bool(bases), offset)
+    most = most_extras(index, bool(bases), offset, learned)
     return container.write(path, index, blobs, sum(w.numel for w in index.weights), most)
 
 
@@ -170,10 +176,11 @@ def read_packed(path: str | Path) -> PackedFile:
         scales[site.name] = blobs["scales"][channel : channel + site.channels].clone()
         at, channel = at + size, channel + site.channels
         sites.append(PlanSite(site.name, "weight", site.layers, site.shape, site.numel, b, KINDS[kind]))
-    for i, read in enumerate(index.activations):
+    for i, (read, basis) in enumerate(zip(index.activations, read_bases(index, blobs, bad))):
         b, scale, zero = (blobs[f"act_{name}"][i].item() for name in ("bits", "scales", "zeros"))
         if b not in ACTIVATION_BITS or not 0 < scale < float("inf") or zero not in range(1 << int(b)):
             raise bad(f"{read.name!r} has {b} bits, scale {scale}, zero point {zero}")
+        bases |= {read.name: basis[: int(b)]} if bool(basis.any()) else {}
         sites.append(
             PlanSite(read.name, "activation", read.layers, read.shape, read.extra, int(b), "affine", scale, int(zero))
         )
@@ -212,7 +219,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
                 module.disarm()
-        books = {rename(n) for s in file.plan.weights if s.name in file.bases for n in s.layers}
+        books = {rename(n) for s in file.plan.sites if s.name in file.bases for n in s.layers}
         for site in file.plan.sites:
             for name in site.layers:
                 # the codes as they are: nothing of what learned them is left
@@ -220,6 +227,8 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
                 layer = make_twin(modules[rename(name)], "lq_nets" if book else "uniform")
                 if site.kind == "activation":
                     layer.input_quantizer.arm(site.bits, site.scale or 1.0, site.zero_point or 0)
+                    if isinstance(layer.input_quantizer, ActivationLQ):
+                        layer.input_quantizer.arm_basis(file.bases.get(site.name, torch.zeros(1)))
                     continue
                 zero = MIDRISE_ZERO if site.code == "midrise" else file.zeros.get(site.name, 0.0)
                 if isinstance(layer.weight_quantizer, WeightLQ):

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning.errors import HawqError
+from hawq_lightning.quantization.basis import members, spanned, step_to_least_squares
 from hawq_lightning.quantization.learned import passed_through
+from hawq_lightning.quantization.lq_activations import ActivationLQ
 from hawq_lightning.quantization.quantizers import WeightQuantizer
 from hawq_lightning.quantization.ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization.registry import register
 
 _AVERAGE = 0.1  # weight of the new basis: the paper's moving average keeps 0.9
 _SWEEPS = 20
-_RIDGE = 1e-9
 
 
-@register("lq_nets")
+@register("lq_nets", activation=ActivationLQ)
 class WeightLQ(WeightQuantizer):
     """Levels ``sum_k e_k v_k`` with signs ``e`` in {-1, 1} and a basis ``v`` of b numbers a channel (eq. 3).
 
     The basis is fitted by the paper's quantization error minimisation (algorithm 1): the nearest level for every
     weight, then the basis of least squared error for these codes. It goes on in training, as a moving average, one
-    round a step. Bit k of a code is the sign of ``v_k``. Activations keep even steps.
+    round a step. Bit k of a code is the sign of ``v_k``.
 
     Args:
         channels: length of the channel axis.
@@ -63,11 +64,7 @@ class WeightLQ(WeightQuantizer):
 
     def levels(self) -> torch.Tensor:
         """Level of every code, ``[channels, 2^b]``; always summed in the same order."""
-        signs = self._signs()
-        total = self.basis[:, :1] * signs[0]
-        for k in range(1, self.bits):
-            total = total + self.basis[:, k : k + 1] * signs[k]
-        return total
+        return spanned(self.basis, self._signs())
 
     @torch.no_grad()
     def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
@@ -112,8 +109,7 @@ class WeightLQ(WeightQuantizer):
         return self._shaped(self.levels().gather(1, rows), codes)
 
     def _signs(self) -> torch.Tensor:
-        numbers = torch.arange(1 << self.bits, device=self.basis.device)
-        return torch.stack([((numbers >> k) & 1) * 2.0 - 1.0 for k in range(self.bits)])
+        return members(self.bits, -1.0, self.basis.device)
 
     def _rows(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().transpose(0, self.axis).reshape(weight.shape[self.axis], -1).float().contiguous()
@@ -141,13 +137,7 @@ class WeightLQ(WeightQuantizer):
         peak = rows.abs().amax(1, keepdim=True).clamp_min(TINY).double()
         nearest = self._nearest(rows)
         residual = rows / peak - self.levels().gather(1, nearest) / peak
-        table = torch.zeros(len(rows), 1 << self.bits, dtype=torch.float64, device=rows.device)
-        counts = table.scatter_add(1, nearest, torch.ones_like(residual))
-        sums = table.scatter_add(1, nearest, residual)
-        signs = self._signs().double()
-        gram = torch.einsum("kn,cn,ln->ckl", signs, counts, signs) / max(1, rows.shape[1])
-        gram = gram + _RIDGE * torch.eye(self.bits, dtype=torch.float64, device=rows.device)
-        change = torch.linalg.solve(gram, (sums @ signs.T / max(1, rows.shape[1]))[..., None])[..., 0]
+        change = step_to_least_squares(residual, nearest, self._signs())
         moved = self.basis.clone()
         moved[:, : self.bits] += (share * change * peak).float()
         return moved
