@@ -6,8 +6,10 @@
 Random weights, random images of the usual size, one batch. A *training step* is forward and backward in training mode
 with all gradients, without the optimizer. A *probe* is one pass of :func:`hawq_lightning.measure`'s loop: a forward
 pass with the hooks in place, the factor of the loss's Hessian, and one backward pass that yields every weight's and
-every activation's squared norm for every image. Both run in processes of their own, in turns (step, probe, step, ...);
-the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports hold.
+every activation's squared norm for every image. Where the loss is slightly concave in places (focal), every eighth
+probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
+probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
+hold.
 
 Results: benchmarks/results/trace_cost.{json,md}.
 """
@@ -82,14 +84,16 @@ def work(name: str, what: str, threads: int) -> None:
     count = SETTINGS[name][0]
     before = resident()
     if what == "step":
+        thin = 1
 
-        def run() -> None:
+        def run(concave: float) -> None:
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
     else:
         from hawq_lightning.sensitivity.forward import Setting
         from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
         from hawq_lightning.sensitivity.quiet import quiet, release_memory
+        from hawq_lightning.sensitivity.rounds import Rounds, Share
         from hawq_lightning.sites import find_sites, quantizable_layers
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -98,18 +102,20 @@ def work(name: str, what: str, threads: int) -> None:
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
             setting = Setting(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
             per_image = independent_images(setting, batch, count)
+            thin = Rounds(setting, "ggn", per_image, lambda b: count).thinned([batch], [0], Share(), 1000)
             release_memory()  # as the loop does after every batch
         turn = [0]
 
-        def run() -> None:
+        def run(concave: float) -> None:
             turn[0] += 1
             with quiet(net, 0):
-                probe_batch(setting, batch, count, per_image, Signs([(count, turn[0])]), 1)
+                probe_batch(setting, batch, count, per_image, Signs([(count, turn[0])]), 1, concave=[concave])
             release_memory()
 
-    for _ in sys.stdin:
+    print(thin, flush=True)
+    for line in sys.stdin:
         began = time.perf_counter()
-        run()
+        run(float(line))
         print(
             time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, flush=True
         )
@@ -125,28 +131,37 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
         )
         for what in ("step", "probe")
     }
-    seconds: dict[str, list[float]] = {"step": [], "probe": []}
-    memory = dict.fromkeys(seconds, 0.0)
+    thin = {what: int(_answer(process)) for what, process in processes.items()}["probe"]
+    kinds = {"step": ("step", 1.0), "probe": ("probe", 1.0 if thin == 1 else 0.0)}
+    if thin > 1:
+        kinds["probe with the concave part"] = ("probe", float(thin))
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    memory = {"step": 0.0, "probe": 0.0}
     for turn in range(repeat + 1):
-        for what, process in processes.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            took, peak = map(float, process.stdout.readline().split())
+        for kind, (what, concave) in kinds.items():
+            took, peak = map(float, _answer(processes[what], f"{concave}\n").split())
             memory[what] = peak
             if turn:  # the first warms up
-                seconds[what].append(took)
+                seconds[kind].append(took)
     for process in processes.values():
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
     count = SETTINGS[name][0]
-    median = {k: statistics.median(v) / count for k, v in seconds.items()}
-    ratios = [p / s for p, s in zip(seconds["probe"], seconds["step"])]
+    middle = {kind: statistics.median(v) / count for kind, v in seconds.items()}
+    probe = (middle["probe"] * (thin - 1) + middle.get("probe with the concave part", middle["probe"])) / thin
     return {
-        "batch": SETTINGS[name], "seconds_an_image": median, "all_seconds": seconds, "memory_mib": memory,
-        "time_ratio": statistics.median(ratios), "memory_ratio": memory["probe"] / memory["step"],
+        "batch": SETTINGS[name], "seconds_an_image": {"step": middle["step"], "probe": probe}, "every": thin,
+        "all_seconds": seconds, "memory_mib": memory,
+        "time_ratio": probe / middle["step"], "memory_ratio": memory["probe"] / memory["step"],
     }  # fmt: skip
+
+
+def _answer(process: subprocess.Popen[str], line: str = "") -> str:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(line)
+    process.stdin.flush()
+    return process.stdout.readline()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -186,7 +201,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(*args.worker, args.threads)
+        name, what = args.worker
+        work(name, what, args.threads)
         return
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity.norms import inner_products
+from hawq_lightning.sensitivity.norms import inner_products, row_dots
 from hawq_lightning.sensitivity.patches import Use
 from hawq_lightning.sensitivity.reads import Reads
 from hawq_lightning.site_table import SiteTable
@@ -183,12 +183,7 @@ class Network:
                 a, b = c.grads[0], c.grads[1] if two else c.grads[0]
                 if a is None or b is None:
                     continue
-                product = a * b
-                part = (
-                    product.flatten(1).sum(1, dtype=torch.float64)
-                    if per_image
-                    else product.sum(dtype=torch.float64)[None]
-                )
+                part = row_dots(a, b) if per_image else row_dots(a[None], b[None])
                 value = part if value is None else value + part
         for c in calls:
             c.grads[:] = [None, None]

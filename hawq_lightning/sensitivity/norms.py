@@ -37,9 +37,15 @@ def inner_products(uses: Sequence[Use], per_image: bool) -> torch.Tensor:
         sides = [positions(use, per_image) for use in uses]
         u, d, e = (torch.cat(x, -1) if len(x) > 1 else x[0] for x in zip(*sides))
         if ghost:
-            return (torch.matmul(u.mT, u) * torch.matmul(d.mT, e)).sum((1, 2, 3), dtype=torch.float64)
+            return row_dots(torch.matmul(u.mT, u), torch.matmul(d.mT, e))
         pairs = _products(u, d, None if all(use.other is None for use in uses) else e)
-    return torch.cat([(g * h).flatten(1).sum(1, dtype=torch.float64) for g, h in pairs])
+    return torch.cat([row_dots(g, h) for g, h in pairs])
+
+
+def row_dots(g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """``<g_n, h_n>`` over the first axis, float64; summed in pairs in the tensors' precision, at least float32."""
+    g, h = (x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (g, h))
+    return torch.linalg.vecdot(g, h).double()
 
 
 def _how(uses: Sequence[Use], per_image: bool) -> tuple[bool, bool]:

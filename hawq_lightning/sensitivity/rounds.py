@@ -90,7 +90,7 @@ class Rounds:
         bar = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
         with bar as shown:
             empty = rows.fresh()
-            self._thin = self._thinned(kept, mine, share, max_probes)
+            self._thin = self.thinned(kept, mine, share, max_probes)
             try:
                 self.drawn = self._drawing(kept, images, mine, share, shown)
                 return self._until(kept, images, mine, rows, share, rtol, max_probes, shown, partial)
@@ -149,7 +149,7 @@ class Rounds:
             turn, first, begun = turn + 1, 0, False
             partial.save(rows, turn, 0)
 
-    def _thinned(self, kept: Sequence[Any], mine: Sequence[int], share: Share, max_probes: int) -> int:
+    def thinned(self, kept: Sequence[Any], mine: Sequence[int], share: Share, max_probes: int) -> int:
         """Every how many probes to send back the concave part, by its share in the first batch of every process."""
         if self.estimator != "ggn" or max_probes < 2 * _THIN:
             return 1
