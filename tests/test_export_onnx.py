@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,56 @@ def test_two_bits_alone_need_the_newest_opset(tmp_path):
     plan = planned(net, x, "affine", lambda i: 4)
     to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx")
     assert onnx.load(str(tmp_path / "a.onnx")).opset_import[0].version == 21
+
+
+class Moving(nn.Module):
+    """Layers without bias whose values are only moved before they are quantized again; the last has one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(4, 4, 3, padding=1, bias=False, groups=1 + 3 * (i == 3)) for i in range(6)
+        )
+        self.mix = nn.Linear(6, 6, bias=False)
+        self.one = nn.Conv2d(4, 1, 3, padding=1, bias=False)
+        self.out = nn.Linear(18, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, c, d, e, f = self.layers
+        x = F.max_pool2d(F.relu(a(x)), 2)
+        x = c(b(x).transpose(2, 3))
+        x = d(x.reshape(len(x), 4, 9, -1))[:, :, 1:7]
+        x = F.dropout(e(x), training=self.training)
+        x = f(x[..., :3].unsqueeze(0).squeeze(0))
+        x = self.mix(x.transpose(2, 3))
+        return self.out(self.one(x).flatten(1))
+
+
+def test_two_bits_run_whatever_moves_their_outputs_to_the_next_grid(tmp_path):
+    torch.manual_seed(0)
+    net, x = Moving().eval(), torch.randn(3, 4, 12, 12)
+    plan = planned(net, x, "affine", lambda i: 2)
+    # after a ReLU: a grid from 0 lets onnxruntime drop the ReLU
+    chosen = [replace(s, zero_point=0) if s.name == "layers.1.input" else s for s in plan.sites]
+    plan = plan.replace(sites=tuple(chosen))
+    quantize(net, plan)
+    to_onnx(net, plan, x, tmp_path / "a.onnx")
+    found = compare(net, tmp_path / "a.onnx", [x])
+    assert found.difference < 1e-4 and sum(found.flipped.values()) == 0 and len(found.codes) == 9
+    stored = initializers(tmp_path / "a.onnx")
+    kinds = {s.layers[0]: stored[f"{s.layers[0]}.weight_quantizer.codes"].data_type for s in plan.weights}
+    wide = onnx.TensorProto.INT4  # a single zero is no obstacle to onnxruntime
+    assert kinds == {n: wide if n == "one" else onnx.TensorProto.INT2 for n in kinds}
+
+
+def test_weights_alone_are_compared_too(tmp_path):
+    net, x = Moving().eval(), torch.randn(3, 4, 12, 12)
+    plan = planned(net, x, "affine", lambda i: 2)
+    plan = plan.replace(sites=plan.weights)
+    quantize(net, plan)
+    to_onnx(net, plan, x, tmp_path / "a.onnx")
+    found = compare(net, tmp_path / "a.onnx", [x])
+    assert found.difference < 1e-4 and not found.codes and found.images == 3
 
 
 @pytest.mark.parametrize("fold", [True, False])

@@ -194,7 +194,7 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]]]:
     del proto.graph.output[:]
     for tensor in reads:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
-    return session(proto.SerializeToString()), reads
+    return session(proto.SerializeToString()) if reads else None, reads
 
 
 class _Seen:

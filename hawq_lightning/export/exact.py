@@ -7,7 +7,6 @@ added by a node of its own stays float.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -21,10 +20,11 @@ _BIAS = 2  # the bias is their third input
 
 
 def split_bias(proto: Any, layers: Container[str]) -> int:
-    """Move biases into an Add behind their layer, in place.
+    """Move biases into an Add behind their layer, in place; a layer without a bias gets an Add of zeros.
 
-    A layer without a bias gets an Add of zeros where a QuantizeLinear follows, since onnxruntime would make a
-    QLinearConv of it, which does not exist for INT2.
+    The zeros keep onnxruntime from making a QLinearConv of the layer, which rounds and, for INT2, does not exist. It
+    finds the QuantizeLinear through whatever only moves values: pooling of maxima, reshaping, a ReLU that the grid
+    clips anyway. So every layer gets its Add, whatever follows.
 
     Args:
         proto: an ONNX model.
@@ -36,10 +36,6 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
     onnx = require("onnx")
     stored = {t.name: t for t in proto.graph.initializer}
     made = {out: node for node in proto.graph.node for out in node.output}
-    readers: dict[str, list[Any]] = defaultdict(list)
-    for node in proto.graph.node:
-        for name in node.input:
-            readers[name].append(node)
     nodes, added = [], {}
     for node in proto.graph.node:
         nodes.append(node)
@@ -50,7 +46,7 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
         shape = [1, -1] + [1] * (len(dims) - 2)
         if len(node.input) > _BIAS and node.input[_BIAS] in stored:
             bias = onnx.numpy_helper.to_array(stored[node.input[_BIAS]]).reshape(shape)
-        elif len(node.input) <= _BIAS and _quantized(node.output[0], readers):
+        elif len(node.input) <= _BIAS:
             groups = next((a.i for a in node.attribute if a.name == "group"), 1)
             count = dims[1] * groups if node.op_type == "ConvTranspose" else dims[0]
             bias = np.zeros(count, np.float32).reshape(shape)
@@ -74,11 +70,3 @@ def _codes(node: Any, made: Mapping[str, Any]) -> str:
     if weight is not None and weight.op_type == "Add":
         weight = made.get(weight.input[0])
     return weight.input[0] if weight is not None and weight.op_type == "DequantizeLinear" else ""
-
-
-def _quantized(tensor: str, readers: Mapping[str, list[Any]]) -> bool:
-    """Whether it, or its rectified self, is quantized next."""
-    return any(
-        node.op_type == "QuantizeLinear" or (node.op_type in ("Relu", "Clip") and _quantized(node.output[0], readers))
-        for node in readers[tensor]
-    )

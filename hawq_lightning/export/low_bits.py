@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ _IR = {21: 10, 25: 13}
 def narrow(proto: Any) -> dict[str, str]:
     """Store every weight behind a DequantizeLinear in INT2, INT4, INT8 or INT16, in place.
 
+    Two bits of a layer with a single channel become INT4: nothing stops onnxruntime 1.32 from making a QLinearConv of
+    it, for an Add of one zero is removed before (see :mod:`hawq_lightning.export.exact`), and that has no INT2.
+
     Args:
         proto: an ONNX model of opset 21 or later.
 
@@ -30,6 +34,7 @@ def narrow(proto: Any) -> dict[str, str]:
     """
     onnx = require("onnx")
     types = {}
+    single = _single_channels(proto)
     for name in [t.name for t in weights(proto)]:
         tensor = next(t for t in proto.graph.initializer if t.name == name)
         values = onnx.numpy_helper.to_array(tensor).astype(np.int16)
@@ -38,6 +43,8 @@ def narrow(proto: Any) -> dict[str, str]:
             _add_half(proto, name)
             tensor = next(t for t in proto.graph.initializer if t.name == name)
         bits = next(b for b in _WIDTHS if b == _WIDTHS[-1] or _fits(values, b))
+        if bits == 2 and name in single:
+            bits = 4
         types[tensor.name] = f"INT{bits}"
         kind = getattr(onnx.TensorProto, f"INT{bits}", None)
         if kind is None:
@@ -59,6 +66,12 @@ def weights(proto: Any) -> Iterator[Any]:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored and node.input[0] not in seen:
             seen.add(node.input[0])
             yield stored[node.input[0]]
+
+
+def _single_channels(proto: Any) -> set[str]:
+    """Codes with one scale."""
+    sizes = {t.name: math.prod(t.dims) for t in proto.graph.initializer}
+    return {n.input[0] for n in proto.graph.node if n.op_type == "DequantizeLinear" and sizes.get(n.input[1]) == 1}
 
 
 def _fits(values: np.ndarray, bits: int) -> bool:
