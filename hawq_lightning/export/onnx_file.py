@@ -1,9 +1,9 @@
 """ONNX with real low-bit weights.
 
 Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear: the narrowest type that holds a
-layer's codes (INT16 for midrise codes of 8 bits; INT4 for two bits of a layer with one channel). Activations pass QuantizeLinear, a Clip where their grid is narrower
-than UINT8, and DequantizeLinear. Only standard operators are used. INT2 needs opset 25 (onnx 1.20, onnxruntime with
-two-bit kernels, such as 1.32), everything else opset 21.
+layer's codes (INT16 for midrise codes of 8 bits; INT4 for two bits of a layer with one channel). Activations pass
+QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear. Only standard operators are used.
+INT2 needs opset 25 (onnx 1.20, onnxruntime with two-bit kernels, such as 1.32), everything else opset 21.
 """
 
 from __future__ import annotations
