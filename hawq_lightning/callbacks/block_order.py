@@ -14,7 +14,7 @@ from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization import armed_bits
 from hawq_lightning.quantization.install import quantized_layers, quantizers
-from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.quantizer import Quantizer
 
 ORDERS = ("omega", "omega_ascending")
 

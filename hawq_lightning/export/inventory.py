@@ -11,7 +11,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export.index import DTYPES, Index, IndexedSite, IndexedTensor
 from hawq_lightning.plan import PlanSite
-from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.quantizer import Quantizer
 from hawq_lightning.site_table import Site
 from hawq_lightning.sites import QUANTIZABLE, channel_axis, layer_type
 

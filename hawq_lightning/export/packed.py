@@ -24,7 +24,7 @@ from hawq_lightning.plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning.quantization.kernels import MIDRISE_ZERO
 from hawq_lightning.quantization.lq_activations import MOST_BITS, ActivationLQ
 from hawq_lightning.quantization.lq_nets import WeightLQ
-from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.quantizer import Quantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_twin
 from hawq_lightning.site_table import Site

@@ -20,7 +20,8 @@ from hawq_lightning.quantization.install import (
 from hawq_lightning.quantization.loss_check import loss_check
 from hawq_lightning.quantization.perturbation import options, weight_options
 from hawq_lightning.quantization.plan_loss import plan_loss
-from hawq_lightning.quantization.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, check_bits
+from hawq_lightning.quantization.quantizer import Quantizer
+from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization.registry import (
     QuantizerSpec,
     import_quantizers,
@@ -29,6 +30,7 @@ from hawq_lightning.quantization.registry import (
     register,
 )
 from hawq_lightning.quantization.twins import QuantizedLayer
+from hawq_lightning.quantization.widths import check_bits
 
 __all__ = [
     "ActivationQuantizer",

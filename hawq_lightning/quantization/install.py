@@ -12,7 +12,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.fold import norms_to_fold
-from hawq_lightning.quantization.quantizers import Quantizer
+from hawq_lightning.quantization.quantizer import Quantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
 from hawq_lightning.site_table import Site

@@ -10,7 +10,8 @@ from torch import nn
 from hawq_lightning.quantization.kernels import along
 from hawq_lightning.quantization.lean import repeatable
 from hawq_lightning.quantization.learned import learned_step
-from hawq_lightning.quantization.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from hawq_lightning.quantization.quantizer import Quantizer
+from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization.ranges import TINY
 from hawq_lightning.quantization.registry import register
 

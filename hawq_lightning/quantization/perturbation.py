@@ -14,8 +14,8 @@ from hawq_lightning.plan import Option
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.fold import norms_to_fold
 from hawq_lightning.quantization.kernels import fake_quantize_tensor
-from hawq_lightning.quantization.quantizers import check_bits
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
+from hawq_lightning.quantization.widths import check_bits
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.reads import Reads
