@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from . import ddp_script
 from .trainers import assert_mixed_elsewhere, plan_bits
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder, strategy, devices):
+def run(folder, strategy, devices, *quantizer):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ddp_script", str(folder), strategy, str(devices)],
+        [sys.executable, "-m", "tests.ddp_script", str(folder), strategy, str(devices), *quantizer],
         cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -55,6 +56,20 @@ def test_two_processes(tmp_path, alone, strategy):
         if not any(r in key for r in running):
             assert torch.equal(value, second["state"][key]), key
     assert not torch.equal(first["state"]["net.0.weight"], alone["state"]["net.0.weight"])  # they did train apart
+
+
+def test_learned_steps_of_two_processes_are_those_of_one(tmp_path):
+    first, second = run(tmp_path, "ddp", 2, "lsq")
+    (tmp_path / "alone").mkdir()
+    ddp_script.learn(tmp_path / "alone", "auto", 1, "lsq", tmp_path / "plan.json")
+    alone = torch.load(tmp_path / "alone" / "rank0.pt", weights_only=True)
+    assert plan_bits(first["plan"]) == plan_bits(second["plan"]) == plan_bits(alone["plan"])
+    start = {f"{s['layers'][0]}.input_quantizer.step": s["scale"] for s in first["plan"]["sites"] if "scale" in s}
+    assert len(start) == 3 and all(first["state"][k].item() != pytest.approx(v, rel=1e-4) for k, v in start.items())
+    assert sum(k.endswith("quantizer.step") for k in first["state"]) == 6
+    for key, value in alone["state"].items():
+        assert torch.equal(first["state"][key], second["state"][key]), key
+        assert torch.allclose(first["state"][key], value, rtol=1e-5, atol=1e-5), key
 
 
 @pytest.mark.feature("Processes", "DDP, 4 processes", "works; likewise")
