@@ -199,6 +199,7 @@ class OutputHessian:
     def let_go(self) -> None:
         """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
         self.gradient = [g.detach() for g in self.gradient]
+        self._tidy()
 
     def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""

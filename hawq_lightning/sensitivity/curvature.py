@@ -133,7 +133,8 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
 
 
 def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=generator, dtype=wide).to(like)
 
 
 def without_curvature(hessian: OutputHessian, generator: torch.Generator) -> list[int]:

@@ -59,7 +59,7 @@ class Signs:
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1)
+    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.float32).mul_(2).sub_(1)
 
 
 def columns(values: Sequence[torch.Tensor], images: int, by_image: bool) -> Iterable[list[torch.Tensor]]:
