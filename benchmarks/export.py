@@ -4,8 +4,10 @@
 
 Weights are random, which changes no size; widths 2, 3, 4, 5, 6 and 8 take turns over the layers, activations have 8
 bits over the range seen. The packed file is loaded into another network of the same kind, whose outputs and state must
-be equal bit for bit. It may take 1.01 x (codes + scales + rest) + 16 KiB; the script fails otherwise. The ONNX file
-runs on random images of reduced size in onnxruntime.
+be equal bit for bit. It may take 1.01 x (codes + scales + rest) + 16 KiB; the script fails otherwise, or where the
+reload is not exact. The ONNX file passes onnx's checker and runs on random images of reduced size in onnxruntime.
+Random weights of two bits make chaos of 50 layers: a code that flips by rounding flips many more below it. How well
+trained networks agree is measured on real images (docs/results.md).
 """
 
 from __future__ import annotations
@@ -94,12 +96,16 @@ def measured(name: str, images: int, folder: Path) -> list[str]:
     load_packed(folder / "model.safetensors", again)
     with torch.no_grad():
         outputs = [torch.utils._pytree.tree_leaves(n(x)) for n in (net, again)]
-    exact = all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    if not all(torch.equal(a, b) for a, b in zip(*outputs, strict=True)):
+        raise HawqError(f"{name}: the reloaded network gives other outputs.")
     deployed = to_onnx(net, plan, x[:2], folder / "model.onnx")
     onnx = (folder / "model.onnx").stat().st_size
     found = compare(net, folder / "model.onnx", [x])
     flipped = sum(found.flipped.values()) / max(1, sum(found.codes.values()))
-    moved = ", ".join(f"{k} {mean:.1e}" for k, (_, mean) in found.outputs.items())
+    # random weights amplify every flip, so the outputs' own spread is the measure
+    moved = ", ".join(
+        f"{k} {mean / float(y.std()):.1%}" for (k, (_, mean)), y in zip(found.outputs.items(), outputs[0])
+    )
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return [
         name,
@@ -108,7 +114,7 @@ def measured(name: str, images: int, folder: Path) -> list[str]:
         f"{codes / 2**20:.3f}",
         f"{packed / 2**20:.3f}",
         f"{packed / (codes + scales + rest):.4f}",
-        "yes" if exact else "NO",
+        "yes",
         f"{onnx / 2**20:.3f}",
         f"{len(deployed.folding.folded)} of {len(deployed.folding.folded) + len(deployed.folding.kept)}",
         f"{flipped:.3%}",
@@ -123,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table there as well")
     args = parser.parse_args()
     heads = ["model", "weights", "float, MiB", "codes, MiB", "packed, MiB", "packed / content", "reload bit-exact",
-             "ONNX, MiB", "BatchNorms folded", "codes flipped", "mean difference of outputs"]  # fmt: skip
+             "ONNX, MiB", "BatchNorms folded", "codes flipped", "mean difference / spread of outputs"]  # fmt: skip
     rows = []
     for name in args.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -133,9 +139,13 @@ def main() -> None:
         [
             "# What the exported files take",
             "",
-            f"Made by `benchmarks/export.py`, torch {torch.__version__}.",
+            f"Made by `benchmarks/export.py --images {args.images}`, torch {torch.__version__}. Every file stayed below "
+            "1.01 x content + 16 KiB, content being codes, scales and whatever is not quantized.",
             "",
             *lines,
+            "",
+            "Weights are random: a code that flips by rounding flips more from layer to layer, which says little about a "
+            "trained network.",
         ]
     )
     print(text)
