@@ -139,13 +139,13 @@ def main() -> None:
         [
             "# What the exported files take",
             "",
-            f"Made by `benchmarks/export.py --images {args.images}`, torch {torch.__version__}. Every file stayed below "
-            "1.01 x content + 16 KiB, content being codes, scales and whatever is not quantized.",
+            f"Made by `benchmarks/export.py --images {args.images}`, torch {torch.__version__}. Every file stayed "
+            "below 1.01 x content + 16 KiB, content being codes, scales and whatever is not quantized.",
             "",
             *lines,
             "",
-            "Weights are random: a code that flips by rounding flips more from layer to layer, which says little about a "
-            "trained network.",
+            "Weights are random: a code that flips by rounding flips more from layer to layer, which says little about "
+            "a trained network.",
         ]
     )
     print(text)
