@@ -104,12 +104,17 @@ def work(name: str, what: str, threads: int) -> None:
             per_image = independent_images(setting, batch, count)
             thin = Rounds(setting, "ggn", per_image, lambda b: count).thinned([batch], [0], Share(), 1000)
             release_memory()  # as the loop does after every batch
-        turn = [0]
+        turn, known = 0, False
 
         def run(concave: float) -> None:
-            turn[0] += 1
+            nonlocal turn, known
+            turn += 1
+            signs = Signs([(count, turn)])
             with quiet(net, 0):
-                probe_batch(setting, batch, count, per_image, Signs([(count, turn[0])]), 1, concave=[concave])
+                probed = probe_batch(
+                    setting, batch, count, per_image, signs, 1, concave=[concave], elementwise=known
+                )  # fmt: skip
+            known = probed.elementwise
             release_memory()
 
     print(thin, flush=True)

@@ -47,6 +47,7 @@ class HAWQ(Callback):
         max_probes: random vectors a batch at the most.
         draw: images that a round of probes sends back: ``auto``, ``all`` or ``curvature``.
         stop: ``error``, or ``plan``: also as soon as the plan no longer changes; see :class:`MeasureTraces`.
+        precision: of the passes that measure: ``float32``, or ``bf16`` where a probe agrees with float32 within 5%.
         start: epochs of float training before measuring; 0: at once.
         plan: install this plan (or file) and measure nothing.
         sensitivity: choose from these traces (or file) and measure nothing.
@@ -100,6 +101,7 @@ class HAWQ(Callback):
         max_probes: int = 64,
         draw: str = "auto",
         stop: str = "error",
+        precision: str = "float32",
         start: int = 0,
         plan: Plan | str | Path | None = None,
         sensitivity: Sensitivity | str | Path | None = None,
@@ -133,9 +135,9 @@ class HAWQ(Callback):
         self.measurer = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
             latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
-            draw=draw, stop=stop, sensitivity=sensitivity, include=include, exclude=exclude, loss_fn=loss_fn,
-            input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer, check_loss=check_loss, seed=seed,
-            selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
+            draw=draw, stop=stop, precision=precision, sensitivity=sensitivity, include=include, exclude=exclude,
+            loss_fn=loss_fn, input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer,
+            check_loss=check_loss, seed=seed, selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
         )  # fmt: skip
         self.distillation = Distillation(distill, distill_temperature) if distill else None
         self.companions: list[Callback] = [self.distillation] if self.distillation else []

@@ -40,7 +40,7 @@ from hawq_lightning.quantization import (
     quantizer_named,
 )
 from hawq_lightning.selection import Frontier, LatencyTable, PlanSettled, Problem, select, with_stability
-from hawq_lightning.sensitivity import DRAWS, ESTIMATORS, L1, Sensitivity, measure, top_eigenvalues
+from hawq_lightning.sensitivity import DRAWS, ESTIMATORS, L1, PRECISIONS, Sensitivity, measure, top_eigenvalues
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
 from hawq_lightning.site_table import SiteTable
@@ -70,6 +70,7 @@ class MeasureTraces(Callback):
         draw: images that a round sends back: ``auto``, ``all``, or ``curvature``: see :func:`hawq_lightning.measure`.
         stop: ``error``, when ``rtol`` is reached; ``plan``, also before, as soon as 95% of bootstraps over the images
             agree that the plan is within 1% of their best: see :class:`hawq_lightning.selection.PlanSettled`.
+        precision: of the passes that measure: ``float32``, or ``bf16`` where a probe agrees with float32 within 5%.
         sensitivity: an earlier measurement, or its file, instead of a new one.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``.
         exclude: likewise; the module's own ``quantization_exclude`` is added.
@@ -108,6 +109,7 @@ class MeasureTraces(Callback):
         max_probes: int = 64,
         draw: str = "auto",
         stop: str = "error",
+        precision: str = "float32",
         sensitivity: Sensitivity | str | Path | None = None,
         include: Patterns = None,
         exclude: Patterns = None,
@@ -145,7 +147,11 @@ class MeasureTraces(Callback):
             raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
         if stop == "plan" and selector not in ("pareto", "monotone"):
             raise HawqError(f"stop='plan' selects again and again, by pareto or monotone; not by {selector!r}.")
-        self.max_probes, self.draw, self.stop = max_probes, draw, stop
+        if precision not in PRECISIONS:
+            raise HawqError(
+                f"Unknown precision {precision!r}; use 'float32' or 'bf16'.{nearest(str(precision), PRECISIONS)}"
+            )
+        self.max_probes, self.draw, self.stop, self.precision = max_probes, draw, stop, precision
         self.selection_seed = seed if selection_seed is None else selection_seed
         self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
@@ -210,6 +216,7 @@ class MeasureTraces(Callback):
                 self.sensitivity = self.given or measure(
                     pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
                     max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
+                    precision=self.precision,
                     share=share_of(trainer), reuse=traces.find, resume=traces.partial,
                     enough=settled if self.stop == "plan" else None,
                 )  # fmt: skip

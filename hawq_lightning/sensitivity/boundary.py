@@ -19,6 +19,11 @@ Key = tuple[Any, int]
 _LARGE = 1 << 20  # output elements
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: factors of bfloat16 outputs need more digits than the outputs have."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Cut(torch.autograd.Function):
     """Identity whose gradient can be blocked: where the loss reads an inner feature as well as what follows it."""
 
@@ -150,7 +155,7 @@ def read_by(loss: torch.Tensor, outputs: Outputs) -> list[torch.Tensor]:
 
 
 class OutputHessian:
-    """The Hessian of the loss with respect to the boundary, as an operator on lists of tensors.
+    """The Hessian of the loss with respect to the boundary, as an operator on lists of tensors of at least float32.
 
     Args:
         loss: scalar.
@@ -161,10 +166,13 @@ class OutputHessian:
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
-        self.values = [v for i in boundary if (v := outputs.values[i]) is not None]
+        kept = [v for i in boundary if (v := outputs.values[i]) is not None]
+        self._dtypes = [v.dtype for v in kept]
+        self.values = [wide(v) for v in kept]
         self.names = [outputs.names[i] for i in boundary]
         outputs.values.clear()
         outputs.recording = False
+        self.rounding = max((torch.finfo(d).eps for d in self._dtypes), default=0.0)
         self._large = sum(v.numel() for v in self.values) > _LARGE
         self._tidy()
         outputs.blocked["on"] = True
@@ -172,8 +180,9 @@ class OutputHessian:
             found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
         finally:
             outputs.blocked["on"] = False
-        self.gradient = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, self.values)]
-        self.linear = not any(g.requires_grad for g in self.gradient)
+        self._slopes = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, kept)]
+        self.gradient = [wide(g.detach()) for g in self._slopes]
+        self.linear = not any(g.requires_grad for g in self._slopes)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -183,7 +192,7 @@ class OutputHessian:
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """H v."""
-        curved = [(g, v.to(g.dtype)) for g, v in zip(self.gradient, vectors) if g.requires_grad]
+        curved = [(g, v.to(g.dtype)) for g, v in zip(self._slopes, vectors) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(v) for v in self.values]
         self._outputs.blocked["on"] = True
@@ -194,13 +203,17 @@ class OutputHessian:
         finally:
             self._outputs.blocked["on"] = False
         self._tidy()
-        return [h if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
+        return [wide(h) if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
 
     def let_go(self) -> None:
         """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
-        self.gradient = [g.detach() for g in self.gradient]
+        self._slopes = []
         self._tidy()
 
     def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""
-        torch.autograd.backward(self.edges, list(vectors), retain_graph=not last)
+        torch.autograd.backward(self.edges, self.as_sent(vectors), retain_graph=not last)
+
+    def as_sent(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """In the precisions of the outputs."""
+        return [v.to(dtype) for v, dtype in zip(vectors, self._dtypes)]

@@ -102,7 +102,9 @@ def dense(hessian: OutputHessian) -> Dense | None:
     return Dense(eigenvalues.to(values[0]), vectors.to(values[0]))
 
 
-def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool = False) -> list[Block] | Dense | None:
+def recognise(
+    hessian: OutputHessian, generator: torch.Generator, by_image: bool = False, elementwise: bool = False
+) -> list[Block] | Dense | None:
     """Closed forms for every boundary tensor; the dense Hessian of every image; or ``None``: the general form.
 
     Two products with the operator decide on closed forms: one with a random vector over all tensors at once, one with
@@ -112,7 +114,10 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
         hessian: the operator.
         generator: of the random vector.
         by_image: the loss does not couple images, and the first axis of every tensor is the images.
+        elementwise: known from an earlier look at the same batch.
     """
+    if elementwise:
+        return [Diagonal(d) for d in hessian([v.new_ones(()).expand_as(v) for v in hessian.values])]
     state = generator.get_state()
     answer = hessian([_normal(v, generator) for v in hessian.values])
     diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
@@ -121,7 +126,8 @@ def recognise(hessian: OutputHessian, generator: torch.Generator, by_image: bool
     generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
     for f, h, d in zip(hessian.values, answer, diagonal):
         v = _normal(f, generator)
-        tolerance = (1e-4 if f.dtype == torch.float64 else 3e-3) * float(h.norm()) + 1e-7 * size
+        share = 1e-4 if f.dtype == torch.float64 else max(3e-3, 4 * hessian.rounding)
+        tolerance = share * float(h.norm()) + 1e-7 * size
         if float((h - d * v).norm()) <= tolerance:
             blocks.append(Diagonal(d))
             continue
@@ -137,12 +143,17 @@ def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(like.shape, generator=generator, dtype=wide).to(like)
 
 
-def without_curvature(hessian: OutputHessian, generator: torch.Generator) -> list[int]:
+def without_curvature(
+    hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, generator: torch.Generator
+) -> list[int]:
     """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
-    answer = hessian([_normal(v, generator) for v in hessian.values])
-    found = [i for i, (h, g) in enumerate(zip(answer, hessian.gradient)) if not bool(h.any()) and bool(g.any())]
+    if isinstance(blocks, list):
+        curved = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
+    else:
+        curved = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
+    found = [i for i, (c, g) in enumerate(zip(curved, hessian.gradient)) if not c and bool(g.any())]
     slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
-    if len(found) == len(answer) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
+    if len(found) == len(curved) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
         return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
     return found
 

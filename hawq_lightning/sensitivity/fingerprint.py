@@ -10,7 +10,7 @@ import torch
 
 from hawq_lightning.batches import parts_of
 from hawq_lightning.sensitivity.boundary import Outputs, read_by
-from hawq_lightning.sensitivity.forward import Setting, check_loss
+from hawq_lightning.sensitivity.forward import Setting
 
 
 def fingerprint(
@@ -38,7 +38,7 @@ def check_loss_value(setting: Setting, batch: Any) -> float:
         w.requires_grad_(True)
     try:
         with Outputs(setting.model) as outputs:
-            loss = check_loss(setting.loss_fn(setting.model, batch))
+            loss = setting.loss(batch)
         if read := [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]:
             more = f" and {len(read) - 3} more" if len(read) > 3 else ""
             setting.note(

@@ -31,6 +31,15 @@ class Setting:
     notes: list[str] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
     l1: str = "zero"
+    precision: str = "float32"
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch in the precision asked for, checked."""
+        if self.precision == "float32":
+            return check_loss(self.loss_fn(self.model, batch))
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
+            return check_loss(self.loss_fn(self.model, batch))
 
     def note(self, sentence: str) -> None:
         """Remember a sentence for the user, once."""
@@ -64,7 +73,7 @@ def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) ->
         network = Network(setting.layers, setting.table, setting.keep_copies)
         network.per_image = per_image
         with network, Outputs(setting.model, cut) as outputs, torch.enable_grad():
-            loss = check_loss(setting.loss_fn(setting.model, batch))
+            loss = setting.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
             if not boundary:
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
@@ -87,7 +96,7 @@ def outputs_of(setting: Setting, batch: Any) -> Iterator[OutputHessian]:
     """
     with Reads(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
         with torch.enable_grad():
-            loss = check_loss(setting.loss_fn(setting.model, batch))
+            loss = setting.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
         if nested or not boundary:
             with forward_pass(setting, batch, {s.name: False for s in setting.table}) as step:

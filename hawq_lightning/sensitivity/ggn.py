@@ -131,11 +131,13 @@ class Probed:
         rows: of every probe: site -> a value a row.
         sizes: activation site -> elements of each row.
         curvature: of the loss at the outputs, one value an image, where it was asked for and is known.
+        elementwise: the loss is, in every one of the network's outputs.
     """
 
     rows: list[dict[str, torch.Tensor]]
     sizes: dict[str, torch.Tensor]
     curvature: torch.Tensor | None = None
+    elementwise: bool = False
 
 
 def probe_batch(
@@ -150,6 +152,7 @@ def probe_batch(
     exact: bool = False,
     curvature: bool = False,
     concave: Sequence[float] = (),
+    elementwise: bool = False,
 ) -> Probed:
     """Send ``probes`` random vectors (or every column) of one batch back.
 
@@ -164,14 +167,15 @@ def probe_batch(
         exact: every column instead.
         curvature: also tell that of the loss at the outputs.
         concave: for every probe, how often the concave part counts; once in each by default.
+        elementwise: the loss is known to be.
     """
     while True:
         try:
             with forward_pass(setting, batch, per_image) as step:
                 generators = signs.generators()
                 sizes = {s: step.network.sizes(s, images) for s in step.network.aliases()}
-                blocks = _blocks(setting, step.hessian, any(per_image.values()))
-                sloped = _sloped(setting, step.hessian)
+                blocks = _blocks(setting, step.hessian, any(per_image.values()), elementwise)
+                sloped = _sloped(setting, step.hessian, blocks)
                 known = output_curvature(step.hessian, blocks, sloped) if curvature else None
                 if blocks is not None:
                     step.let_go_of_loss()
@@ -191,7 +195,8 @@ def probe_batch(
                         share = concave[k] if concave else 1.0
                         what = draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped, concave=share)
                         results.append(send_back(step, what, last=k == probes - 1))
-            return Probed(results, sizes, known)
+            plain = isinstance(blocks, list) and all(isinstance(b, Diagonal) for b in blocks)
+            return Probed(results, sizes, known, plain)
         except Overwritten as which:
             setting.keep_copies.add(str(which))
 
@@ -203,7 +208,7 @@ def pool_curvature(setting: Setting, batch: Any) -> torch.Tensor | None:
     """
     with outputs_of(setting, batch) as hessian:
         blocks = _blocks(setting, hessian, True)
-        return output_curvature(hessian, blocks, _sloped(setting, hessian))
+        return output_curvature(hessian, blocks, _sloped(setting, hessian, blocks))
 
 
 def concave_share(setting: Setting, batch: Any) -> tuple[float, float]:
@@ -217,10 +222,10 @@ def concave_share(setting: Setting, batch: Any) -> tuple[float, float]:
         return concave, sum(float(d.abs().sum(dtype=torch.float64)) for d in curvature)
 
 
-def _sloped(setting: Setting, hessian: OutputHessian) -> list[int]:
+def _sloped(setting: Setting, hessian: OutputHessian, blocks: list[Block] | Dense | None) -> list[int]:
     if setting.l1 != "fisher":
         return []
-    found = without_curvature(hessian, torch.Generator().manual_seed(0))
+    found = without_curvature(hessian, blocks, torch.Generator().manual_seed(0))
     if found:
         names = ", ".join(dict.fromkeys(hessian.names[i] or "the model" for i in found))
         setting.note(
@@ -230,12 +235,14 @@ def _sloped(setting: Setting, hessian: OutputHessian) -> list[int]:
     return found
 
 
-def _blocks(setting: Setting, hessian: OutputHessian, by_image: bool) -> list[Block] | Dense | None:
+def _blocks(
+    setting: Setting, hessian: OutputHessian, by_image: bool, elementwise: bool = False
+) -> list[Block] | Dense | None:
     if hessian.linear and setting.l1 == "zero":
         setting.note(
             "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
         )
-    blocks = recognise(hessian, torch.Generator().manual_seed(0), by_image)
+    blocks = recognise(hessian, torch.Generator().manual_seed(0), by_image, elementwise)
     if blocks is None:
         setting.note(
             "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."

@@ -19,6 +19,7 @@ from hawq_lightning.sensitivity.forward import LossFn, Setting, check_weights
 from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.linearity import check_linearity, choose_estimator, named
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, take
+from hawq_lightning.sensitivity.precision import PRECISIONS, settle_precision
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity.resume import Partial
@@ -49,6 +50,7 @@ def measure(
     rotate: bool = True,
     draw: str = "auto",
     l1: str = "zero",
+    precision: str = "float32",
     seed: int = 0,
     progress: bool | Bar = True,
     images_of: ImagesOf = batch_images,
@@ -84,6 +86,8 @@ def measure(
             where that is possible and promises to save a third of the work, as in trained networks.
         l1: output tensors whose loss has slope but no curvature, as L1 box losses have: ``zero``, the Hessian as it is;
             ``fisher``, the Fisher information of a Laplace distribution of unit scale in its place.
+        precision: of forward and backward passes; ``bf16``, autocast to bfloat16, is used only for Gauss-Newton probes
+            and if one of them agrees with float32 within 5% at every site.
         seed: of all random draws; the result does not depend on the number of processes.
         progress: show a bar.
         images_of: number of images in a batch.
@@ -111,6 +115,10 @@ def measure(
         raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
     if l1 not in L1:
         raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.{nearest(str(l1), L1)}")
+    if precision not in PRECISIONS:
+        raise HawqError(
+            f"Unknown precision {precision!r}; use 'float32' or 'bf16'.{nearest(str(precision), PRECISIONS)}"
+        )
     if not 0 < rtol < 10:
         raise HawqError(f"rtol is {rtol!r}; it is a share of the trace, for example 0.05.")
     began = time.perf_counter()
@@ -129,7 +137,7 @@ def measure(
                 setting = Setting(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn, l1=l1)
                 asked = (
                     f"{estimator} {rtol} {max_probes} {distribution} {rotate} {draw} {l1} {getattr(enough, 'key', '')}"
-                )
+                ) + (f" {precision}" if precision != "float32" else "")
                 key = fingerprint(setting, kept, first, asked, seed, images)
                 known = reuse(key) if reuse is not None else None
                 if known is not None:
@@ -142,6 +150,11 @@ def measure(
                     raise
                 first, few = half, few // 2
         chosen, curved = _estimator(estimator, setting, first, few, per_image, images_of, seed)
+        if chosen == "ggn":
+            setting.precision = precision
+            settle_precision(setting, first, few, per_image, seed)
+        elif precision != "float32":
+            setting.note(f"precision='{precision}' is for Gauss-Newton probes; float32 was used.")
         rounds = Rounds(
             setting, chosen, per_image, images_of, distribution, rotate, curved, seed,
             None if few == images[0] else few, draw,
@@ -164,6 +177,7 @@ def measure(
         "images": sum(images), "batches": len(kept),
         "probes": final.probes, "distribution": distribution, "seconds": round(time.perf_counter() - began, 3),
         "processes": share.world, "draw": "all" if rounds.drawn is None else "curvature", "stopped": rounds.stopped,
+        "precision": setting.precision,
     } | setting.facts  # fmt: skip
     if rounds.drawn is not None:
         share_drawn = float(rounds.drawn.design.probability.mean())

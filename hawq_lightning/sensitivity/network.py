@@ -171,7 +171,7 @@ class Network:
                 if c.value._version != c.version:
                     raise Overwritten(c.name)
             uses = [
-                Use(c.layer, c.value, c.grads[0], c.grads[1] if two else None)
+                Use(c.layer, c.value.to(c.grads[0].dtype), c.grads[0], c.grads[1] if two else None)
                 for c in live
                 if c.layer is not None and c.grads[0] is not None
             ]

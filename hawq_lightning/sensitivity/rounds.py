@@ -73,6 +73,7 @@ class Rounds:
     stopped: str = field(default="", init=False)
     drawn: Drawn | None = field(default=None, init=False)
     _thin: int = field(default=1, init=False)
+    _elementwise: set[int] = field(default_factory=set, init=False)
     _kind: str = field(default="", init=False)
 
     def row_unit(self) -> dict[str, bool]:
@@ -278,7 +279,7 @@ class Rounds:
         self, batch: Any, images: int, size: int, number: int, turn: int
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         if size == images:
-            return self._probe(batch, images, turn, _mix(self.seed, number, turn))
+            return self._probe(batch, images, turn, _mix(self.seed, number, turn), number)
         unit = self.row_unit()
         found: list[list[dict[str, torch.Tensor]]] = []
         all_sizes: list[dict[str, torch.Tensor]] = []
@@ -301,7 +302,7 @@ class Rounds:
         return joined, {n: torch.cat([s[n] for s in all_sizes]) for n in all_sizes[0]}
 
     def _probe(
-        self, batch: Any, images: int, turn: int, seed: int
+        self, batch: Any, images: int, turn: int, seed: int, whole: int | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         found: list[dict[str, torch.Tensor]] = []
         setting, per_image = self.setting, self.per_image
@@ -319,8 +320,11 @@ class Rounds:
                 setting, batch, images, per_image, Signs([(images, seed)]), PER_ROUND,
                 rotate=self.rotate, exact=self.estimator == "exact",
                 concave=[self._concave(PER_ROUND * turn + k) for k in range(PER_ROUND)],
+                elementwise=whole in self._elementwise,
             )  # fmt: skip
             found, sizes = probed.rows, probed.sizes
+            if probed.elementwise and whole is not None:  # of this batch: the next round need not find out again
+                self._elementwise.add(whole)
         return found, sizes
 
 

@@ -103,7 +103,7 @@ def slopes_of(
                 assert step.loss is not None
                 found = torch.autograd.grad(step.loss, flat, create_graph=True, allow_unused=True)
             else:
-                vectors = direction(step)
+                vectors = step.hessian.as_sent(direction(step))
                 found = torch.autograd.grad(step.hessian.edges, flat, vectors, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
             slopes = iter(found)
             yield Slopes(step, points, {site: [next(slopes) for _ in tensors] for site, tensors in points.items()})
