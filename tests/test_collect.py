@@ -103,6 +103,12 @@ def test_unfinished_and_damaged_runs_are_named(tmp_path):
     assert "scoreless" in page and not (tmp_path / "sweep.html").exists()
 
 
+def test_columns_that_say_nothing_are_not_on_the_page(sweep):
+    collect(sweep)
+    page = (sweep / "sweep.html").read_text()
+    assert '<th scope="col">rule</th>' in page and '<th scope="col">selector</th>' not in page
+
+
 def test_nothing_to_collect_is_one_sentence(tmp_path, capsys):
     for folder, words in ((tmp_path / "nowhere", "There is no folder"), (tmp_path, "no finished run below")):
         with pytest.raises(HawqError, match=words):

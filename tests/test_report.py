@@ -18,6 +18,7 @@ from hawq_lightning.report.checks import rank_correlations
 from hawq_lightning.report.facts import doubts, headline, size_rows
 from hawq_lightning.report.page import draw_all
 from hawq_lightning.report.run import LossCheck, read_run
+from hawq_lightning.report.style import canvas, log_scale
 from hawq_lightning.report.text import names, size
 from hawq_lightning.report.tradeoff import _uniform
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
@@ -337,6 +338,19 @@ def test_command_from_hydra(tmp_path: Path) -> None:
     assert read_run(tmp_path).command == "hawq-lightning selector.budget=12x 'data.root=/a b'"
     (tmp_path / ".hydra" / "overrides.yaml").write_text("[")
     assert read_run(tmp_path).command is None
+
+
+@pytest.mark.parametrize("low", [2e-6, 8e-4, 0.02, 3.0])
+@pytest.mark.parametrize("span", [1.6, 3.0, 12.0, 1e4])
+def test_every_log_axis_shows_two_numbers(low: float, span: float) -> None:
+    with canvas() as (figure, (ax,)):
+        ax.plot([1, 2], [low, low * span])
+        log_scale(ax, "y")
+        ax.set_ylim(low, low * span)
+        figure.draw_without_rendering()
+        ticks = zip(ax.get_yticks().tolist() + ax.get_yticks(minor=True).tolist(), ax.get_yticklabels(which="both"))
+        shown = [label.get_text() for value, label in ticks if low <= value <= low * span and label.get_text()]
+    assert 2 <= len(shown) <= 10 and len(set(shown)) == len(shown), shown
 
 
 def test_short_texts() -> None:

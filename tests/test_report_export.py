@@ -46,6 +46,12 @@ def test_page_and_card_tell_about_the_onnx_file(tmp_path):
     assert not any("model.onnx" in d for d in doubts(read_run(tmp_path)))
 
 
+def test_the_score_of_a_detectors_file_stands_beside_the_networks(tmp_path):
+    fill(tmp_path)
+    exported(tmp_path, map={"images": 87, "network": 0.4912, "onnx": 0.48937})
+    assert "mAP on 87 images: 0.4894 by onnxruntime, 0.4912 by the network." in sentences(read_run(tmp_path))
+
+
 def test_a_file_that_disagrees_is_a_doubt(tmp_path):
     fill(tmp_path)
     exported(tmp_path, agreement={"images": 10, "same_top1": 8, "disagreements": [{"margin": 3.0, "difference": 1.0}]})

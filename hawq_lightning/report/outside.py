@@ -26,6 +26,12 @@ def sentences(run: Run) -> list[str]:
     agreement = record.get("agreement")
     if isinstance(agreement, Mapping):
         found += _agreement(agreement)
+    score = record.get("map")
+    if isinstance(score, Mapping) and all(finite(score.get(k)) is not None for k in ("onnx", "network", "images")):
+        found.append(
+            f"mAP on {score['images']:,.0f} images: {score['onnx']:.4f} by onnxruntime, {score['network']:.4f} by the "
+            "network."
+        )
     speed = _speeds(run)
     if "float" in speed and "plan" in speed:
         ratio = speed["float"]["ms"] / speed["plan"]["ms"]

@@ -13,15 +13,17 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 INK, SOFT, GRID, PAPER = "#1b2430", "#5b6673", "#dde2e7", "#fefefe"
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
@@ -152,7 +154,18 @@ def log_scale(ax: Axes, *names: str) -> None:
         axis = ax.xaxis if name == "x" else ax.yaxis
         ax.set(**{f"{name}scale": "log"})
         axis.set_major_formatter(FuncFormatter(_power))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_formatter(FuncFormatter(partial(_between, axis)))
+
+
+def _between(axis: Axis, value: float, _: Any = None) -> str:
+    """Twos and fives, or all digits, on an axis that shows too few powers of ten to be read."""
+    low, high = sorted(map(float, axis.get_view_interval()))
+    if low <= 0 or math.floor(math.log10(high)) > math.ceil(math.log10(low)):
+        return ""
+    digit = value / 10 ** math.floor(math.log10(value) + 1e-9)
+    if round(digit) not in ((2, 5) if high > 4 * low else range(2, 10)):
+        return ""
+    return f"{value:g}" if 1e-3 <= value < 1e4 else f"{digit:.0f}·{_power(value / round(digit))}"
 
 
 def _power(value: float, _: Any = None) -> str:

@@ -51,8 +51,8 @@ def collect(folder: str | Path, out: str | Path | None = None) -> Sweep:
         script=Markup(_resource("script.js")),
         summary=summary,
         figure=_on_page(drawing) if drawing else None,
-        means=mean_table(sweep),
-        runs=run_table(sweep),
+        means=_filled(*mean_table(sweep)),
+        runs=_filled(*run_table(sweep)),
         left_out=sweep.left_out,
     )
     card = [f"# {markdown_text(title)}", "", markdown_text(summary), "", "## Mean over seeds", ""]
@@ -192,6 +192,12 @@ def _draw_curve(
         [r.numbers["weight_bytes"] / unit for r in every], [r.score or 0.0 for r in every],
         marker, color=colour, alpha=0.4, markersize=4, zorder=3,
     )  # fmt: skip
+
+
+def _filled(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns that say nothing in any row."""
+    kept = [i for i in range(len(columns)) if any(r[i] not in ("", "–") for r in rows)]
+    return [columns[i] for i in kept], [[r[i] for i in kept] for r in rows]
 
 
 def _mean(runs: Sequence[Row], key: str) -> float | None:
