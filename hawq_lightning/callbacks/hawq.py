@@ -137,7 +137,8 @@ class HAWQ(Callback):
             latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             draw=draw, stop=stop, precision=precision, sensitivity=sensitivity, include=include, exclude=exclude,
             loss_fn=loss_fn, input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer,
-            check_loss=check_loss, seed=seed, selection_seed=selection_seed, cache=cache, dirpath=dirpath, progress=progress,
+            check_loss=check_loss, seed=seed, selection_seed=selection_seed, cache=cache, dirpath=dirpath,
+            progress=progress,
         )  # fmt: skip
         self.distillation = Distillation(distill, distill_temperature) if distill else None
         self.companions: list[Callback] = [self.distillation] if self.distillation else []
