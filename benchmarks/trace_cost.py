@@ -92,8 +92,8 @@ def work(name: str, what: str, threads: int) -> None:
     else:
         from hawq_lightning.sensitivity.forward import Setting
         from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
+        from hawq_lightning.sensitivity.probes import Probes
         from hawq_lightning.sensitivity.quiet import quiet, release_memory
-        from hawq_lightning.sensitivity.rounds import Rounds, Share
         from hawq_lightning.sites import find_sites, quantizable_layers
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -102,7 +102,9 @@ def work(name: str, what: str, threads: int) -> None:
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
             setting = Setting(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
             per_image = independent_images(setting, batch, count)
-            thin = Rounds(setting, "ggn", per_image, lambda b: count).thinned([batch], [0], Share(), 1000)
+            probes = Probes(setting, "ggn", per_image, lambda b: count)
+            probes.thin_concave([batch], None, 1000)
+            thin = probes.thin
             release_memory()  # as the loop does after every batch
         turn, known = 0, False
 

@@ -20,6 +20,7 @@ from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.linearity import check_linearity, choose_estimator, named
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, take
 from hawq_lightning.sensitivity.precision import PRECISIONS, settle_precision
+from hawq_lightning.sensitivity.probes import Probes
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity.resume import Partial
@@ -155,16 +156,18 @@ def measure(
             settle_precision(setting, first, few, per_image, seed)
         elif precision != "float32":
             setting.note(f"precision='{precision}' is for Gauss-Newton probes; float32 was used.")
+        probes = Probes(
+            setting, chosen, per_image, images_of, distribution, rotate, curved, seed, None if few == images[0] else few
+        )
         rounds = Rounds(
-            setting, chosen, per_image, images_of, distribution, rotate, curved, seed,
-            None if few == images[0] else few, draw,
+            probes, draw,
             None if enough is None else lambda rows: enough(_result(rows, unit, rows.records(), {}, (), key)),
         )  # fmt: skip
-        if rounds.largest is not None:
-            rounds.settle(kept[0], images[0], few)
+        if probes.largest is not None:
+            probes.settle(kept[0], images[0], few)
         share = share or Share()
         partial = Partial(resume(key) if callable(resume) else resume, key, share.rank, setting.facts, setting.notes)
-        unit = rounds.row_unit()
+        unit = probes.row_unit()
         final = rounds.until(
             kept, images, Rows(table, images, unit), share, rtol, max_probes, progress, partial
         )  # fmt: skip

@@ -13,8 +13,8 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import LossFn, Setting
 from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.parts import ImagesOf
+from hawq_lightning.sensitivity.probes import PER_ROUND, Probes
 from hawq_lightning.sensitivity.quiet import quiet, to_device
-from hawq_lightning.sensitivity.rounds import PER_ROUND, Rounds
 from hawq_lightning.site_table import SiteTable
 from hawq_lightning.sites import find_sites
 
@@ -57,11 +57,11 @@ def trace_steps(
     with quiet(model, seed):
         table = sites or find_sites(model, lambda: loss_fn(model, kept[0]), images[0])
         setting = Setting(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss_fn)
-        rounds = Rounds(setting, estimator, independent_images(setting, kept[0], images[0]), images_of, seed=seed)
+        probes = Probes(setting, estimator, independent_images(setting, kept[0], images[0]), images_of, seed=seed)
         out = {s.name: [0.0] * (steps + steps % 2) for s in table}
         for turn in range((steps + 1) // PER_ROUND):
             for number, (batch, n) in enumerate(zip(kept, images)):
-                for k, rows in enumerate(rounds.probes(batch, n, number, turn)[0]):
+                for k, rows in enumerate(probes.of_batch(batch, n, number, turn)[0]):
                     for site, values in rows.items():
                         out[site][turn * PER_ROUND + k] += float(values.sum()) * n / sum(images)
     return {n: v[:steps] for n, v in out.items()}
