@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from hawq_lightning import HawqError, Plan, Problem, measure, options, select, sites
+from hawq_lightning.cli.export_run import export_run
 from hawq_lightning.cli.onnx import Images, write_onnx
 from hawq_lightning.cli.speeds import uniform
 from hawq_lightning.export import network_of
@@ -156,6 +158,15 @@ def test_errors_are_one_line(tmp_path, arguments, words):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert words in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("images", -1), ("images", "many"), ("threads", 0), ("batch_size", 0), ("seconds", -1.0)]
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_read(tmp_path, key, value):
+    good = {"images": 9, "threads": 1, "batch_size": 2, "seconds": 0.1, "run_folder": str(tmp_path)}
+    with pytest.raises(HawqError, match=f"{key}={value!r} must be"):
+        export_run(OmegaConf.create(good | {key: value}))
 
 
 def test_damaged_runs_are_one_line(folder, tmp_path):

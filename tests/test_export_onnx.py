@@ -1,5 +1,7 @@
 """ONNX files: standard operators, real low-bit weights, the trained network's outputs; errors; torch.export."""
 
+import copy
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -274,6 +276,29 @@ def test_errors_leave_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "old.onnx"]
     with pytest.raises(HawqError, match="cannot run"):
         session(tmp_path / "old.onnx")
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(50, 3)).eval(), torch.rand(2, 3, 7, 7)
+    floats = copy.deepcopy(net)
+    plan = planned(net, x, "affine", lambda i: 4)
+    with pytest.raises(HawqError, match="must be a Plan"):
+        to_onnx(quantize(net, plan), "plan.json", x, tmp_path / "a.onnx")
+    to_onnx(net, plan, x, tmp_path / "a.onnx")
+    with pytest.raises(HawqError, match=r"takes images \[N, 3, 7, 7\], not \[2, 3, 9, 9\]"):
+        compare(net, tmp_path / "a.onnx", [torch.rand(2, 3, 9, 9)])
+    with pytest.raises(HawqError, match="input of '0' otherwise than"):
+        compare(floats, tmp_path / "a.onnx", [x])
+    with pytest.raises(HawqError, match="another network's file"):
+        compare(floats[:3], tmp_path / "a.onnx", [x])
+    with pytest.raises(HawqError, match="no images"):
+        compare(net, tmp_path / "a.onnx", [])
+    with pytest.raises(HawqError, match="null byte"):
+        to_onnx(net, plan, x, f"{tmp_path}/a\0.onnx")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(HawqError, match="pipe: it is no ordinary file"):
+        to_onnx(net, plan, x, tmp_path / "pipe")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "pipe"]
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])

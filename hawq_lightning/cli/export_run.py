@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
         What export.json holds.
 
     Raises:
-        HawqError: no run there, the extra ``export`` is missing, or the network cannot be exported.
+        HawqError: no run there, a setting makes no sense, the extra ``export`` is missing, or the network cannot be
+            exported.
     """
+    _check(cfg)
     require("onnx"), require("onnxscript"), require("onnxruntime")
     folder = Path(cfg.run_folder)
     run = _settings(folder, cfg.data_root)
@@ -42,7 +45,7 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     batches = _batches(run)
     first = Images(net, batches).first()
-    record = write_onnx(folder, net, plan, batches, cfg.images, fold=cfg.fold, exact=cfg.exact)
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
     if cfg.program:
         to_program(network_of(net), plan, first, folder / "model.pt2", fold=cfg.fold)
     if cfg.speed:
@@ -62,6 +65,15 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     _tell(run, folder)
     print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
     return record
+
+
+def _check(cfg: DictConfig) -> None:
+    for key, least in (("images", 0), ("batch_size", 1), ("threads", 1)):
+        value = cfg[key]
+        if not (value is None and key == "images") and (type(value) is not int or value < least):
+            raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
+    if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
+        raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
 
 
 def _tell(run: DictConfig, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import nn
 from hawq_lightning.cli.speeds import show, speeds
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import compare, network_of, to_onnx
+from hawq_lightning.models.weights import require
 from hawq_lightning.plan import Plan, write_text
 from hawq_lightning.quantization import uninstall
 
 
 class Images:
     """Image tensors as the exported network takes them; a detector's are scaled and padded first.
+
+    A file holds one height and width, those of :meth:`first`; batches of another size are left out and counted.
 
     Args:
         net: the whole network.
@@ -28,11 +32,18 @@ class Images:
 
     def __init__(self, net: nn.Module, batches: Iterable[Any]) -> None:
         self.net, self.batches = net, batches
+        self.size: torch.Size | None = None
+        self.left_out = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        self.left_out = 0
         for batch in self.batches:
             images = batch[0] if isinstance(batch, (list, tuple)) else batch
-            yield images if isinstance(images, torch.Tensor) else self.net.transform(list(images))[0].tensors  # type: ignore[operator]
+            x = images if isinstance(images, torch.Tensor) else self.net.transform(list(images))[0].tensors  # type: ignore[operator]
+            if self.size is None or x.shape[1:] == self.size:
+                yield x
+            else:
+                self.left_out += len(x)
 
     def first(self) -> torch.Tensor:
         """Two images, or the only one.
@@ -41,6 +52,7 @@ class Images:
             HawqError: there is none.
         """
         for images in self:
+            self.size = images.shape[1:]
             return images[:2]
         raise HawqError("The validation data is empty; there is no image to export with.")
 
@@ -52,6 +64,7 @@ def write_onnx(
     batches: Iterable[Any],
     images: int | None = None,
     seconds: float = 0.0,
+    score: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
     """Write ``model.onnx`` and ``export.json`` and print one line.
@@ -63,6 +76,7 @@ def write_onnx(
         batches: of the validation data.
         images: compare on so many at most; 0 for none.
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
+        score: of a RetinaNet, also measure mAP of the file and of the network.
         how: ``fold`` and ``exact`` of :func:`hawq_lightning.export.to_onnx`.
 
     Returns:
@@ -82,12 +96,53 @@ def write_onnx(
     text = f"model.onnx: {record['onnx_bytes']:,} bytes"
     if images != 0:
         found = compare(inner, folder / "model.onnx", real, images=images)
-        record["agreement"] = found.to_dict()
+        record["agreement"] = found.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
         text += f"; {found}"
+        if real.left_out:
+            text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
+    if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
+        record["map"] = mean_average_precision(net, folder / "model.onnx", batches, images)
+        print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
         whole = uninstall(copy.deepcopy(net)).cpu().eval()
         record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
         show(record)
     write_text(folder / "export.json", json.dumps(record, indent=1))
     return record
+
+
+@torch.no_grad()
+def mean_average_precision(
+    net: nn.Module, path: Path, batches: Iterable[Any], images: int | None = None
+) -> dict[str, float]:
+    """COCO's mAP of a RetinaNet and of its file, over the same images.
+
+    Args:
+        net: the quantized detector.
+        path: of its ONNX file.
+        batches: images and targets, all scaled to the file's size.
+        images: stop after so many.
+
+    Raises:
+        HawqError: the package that computes mAP is missing.
+    """
+    require("faster_coco_eval", "detection")
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints tables
+    from torchmetrics.detection import MeanAveragePrecision
+
+    from hawq_lightning.export.detections import OnnxDetector
+
+    runs = {"network": net.eval(), "onnx": OnnxDetector(net, path)}
+    metrics = {k: MeanAveragePrecision(backend="faster_coco_eval") for k in runs}
+    count = 0
+    for pictures, targets in batches:
+        left = len(pictures) if images is None else images - count
+        for k, run in runs.items():
+            metrics[k].warn_on_many_detections = False
+            wanted = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
+            metrics[k].update(run(list(pictures[:left])), wanted)
+        count += min(left, len(pictures))
+        if images is not None and count >= images:
+            break
+    return {"images": count} | {k: max(0.0, float(m.compute()["map"])) for k, m in metrics.items()}

@@ -102,7 +102,8 @@ def compare(
         codes: also count the activation codes that differ.
 
     Raises:
-        HawqError: no batches, the extra is missing, or onnxruntime cannot run the file.
+        HawqError: no batches, images of another size than the file's, a file of another network, the extra is missing,
+            or onnxruntime cannot run the file.
     """
     whole = session(path)
     inside, reads = _with_codes(path) if codes else (None, {})
@@ -120,10 +121,12 @@ def compare(
             x = batch if isinstance(batch, torch.Tensor) else batch[0]
             x = x if images is None else x[: images - count]
             x = x.to(device)
+            feed = _feed(whole, x)
             with _Seen(layers) as seen:
                 wanted = _leaves(default_forward(model, x))
-            feed = {whole.get_inputs()[0].name: x.cpu().numpy()}
             found = whole.run(None, feed)
+            if [w.shape for w in wanted] != [f.shape for f in found]:
+                raise HawqError(f"{path} is another network's file: its outputs have other shapes than the model's.")
             for i, (w, f) in enumerate(zip(wanted, found)):
                 apart = np.abs(w - f)
                 most[i] = max(most[i], apart.max(initial=0.0))
@@ -134,6 +137,10 @@ def compare(
             if inside is not None:
                 for tensor, held in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
+                    if call >= len(seen.codes[name]) or seen.codes[name][call].shape != held.shape:
+                        raise HawqError(
+                            f"The model quantizes the input of {name!r} otherwise than {path} or not at all."
+                        )
                     expected = seen.codes[name][call]
                     flipped[f"{name}.input"] += int((expected != held.astype(np.int32)).sum())
                     counted[f"{name}.input"] += held.size
@@ -147,6 +154,15 @@ def compare(
     same = count - len({d.image for d in different})
     apart = {n: (float(m), float(t / max(1, v))) for n, m, t, v in zip(names, most, total, values)}
     return Agreement(count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart)
+
+
+def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
+    """Images under the name of a session's input."""
+    takes = run.get_inputs()[0]
+    if len(takes.shape) != x.ndim or any(isinstance(k, int) and k != n for k, n in zip(takes.shape, x.shape)):
+        wanted = ", ".join("N" if isinstance(k, str) else str(k) for k in takes.shape)
+        raise HawqError(f"The file takes images [{wanted}], not {list(x.shape)}.")
+    return {takes.name: x.cpu().numpy()}
 
 
 def session(path: str | Path | bytes, threads: int | None = None, optimize: bool = True) -> Any:

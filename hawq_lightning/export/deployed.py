@@ -107,6 +107,8 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
     Raises:
         HawqError: the model is float, was never armed, carries another plan, or cannot run on the example.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise HawqError(f"The plan must be a Plan (Plan.load reads a file), not {type(plan).__name__}.")
     model = getattr(model, "_orig_mod", model)
     layers = {plain(n): m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
     if not layers:
