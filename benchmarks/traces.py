@@ -1,6 +1,7 @@
 """Seconds and memory to a 5% standard error of every layer's Hessian trace: ours and other packages', same images.
 
     pip install pyhessian backpack-for-pytorch curvlinops-for-pytorch
+    pip install model-compression-toolkit nvidia-modelopt huggingface_hub  # layer scores, see layer_scores.py
     python benchmarks/traces.py [--data CIFAR10_FOLDER] [--weights RESNET20.pt] [--seconds 10]
         [--bccd BCCD_FOLDER --detector RETINANET.ckpt]
 
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layer_scores
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,6 +55,8 @@ METHODS = {
     "curvlinops_mc": "curvlinops Fisher MC, joint",
     "backpack_mc": "BackPACK DiagGGNMC",
     "backpack_exact": "BackPACK DiagGGNExact",
+    "mct": "MCT 2.6 Hessian scores of weights",
+    "modelopt": "ModelOpt 0.47 gradient scores, int8 weights",
 }
 
 
@@ -299,6 +303,8 @@ def work(method: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
             "trace": [r.trace for r in weights], "stderr": [r.stderr for r in weights],
             "worst_any_site": max(r.stderr / r.trace for r in last), "draw": last.settings["draw"],
         }  # fmt: skip
+    elif method in layer_scores.SCORES:
+        out |= layer_scores.SCORES[method](net, x, y, [n for n, _ in weights_of(net)], args.seconds)
     else:
         began = time.perf_counter()
         probe = OTHERS[method](net, x, y)
@@ -366,6 +372,8 @@ def table(report: dict[str, Any]) -> str:
             "|---|---:|---:|---|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
         for method, r in part["methods"].items():
+            if method in layer_scores.SCORES:
+                continue
             if "error" in r:
                 lines.append(f"| {METHODS[method]} | - | - | failed: {r['error']} | - | - | - | - | - |")
                 continue
@@ -375,7 +383,9 @@ def table(report: dict[str, Any]) -> str:
                 f"{r.get('probe_seconds', r.get('seconds', 0) / max(1, r['probes'])):.3g} | {r['median_ratio']:.3g} | "
                 f"{r['worst_ratio']:.3g} | {r['memory_mib']:.0f} | {r['z']:.1f} |"
             )
-        lines.append("")
+        lines += [*layer_scores.rows(part["methods"], METHODS), ""]
+    if any(m in layer_scores.SCORES for part in report["networks"].values() for m in part["methods"]):
+        lines += ["## Layer scores of other packages", "", layer_scores.HEADING, ""]
     return "\n".join(lines)
 
 
@@ -443,13 +453,15 @@ def main() -> None:
                 print(f"left out {name}: {methods['ours_exact']['error']}")
                 continue
             exact = methods["ours_exact"]["trace"]
-            for r in methods.values():
-                if "error" not in r:
-                    r |= to_target(r, exact) | {"z": agreement(r, exact)}
+            traces = [r for m, r in methods.items() if "error" not in r and m not in layer_scores.SCORES]
+            scores = [r for m, r in methods.items() if "error" not in r and m in layer_scores.SCORES]
+            for r in traces:
+                r |= to_target(r, exact) | {"z": agreement(r, exact)}
             ours = methods.get("ours", methods["ours_exact"])
-            for r in methods.values():
-                if "error" not in r:
-                    r |= {f"{k}_ratio": r[k] / ours[k] for k in ("median", "worst")}
+            for r in scores:
+                r |= layer_scores.summary(r, exact, TARGET) | {"recipe_ratio": r["seconds"] / ours["worst"]}
+            for r in traces:
+                r |= {f"{k}_ratio": r[k] / ours[k] for k in ("median", "worst")}
             report["networks"][name] = {"title": titles[name], "methods": methods}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "traces.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
