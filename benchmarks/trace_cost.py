@@ -93,7 +93,7 @@ def work(name: str, what: str, threads: int) -> None:
         from hawq_lightning.sensitivity.forward import Setting
         from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
         from hawq_lightning.sensitivity.probes import Probes
-        from hawq_lightning.sensitivity.quiet import quiet, release_memory
+        from hawq_lightning.sensitivity.quiet import Heap, quiet
         from hawq_lightning.sites import find_sites, quantizable_layers
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -105,8 +105,7 @@ def work(name: str, what: str, threads: int) -> None:
             probes = Probes(setting, "ggn", per_image, lambda b: count)
             probes.thin_concave([batch], None, 1000)
             thin = probes.thin
-            release_memory()  # as the loop does after every batch
-        turn, known = 0, False
+        turn, known, heap = 0, False, Heap()
 
         def run(concave: float) -> None:
             nonlocal turn, known
@@ -117,7 +116,7 @@ def work(name: str, what: str, threads: int) -> None:
                     setting, batch, count, per_image, signs, 1, concave=[concave], elementwise=known
                 )  # fmt: skip
             known = probed.elementwise
-            release_memory()
+            heap.tidy()  # as the loop does after every batch
 
     print(thin, flush=True)
     for line in sys.stdin:

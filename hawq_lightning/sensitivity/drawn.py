@@ -12,7 +12,7 @@ from hawq_lightning.sensitivity.draws import Chunk, Design, chunks
 from hawq_lightning.sensitivity.forward import Setting
 from hawq_lightning.sensitivity.ggn import Probed, Signs, probe_batch
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory
-from hawq_lightning.sensitivity.quiet import release_memory
+from hawq_lightning.sensitivity.quiet import Heap
 from hawq_lightning.sensitivity.rows import Rows
 
 _AGREE = 0.05  # share by which an image's curvature may differ between its batch and a drawn one
@@ -53,6 +53,7 @@ class Drawn:
     seed_of: Callable[..., int]
     largest: int
     _kind: str = field(default="", init=False)
+    _heap: Heap = field(default_factory=Heap, init=False)
 
     def __post_init__(self) -> None:
         self._start = [0, *torch.tensor(list(self.images)).cumsum(0).tolist()]
@@ -100,7 +101,7 @@ class Drawn:
                 self.setting.note(f"Memory ran out: drawn images were measured {self.largest} at a time.")
                 continue
             self._scatter(chunk, probed, found, rows)
-            release_memory()
+            self._heap.tidy()
         for b in self.mine:
             rows.add(b, found[b])
 

@@ -218,8 +218,7 @@ def concave_share(setting: Setting, batch: Any) -> tuple[float, float]:
         if not isinstance(blocks, list):
             return 0.0, 0.0
         curvature = [b.d for b in blocks if isinstance(b, Diagonal)]
-        concave = sum(float((-d).clamp_min(0).sum(dtype=torch.float64)) for d in curvature)
-        return concave, sum(float(d.abs().sum(dtype=torch.float64)) for d in curvature)
+        return sum(-float(d.clamp_max(0).sum()) for d in curvature), sum(float(d.abs().sum()) for d in curvature)
 
 
 def _sloped(setting: Setting, hessian: OutputHessian, blocks: list[Block] | Dense | None) -> list[int]:

@@ -18,7 +18,7 @@ from hawq_lightning.sensitivity.ggn import pool_curvature
 from hawq_lightning.sensitivity.guard import SIGNIFICANT
 from hawq_lightning.sensitivity.parts import out_of_memory
 from hawq_lightning.sensitivity.probes import PER_ROUND, Probes, mix
-from hawq_lightning.sensitivity.quiet import release_memory
+from hawq_lightning.sensitivity.quiet import Heap
 from hawq_lightning.sensitivity.resume import Partial
 from hawq_lightning.sensitivity.rows import AllSum, Rows
 
@@ -50,6 +50,7 @@ class Rounds:
     enough: Callable[[Rows], bool] | None = None
     stopped: str = field(default="", init=False)
     drawn: Drawn | None = field(default=None, init=False)
+    _heap: Heap = field(default_factory=Heap, init=False)
 
     def until(
         self, kept: Sequence[Any], images: Sequence[int], rows: Rows, share: Share, rtol: float, max_probes: int,
@@ -113,7 +114,7 @@ class Rounds:
                     if done < first:
                         continue
                     self._batch(kept[b], images[b], b, turn, rows)
-                    release_memory()
+                    self._heap.tidy()
                     shown.advance(task, done + 1)
                     partial.save(rows, turn, done + 1)
             turn, first, begun = turn + 1, 0, False
@@ -162,7 +163,7 @@ class Rounds:
                 table[-1] += 1
                 break
             table[start[b] : start[b + 1]] = known
-            release_memory()
+            self._heap.tidy()
             shown.advance(task, done + 1)
         if share.all_sum is not None:
             table = share.all_sum(table)
