@@ -128,7 +128,7 @@ def recognise(
         v = _normal(f, generator)
         share = 1e-4 if f.dtype == torch.float64 else max(3e-3, 4 * hessian.rounding)
         tolerance = share * float(h.norm()) + 1e-7 * size
-        if float((d * v).sub_(h).norm()) <= tolerance:
+        if float((h - d * v).norm()) <= tolerance:
             blocks.append(Diagonal(d))
             continue
         block = _softmax(f, v, h, tolerance)
