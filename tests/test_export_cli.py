@@ -169,6 +169,31 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_read(tmp_pat
         export_run(OmegaConf.create(good | {key: value}))
 
 
+def test_what_is_in_the_way_is_found_before_anything_is_written(folder, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    (copied / "export.json").unlink(missing_ok=True)
+    (copied / "export.json").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
+    settings = {"images": 0, "threads": 1, "batch_size": 2, "seconds": 0.1, "run_folder": str(copied)}
+    with pytest.raises(HawqError, match="export.json: it is a folder"):
+        export_run(OmegaConf.create(settings | {"data_root": None}))
+    with pytest.raises(HawqError, match="not read from a folder"):
+        export_run(OmegaConf.create(settings | {"data_root": "/nowhere"}))
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
+
+
+def test_an_error_of_the_disk_is_one_line(tmp_path):
+    from hawq_lightning.cli.entry import explain
+    from hawq_lightning.plan import write_text
+
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / "a.json", "{}")
+    assert explain(caught.value) == f"{tmp_path / 'a.json'}: Is a directory."
+    assert explain(OSError("no file")) is None
+
+
 def test_damaged_runs_are_one_line(folder, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(folder, copied)

@@ -19,11 +19,13 @@ from hawq_lightning.cli.speeds import TASK, inner, show, speeds
 from hawq_lightning.errors import HawqError
 from hawq_lightning.export import load_packed, network_of, to_program
 from hawq_lightning.export.extra import require
+from hawq_lightning.export.onnx_file import check_writable
 from hawq_lightning.export.speed import layer_latencies, write_table
 from hawq_lightning.plan import Plan, write_text
 from hawq_lightning.quantization import uninstall
 from hawq_lightning.report import model_card, write_report
 
+_WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
@@ -41,6 +43,8 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     require("onnx"), require("onnxscript"), require("onnxruntime")
     folder = Path(cfg.run_folder)
     run = _settings(folder, cfg.data_root)
+    for name in _WRITTEN:
+        check_writable(folder / name)
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     batches = _batches(run)
@@ -95,6 +99,8 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
         if key in run.model:
             run.model[key] = _NO_DOWNLOAD[key]
     if data_root is not None:
+        if "root" not in run.data:
+            raise HawqError(f"data_root={str(data_root)!r}: this run's data are not read from a folder.")
         run.data.root = data_root
     return run
 
