@@ -32,9 +32,11 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "nearest": (),
     "bias correction": ("bias_correction",),
     "BatchNorm statistics": ("batchnorm",),
+    "BatchNorm statistics, bias correction": ("batchnorm", "bias_correction"),
     "learned rounding": ("adaround",),
     "learned rounding, bias correction": ("adaround", "bias_correction"),
     "learned rounding, BatchNorm statistics": ("adaround", "batchnorm"),
+    "learned rounding, BatchNorm statistics, bias correction": ("adaround", "batchnorm", "bias_correction"),
 }
 
 

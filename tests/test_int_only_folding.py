@@ -246,6 +246,7 @@ def test_new_statistics_bring_new_ranges():
     net.bn_up.running_var.fill_(1e-4)
     before = float(q.step)
     reestimate_batchnorm(net.eval(), [x, -x])
+    assert torch.allclose(q.factor, net.bn_up.weight.abs() / (net.bn_up.running_var + 1e-5).sqrt(), rtol=1e-5)
     folded = net.up.weight.detach() * q.factor.view(1, -1, 1, 1)
     assert float(q.step) == pytest.approx(float(folded.max().clamp_min(0) - folded.min().clamp_max(0)) / 15, rel=1e-5)
     assert float(q.step) != pytest.approx(before, rel=1e-2)

@@ -342,6 +342,13 @@ def test_validate_alone_quantizes_and_scores(tmp_path, train, caplog):
     trainer(tmp_path, hawq(post_training=True)).fit(model, loader())  # and can be trained on
 
 
+def test_where_rounding_cannot_be_learned_statistics_are(tmp_path):
+    model, callback = trained(tmp_path), hawq(post_training=True, quantizer="lq_nets")
+    (scores,) = trainer(tmp_path, callback).validate(model, loader(shuffle=False), verbose=False)
+    assert list(callback.improved) == ["adaround", "batchnorm", "bias_correction"] and scores["val_acc"] > 0.5
+    assert not callback.improved["adaround"] and callback.improved["batchnorm"].keys() == {"net.1"}
+
+
 def test_fit_starts_from_the_improved_network(tmp_path):
     model, callback = trained(tmp_path), hawq(post_training=["adaround"], distill=1.0)
     trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1).fit(model, loader())

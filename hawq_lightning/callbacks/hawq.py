@@ -146,7 +146,7 @@ class HAWQ(Callback):
             self.companions.append(FreezeSchedule(freeze_batchnorm, freeze_ranges))
         if order is not None:
             self.companions.append(BlockwiseOrder(order, order_until, start=start))
-        self.post_training = check_methods(post_training)
+        self.post_training = post_training is True or check_methods(post_training)
         self.improved: dict[str, dict[str, Any]] = {}
 
     @property

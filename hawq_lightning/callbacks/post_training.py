@@ -31,7 +31,7 @@ def outside_of_evaluation(pl_module: LightningModule) -> Iterator[None]:
 def improve(
     trainer: Trainer,
     pl_module: LightningModule,
-    methods: Sequence[str],
+    methods: bool | Sequence[str],
     images: int,
     seed: int,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
@@ -42,7 +42,7 @@ def improve(
     Args:
         trainer: its train data is used, or in ``validate`` its validation data where there is none.
         pl_module: changed in place.
-        methods: see :data:`hawq_lightning.quantization.post_training.METHODS`.
+        methods: see :func:`hawq_lightning.quantization.post_training.post_training`.
         images: how many to look at.
         seed: of the draw.
         loss_fn: runs the module instead of ``training_step``.

@@ -53,7 +53,9 @@ def post_training(
     Args:
         model: armed (:func:`hawq_lightning.quantize`); changed in place.
         batches: a few hundred images, inputs first; labels are not used unless ``forward`` does.
-        methods: of :data:`METHODS`, in this order; ``True``: rounding, then bias correction.
+        methods: of :data:`METHODS`, in this order; ``True``: rounding, then bias correction, and between them
+            BatchNorm's statistics if no layer's rounding can be learned (codebooks), where they are what helps most;
+            beside learned rounding they gain nothing (``benchmarks/post_training.py``).
         forward: ``forward(model, batch)``; a loss function will do.
         progress: show bars.
 
@@ -66,4 +68,13 @@ def post_training(
     names = check_methods(methods)
     kept = list(batches)
     reference = FloatReference(model)
-    return {n: METHODS[n](model, kept, forward=forward, reference=reference, progress=progress) for n in names}
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(name: str) -> None:
+        found[name] = METHODS[name](model, kept, forward=forward, reference=reference, progress=progress)
+
+    for name in names:
+        if methods is True and name == "bias_correction" and not found["adaround"]:
+            run("batchnorm")
+        run(name)
+    return found
