@@ -18,15 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 
 MCT_IMAGES = 32  # of MCT's pruning, which ranks channels by these scores
-MCT_DRAWS = 10  # a run here; its default of 100 is timed on fewer images
-MCT_TIMED = 2
+MCT_DRAWS = 4  # a run here; its default of 100 is timed on fewer images
+MCT_TIMED = 1
 
 HEADING = f"""These are other quantities than the trace, so there is no z; `rank` is Spearman's correlation, over
 layers, with the exact traces of the weights.
 
 MCT (Hessian information service, mode weights, one score a layer): of one image at a time, the squared gradient of the
 logits' sum under random signs, that is the squared Jacobian of the logits; neither the loss nor the label is in it. Its
-recipe is {MCT_IMAGES} images of the batch with 100 draws each, all layers in one request, timed on {MCT_TIMED} of them.
+recipe is {MCT_IMAGES} images of the batch with 100 draws each, all layers in one request; {MCT_TIMED} of them is timed.
 Seconds to 5% of its own score, of all the images with a draw of each at the least, come from runs of {MCT_DRAWS} draws.
 
 ModelOpt (`auto_quantize`, method gradient, int8 weights): the gradient of the mean loss at a layer's output times the
