@@ -56,7 +56,7 @@ def test_a_row_a_run_and_the_mean_over_seeds(sweep):
     scores = [0.80, 0.84, 0.82, 0.88, 0.90, 0.89]
     mean = sum(scores) / 6
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / 5)
-    assert by_rule["rule=a"][columns.index("after fine-tuning")] == f"{100 * mean:.2f} % ± {100 * spread:.2f}"
+    assert by_rule["rule=a"][columns.index("after fine-tuning")] == f"{100 * mean:.2f}% ± {100 * spread:.2f}"
     assert by_rule["rule=b"][columns.index("seeds")] == "6"
     assert (sweep / "sweep.md").read_text().count("| net |") == 14
 

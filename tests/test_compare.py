@@ -210,7 +210,7 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
     assert rows["l2"].against.value == pytest.approx(correct["l2"].mean() - correct["trace"].mean())
     text = (tmp_path / "compare.md").read_text()
     assert "## mean 3 bits" in text and "| L2 | 2 MP | 8 |" in text and "Table 3b" in text and "Table 3a" not in text
-    assert f"Float network: {100 * found.float_score:.2f} %" in text
+    assert f"Float network: {100 * found.float_score:.2f}%" in text
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 3
     assert (tmp_path / "figures" / "compare.png").stat().st_size > 10_000
     with pytest.raises(HawqError, match="no finished run"):

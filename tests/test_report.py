@@ -174,11 +174,11 @@ def test_headline_and_sizes(full: tuple[Path, Plan, str]) -> None:
     run = read_run(full[0])
     bits = 400 * 8 + 4000 * 4 + 800 * 2
     assert {label: value for value, label in headline(run)}["smaller weights"] == f"{5200 * 32 / bits:.1f}×"
-    assert ("97.50 %", "accuracy, float 98.00 %") in headline(run)
+    assert ("97.50%", "accuracy, float 98.00%") in headline(run)
     rows = {r[0]: r[1] for r in size_rows(run)}
     assert rows["weights, codes (W-Comp)"] == size(bits / 8)
     assert rows["mean bits of a weight"] == f"{bits / 5200:.2f}"
-    assert "−0.50 points" in full[2] and "91.00 %" in full[2]
+    assert "−0.50 points" in full[2] and "91.00%" in full[2]
 
 
 def test_uniform_points_and_the_chosen_plan_stand_on_the_frontiers_scale(full: tuple[Path, Plan, str]) -> None:
@@ -323,7 +323,7 @@ def test_the_card(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2048)
     text = model_card(tmp_path, title="My *net*").read_text(encoding="utf-8")
     assert text.startswith("# My \\*net\\*\n")
-    assert "| after fine-tuning | 97.50 % | −0.50 points |" in text
+    assert "| after fine-tuning | 97.50% | −0.50 points |" in text
     assert "| conv2.weight | 1000x4 | 4 | affine | float |" in text
     assert "| conv1.weight | 100x4 | 8 | affine | 8 |" in text
     assert "odd\\|name.weight" in text

@@ -14,7 +14,7 @@ from tests import chromium
 from tests.test_collect import write_run
 from tests.test_report import Page
 
-pytestmark = [pytest.mark.stress, chromium.needed]
+pytestmark = pytest.mark.stress
 FIGURES = {"report": {"frontier", "bits", "traces", "loss_check", "training"}, "sweep": {"accuracy_size"}}
 WIDE, NARROW = 1100, 400
 
@@ -86,6 +86,7 @@ def test_every_figure_has_words_and_a_csv(pages, name):
     assert all(p["aria-label"] in page.text for p in plots), "the words are on the page as well"
 
 
+@chromium.needed
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_it_is_silent_offline_and_legible(pages, name, theme, tmp_path):
@@ -101,6 +102,7 @@ def test_it_is_silent_offline_and_legible(pages, name, theme, tmp_path):
     assert found["over"] <= 0
 
 
+@chromium.needed
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_a_telephone_needs_no_sideways_scrolling(pages, name, tmp_path):
     (tmp_path / "inner.html").write_bytes(pages[name].read_bytes())
@@ -113,6 +115,7 @@ def test_a_telephone_needs_no_sideways_scrolling(pages, name, tmp_path):
     assert re.search(r"<title>OVER0\|(\d+)</title>", text)
 
 
+@chromium.needed
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_it_prints(pages, name, tmp_path):
     done = chromium.run(tmp_path, pages[name], f"--print-to-pdf={tmp_path / 'a.pdf'}", "--no-pdf-header-footer")

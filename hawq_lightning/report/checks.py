@@ -16,6 +16,12 @@ from hawq_lightning.report.text import score
 _PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
 
 
+_LEVELS = {  # dashed lines
+    "float": ("float", GREEN, (0, (6, 3))),
+    "quantized": ("quantized, before fine-tuning", ORANGE, (0, (2, 2))),
+}
+
+
 def draw_loss_check(run: Run) -> Drawing | None:
     """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
     rows = list(run.loss_check)
@@ -84,16 +90,13 @@ def draw_training(run: Run) -> Drawing | None:
     points = [(float(h["epoch"]), float(h[key])) for h in history if _is_point(h, key)]  # type: ignore[union-attr]
     metric, stages = run.metric
     loss = "loss" in key
+    levels = {} if loss else {s: stages[s] for s in _LEVELS if s in stages}
     with canvas(1, 3.6) as (figure, axes):
         ax = axes[0]
         ax.plot(*zip(*points), "o-", color=BLUE, markersize=6, label=key, zorder=3)
-        if not loss:
-            for stage, text, colour, dash in (
-                ("float", "float", GREEN, (0, (6, 3))),
-                ("quantized", "quantized, before fine-tuning", ORANGE, (0, (2, 2))),
-            ):
-                if stage in stages:
-                    ax.axhline(stages[stage], color=colour, linestyle=dash, linewidth=1.6, label=text, zorder=2)
+        for stage, level in levels.items():
+            text, colour, dash = _LEVELS[stage]
+            ax.axhline(level, color=colour, linestyle=dash, linewidth=1.6, label=text, zorder=2)
         ax.set_xlabel("epoch of fine-tuning", color=SOFT)
         ax.set_ylabel(key, color=SOFT)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,17 +104,20 @@ def draw_training(run: Run) -> Drawing | None:
             ax.set_xlim(points[0][0] - 1, points[0][0] + 1)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
-            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
         hits = [Hit(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
     shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
+    best = (min if loss else max)(points, key=lambda p: p[1])
+    beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
     return Drawing(
         "training",
         "Through fine-tuning",
-        f"{key} over {len(points)} epochs of fine-tuning, from {shown(points[0][1])} to {shown(points[-1][1])}.",
+        f"{key} over {len(points)} epoch{'s' * (len(points) != 1)} of fine-tuning, from {shown(points[0][1])} to "
+        f"{shown(points[-1][1])}, best in epoch {best[0]:g} with {shown(best[1])}{beside}.",
         "The validation metric after each epoch with fake-quantized weights and activations.",
         figure,
-        ["epoch", key],
-        [[f"{x:g}", f"{y:.6g}"] for x, y in points],
+        ["epoch", key, *levels],
+        [[f"{x:g}", f"{y:.6g}", *(f"{v:.6g}" for v in levels.values())] for x, y in points],
         hits,
     )
 

@@ -129,7 +129,7 @@ def draw(found: Comparison) -> Drawing:
             ax.set_yticks(range(len(rows)), names)
             ax.set_ylim(len(rows) - 0.5, -0.5)
             if found.metric == "accuracy":
-                ax.xaxis.set_major_formatter(PercentFormatter(100, decimals=1, symbol=" %"))
+                ax.xaxis.set_major_formatter(PercentFormatter(100, decimals=1))
         axes[-1].set_xlabel(f"{found.metric} after fine-tuning (in brackets before it); dashed: float", color=SOFT)
     columns, rows_of = numbers(found)
     told = "; ".join(

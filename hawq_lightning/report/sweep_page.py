@@ -149,7 +149,7 @@ def draw_sweep(sweep: Sweep) -> Drawing | None:
         ax.set_xlabel(f"size of the quantized weights ({unit_name})", color=SOFT)
         ax.set_ylabel(metric, color=SOFT)
         if metric == "accuracy":
-            ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.3)
     lower = metric == "loss"
     best = (min if lower else max)(runs, key=lambda r: r.score or 0.0)

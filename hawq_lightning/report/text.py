@@ -36,7 +36,7 @@ def score(value: float | None, metric: str = "accuracy") -> str:
     """An accuracy in percent; a mean average precision as it is usual, between 0 and 1."""
     if value is None:
         return "–"
-    return f"{100 * value:.2f} %" if metric == "accuracy" and 0 <= value <= 1 else f"{value:.3f}"
+    return f"{100 * value:.2f}%" if metric == "accuracy" and 0 <= value <= 1 else f"{value:.3f}"
 
 
 def plain(value: object) -> str:
