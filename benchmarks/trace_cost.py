@@ -93,7 +93,7 @@ def work(name: str, what: str, threads: int) -> None:
         from hawq_lightning.sensitivity.forward import Setting
         from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
         from hawq_lightning.sensitivity.probes import Probes
-        from hawq_lightning.sensitivity.quiet import Heap, quiet
+        from hawq_lightning.sensitivity.quiet import Heap, quiet, release_memory
         from hawq_lightning.sites import find_sites, quantizable_layers
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -105,6 +105,7 @@ def work(name: str, what: str, threads: int) -> None:
             probes = Probes(setting, "ggn", per_image, lambda b: count)
             probes.thin_concave([batch], None, 1000)
             thin = probes.thin
+            release_memory()
         turn, known, heap = 0, False, Heap()
 
         def run(concave: float) -> None:

@@ -173,7 +173,7 @@ class OutputHessian:
         outputs.values.clear()
         outputs.recording = False
         self.rounding = max((torch.finfo(d).eps for d in self._dtypes), default=0.0)
-        self._large = sum(v.numel() for v in self.values) > _LARGE
+        self.large = sum(v.numel() for v in self.values) > _LARGE
         self._tidy()
         outputs.blocked["on"] = True
         try:
@@ -187,7 +187,7 @@ class OutputHessian:
 
     def _tidy(self) -> None:
         """Where outputs are large, their loss is the peak of memory, and every step of it leaves the heap in holes."""
-        if self._large:
+        if self.large:
             release_memory()
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

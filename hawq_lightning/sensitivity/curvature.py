@@ -222,7 +222,7 @@ def draw(
             minus.append(torch.zeros(()).to(signs).expand_as(signs))
         else:
             plus.append(block.d.clamp_min(0).sqrt() * signs + slope)  # where there is slope there is no curvature
-            minus.append((-block.d).clamp_min(0).sqrt() * signs)
+            minus.append((-block.d).clamp_min(0).sqrt() * signs if concave else signs)
     pairs = [(1.0, plus), *apart]
     if concave and any(bool(m.any()) for m in minus):
         pairs.append((-concave, minus))

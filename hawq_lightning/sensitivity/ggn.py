@@ -29,6 +29,7 @@ from hawq_lightning.sensitivity.curvature import (
 from hawq_lightning.sensitivity.draws import output_curvature
 from hawq_lightning.sensitivity.forward import Pass, Setting, forward_pass, outputs_of
 from hawq_lightning.sensitivity.network import Overwritten
+from hawq_lightning.sensitivity.quiet import release_memory
 
 MAX_COLUMNS = 4096
 
@@ -195,7 +196,11 @@ def probe_batch(
                         share = concave[k] if concave else 1.0
                         what = draw(step.hessian, blocks, z, rotate=rotate, sloped=sloped, concave=share)
                         results.append(send_back(step, what, last=k == probes - 1))
-            plain = isinstance(blocks, list) and all(isinstance(b, Diagonal) for b in blocks)
+                plain = isinstance(blocks, list) and all(isinstance(b, Diagonal) for b in blocks)
+                large = step.hessian.large
+            if large:  # the graph is gone, and as much memory as it took
+                del step, blocks
+                release_memory()
             return Probed(results, sizes, known, plain)
         except Overwritten as which:
             setting.keep_copies.add(str(which))

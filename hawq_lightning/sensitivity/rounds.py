@@ -18,7 +18,7 @@ from hawq_lightning.sensitivity.ggn import pool_curvature
 from hawq_lightning.sensitivity.guard import SIGNIFICANT
 from hawq_lightning.sensitivity.parts import out_of_memory
 from hawq_lightning.sensitivity.probes import PER_ROUND, Probes, mix
-from hawq_lightning.sensitivity.quiet import Heap
+from hawq_lightning.sensitivity.quiet import Heap, release_memory
 from hawq_lightning.sensitivity.resume import Partial
 from hawq_lightning.sensitivity.rows import AllSum, Rows
 
@@ -62,6 +62,7 @@ class Rounds:
         with bar as shown:
             empty = rows.fresh()
             self.probes.thin_concave([kept[mine[0]]] if len(mine) else [], share.all_sum, max_probes)
+            release_memory()  # what it took to get ready
             try:
                 self.drawn = self._drawing(kept, images, mine, share, shown)
                 return self._until(kept, images, mine, rows, share, rtol, max_probes, shown, partial)
