@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,15 @@ from .test_post_training import weight_plan
 def plan_for(model, weight_bits=3, quantizer="uniform"):
     weights = weight_plan(model, weight_bits).sites
     names = [s.layers[0] for s in weights]
-    reads = [PlanSite(f"{n}.input", "activation", (n,), (), 0, 4, "affine", 0.2, 7 * (n == "stem")) for n in names]
-    plan = Plan(sites=(*weights, *reads), layers=sites(model, image_batch()[0].float()).layers)
+    reads = [PlanSite(f"{n}.input", "activation", (n,), (), 0, 4, "affine", 0.2, 7) for n in names]
+    return Plan(sites=(*weights, *reads), quantizer=quantizer)
+
+
+def full_plan(model, x, quantizer):
+    """With what some quantizers look at: which BatchNorm follows, and which activations are never negative."""
+    plan = plan_for(model)
+    chosen = [replace(s, zero_point=0) if s.kind == "activation" and s.layers != ("stem",) else s for s in plan.sites]
+    plan = plan.replace(sites=tuple(chosen), layers=sites(model, x).layers)
     return with_quantizer(plan, quantizer_named(quantizer))
 
 
@@ -35,7 +43,7 @@ def check(backend, quantizer="uniform", tolerance=0.0):
     x, y = image_batch()
     x = x.float()
     model = build(ConvNet).float()
-    quantize(model, plan_for(model, quantizer=quantizer))
+    quantize(model, full_plan(model, x, quantizer))
     eager, slopes = step(copy.deepcopy(model), x, y)  # some quantizers move with every step
     compiled = torch.compile(model, backend=backend)
     out, grads = step(compiled, x, y)
