@@ -10,23 +10,17 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import AtomicCheckpointIO
 from hawq_lightning.callbacks._lightning import in_middle_of_epoch
 
-from .trainers import FEATURES, Classifier, assert_mixed, blobs, hawq, loader, trainer
+from .trainers import FEATURES, Augmented, Classifier, assert_mixed, hawq, loader, trainer
 
 
-class Noisy(Dataset):
+class Noisy(Augmented):
     """Augmented by torch's random numbers; the network has dropout, which draws as well."""
-
-    def __init__(self):
-        self.rows = blobs()
-
-    def __len__(self):
-        return len(self.rows)
 
     def __getitem__(self, i):
         x, y = self.rows[i]

@@ -40,7 +40,15 @@ from hawq_lightning.quantization import (
     quantizer_named,
 )
 from hawq_lightning.selection import Frontier, LatencyTable, PlanSettled, Problem, select, with_stability
-from hawq_lightning.sensitivity import DRAWS, ESTIMATORS, L1, PRECISIONS, Sensitivity, measure, top_eigenvalues
+from hawq_lightning.sensitivity import (
+    ESTIMATORS,
+    L1,
+    Sensitivity,
+    check_draw,
+    check_precision,
+    measure,
+    top_eigenvalues,
+)
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
 from hawq_lightning.sensitivity.quiet import quiet
 from hawq_lightning.site_table import SiteTable
@@ -141,17 +149,12 @@ class MeasureTraces(Callback):
             raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
         self.l1 = l1
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
-        if draw not in DRAWS:
-            raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
         if stop not in STOPS:
             raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
         if stop == "plan" and selector not in ("pareto", "monotone"):
             raise HawqError(f"stop='plan' selects again and again, by pareto or monotone; not by {selector!r}.")
-        if precision not in PRECISIONS:
-            raise HawqError(
-                f"Unknown precision {precision!r}; use 'float32' or 'bf16'.{nearest(str(precision), PRECISIONS)}"
-            )
-        self.max_probes, self.draw, self.stop, self.precision = max_probes, draw, stop, precision
+        self.max_probes, self.stop = max_probes, stop
+        self.draw, self.precision = check_draw(draw), check_precision(precision)
         self.selection_seed = seed if selection_seed is None else selection_seed
         self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+AVERAGE = 0.1  # weight of the new basis: the paper's moving average keeps 0.9
 _RIDGE = 1e-9
 
 
@@ -24,6 +25,11 @@ def spanned(basis: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     for k in range(1, len(table)):
         total = total + basis[..., k : k + 1] * table[k]
     return total
+
+
+def middles(ascending: torch.Tensor) -> torch.Tensor:
+    """Where the nearest level changes, along the last axis; halves are added, so that nothing overflows."""
+    return ascending[..., :-1] / 2 + ascending[..., 1:] / 2
 
 
 def step_to_least_squares(residual: torch.Tensor, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

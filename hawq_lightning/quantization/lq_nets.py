@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning.errors import HawqError
-from hawq_lightning.quantization.basis import members, spanned, step_to_least_squares
+from hawq_lightning.quantization.basis import AVERAGE, members, middles, spanned, step_to_least_squares
 from hawq_lightning.quantization.learned import passed_through
 from hawq_lightning.quantization.lq_activations import ActivationLQ
 from hawq_lightning.quantization.quantizers import WeightQuantizer
 from hawq_lightning.quantization.ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization.registry import register
 
-_AVERAGE = 0.1  # weight of the new basis: the paper's moving average keeps 0.9
 _SWEEPS = 20
 
 
@@ -90,7 +89,7 @@ class WeightLQ(WeightQuantizer):
         """The nearest level; the gradient passes through."""
         if self.training and self.observing:
             with torch.no_grad():
-                self.basis.copy_(self._refit(self._rows(weight), _AVERAGE))
+                self.basis.copy_(self._refit(self._rows(weight), AVERAGE))
         return passed_through(weight, self._levels_of(weight))
 
     @torch.no_grad()
@@ -119,8 +118,7 @@ class WeightLQ(WeightQuantizer):
 
     def _nearest(self, rows: torch.Tensor) -> torch.Tensor:
         ascending, order = self.levels().sort(dim=1, stable=True)
-        middles = ascending[:, :-1] / 2 + ascending[:, 1:] / 2
-        return order.gather(1, torch.searchsorted(middles.contiguous(), rows))
+        return order.gather(1, torch.searchsorted(middles(ascending).contiguous(), rows))
 
     @torch.no_grad()
     def _levels_of(self, weight: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,11 @@ class OutputHessian:
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
-        kept = [v for i in boundary if (v := outputs.values[i]) is not None]
+        kept = []
+        for i in boundary:
+            value = outputs.values[i]
+            assert value is not None, outputs.names[i]  # let go of, though nothing follows from it
+            kept.append(value)
         self._dtypes = [v.dtype for v in kept]
         self.values = [wide(v) for v in kept]
         self.names = [outputs.names[i] for i in boundary]

@@ -211,19 +211,21 @@ def draw(
     apart = [(1.0, laplace)] if sloped else []
     if blocks is None:
         return Draw(apart, (list(z), hessian(z)))
-    plus, minus = [], []
+    plus: list[torch.Tensor] = []
+    minus: list[torch.Tensor] = []
     if isinstance(blocks, Dense):  # its signs belong to eigenvectors, not to outputs: not independent of the slopes'
-        plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0), ()
+        plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0) if concave else [], ()
     else:
         apart = []
     for block, signs, slope in zip(blocks, z, laplace):
         if isinstance(block, Softmax):
             plus.append(block.factor(block.rotated(signs) if rotate else signs))
-            minus.append(torch.zeros(()).to(signs).expand_as(signs))
         else:
             plus.append(block.d.clamp_min(0).sqrt() * signs + slope)  # where there is slope there is no curvature
-            minus.append((-block.d).clamp_min(0).sqrt() * signs if concave else signs)
+        if concave:
+            below = (-block.d).clamp_min(0).sqrt() if isinstance(block, Diagonal) else torch.zeros(()).to(signs)
+            minus.append(below * signs)
     pairs = [(1.0, plus), *apart]
-    if concave and any(bool(m.any()) for m in minus):
+    if any(bool(m.any()) for m in minus):
         pairs.append((-concave, minus))
     return Draw(pairs)

@@ -11,7 +11,7 @@ import torch
 from hawq_lightning.sensitivity.draws import Chunk, Design, chunks
 from hawq_lightning.sensitivity.forward import Setting
 from hawq_lightning.sensitivity.ggn import Probed, Signs, probe_batch
-from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory
+from hawq_lightning.sensitivity.parts import RAN_OUT, ImagesOf, out_of_memory
 from hawq_lightning.sensitivity.quiet import Heap
 from hawq_lightning.sensitivity.rows import Rows
 
@@ -97,8 +97,7 @@ class Drawn:
             if probed is None:  # outside of the handler, so that the graph is gone
                 self.largest = max(1, chunk.images // 2)
                 work = chunks(self.kept, self.images, chunk.segments, self.largest, self.images_of) + work
-                self.setting.notes[:] = [n for n in self.setting.notes if not n.startswith("Memory ran out")]
-                self.setting.note(f"Memory ran out: drawn images were measured {self.largest} at a time.")
+                self.setting.note_again(RAN_OUT, f": drawn images were measured {self.largest} at a time.")
                 continue
             self._scatter(chunk, probed, found, rows)
             self._heap.tidy()
@@ -108,16 +107,9 @@ class Drawn:
     def _probe(self, chunk: Chunk, turn: int, concave: float) -> Probed:
         signs = Signs([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
         return probe_batch(
-            self.setting,
-            chunk.batch,
-            chunk.images,
-            self.per_image,
-            signs,
-            1,
-            rotate=self.rotate,
-            curvature=True,
-            concave=[concave],
-        )
+            self.setting, chunk.batch, chunk.images, self.per_image, signs, 1,
+            rotate=self.rotate, curvature=True, concave=[concave],
+        )  # fmt: skip
 
     def _scatter(self, chunk: Chunk, probed: Probed, found: dict[int, dict[str, torch.Tensor]], rows: Rows) -> None:
         self._check(chunk, probed)

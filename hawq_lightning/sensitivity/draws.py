@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hawq_lightning.batches import batch_images, like, parts_of
+from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.sensitivity.boundary import OutputHessian
 from hawq_lightning.sensitivity.curvature import Block, Dense, Softmax
 from hawq_lightning.sensitivity.parts import ImagesOf, pick
@@ -52,6 +53,13 @@ def output_curvature(
             value = block.d.abs()
         total += value.double().flatten(1).sum(1).cpu()
     return total.clamp_min(0)
+
+
+def check_draw(draw: str) -> str:
+    """Return ``draw``, or raise HawqError unless it is one of :data:`DRAWS`."""
+    if draw not in DRAWS:
+        raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
+    return draw
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ class Setting:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def note_again(self, start: str, rest: str) -> None:
+        """Remember a sentence in place of the one that began like it."""
+        self.notes[:] = [n for n in self.notes if not n.startswith(start)]
+        self.note(start + rest)
+
 
 @dataclass
 class Pass:

@@ -13,13 +13,13 @@ from torch import nn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.progress import Bar
-from hawq_lightning.sensitivity.draws import DRAWS
+from hawq_lightning.sensitivity.draws import check_draw
 from hawq_lightning.sensitivity.fingerprint import fingerprint
 from hawq_lightning.sensitivity.forward import LossFn, Setting, check_weights
 from hawq_lightning.sensitivity.ggn import independent_images
 from hawq_lightning.sensitivity.linearity import check_linearity, choose_estimator, named
 from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, take
-from hawq_lightning.sensitivity.precision import PRECISIONS, settle_precision
+from hawq_lightning.sensitivity.precision import check_precision, settle_precision
 from hawq_lightning.sensitivity.probes import Probes
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
@@ -112,14 +112,10 @@ def measure(
         )
     if distribution not in ("rademacher", "gaussian"):
         raise HawqError(f"Unknown distribution {distribution!r}; use 'rademacher' or 'gaussian'.")
-    if draw not in DRAWS:
-        raise HawqError(f"Unknown draw {draw!r}; use one of {', '.join(DRAWS)}.{nearest(str(draw), DRAWS)}")
+    check_draw(draw)
     if l1 not in L1:
         raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.{nearest(str(l1), L1)}")
-    if precision not in PRECISIONS:
-        raise HawqError(
-            f"Unknown precision {precision!r}; use 'float32' or 'bf16'.{nearest(str(precision), PRECISIONS)}"
-        )
+    check_precision(precision)
     if not 0 < rtol < 10:
         raise HawqError(f"rtol is {rtol!r}; it is a share of the trace, for example 0.05.")
     began = time.perf_counter()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity.patches import Use, positions
+from hawq_lightning.sensitivity.patches import TRANSPOSED, Use, positions
 from hawq_lightning.sensitivity.weight_gradients import by_kernel, weight_gradients
 from hawq_lightning.sites import layer_type
 
@@ -56,7 +56,7 @@ def _how(uses: Sequence[Use], per_image: bool) -> tuple[bool, bool]:
         c, k = weight.shape
         groups, t = 1, sum(u.grad.numel() // c for u in uses)
     else:
-        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+        transposed = issubclass(layer_type(layer), TRANSPOSED)
         groups = int(layer.groups)  # type: ignore[arg-type]
         c, k = weight.shape[0] // groups, weight[0].numel()
         t = sum((u.read if transposed else u.grad).numel() // weight.shape[0] for u in uses)

@@ -14,6 +14,7 @@ from hawq_lightning.sensitivity.forward import Setting, forward_pass
 ImagesOf = Callable[[Any], int]
 _ENOUGH = 16  # images at a time to tell a mean from a sum by
 _WINDOWS = 8
+RAN_OUT = "Memory ran out"  # how the sentence about it begins
 
 
 def take(batch: Any, images: int, start: int, stop: int, images_of: ImagesOf = batch_images) -> Any | None:

@@ -6,11 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.sensitivity.forward import Setting
 from hawq_lightning.sensitivity.ggn import Signs, probe_batch
 
 PRECISIONS = ("float32", "bf16")
 _AGREE = 0.05
+
+
+def check_precision(precision: str) -> str:
+    """Return ``precision``, or raise HawqError unless it is one of :data:`PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise HawqError(
+            f"Unknown precision {precision!r}; use 'float32' or 'bf16'.{nearest(str(precision), PRECISIONS)}"
+        )
+    return precision
 
 
 def settle_precision(setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], seed: int) -> None:

@@ -13,7 +13,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.sensitivity.forward import Setting
 from hawq_lightning.sensitivity.ggn import Signs, concave_share, probe_batch
 from hawq_lightning.sensitivity.hutchinson import hessian_batch, hutchinson_batch
-from hawq_lightning.sensitivity.parts import ImagesOf, out_of_memory, scale_of_parts, take
+from hawq_lightning.sensitivity.parts import RAN_OUT, ImagesOf, out_of_memory, scale_of_parts, take
 from hawq_lightning.sensitivity.rows import AllSum
 from hawq_lightning.sensitivity.slopes import gaussian, rademacher
 
@@ -117,8 +117,7 @@ class Probes:
                     raise
                 size //= 2
         self.largest = size
-        self.setting.notes[:] = [n for n in self.setting.notes if not n.startswith("Memory ran out")]
-        self.setting.note(f"Memory ran out: batches were measured {size} images at a time.")
+        self.setting.note_again(RAN_OUT, f": batches were measured {size} images at a time.")
 
     def _parts(
         self, batch: Any, images: int, size: int, number: int, turn: int
