@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hawq_lightning.quantization import lean, quantize
+from hawq_lightning.quantization import lean, quantize, quantizer_named, with_quantizer
 
 from .nets import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
 from .test_fine_tuning_compile import plan_for
@@ -90,3 +90,28 @@ def test_activation_checkpointing_keeps_its_way():
     plain = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
     again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), [x, *model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "lsq", "pact", "lq_nets"])
+def test_the_backward_pass_of_a_quantizer_takes_no_memory(quantizer):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    quantize(model, with_quantizer(plan_for(model), quantizer_named(quantizer)))
+    model.train()
+    out = model(torch.randn(8, 4, 64, 64))
+    with torch.profiler.profile(profile_memory=True) as seen:
+        out.sum().backward()
+    found = {e.key: e for e in seen.key_averages()}["aten::hardtanh_backward"]
+    assert found.count and found.self_cpu_memory_usage == 0
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "lsq", "pact", "lq_nets"])
+def test_gradients_that_others_may_read_are_left_alone(quantizer):
+    model = nn.Sequential(nn.Linear(6, 6))
+    quantize(model, with_quantizer(plan_for(model), quantizer_named(quantizer)))
+    x = torch.linspace(-9, 9, 30).reshape(5, 6).requires_grad_()
+    given = torch.ones(5, 6)
+    direct = torch.autograd.grad(model[0].input_quantizer(x), x, given)[0]
+    assert bool((direct == 0).any()) and bool((given == 1).all())
+    plain = torch.autograd.grad(model(x).square().sum(), x)[0]
+    with_graph = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+    assert torch.equal(plain, with_graph.detach())

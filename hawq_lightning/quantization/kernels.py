@@ -61,6 +61,22 @@ def finite(bound: float) -> float:
     return min(max(bound, -3.4e38), 3.4e38)
 
 
+def passed_inside(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool) -> torch.Tensor:
+    """``grad`` where ``low < x < high``, zero elsewhere.
+
+    Args:
+        grad: of ``x``'s shape.
+        x: float32 or bfloat16.
+        low: any number.
+        high: any number.
+        alone: nobody else reads ``grad``, so that it may be overwritten: fresh memory costs more than the arithmetic.
+    """
+    bounds = finite(low), finite(high)
+    if alone and not torch.is_grad_enabled():
+        return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=grad)  # type: ignore[no-any-return]
+    return torch.ops.aten.hardtanh_backward(grad, x, *bounds)  # type: ignore[no-any-return]
+
+
 def eager(x: torch.Tensor) -> bool:
     """Whether plain float32 passes on the CPU are what will run."""
     wanted = x.dtype in (torch.float32, torch.bfloat16)
@@ -73,18 +89,19 @@ class _Clipped(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, step: float, low: int, high: int, margin: float) -> torch.Tensor:
         # in float32 also for bfloat16, as the fused one
-        return (x.float() * _inverse(step)).round_().clamp_(low, high).mul_(step).to(x.dtype)
+        ratio = x * _inverse(step) if x.dtype == torch.float32 else x.float().mul_(_inverse(step))
+        return ratio.round_().clamp_(low, high).mul_(step).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, step, low, high, margin = inputs
         ctx.save_for_backward(x)
-        ctx.bounds = finite((low - margin) * step), finite((high + margin) * step)
+        ctx.bounds, ctx.alone = ((low - margin) * step, (high + margin) * step), False
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None
+        return passed_inside(grads[0], x, *ctx.bounds, ctx.alone), None, None, None, None
 
 
 class _Channels(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Keep the recipe instead of the copy: quantized inputs and weights are made again when the backward pass needs them.
 
 A float layer and the ReLU before it keep one tensor for both. Fake-quantization puts a second one between them; made
-again in the backward pass, for the price of some vectorised passes, it need not be kept.
+again in the backward pass, for the price of some vectorised passes, it need not be kept. Nor does the quantizer's
+backward pass need memory: the layer alone has the gradient that comes to it, which is overwritten.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ def made_again(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> contextlib.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
-    recipes = [_Recipe(*operand) for operand in operands if _can_repeat(*operand)]
-    if not recipes:
+    own = [operand for operand in operands if _can_repeat(*operand)]
+    if not own:
         return _NOTHING
+    recipes = [_Recipe(*operand) for operand in own]
+    for made, _, _ in own:  # one operation reads it, and makes a gradient of its own for it
+        if hasattr(made.grad_fn, "alone"):
+            made.grad_fn.alone = True  # type: ignore[union-attr]
 
     def pack(tensor: torch.Tensor) -> Any:
         for recipe in recipes:

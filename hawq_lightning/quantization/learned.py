@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.quantization.kernels import eager, finite
+from hawq_lightning.quantization.kernels import eager, passed_inside
 
 
 def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:
@@ -73,6 +73,7 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor]) -> None:
         x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
+        ctx.alone = False
         ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
 
     @staticmethod
@@ -81,9 +82,10 @@ class _LearnedStep(torch.autograd.Function):
         levels = _levels(x, step, zero, low, high)
         low, high = low - zero, high - zero
         if ctx.fast:
-            s = float(step)
-            passed = torch.ops.aten.hardtanh_backward(g, x, finite(low * s), finite(high * s))
-            moved = torch.dot(g.reshape(-1), levels.reshape(-1)) - torch.dot(passed.reshape(-1), x.reshape(-1))
+            s = float(step.detach())
+            moved = torch.dot(g.reshape(-1), levels.reshape(-1))
+            passed = passed_inside(g, x, low * s, high * s, ctx.alone)
+            moved = moved - torch.dot(passed.reshape(-1), x.reshape(-1))
         else:
             v = x * step.reciprocal()
             passed = g * ((v > low) & (v < high))
@@ -100,6 +102,7 @@ class _LearnedRange(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, width, zero, top, ctx.fast = inputs
+        ctx.alone = False
         ctx.shares = -zero / top, (top - zero) / top
         ctx.save_for_backward(x, width)
 
@@ -107,13 +110,13 @@ class _LearnedRange(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (g,), (x, width) = grads, ctx.saved_tensors
         low, high = (width * share for share in ctx.shares)
-        if ctx.fast:
-            passed = torch.ops.aten.hardtanh_backward(g, x, finite(float(low)), finite(float(high)))
-        else:
-            passed = g * ((x > low) & (x < high))
         moved = (g * (x >= high)).sum() * ctx.shares[1]
         if ctx.shares[0]:
             moved = moved + (g * (x <= low)).sum() * ctx.shares[0]
+        if ctx.fast:
+            passed = passed_inside(g, x, float(low.detach()), float(high.detach()), ctx.alone)
+        else:
+            passed = g * ((x > low) & (x < high))
         return passed, moved, None, None, None
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.quantization.basis import members, spanned, step_to_least_squares
-from hawq_lightning.quantization.kernels import eager, finite
+from hawq_lightning.quantization.basis import AVERAGE, members, middles, spanned, step_to_least_squares
+from hawq_lightning.quantization.kernels import eager, passed_inside
 from hawq_lightning.quantization.quantizers import ActivationQuantizer
 from hawq_lightning.quantization.ranges import HUGE, TINY
 
 MOST_BITS = 4
-_AVERAGE = 0.1  # weight of the new basis: the paper's moving average keeps 0.9
 _SAMPLE = 1 << 14
 
 
@@ -85,10 +84,10 @@ class ActivationLQ(ActivationQuantizer):
         peak = values.abs().amax().clamp_min(TINY).double()
         table, levels = self._table(), self.levels()
         ascending, order = levels.sort()
-        codes = order[torch.bucketize(values, _middles(ascending))]
+        codes = order[torch.bucketize(values, middles(ascending))]
         residual = values.double() / peak - levels[codes].double() / peak
         change = step_to_least_squares(residual[None], codes[None], table)[0] * peak
-        moved = self.basis[: self.bits] + _AVERAGE * change
+        moved = self.basis[: self.bits] + AVERAGE * change
         self.basis[: self.bits] = moved.clamp(-HUGE / 16, HUGE / 16).float()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -103,12 +102,12 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         wide, ascending = x.float(), levels.sort().values
-        middles = _middles(ascending)
+        between = middles(ascending)
         if not eager(wide):
-            return ascending[torch.bucketize(wide, middles)].to(x.dtype)
+            return ascending[torch.bucketize(wide, between)].to(x.dtype)
         # whole passes are ten times faster here than a search for every value
         passed, count = torch.empty_like(wide), torch.zeros_like(wide)
-        for middle in middles.tolist():
+        for middle in between.tolist():
             count.add_(torch.gt(wide, middle, out=passed))
         found = ascending.index_select(0, count.reshape(-1).to(torch.int32)).view(count.shape)
         return found.to(x.dtype)
@@ -117,15 +116,12 @@ class _Nearest(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, levels = inputs
         ctx.save_for_backward(x, levels)
+        ctx.alone = False
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):
-            return torch.ops.aten.hardtanh_backward(grads[0], x, finite(float(low)), finite(float(high))), None
+            return passed_inside(grads[0], x, float(low.detach()), float(high.detach()), ctx.alone), None
         return grads[0] * ((x > low) & (x < high)), None
-
-
-def _middles(ascending: torch.Tensor) -> torch.Tensor:
-    return ascending[:-1] / 2 + ascending[1:] / 2
