@@ -121,6 +121,8 @@ def test_a_run_cut_short_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, 
         with pytest.raises(Killed):
             run(settings(tmp_path, *wanted))
     assert (tmp_path / "unfinished.json").is_file() and not (tmp_path / "metrics.json").exists()
+    last = tmp_path / "checkpoints" / ("float" if callback is KeepRandomStates else "fine_tuning") / "last.ckpt"
+    assert torch.load(last, weights_only=False)["epoch"] == epoch - 1  # what was done is not done again
     record = run(settings(tmp_path, *wanted))
     for score in ("accuracy", "loss"):
         assert record[score] == pytest.approx(undisturbed[score], rel=1e-6)

@@ -457,6 +457,13 @@ def train_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def renew_train_iterator(trainer: Trainer) -> None:
+    """Begin the epoch's data anew if they stand already: ``estimated_stepping_batches`` in a schedule sees to that."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        iter(fetcher)
+
+
 def gathered(trainer: Trainer, mine: dict[str, Any]) -> dict[str, Any]:
     """What a single process says, or ``{"ranks": [...]}`` of several."""
     if trainer.world_size == 1 or not torch.distributed.is_initialized():

@@ -187,7 +187,7 @@ class HAWQ(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
-        self.installer.before_data()
+        self.installer.before_data(trainer)
         known = self.plan is not None
         if self.installer.restored(pl_module):
             if not known and self.installer._given is None:

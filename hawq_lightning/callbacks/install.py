@@ -119,7 +119,7 @@ class InstallPlan(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arm the given plan, unless a checkpoint has armed the model."""
-        self.before_data()
+        self.before_data(trainer)
         if self.restored(pl_module):
             return
         if self._given is None:
@@ -174,9 +174,9 @@ class InstallPlan(Callback):
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
-    def before_data(self) -> None:
+    def before_data(self, trainer: Trainer) -> None:
         """A resumed epoch starts from the random states of its checkpoint: its iterator is made after this."""
-        self._resumed.before_data()
+        self._resumed.before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""

@@ -10,7 +10,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from hawq_lightning.callbacks._lightning import at_epoch_end, gathered, in_middle_of_epoch, train_loaders
+from hawq_lightning.callbacks._lightning import (
+    at_epoch_end,
+    gathered,
+    in_middle_of_epoch,
+    renew_train_iterator,
+    train_loaders,
+)
 
 KEY = "hawq_lightning_random_states"
 
@@ -51,10 +57,11 @@ class ResumedStates:
         self._middle = False
         self._doubts: list[str] = []
 
-    def before_data(self) -> None:
-        """Before the resumed epoch's iterator is made."""
+    def before_data(self, trainer: Trainer) -> None:
+        """Before the resumed epoch's iterator is made, or in place of one that was made too early."""
         if self._states is not None and not self._middle:
             set_random_states(self._states)
+            renew_train_iterator(trainer)
 
     def iterator_stands(self, trainer: Trainer) -> None:
         """In ``on_train_start``, where an undisturbed run would not come by: what is drawn here must not count."""
@@ -112,7 +119,7 @@ class KeepRandomStates(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the resumed epoch's iterator is made."""
-        self._resumed.before_data()
+        self._resumed.before_data(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The iterator stands."""

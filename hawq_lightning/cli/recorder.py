@@ -55,7 +55,8 @@ class Recorder(pl.Callback):
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The whole validation set has been seen once, before any fine-tuning."""
-        if self.hawq.plan is not None:  # with hawq.start the network is float until later
+        fresh = trainer.global_step == 0  # a resumed run has this score from before
+        if fresh and self.hawq.plan is not None:  # with hawq.start the network is float until later
             self._put("quantized", scores(trainer.callback_metrics))
             self._keep_images("quantized", trainer, pl_module)
         self._lap("validation")
