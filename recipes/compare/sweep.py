@@ -6,17 +6,20 @@ A plan does not depend on the seed of fine-tuning, so each is made once (``OUT/p
 and options, from which the other methods choose. Then the grid is tried on images held out of the training split
 (``OUT/tuning``), the same small grid for every method; then the runs
 (``OUT/runs/<setting>/<method>/seed=N``), ordered so that the table of a sweep cut short is a fair one. What is finished
-is not repeated. The same command in a second terminal shares the work. ``table.py`` writes the tables.
+is not repeated, and methods that chose the same bits share one run. The same command in a second terminal shares the
+work. ``table.py`` writes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -48,6 +51,7 @@ class Job:
         overrides: of the configuration.
         after: jobs whose results it needs.
         facts: setting, method, seed..., kept beside the results for the tables.
+        plan: file of the plan that is fine-tuned, if any.
         chooses_from: instead of a run, a choice from the options that this plan lists.
         eigenvalues_of: the plan that lists eigenvalues, for such a choice.
     """
@@ -56,8 +60,14 @@ class Job:
     overrides: tuple[str, ...]
     after: tuple[Job, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    plan: Path | None = None
     chooses_from: Path | None = None
     eigenvalues_of: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """The plan in its folder."""
+        return self.folder / "plan.json"
 
     @property
     def done(self) -> bool:
@@ -69,6 +79,16 @@ class Job:
         except (OSError, ValueError):
             return False
         return known.get("overrides") == list(self.overrides)
+
+    def same_as(self) -> str:
+        """A hash that jobs share if they fine-tune the same bits in the same way, whoever chose them; ``""``: none."""
+        if self.plan is None or not self.plan.is_file():
+            return ""
+        plan = Plan.load(self.plan)
+        chosen = [[s.name, s.bits, s.code, s.scale, s.zero_point] for s in plan.sites]
+        how = [o for o in self.overrides if not o.startswith(("selector=", "selector.", "hawq.plan="))]
+        text = json.dumps([plan.quantizer, dict(plan.quantizer_options), chosen, how], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Design:
@@ -102,7 +122,7 @@ class Design:
         """The score of the float network."""
         setting, method = next(iter(self.asked["settings"])), self.asked["reference"]
         plan = self.plan(setting, method, self.asked["seeds"][0])  # any will do: nothing need be measured again
-        given = f"hawq.plan={quoted(plan.folder / 'plan.json')}"
+        given = f"hawq.plan={quoted(plan.file)}"
         overrides = (*self.common, *self._overrides(setting, method), *self.asked["baseline"], given)
         return Job(self.out / "float", overrides, (plan,), {"method": "float"})
 
@@ -122,8 +142,8 @@ class Design:
             return Job(folder, overrides)
         base = self.plan(options_of, reference, seed)
         values = [self.plan(measures[0], method, seed)] if measures else []
-        eigen = values[0].folder / "plan.json" if values else None
-        return Job(folder, overrides, (base, *values), {}, base.folder / "plan.json", eigen)
+        eigen = values[0].file if values else None
+        return Job(folder, overrides, (base, *values), chooses_from=base.file, eigenvalues_of=eigen)
 
     def tuning(self, method: str) -> list[tuple[dict[str, Any], Job]]:
         """The grid's points with their jobs; empty without tuning."""
@@ -140,7 +160,7 @@ class Design:
                 *self._training(asked["setting"], method, plan), *asked["overrides"],
                 *(f"{k}={v}" for k, v in point.items()), f"seed={self.asked['seeds'][0]}",
             )  # fmt: skip
-            found.append((point, Job(self.out / "tuning" / method / name, overrides, (plan,))))
+            found.append((point, Job(self.out / "tuning" / method / name, overrides, (plan,), {}, plan.file)))
         return found
 
     def run(self, setting: str, method: str, seed: int) -> Job:
@@ -157,7 +177,7 @@ class Design:
             *self._training(setting, method, plan), *(f"{k}={v}" for k, v in (best or {}).items()), f"seed={seed}",
         )  # fmt: skip
         folder = self.out / "runs" / setting / method / f"seed={seed}"
-        return Job(folder, overrides, (plan, *(job for _, job in grid)), facts)
+        return Job(folder, overrides, (plan, *(job for _, job in grid)), facts, plan.file)
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
         """Setting, method and seed of every run, in the order in which they are wanted."""
@@ -172,7 +192,7 @@ class Design:
         return [*asked["overrides"], *self.asked["methods"][method]["overrides"], *own]
 
     def _training(self, setting: str, method: str, plan: Job) -> list[str]:
-        given = f"hawq.plan={quoted(plan.folder / 'plan.json')}"
+        given = f"hawq.plan={quoted(plan.file)}"
         return [*self.common, *self._overrides(setting, method), *self.asked["train"], given]
 
 
@@ -196,9 +216,9 @@ def best_point(grid: Sequence[tuple[dict[str, Any], Job]]) -> dict[str, Any] | N
 
 @contextmanager
 def claimed(job: Job, locks: Path) -> Iterator[bool]:
-    """Whether this process may run the job; the system takes the lock back from a process that dies."""
+    """Whether this process may run the job or its like; the system takes the lock back from a process that dies."""
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / re.sub(r"[^\w.=,-]+", "_", str(job.folder))[-200:]).open("w") as file:
+    with (locks / (job.same_as() or re.sub(r"[^\w.=,-]+", "_", str(job.folder))[-200:])).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -219,12 +239,31 @@ def carry_out(job: Job, locks: Path) -> str:
         text = json.dumps({**job.facts, "overrides": list(job.overrides)}, indent=1)
         (job.folder / "metrics.json").unlink(missing_ok=True)
         (job.folder / "job.json").write_text(text, encoding="utf-8")
-        code = call(job)
+        alike = locks.parent / "alike" / (job.same_as() or "none")
+        code = 0 if borrow(job, alike) else call(job)
         ended = "done" if code == 0 and job.done else "failed"
+        if ended == "done" and job.plan is not None and not alike.is_file():
+            _made(alike.parent)
+            alike.write_text(str(job.folder.relative_to(locks.parent)), encoding="utf-8")
         print(f"{time.strftime('%H:%M:%S')} {ended} in {time.perf_counter() - start:.0f} s: {job.folder}", flush=True)
         if ended == "failed":
             print("  " + (job.folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2], flush=True)
         return ended
+
+
+def borrow(job: Job, alike: Path) -> bool:
+    """Take over what the run that ``alike`` names has found; the plan stays the job's own."""
+    if job.plan is None or not alike.is_file():
+        return False
+    other = alike.parent.parent / alike.read_text(encoding="utf-8")
+    if other == job.folder or not (other / "metrics.json").is_file():
+        return False
+    shutil.copyfile(job.plan, job.file)
+    for name in ("per_image.npz", "model.safetensors", "metrics.json"):  # the last says that the job is done
+        if (other / name).is_file():
+            shutil.copyfile(other / name, job.folder / name)
+    (job.folder / "log.txt").write_text(f"the same bits as {other}\n", encoding="utf-8")
+    return True
 
 
 def call(job: Job) -> int:
