@@ -100,8 +100,8 @@ class _Clipped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return passed_inside(grads[0], x, *ctx.bounds, ctx.alone), None, None, None, None
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        return passed_inside(grads[0], x, low, high, ctx.alone), None, None, None, None
 
 
 class _Channels(torch.autograd.Function):
