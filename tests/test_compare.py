@@ -134,10 +134,11 @@ tuning: {{setting: small, overrides: [trainer.num_sanity_val_steps=0], grid: {{t
 seeds: [1]
 reference: trace
 settings:
-  small: {{label: mean 3 bits, overrides: [selector.budget=3bit], methods: [trace, {method}]}}
+  small: {{label: mean 3 bits, overrides: [selector.budget=3bit], methods: [trace, {method}, twin]}}
 methods:
   trace: {{label: Trace, overrides: [selector=pareto]}}
   l2: {{label: L2, overrides: [selector=l2]}}
+  twin: {{label: Twin, overrides: [selector=pareto, selector.budget=3.01bit]}}
 """
 
 
@@ -185,6 +186,60 @@ def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch
         assert mine and module.carry_out(fresh, design.out / "locks") == "busy"
 
 
+def test_methods_that_chose_the_same_bits_share_a_run(sweep):
+    from hawq_lightning import Plan
+
+    _, design, _ = sweep
+    ours, twin, other = (design.run("small", m, 1) for m in ("trace", "twin", "l2"))
+    assert Plan.load(twin.file).bits == Plan.load(ours.file).bits and twin.same_as() == ours.same_as()
+    assert "the same bits as" in (twin.folder / "log.txt").read_text() and not (twin.folder / "checkpoints").exists()
+    assert (twin.folder / "metrics.json").read_text() == (ours.folder / "metrics.json").read_text()
+    assert Plan.load(twin.file).budget == "3.01bit"
+    assert Plan.load(other.file).bits != Plan.load(ours.file).bits and other.same_as() != ours.same_as()
+    assert design.run("small", "trace", 2).same_as() != ours.same_as()
+
+
+def test_what_a_prediction_is_worth_is_measured_once(sweep, monkeypatch):
+    _, _, folder = sweep
+    sys.modules["sweep"] = sys.modules["compare_sweep"]
+    module = load("explain")
+    arguments = [str(folder / "design.yaml"), str(folder / "out"), f"WEIGHTS={folder / 'float.pt'}", "--settings=small",
+                 "--plans=3", "--steps=2", "--images=64", "--seeds=2", "--curve=l2", "--whole=6"]  # fmt: skip
+    monkeypatch.setattr(module, "MARKS", (0, 5))
+    module.main(arguments)
+    found = json.loads((folder / "out" / "explain.json").read_text())
+    drawn = [v for k, v in found.items() if k.startswith("small/plan/random")]
+    assert len(drawn) == 3 and {"small/seed/2", "small/seed/3", "small/plan/l2", "small/alone"} <= set(found)
+    assert all(set(module.STAGES) <= set(row) for row in drawn)
+    assert [p["step"] for p in found["small/curve/l2"]] == [0, 5, 6]
+    assert found["small/curve/l2"][0]["loss"] == pytest.approx(found["small/plan/l2"]["quantized"]["loss"], rel=1e-5)
+    text = (folder / "out" / "explain.md").read_text()
+    assert "3 random plans" in text and "| Ω, mean trace" in text and "BatchNorm measured again" in text
+
+    def refuse(*args):
+        raise AssertionError("measured twice")
+
+    for name in ("stages", "fine_tune", "one_by_one"):
+        monkeypatch.setattr(module.Task, name, refuse)
+    module.main(arguments)
+    with pytest.raises(SystemExit, match="needs WEIGHTS="):
+        module.main(arguments[:2])
+
+
+def test_restored_norms_are_those_of_the_float_weights(sweep):
+    from hawq_lightning import Plan
+
+    _, design, _ = sweep
+    sys.modules["sweep"] = sys.modules["compare_sweep"]
+    module = load("explain")
+    task = module.Task(design, "small", 16)
+    plan = Plan.load(design.plan("small", "trace", 1).file)
+    plain, moved = task.network(), module.with_norms(task.network(plan))
+    for name in (s.layers[0] for s in plan.weights):
+        a, b = plain.get_submodule(name).weight.flatten(1), moved.get_submodule(name).weight.flatten(1)
+        assert torch.allclose(a.norm(dim=1), b.norm(dim=1), rtol=1e-5) and not torch.equal(a, b)
+
+
 def test_plans_come_from_one_measurement(sweep):
     from hawq_lightning import Plan
 
@@ -211,7 +266,7 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "## mean 3 bits" in text and "| L2 | 2 MP | 8 |" in text and "Table 3b" in text and "Table 3a" not in text
     assert f"Float network: {100 * found.float_score:.2f}%" in text
-    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 4
     assert (tmp_path / "figures" / "compare.png").stat().st_size > 10_000
     with pytest.raises(HawqError, match="no finished run"):
         write_comparison(tmp_path)

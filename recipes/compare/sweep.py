@@ -305,9 +305,9 @@ def choose(job: Job) -> None:
     budget = cfg.selector.budget
     budget = budget if isinstance(budget, str) else OmegaConf.to_container(budget)
     known = Plan.load(job.eigenvalues_of).settings.get("eigenvalues") if job.eigenvalues_of else None
-    problem = problem_of(Plan.load(job.chooses_from))
-    plan = select(problem, budget, cfg.selector.name, seed=cfg.seed, eigenvalues=known)
-    plan.save(job.folder / "plan.json")
+    base = Plan.load(job.chooses_from)
+    plan = select(problem_of(base), budget, cfg.selector.name, seed=cfg.seed, eigenvalues=known)
+    plan.replace(quantizer=base.quantizer, quantizer_options=base.quantizer_options).save(job.file)
     (job.folder / "metrics.json").write_text(json.dumps({"chosen_from": str(job.chooses_from)}), encoding="utf-8")
 
 
