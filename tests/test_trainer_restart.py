@@ -51,12 +51,19 @@ class Noisy(torch.utils.data.Dataset):
         x, y = blobs()[i]
         return x + 0.1 * torch.randn(FEATURES) + 0.1 * random.random() + 0.1 * float(np.random.rand()), y
 
+class Scheduled(Classifier):
+    def configure_optimizers(self):  # the number of steps is asked for: the data stand before the fit starts
+        made = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(made, 0.02, total_steps=self.trainer.estimated_stepping_batches)
+        return [made], [{"scheduler": schedule, "interval": "step"}]
+
 class Kill(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == (kill_epoch, kill_batch):
             os.kill(os.getpid(), signal.SIGKILL)
 
-callback, model = hawq(start=int(sys.argv[5])), Classifier()
+start = int(sys.argv[5])
+callback, model = hawq(start=start), Classifier() if start else Scheduled()
 saver = ModelCheckpoint(folder, save_last=True, save_top_k=-1, every_n_epochs=1)
 t = trainer(folder, callback, Kill(), saver, max_epochs=4, enable_checkpointing=True)
 t.fit(model, DataLoader(Noisy(), 16, shuffle=True), loader(shuffle=False), ckpt_path=None if ckpt == "none" else ckpt)
