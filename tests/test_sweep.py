@@ -47,18 +47,21 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_other_budgets_and_seeds_do_not_measure_again(tmp_path, weights):
+def test_other_budgets_seeds_and_quantizers_do_not_measure_again(tmp_path, weights):
     given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", f"paths.cache={tmp_path / 'cache'}"]
     for name, *changes in (
         ("a", "seed=1", "selector.budget=6x"),
         ("b", "seed=2", "selector.budget=10x"),
         ("c", "hawq.exclude=[net.linear]"),
         ("d", "sensitivity.rtol=0.4"),
+        ("e", "quantizer=lsq"),
     ):
         run(settings(tmp_path / name, *given, *changes))
-    found = {n: Sensitivity.load(tmp_path / n / "sensitivity.json") for n in "abcd"}
+    found = {n: Sensitivity.load(tmp_path / n / "sensitivity.json") for n in "abcde"}
     # the seconds are those of the one measurement
-    assert found["a"].records == found["b"].records and dict(found["a"].settings) == dict(found["b"].settings)
+    for other in "be":
+        assert found["a"].records == found[other].records
+        assert dict(found["a"].settings) == dict(found[other].settings)
     assert Plan.load(tmp_path / "a" / "plan.json").bits != Plan.load(tmp_path / "b" / "plan.json").bits
     # other sites and other settings are other measurements
     assert "net.linear.weight" in found["a"] and "net.linear.weight" not in found["c"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from hawq_lightning.batches import parts_of
 from hawq_lightning.sensitivity.boundary import Outputs, read_by
@@ -18,7 +19,10 @@ def fingerprint(
 ) -> str:
     """Hash of the weights, of the drawn input tensors, of the loss of ``first`` and of the settings ``asked``."""
     digest = hashlib.sha256(f"{asked} {seed} {list(images)}".encode())
+    idle = tuple(_idle_quantizers(setting.model))
     for name, value in setting.model.state_dict().items():
+        if name.startswith(idle):
+            continue
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -29,6 +33,16 @@ def fingerprint(
     setting.facts["loss"] = loss
     digest.update(f"{loss:.6g}".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _idle_quantizers(model: nn.Module) -> Iterator[str]:
+    # which quantizer waits in a twin does not change its traces
+    for name, layer in model.named_modules():
+        if hasattr(layer, "float_type"):
+            for key in ("weight_quantizer", "input_quantizer"):
+                quantizer = getattr(layer, key)
+                if not quantizer.bits or quantizer.paused:
+                    yield f"{name}.{key}." if name else f"{key}."
 
 
 def check_loss_value(setting: Setting, batch: Any) -> float:
