@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -270,6 +271,24 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
     assert (tmp_path / "figures" / "compare.png").stat().st_size > 10_000
     with pytest.raises(HawqError, match="no finished run"):
         write_comparison(tmp_path)
+
+
+def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
+    from hawq_lightning.report.compare_page import write_comparison
+
+    _, design, _ = sweep
+    shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "small")
+    shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "other")
+    for path in (tmp_path / "runs" / "other").rglob("job.json"):
+        path.write_text(path.read_text().replace('"setting": "small"', '"setting": "other"', 1))
+    shutil.rmtree(tmp_path / "runs" / "other" / "twin")
+    found = write_comparison(tmp_path, draws=200, title="Two of a kind")
+    (pooled,) = found.pooled  # twin stands in one setting only
+    assert (pooled.label, pooled.pairs) == ("L2", 2)
+    assert pooled.after.value == pytest.approx(found.rows["small"][1].against.value)
+    assert [rows[0].first.method for rows in found.rows.values()] == ["trace", "trace"]  # the reference first
+    text = (tmp_path / "compare.md").read_text()
+    assert text.startswith("# Two of a kind\n") and "## All settings together" in text and "| L2 | 2 |" in text
 
 
 def test_mistakes_in_a_design_are_named(sweep, tmp_path):

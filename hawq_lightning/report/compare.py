@@ -84,10 +84,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """A method against the reference in all settings that have both: the mean of the paired differences.
+
+    Attributes:
+        label: the method's name in tables.
+        pairs: how many pairs of runs; intervals are over images and pairs.
+        before, after: fine-tuning; None where a run kept nothing of its images.
+    """
+
+    label: str
+    pairs: int
+    before: Interval | None
+    after: Interval | None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """All rows of a sweep by setting, in the order of the runs that were found, and the float network's score."""
+    """All rows of a sweep by setting, the reference first, its methods over all settings, and the float score."""
 
     rows: Mapping[str, Sequence[Row]]
+    pooled: Sequence[Pooled]
     float_score: float | None
     metric: str
     left_out: Mapping[str, str]
@@ -114,11 +131,16 @@ def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
     found: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda r: r.seed):
         found.setdefault(run.setting, {}).setdefault(run.method, []).append(run)
-    rows = {}
+    rows, pairs = {}, {}
     for setting, methods in found.items():
         reference = next((m for m in methods.values() if m[0].reference), None)
-        rows[setting] = [_row(own, reference, draws) for own in methods.values()]
-    return Comparison(rows, _float_score(out, runs[0].metric), runs[0].metric, left_out)
+        ordered = sorted(methods.values(), key=lambda own: not own[0].reference)
+        rows[setting] = [_row(own, reference, draws) for own in ordered]
+        for own in ordered:
+            pairs.setdefault(own[0].method, []).extend(_pairs(own, reference))
+    several = {m: p for m, p in pairs.items() if len({r.setting for r, _ in p}) > 1}
+    pooled = [_pooled(p, draws) for p in several.values()]
+    return Comparison(rows, pooled, _float_score(out, runs[0].metric), runs[0].metric, left_out)
 
 
 def widths(plan: Plan, kind: str) -> str:
@@ -145,13 +167,27 @@ def _read(folder: Path) -> Run:
     )  # fmt: skip
 
 
+def _pairs(runs: Sequence[Run], reference: Sequence[Run] | None) -> list[tuple[Run, Run]]:
+    """Each run with the reference's of its seed; none for the reference itself."""
+    of_seed = {r.seed: r for r in reference or () if not runs[0].reference}
+    return [(r, of_seed[r.seed]) for r in runs if r.seed in of_seed]
+
+
 def _row(runs: Sequence[Run], reference: Sequence[Run] | None, draws: int) -> Row:
-    against = None
-    if reference is not None and not runs[0].reference:
-        of_seed = {r.seed: r for r in reference}
-        pairs = [(r, of_seed[r.seed]) for r in runs if r.seed in of_seed]
-        against = _interval([p[0] for p in pairs], "fine_tuned", draws, [p[1] for p in pairs])
-    return Row(runs, _interval(runs, "quantized", draws), _interval(runs, "fine_tuned", draws), against)
+    pairs = _pairs(runs, reference)
+    return Row(
+        runs, _interval(runs, "quantized", draws), _interval(runs, "fine_tuned", draws),
+        _difference(pairs, "fine_tuned", draws),
+    )  # fmt: skip
+
+
+def _pooled(pairs: Sequence[tuple[Run, Run]], draws: int) -> Pooled:
+    before, after = (_difference(pairs, stage, draws) for stage in ("quantized", "fine_tuned"))
+    return Pooled(pairs[0][0].labels["method"], len(pairs), before, after)
+
+
+def _difference(pairs: Sequence[tuple[Run, Run]], stage: str, draws: int) -> Interval | None:
+    return _interval([p[0] for p in pairs], stage, draws, [p[1] for p in pairs])
 
 
 def _interval(runs: Sequence[Run], stage: str, draws: int, minus: Sequence[Run] = ()) -> Interval | None:

@@ -26,26 +26,31 @@ ABLATIONS = {
 }
 
 
-def write_comparison(out: str | Path, target: str | Path | None = None, draws: int = 2000) -> Comparison:
+def write_comparison(
+    out: str | Path, target: str | Path | None = None, draws: int = 2000, title: str = "Methods at equal size"
+) -> Comparison:
     """Read the runs of a sweep and write ``compare.md``, ``compare.csv``, ``runs.csv`` and ``figures/compare.png``.
 
     Args:
         out: folder of the sweep.
         target: folder to write to; ``out`` itself by default.
         draws: bootstrap samples.
+        title: heading of the page.
 
     Raises:
         HawqError: no finished run, or ``target`` cannot be written to.
     """
     found = read_comparison(out, draws)
     target = Path(target) if target is not None else Path(out)
-    text = [f"Float network: {score(found.float_score, found.metric)}.", ""]
+    text = [f"# {title}", "", f"Float network: {score(found.float_score, found.metric)}.", ""]
     for rows in found.rows.values():
         text += [f"## {rows[0].first.labels['setting']}", "", *markdown_table(*table(found, rows)), ""]
         for heading, methods in ABLATIONS.items():
             part = [r for r in rows if r.first.method in methods or r.first.reference]
             if len(part) == len(methods) + 1:
                 text += [f"### {heading}", "", *markdown_table(*ablation(found, part)), ""]
+    if found.pooled:
+        text += ["## All settings together", "", *markdown_table(*pooled(found)), ""]
     text += [_legend(found), ""]
     if found.left_out:
         text += ["Left out:", "", *(f"- {k}: {v}" for k, v in found.left_out.items()), ""]
@@ -65,6 +70,15 @@ def table(found: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[
     columns = [c.format(reference) for c in COLUMNS]
     start = [*_FLOAT[:4], score(found.float_score, found.metric), *_FLOAT[5:]]
     return columns, [start, *(_cells(found.metric, r) for r in rows)]
+
+
+def pooled(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Differences to the reference over all settings that have both."""
+    reference = next(r.first.labels["method"] for rows in found.rows.values() for r in rows if r.first.reference)
+    columns = ["Method", "settings × seeds", f"before, against {reference}", f"after, against {reference}"]
+    shown = [[p.label, str(p.pairs), *("–" if i is None else _difference(found.metric, i) for i in (p.before, p.after))]
+             for p in found.pooled]  # fmt: skip
+    return columns, shown
 
 
 def ablation(found: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -15,9 +15,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the sweep")
     parser.add_argument("target", type=Path, nargs="?", help="folder to write to; that of the sweep by default")
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples")
+    parser.add_argument("--title", default="Methods at equal size", help="heading of the page")
     asked = parser.parse_args()
     try:
-        write_comparison(asked.out, asked.target, asked.draws)
+        write_comparison(asked.out, asked.target, asked.draws, asked.title)
     except HawqError as error:
         raise SystemExit(f"error: {error}") from None
     print(((asked.target or asked.out) / "compare.md").read_text(encoding="utf-8"))
