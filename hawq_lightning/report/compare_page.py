@@ -43,6 +43,8 @@ def write_comparison(
     found = read_comparison(out, draws)
     target = Path(target) if target is not None else Path(out)
     text = [f"# {title}", "", f"Float network: {score(found.float_score, found.metric)}.", ""]
+    if len(found.rows) > 1:
+        text += ["Before → after fine-tuning:", "", *markdown_table(*overview(found)), ""]
     for rows in found.rows.values():
         text += [f"## {rows[0].first.labels['setting']}", "", *markdown_table(*table(found, rows)), ""]
         for heading, methods in ABLATIONS.items():
@@ -78,6 +80,24 @@ def pooled(found: Comparison) -> tuple[list[str], list[list[str]]]:
     columns = ["Method", "settings × seeds", f"before, against {reference}", f"after, against {reference}"]
     shown = [[p.label, str(p.pairs), *("–" if i is None else _difference(found.metric, i) for i in (p.before, p.after))]
              for p in found.pooled]  # fmt: skip
+    return columns, shown
+
+
+def overview(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Methods by settings; one mark: the interval against the reference excludes zero."""
+    labels = {r.first.method: r.first.labels["method"] for rows in found.rows.values() for r in rows}
+    table_of = {s: {r.first.method: r for r in rows} for s, rows in found.rows.items()}
+    columns = ["Method", *(rows[0].first.labels["setting"] for rows in found.rows.values())]
+    shown = []
+    for method, label in labels.items():
+        cells = [label]
+        for rows in table_of.values():
+            if (row := rows.get(method)) is None:
+                cells.append("–")
+                continue
+            mark = " *" if row.against is not None and row.against.excludes_zero else ""
+            cells.append(f"{score(row.mean('before'), found.metric)} → {_mean(found.metric, row, 'after')}{mark}")
+        shown.append(cells)
     return columns, shown
 
 
