@@ -169,7 +169,7 @@ class Crash(Callback):
 )
 @pytest.mark.parametrize("call", [1, 12, 40])
 def test_requeued_while_measuring(tmp_path, slurm, undisturbed, monkeypatch, call):
-    import hawq_lightning.callbacks._lightning as internals
+    import hawq_lightning.callbacks._lightning.borrowed as internals
 
     calls, original = [], internals._loss
 
@@ -195,7 +195,7 @@ def test_requeued_while_measuring(tmp_path, slurm, undisturbed, monkeypatch, cal
 
 
 def test_sigterm_while_measuring_ends_the_run(tmp_path, monkeypatch):
-    import hawq_lightning.callbacks._lightning as internals
+    import hawq_lightning.callbacks._lightning.borrowed as internals
 
     calls, original = [], internals._loss
 
