@@ -187,6 +187,19 @@ def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch
         assert mine and module.carry_out(fresh, design.out / "locks") == "busy"
 
 
+def test_results_are_known_again_elsewhere(sweep, tmp_path):
+    module, design, folder = sweep
+    shutil.copytree(design.out, tmp_path / "moved")
+    shutil.copy(folder / "float.pt", tmp_path / "weights.pt")
+    again = module.Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": str(tmp_path / "weights.pt")})
+    jobs = [job for run in again.runs() for job in [*module.needs(again.run(*run)), again.run(*run)]]
+    assert len(jobs) > 8 and all(job.done for job in jobs)
+    known = json.loads((jobs[-1].folder / "job.json").read_text())["overrides"]
+    assert "model.weights=${WEIGHTS}" in known and not any(str(folder) in o for o in known)
+    other = module.Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": "x"}, ["seed=9"])
+    assert not other.run("small", "l2", 1).done
+
+
 def test_methods_that_chose_the_same_bits_share_a_run(sweep):
     from hawq_lightning import Plan
 

@@ -46,7 +46,7 @@ from hawq_lightning.quantization.kernels import along
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.report.card import markdown_table
-from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas
+from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale
 from hawq_lightning.selection import Problem, problem_of
 from hawq_lightning.site_table import SiteTable
 from hawq_lightning.tasks.optimizers import make_optimizer
@@ -256,7 +256,8 @@ def draw(found: Mapping[str, Any], settings: Mapping[str, str], steps: int) -> D
                 rows += [[setting, name, stage, r["said"]["omega"], r[stage]["loss"]] for name, r in plans.items()]
             ax.set_title(label)
             ax.set_ylabel("held-out loss")
-            ax.legend()
+            log_scale(ax, "y")
+            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes[-1].set_xlabel("Ω of the weights", color=SOFT)
     columns = ["setting", "plan", "stage", "omega", "loss"]
     return Drawing("explain", "Predicted, and what is left of it", "", "", figure, columns, rows)

@@ -54,6 +54,7 @@ class Job:
         plan: file of the plan that is fine-tuned, if any.
         chooses_from: instead of a run, a choice from the options that this plan lists.
         eigenvalues_of: the plan that lists eigenvalues, for such a choice.
+        names: ``${NAME}`` of folders and files in the overrides, so that results are known again elsewhere.
     """
 
     folder: Path
@@ -63,6 +64,16 @@ class Job:
     plan: Path | None = None
     chooses_from: Path | None = None
     eigenvalues_of: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def told(self) -> list[str]:
+        """The overrides without this machine's folders."""
+        told = list(self.overrides)
+        for name, value in self.names.items():
+            whole = re.compile(rf"(?<=[='\"]){re.escape(value)}(?=$|[/'\"])")
+            told = [whole.sub(lambda _, n=name: f"${{{n}}}", text) for text in told]
+        return told
 
     @property
     def file(self) -> Path:
@@ -78,7 +89,7 @@ class Job:
             known = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return known.get("overrides") == list(self.overrides)
+        return known.get("overrides") == self.told
 
     def same_as(self) -> str:
         """A hash that jobs share if they fine-tune the same bits in the same way, whoever chose them; ``""``: none."""
@@ -86,7 +97,7 @@ class Job:
             return ""
         plan = Plan.load(self.plan)
         chosen = [[s.name, s.bits, s.code, s.scale, s.zero_point] for s in plan.sites]
-        how = [o for o in self.overrides if not o.startswith(("selector=", "selector.", "hawq.plan="))]
+        how = [o for o in self.told if not o.startswith(("selector=", "selector.", "hawq.plan="))]
         text = json.dumps([plan.quantizer, dict(plan.quantizer_options), chosen, how], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -112,6 +123,7 @@ class Design:
             text = text.replace(f"${{{name}}}", given[name])
         self.asked: dict[str, Any] = yaml.safe_load(text)
         self.out = Path(out).resolve()
+        self.names = {"OUT": str(self.out), **given}
         self.common = [*self.asked["common"], *also, f"paths.cache={quoted(self.out / 'cache')}"]
         for setting in self.asked["settings"].values():
             for method in setting["methods"]:
@@ -124,7 +136,7 @@ class Design:
         plan = self.plan(setting, method, self.asked["seeds"][0])  # any will do: nothing need be measured again
         given = f"hawq.plan={quoted(plan.file)}"
         overrides = (*self.common, *self._overrides(setting, method), *self.asked["baseline"], given)
-        return Job(self.out / "float", overrides, (plan,), {"method": "float"})
+        return self._job(self.out / "float", overrides, (plan,), {"method": "float"})
 
     def plan(self, setting: str, method: str, seed: int) -> Job:
         """Traces and bits; once for all seeds unless the method draws its bits.
@@ -139,11 +151,11 @@ class Design:
         reference, measures = self.asked["reference"], self.asked["methods"][method].get("measures", ())
         options_of = self.asked["settings"][setting].get("options_of", setting)
         if setting in measures or (method == reference and options_of == setting):
-            return Job(folder, overrides)
+            return self._job(folder, overrides)
         base = self.plan(options_of, reference, seed)
         values = [self.plan(measures[0], method, seed)] if measures else []
         eigen = values[0].file if values else None
-        return Job(folder, overrides, (base, *values), chooses_from=base.file, eigenvalues_of=eigen)
+        return self._job(folder, overrides, (base, *values), chooses_from=base.file, eigenvalues_of=eigen)
 
     def tuning(self, method: str) -> list[tuple[dict[str, Any], Job]]:
         """The grid's points with their jobs; empty without tuning."""
@@ -160,7 +172,7 @@ class Design:
                 *self._training(asked["setting"], method, plan), *asked["overrides"],
                 *(f"{k}={v}" for k, v in point.items()), f"seed={self.asked['seeds'][0]}",
             )  # fmt: skip
-            found.append((point, Job(self.out / "tuning" / method / name, overrides, (plan,), {}, plan.file)))
+            found.append((point, self._job(self.out / "tuning" / method / name, overrides, (plan,), {}, plan.file)))
         return found
 
     def run(self, setting: str, method: str, seed: int) -> Job:
@@ -177,7 +189,7 @@ class Design:
             *self._training(setting, method, plan), *(f"{k}={v}" for k, v in (best or {}).items()), f"seed={seed}",
         )  # fmt: skip
         folder = self.out / "runs" / setting / method / f"seed={seed}"
-        return Job(folder, overrides, (plan, *(job for _, job in grid)), facts, plan.file)
+        return self._job(folder, overrides, (plan, *(job for _, job in grid)), facts, plan.file)
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
         """Setting, method and seed of every run, in the order in which they are wanted."""
@@ -185,6 +197,9 @@ class Design:
             for setting, asked in self.asked["settings"].items():
                 for method in asked["methods"]:
                     yield setting, method, seed
+
+    def _job(self, folder: Path, overrides: Sequence[str], *more: Any, **named: Any) -> Job:
+        return Job(folder, tuple(overrides), *more, **named, names=self.names)
 
     def _overrides(self, setting: str, method: str) -> list[str]:
         asked = self.asked["settings"][setting]
@@ -236,7 +251,7 @@ def carry_out(job: Job, locks: Path) -> str:
             return "busy"
         job.folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        text = json.dumps({**job.facts, "overrides": list(job.overrides)}, indent=1)
+        text = json.dumps({**job.facts, "overrides": job.told}, indent=1)
         (job.folder / "metrics.json").unlink(missing_ok=True)
         (job.folder / "job.json").write_text(text, encoding="utf-8")
         alike = locks.parent / "alike" / (job.same_as() or "none")
