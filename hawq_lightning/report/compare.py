@@ -131,7 +131,8 @@ def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
     found: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda r: r.seed):
         found.setdefault(run.setting, {}).setdefault(run.method, []).append(run)
-    rows, pairs = {}, {}
+    rows: dict[str, list[Row]] = {}
+    pairs: dict[str, list[tuple[Run, Run]]] = {}
     for setting, methods in found.items():
         reference = next((m for m in methods.values() if m[0].reference), None)
         ordered = sorted(methods.values(), key=lambda own: not own[0].reference)
