@@ -1,15 +1,20 @@
 """The comparison: statistics against cases computed by hand, and a miniature sweep end to end."""
 
-import importlib.util
 import json
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
+import explain
+import explain_page
+import held_out
+import jobs
 import numpy as np
 import pytest
+import table
 import torch
+from design import Design
+from sweep import work
 
 from hawq_lightning import HawqError
 from hawq_lightning.report.average_precision import Matches
@@ -17,14 +22,6 @@ from hawq_lightning.report.paired import bootstrap_mean, bootstrap_score
 from hawq_lightning.report.per_image import keep_per_image, read_per_image
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "compare"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"compare_{name}", RECIPE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_bootstrap_of_one_seed_has_the_standard_error_of_a_mean():
@@ -152,22 +149,21 @@ def sweep(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(resnet20(in_channels=1, channels=4, depth=8).state_dict(), folder / "float.pt")
     (folder / "design.yaml").write_text(DESIGN.format(method="l2"))
-    module = load("sweep")
-    module.call = in_this_process
-    design = module.Design(folder / "design.yaml", folder / "out", {"WEIGHTS": str(folder / "float.pt")})
-    assert module.work(design)
-    return module, design, folder
+    design = Design(folder / "design.yaml", folder / "out", {"WEIGHTS": str(folder / "float.pt")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "call", in_this_process)
+        assert work(design)
+    return design, folder
 
 
 def in_this_process(job):
     """Without the fork, which torch's threads of other tests would not survive."""
-    module = sys.modules["compare_sweep"]
-    (module.choose if job.chooses_from else module.run)(job)
+    (jobs.choose if job.chooses_from else jobs.run)(job)
     return 0
 
 
 def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch):
-    module, design, _ = sweep
+    design, _ = sweep
     job = design.run("small", "l2", 1)
     tried = {p["task.lr"]: j for p, j in design.tuning("l2")}
     scores = {
@@ -180,34 +176,34 @@ def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch
     def refuse(job):
         raise AssertionError(f"{job.folder} was started again")
 
-    monkeypatch.setattr(module, "call", refuse)
-    assert module.work(design)
+    monkeypatch.setattr(jobs, "call", refuse)
+    assert work(design)
     # what another process has is waited for, not done twice
-    fresh = module.Job(design.out / "elsewhere", ())
-    with module.claimed(fresh, design.out / "locks") as mine:
-        assert mine and module.carry_out(fresh, design.out / "locks") == "busy"
+    fresh = jobs.Job(design.out / "elsewhere", ())
+    with jobs.claimed(fresh, design.out / "locks") as mine:
+        assert mine and jobs.carry_out(fresh, design.out / "locks") == "busy"
 
 
 def test_results_are_known_again_elsewhere(sweep, tmp_path):
-    module, design, folder = sweep
-    load("table").keep(design.out, tmp_path / "runs.tar.xz")
+    design, folder = sweep
+    table.keep(design.out, tmp_path / "runs.tar.xz")
     with tarfile.open(tmp_path / "runs.tar.xz") as archive:
         assert not any(str(folder).encode() in archive.extractfile(m).read() for m in archive.getmembers())
         archive.extractall(tmp_path / "moved", filter="data")
     shutil.copy(folder / "float.pt", tmp_path / "weights.pt")
-    again = module.Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": str(tmp_path / "weights.pt")})
-    jobs = [job for run in again.runs() for job in [*module.needs(again.run(*run)), again.run(*run)]]
-    assert len(jobs) > 8 and all(job.done for job in jobs)
-    known = json.loads((jobs[-1].folder / "job.json").read_text())["overrides"]
+    again = Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": str(tmp_path / "weights.pt")})
+    found = [job for run in again.runs() for job in [*jobs.needs(again.run(*run)), again.run(*run)]]
+    assert len(found) > 8 and all(job.done for job in found)
+    known = json.loads((found[-1].folder / "job.json").read_text())["overrides"]
     assert "model.weights=${WEIGHTS}" in known and not any(str(folder) in o for o in known)
-    other = module.Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": "x"}, ["seed=9"])
+    other = Design(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": "x"}, ["seed=9"])
     assert not other.run("small", "l2", 1).done
 
 
 def test_methods_that_chose_the_same_bits_share_a_run(sweep):
     from hawq_lightning import Plan
 
-    _, design, _ = sweep
+    design, _ = sweep
     ours, twin, other = (design.run("small", m, 1) for m in ("trace", "twin", "l2"))
     assert Plan.load(twin.file).bits == Plan.load(ours.file).bits and twin.same_as() == ours.same_as()
     assert "the same bits as" in (twin.folder / "log.txt").read_text() and not (twin.folder / "checkpoints").exists()
@@ -218,17 +214,15 @@ def test_methods_that_chose_the_same_bits_share_a_run(sweep):
 
 
 def test_what_a_prediction_is_worth_is_measured_once(sweep, monkeypatch):
-    _, _, folder = sweep
-    sys.modules["sweep"] = sys.modules["compare_sweep"]
-    module = load("explain")
+    _, folder = sweep
     arguments = [str(folder / "design.yaml"), str(folder / "out"), f"WEIGHTS={folder / 'float.pt'}", "--settings=small",
                  "--plans=3", "--steps=2", "--images=64", "--seeds=2", "--curve=l2", "--whole=6"]  # fmt: skip
-    monkeypatch.setattr(module, "MARKS", (0, 5))
-    module.main(arguments)
+    monkeypatch.setattr(explain, "MARKS", (0, 5))
+    explain.main(arguments)
     found = json.loads((folder / "out" / "explain.json").read_text())
     drawn = [v for k, v in found.items() if k.startswith("small/plan/random")]
     assert len(drawn) == 3 and {"small/seed/2", "small/seed/3", "small/plan/l2", "small/alone"} <= set(found)
-    assert all(set(module.STAGES) <= set(row) for row in drawn)
+    assert all(set(explain_page.STAGES) <= set(row) for row in drawn)
     assert [p["step"] for p in found["small/curve/l2"]] == [0, 5, 6]
     assert found["small/curve/l2"][0]["loss"] == pytest.approx(found["small/plan/l2"]["quantized"]["loss"], rel=1e-5)
     text = (folder / "out" / "explain.md").read_text()
@@ -238,21 +232,19 @@ def test_what_a_prediction_is_worth_is_measured_once(sweep, monkeypatch):
         raise AssertionError("measured twice")
 
     for name in ("stages", "fine_tune", "one_by_one"):
-        monkeypatch.setattr(module.Task, name, refuse)
-    module.main(arguments)
+        monkeypatch.setattr(held_out.HeldOut, name, refuse)
+    explain.main(arguments)
     with pytest.raises(SystemExit, match="needs WEIGHTS="):
-        module.main(arguments[:2])
+        explain.main(arguments[:2])
 
 
 def test_restored_norms_are_those_of_the_float_weights(sweep):
     from hawq_lightning import Plan
 
-    _, design, _ = sweep
-    sys.modules["sweep"] = sys.modules["compare_sweep"]
-    module = load("explain")
-    task = module.Task(design, "small", 16)
+    design, _ = sweep
+    task = held_out.HeldOut(design, "small", 16)
     plan = Plan.load(design.plan("small", "trace", 1).file)
-    plain, moved = task.network(), module.with_norms(task.network(plan))
+    plain, moved = task.network(), held_out.with_norms(task.network(plan))
     for name in (s.layers[0] for s in plan.weights):
         a, b = plain.get_submodule(name).weight.flatten(1), moved.get_submodule(name).weight.flatten(1)
         assert torch.allclose(a.norm(dim=1), b.norm(dim=1), rtol=1e-5) and not torch.equal(a, b)
@@ -261,7 +253,7 @@ def test_restored_norms_are_those_of_the_float_weights(sweep):
 def test_plans_come_from_one_measurement(sweep):
     from hawq_lightning import Plan
 
-    _, design, _ = sweep
+    design, _ = sweep
     ours, other = (Plan.load(design.plan("small", m, 1).folder / "plan.json") for m in ("trace", "l2"))
     assert (ours.selector, other.selector) == ("pareto", "l2")
     assert [s.options for s in ours.sites] == [s.options for s in other.sites]
@@ -274,7 +266,7 @@ def test_plans_come_from_one_measurement(sweep):
 def test_the_table_says_what_the_runs_found(sweep, tmp_path):
     from hawq_lightning.report.compare_page import write_comparison
 
-    _, design, _ = sweep
+    design, _ = sweep
     found = write_comparison(design.out, tmp_path, draws=200)
     rows = {r.first.method: r for r in found.rows["small"]}
     correct = {m: r.first.images["fine_tuned"]["correct"] for m, r in rows.items()}
@@ -293,7 +285,7 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
 def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
     from hawq_lightning.report.compare_page import write_comparison
 
-    _, design, _ = sweep
+    design, _ = sweep
     shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "small")
     shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "other")
     for path in (tmp_path / "runs" / "other").rglob("job.json"):
@@ -309,25 +301,24 @@ def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
 
 
 def test_mistakes_in_a_design_are_named(sweep, tmp_path):
-    module, _, folder = sweep
+    _, folder = sweep
     with pytest.raises(HawqError, match="needs WEIGHTS="):
-        module.Design(folder / "design.yaml", tmp_path, {})
+        Design(folder / "design.yaml", tmp_path, {})
     (tmp_path / "wrong.yaml").write_text(DESIGN.format(method="l3"))
     with pytest.raises(HawqError, match="no method 'l3'.*l2"):
-        module.Design(tmp_path / "wrong.yaml", tmp_path, {"WEIGHTS": "x"})
+        Design(tmp_path / "wrong.yaml", tmp_path, {"WEIGHTS": "x"})
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_quantizers", "bccd"])
 def test_the_designs_of_the_recipe_compose(name, tmp_path):
-    module = load("sweep")
-    design = module.Design(RECIPE / f"{name}.yaml", tmp_path, {"DATA": "/data", "WEIGHTS": "/float.pt"})
+    design = Design(RECIPE / f"{name}.yaml", tmp_path, {"DATA": "/data", "WEIGHTS": "/float.pt"})
     runs = list(design.runs())
-    jobs = [job for run in runs for job in [*module.needs(design.run(*run)), design.run(*run)]]
-    assert len({j.folder for j in jobs}) == len({j.overrides for j in jobs}) > len(runs)
+    found = [job for run in runs for job in [*jobs.needs(design.run(*run)), design.run(*run)]]
+    assert len({j.folder for j in found}) == len({j.overrides for j in found}) > len(runs)
     seen = set()
     for setting, method, seed in runs:  # every setting and every method once
         if {setting, method} <= seen:
             continue
         seen |= {setting, method}
-        cfg = module.composed(design.run(setting, method, seed).overrides)
+        cfg = jobs.composed(design.run(setting, method, seed).overrides)
         assert cfg.float_epochs == 0 and cfg.hawq.plan.endswith("plan.json")
