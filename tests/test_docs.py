@@ -1,5 +1,9 @@
-"""What the documentation says runs: every Python block is executed, every command line composes."""
+"""The documentation holds: Python blocks run, command lines compose, every argument is described."""
 
+import contextlib
+import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
 
+import hawq_lightning
 from tests.trainers import Classifier, loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,3 +105,28 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     pages = [str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")]
     assert len(pages) > 15 and not [p for p in pages if p not in text]
+
+
+def documented_callables():
+    """Public classes and functions of the package with an ``Args:`` section."""
+    for _, module in sorted(public_modules().items()):
+        for name, thing in vars(module).items():
+            own = getattr(thing, "__module__", None) == module.__name__ and not name.startswith("_")
+            if own and callable(thing) and "Args:" in (inspect.getdoc(thing) or ""):
+                yield pytest.param(thing, id=f"{module.__name__.removeprefix('hawq_lightning.')}.{name}")
+
+
+def public_modules():
+    found = {}
+    for info in pkgutil.walk_packages(hawq_lightning.__path__, "hawq_lightning."):
+        with contextlib.suppress(ModuleNotFoundError):  # an extra that is not installed
+            found[info.name] = importlib.import_module(info.name)
+    return found
+
+
+@pytest.mark.parametrize("thing", documented_callables())
+def test_every_argument_is_described(thing):
+    described = re.findall(r"^\s*((?:\*{0,2}\w+(?:, )?)+):", inspect.getdoc(thing), re.M)
+    names = {name.strip("* ") for line in described for name in line.split(",")}
+    missing = [p for p in inspect.signature(thing).parameters if p not in names and not p.startswith("_")]
+    assert not missing, f"{thing.__qualname__} does not describe {missing}"

@@ -301,6 +301,8 @@ def test_every_selector_meets_the_budget_and_pareto_is_the_best():
     for name in ("pareto", "monotone", "l2", "top_eigenvalue", "hawq", "random", "accuracy", "max_perturbation"):
         assert plans[name].costs["w_comp"] < 7.6, name
     assert plans["max_perturbation"].omega > 1.2 * plans["monotone"].omega
+    both = select(problem, {"weights": "7x", "act": "6x"}, "max_perturbation")
+    assert 7 <= both.costs["w_comp"] < 7.6 and 6 <= both.costs["a_comp"] < 6.5
     assert len({s.bits for s in plans["uniform"].weights}) == 1
     ends = [plans["direct"][problem.layers[i].weight].bits for i in (0, -1)]
     assert ends == [8, 8] and plans["direct"].bits != plans["uniform"].bits
