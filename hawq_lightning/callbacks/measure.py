@@ -7,14 +7,14 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from hawq_lightning.batches import batch_images
 from hawq_lightning.callbacks._lightning import (
     borrowed_step,
     check_namespace,
@@ -24,22 +24,31 @@ from hawq_lightning.callbacks._lightning import (
     share_of,
     shows_progress,
 )
+from hawq_lightning.callbacks.preview import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks.shared import shared_traces
 from hawq_lightning.callbacks.signals import interruptible
 from hawq_lightning.errors import HawqError, nearest
-from hawq_lightning.export import packed_overhead
-from hawq_lightning.plan import Option, Plan, write_text
+from hawq_lightning.plan import Option, Plan, read_json, write_text
 from hawq_lightning.quantization import (
     QuantizerSpec,
     check_bits,
-    first_order_term,
     loss_check,
     options,
     paused,
     plan_loss,
     quantizer_named,
+    weight_kinds,
 )
-from hawq_lightning.selection import Frontier, LatencyTable, PlanSettled, Problem, select, with_stability
+from hawq_lightning.selection import (
+    Frontier,
+    LatencyTable,
+    PlanSettled,
+    Problem,
+    check_selector,
+    read_budget,
+    select,
+    with_stability,
+)
 from hawq_lightning.sensitivity import (
     ESTIMATORS,
     L1,
@@ -50,14 +59,11 @@ from hawq_lightning.sensitivity import (
     top_eigenvalues,
 )
 from hawq_lightning.sensitivity.guard import guarded_mean_traces
-from hawq_lightning.sensitivity.quiet import quiet
 from hawq_lightning.site_table import SiteTable
-from hawq_lightning.sites import Patterns, find_sites
+from hawq_lightning.sites import Patterns
 
 STOPS = ("error", "plan")
-_CHANCE = 0.8  # of ln(classes)
-_SLOPE_SHARE = 0.01  # of the loss
-_SLOPE_OVER = 2.0  # times half of Omega: trained networks reach 1.5 (ResNet20 on augmented CIFAR-10)
+CONSTRAINTS = tuple(p.name for p in signature(Problem).parameters.values() if p.kind is Parameter.KEYWORD_ONLY)
 
 
 class MeasureTraces(Callback):
@@ -72,7 +78,7 @@ class MeasureTraces(Callback):
         bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
         latency: CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget.
         estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
-        l1: what L1 losses, which have no curvature, count as: ``fisher`` or ``zero``; see :func:`hawq_lightning.measure`.
+        l1: what L1 losses, which have no curvature, count as: ``fisher`` or ``zero`` (:func:`hawq_lightning.measure`).
         images: how many train images to measure on.
         rtol: standard error to reach, as a share of each trace.
         max_probes: random vectors a batch at the most.
@@ -139,8 +145,21 @@ class MeasureTraces(Callback):
         self.input_bits = None if input_bits is None else check_bits(input_bits, "activation")[0]
         if estimator not in ESTIMATORS:
             raise HawqError(f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.")
-        if images < 1:
-            raise HawqError(f"images is {images}; at least one is needed to measure on.")
+        for what, least, number in (("images", 1, images), ("max_probes", 1, max_probes)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise HawqError(f"{what} is {number!r}; it is a whole number, {least} or more.")
+        if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
+            raise HawqError(f"rtol is {rtol!r}; it is a share of each trace such as 0.05.")
+        weight_kinds(8, codes)
+        check_selector(selector, budget, bits)
+        if isinstance(bits, (str, Path)):
+            read_json(bits, "manual plan")
+        for key in constraints or {}:
+            if key not in CONSTRAINTS:
+                known = ", ".join(CONSTRAINTS)
+                raise HawqError(f"There is no constraint {key!r}; known are {known}.{nearest(str(key), CONSTRAINTS)}")
+        if budget is not None:
+            read_budget(budget, (constraints or {}).get("extra_costs") or ())
         self.budget, self.selector, self.constraints, self.bits = budget, selector, dict(constraints or {}), bits
         if latency is not None:
             self.constraints["latency"] = LatencyTable.load(latency)
@@ -174,7 +193,7 @@ class MeasureTraces(Callback):
         """Measure and select; what was measured before on the same weights and data is taken from its file."""
         self.analyze(trainer, pl_module)
 
-    def excluded(self, pl_module: LightningModule) -> list[Any]:
+    def excluded(self, pl_module: torch.nn.Module) -> list[Any]:
         """The user's patterns and the module's own."""
         own = tuple(getattr(pl_module, "quantization_exclude", ()) or ())
         if self.exclude is None:
@@ -202,21 +221,16 @@ class MeasureTraces(Callback):
         with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn, check) as loss_fn:
             drawn = draw_batches(trainer, self.images, self.seed)
             batches = onto_device(trainer, pl_module, drawn)
-            with quiet(pl_module):
-                exclude = self.excluded(pl_module)
-                table = find_sites(
-                    pl_module, lambda: loss_fn(pl_module, batches[0]), batch_images(batches[0]), self.include, exclude
-                )
-            self.sites = table
-            overhead = packed_overhead(pl_module, self._chosen(table), self.quantizer)
-            self._check_budget(table, overhead)
+            table, nominal = preview(self, pl_module, batches[0], loss_fn)
+            self.sites, overhead = table, nominal.file_overhead
+            constraints = {**self.constraints, "steps": nominal.steps}
             with shared_traces(trainer, folder, self.cache, table) as traces:
                 weigh = partial(
                     options, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
                     activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
                     quantizer=self.quantizer,
                 )  # fmt: skip
-                settled = PlanSettled(table, weigh, self.budget, self.selector, overhead, self.constraints)
+                settled = PlanSettled(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
                 self.sensitivity = self.given or measure(
                     pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
                     max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
@@ -228,14 +242,13 @@ class MeasureTraces(Callback):
                     traces.store(self.sensitivity)
             # as the file tells it: a run that takes it from there chooses by the same digits
             self.sensitivity = Sensitivity.from_dict(self.sensitivity.to_dict())
-            self._check_given(table)
+            check_covers(self.sensitivity, table)
             if trainer.is_global_zero:
                 self.sensitivity.save(folder / "sensitivity.json")
             traces.forget_partial(self.sensitivity.fingerprint)
             self.options = weigh(self.sensitivity, progress=show)
-            problem = Problem(table, self.options, self.sensitivity, overhead, **self.constraints)
+            problem = Problem(table, self.options, self.sensitivity, overhead, **constraints)
             chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
-            self.frontier = problem.frontier("weight_bytes")
             if self.selector in ("pareto", "monotone") and self.stability_draws:
                 chosen = with_stability(problem, chosen, bootstraps=self.stability_draws)
             lifted = list(guarded_mean_traces(self.sensitivity)[1])
@@ -245,8 +258,8 @@ class MeasureTraces(Callback):
             self.plan = plan
             if trainer.is_global_zero:
                 plan.save(folder / "plan.json")
-                self.frontier.to_csv(folder / "frontier.csv")  # type: ignore[attr-defined]
-            self._warn_untrained(pl_module, batches, loss_fn, plan)
+            self._draw_frontier(problem, folder if trainer.is_global_zero else None)
+            warn_untrained(self.sensitivity, pl_module, batches, loss_fn, plan)
             if self.check_loss:
                 self.loss_check = loss_check(
                     pl_module, batches, loss_fn, table, self.options, quantizer=self.quantizer, progress=show
@@ -278,48 +291,21 @@ class MeasureTraces(Callback):
     def _own(self, plan: Plan) -> Plan:
         return plan.replace(quantizer=self.quantizer.name, quantizer_options=dict(self.quantizer.options))
 
-    def _chosen(self, table: SiteTable) -> list[Any]:
-        return [s for s in table if s.kind == "weight" or self.activation_bits is not None]
-
-    def _check_budget(self, table: SiteTable, overhead: int) -> None:
-        """Refuse what no plan can meet before the measurement, not after it."""
-        widths = {"weight": self.weight_bits, "activation": self.activation_bits or ()}
-        nominal = {s.name: tuple(Option(b, "affine", 0.0, 0.0) for b in widths[s.kind]) for s in self._chosen(table)}
-        if self.selector in ("pareto", "monotone"):
-            select(Problem(table, nominal, None, overhead, **self.constraints), self.budget, "pareto")
-
-    def _check_given(self, table: SiteTable) -> None:
-        assert self.sensitivity is not None
-        missing = [s.name for s in table if s.name not in self.sensitivity]
-        if missing:
-            raise HawqError(
-                f"The sensitivity has no trace for {', '.join(missing[:4])}; it was measured on another model "
-                f"(its first site is {next(iter(self.sensitivity)).name})."
-            )
-        for s in table:
-            if self.sensitivity[s.name].numel != s.numel:
-                raise HawqError(
-                    f"The sensitivity was measured on another model: {s.name} has {s.numel} elements here and "
-                    f"{self.sensitivity[s.name].numel} there."
-                )
-
-    def _warn_untrained(self, pl_module: LightningModule, batches: list[Any], loss_fn: Any, plan: Plan) -> None:
-        assert self.sensitivity is not None
-        facts = self.sensitivity.settings
-        loss, classes = float(facts.get("loss", 0.0)), float(facts.get("classes", 0.0))
-        if classes > 1 and loss > _CHANCE * math.log(classes):
-            rank_zero_warn(
-                f"HAWQ: the loss is {loss:.3g} and chance is ln({classes:.0f}) = {math.log(classes):.3g}: the network "
-                "looks untrained. Traces mean something near a minimum; load trained weights, or give start=<epochs>."
-            )
+    def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
+        try:
+            self.frontier = problem.frontier("weight_bytes")
+        except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
+            self.frontier = None
+            rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")
             return
-        slope = first_order_term(pl_module, batches, loss_fn, plan)
-        curve = sum(s.omega or 0.0 for s in plan.weights) / 2
-        if abs(slope) > _SLOPE_OVER * curve and abs(slope) > _SLOPE_SHARE * abs(loss):
-            rank_zero_warn(
-                f"HAWQ: the gradient term g.dW = {slope:.3g} outweighs half of Omega = {curve:.3g}: the network has "
-                "not converged, and the prediction cannot be trusted. Train further, or give start=<epochs>."
-            )
+        if folder is not None:
+            self.frontier.to_csv(folder / "frontier.csv")  # type: ignore[attr-defined]
+
+    @property
+    def _asked(self) -> str:
+        """The question that the options answer, beside budget and constraints."""
+        q = self.quantizer
+        return f"{self.weight_bits} {self.activation_bits} {self.input_bits} {self.codes} {q.name} {dict(q.options)}"
 
     def _log(self, trainer: Trainer, plan: Plan) -> None:
         assert self.sensitivity is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -10,13 +9,16 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig
 
+from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.callbacks.preview import preview
 from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task
 from hawq_lightning.errors import HawqError
-from hawq_lightning.export import packed_overhead
+from hawq_lightning.selection import Problem, milp
+from hawq_lightning.selection.plans import available_costs
+from hawq_lightning.selection.request import shown
 from hawq_lightning.sensitivity import measure
 from hawq_lightning.sensitivity.result import Sensitivity
 from hawq_lightning.site_table import SiteTable
-from hawq_lightning.sites import sites
 
 _TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
 
@@ -29,31 +31,17 @@ def dry_run(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data, task = make_data(cfg), make_task(cfg)
-    callback = make_callback(cfg)
-    include, exclude = callback.measurer.include, callback.measurer.excluded(task)
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()), None)
-    if batch is None:
-        raise HawqError("The training dataloader is empty.")
-    table = sites(task, batch, include=include, exclude=exclude)
+    task, callback = make_task(cfg), make_callback(cfg)
+    batch, table, problem = first_look(callback, task, make_data(cfg))
     print(table)
     print()
-    overhead = packed_overhead(task, table, callback.measurer.quantizer)
-    for line in budget_ranges(table, sorted(callback.measurer.weight_bits), overhead):
+    for line in budget_ranges(problem):
         print(line)
     start = time.perf_counter()
     trial = measure(
-        task,
-        [batch],
-        _loss,
-        sites=table,
-        estimator=cfg.sensitivity.estimator,
-        rtol=_TRIAL_ERROR,
-        seed=cfg.seed,
+        task, [batch], _loss, sites=table, estimator=cfg.sensitivity.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
         progress=False,
-    )
+    )  # fmt: skip
     seconds = estimate_seconds(trial, time.perf_counter() - start, cfg.sensitivity.images, cfg.sensitivity.rtol)
     print(
         f"traces: about {_duration(seconds)} for {cfg.sensitivity.images} images at rtol={cfg.sensitivity.rtol} "
@@ -65,28 +53,35 @@ def _loss(module: Any, batch: Any) -> torch.Tensor:
     return module.training_step(batch, 0)
 
 
-def budget_ranges(table: SiteTable, weight_bits: list[int], overhead: int) -> list[str]:
-    """One line a budget: the smallest and the largest plan that these weight widths allow.
+def first_look(
+    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule
+) -> tuple[Any, SiteTable, Problem]:
+    """A batch, the sites, and the problem before anything is measured.
 
-    Args:
-        table: of the model.
-        weight_bits: ascending.
-        overhead: bytes of the packed file that no choice changes.
+    Raises:
+        HawqError: no data, no sites, or a budget that no plan meets.
     """
-    elements = sum(s.numel for s in table.weights)
-    scales = 4 * sum(s.channels for s in table.weights)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()), None)
+    if batch is None:
+        raise HawqError("The training dataloader is empty.")
+    return batch, *preview(callback.measurer, task, batch, _loss)
 
-    def codes(bits: int) -> int:
-        return sum(math.ceil(s.numel * bits / 8) for s in table.weights)
 
-    low, high = codes(weight_bits[0]), codes(weight_bits[-1])
-    return [
-        f"weights: {elements:,} in {len(table.weights)} sites, {4 * elements:,} bytes in float32",
-        f"weight_bytes: {low:,} to {high:,}; budgets from {4 * elements / high:.4g}x to {4 * elements / low:.4g}x, "
-        f"{weight_bits[0]}bit to {weight_bits[-1]}bit",
-        f"file_bytes: {low + scales + overhead:,} to {high + scales + overhead:,}; budgets from "
-        f"{(low + scales + overhead) / 2**20:.4f}MiB to {(high + scales + overhead) / 2**20:.4f}MiB",
-    ]
+def budget_ranges(problem: Problem) -> list[str]:
+    """One line a cost: the smallest and the largest plan that widths and constraints allow."""
+    out = []
+    for name in available_costs(problem):
+        rows = problem.cost(name)
+        if len(rows) > 1:
+            continue
+        ends = [milp.solve(problem, objective=rows[0], maximize=most) for most in (False, True)]
+        if None in ends:
+            raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
+        low, high = (shown(problem, name, problem.cost_of(name, choice)) for choice in ends if choice is not None)
+        out.append(f"{name}: {low} to {high}" if low != high else f"{name}: {low}")
+    return out
 
 
 def estimate_seconds(trial: Sensitivity, seconds: float, images: int, rtol: float) -> float:

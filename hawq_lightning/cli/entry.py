@@ -12,14 +12,17 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hawq_lightning.errors import HawqError, nearest
 
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
+_EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 _LAUNCHERS = {
     "joblib": "hydra_joblib_launcher",
     **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
@@ -58,10 +61,30 @@ def _check_launcher(group: str, name: str) -> None:
         raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
 
 
+def told_apart(argv: Sequence[str]) -> list[str]:
+    """What to add to the command line of a sweep over keys that folders are not named after, so that they are then.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+    """
+    if not {"-m", "--multirun"} & set(argv) or any(a.startswith(_EXCLUDED) for a in argv):
+        return []
+    given = [a for a in argv if "=" in a and not a.startswith("-")]
+    try:
+        swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()}
+    except HydraException:
+        return []  # Hydra will say what is wrong
+    conf: Any = OmegaConf.load(str(files("hawq_lightning.conf").joinpath("hydra/default.yaml")))
+    without = OmegaConf.to_container(conf.job.config.override_dirname.exclude_keys)
+    kept = [key for key in without if key not in swept]  # type: ignore[union-attr]
+    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]  # type: ignore[arg-type]
+
+
 def run_main(main: Callable[[], Any]) -> None:
     """Run a Hydra main; bad input ends the program with one line and exit code 1."""
     try:
         check_choices(sys.argv[1:])
+        sys.argv += told_apart(sys.argv[1:])
     except HawqError as error:
         stop(error)
     main()

@@ -22,7 +22,7 @@ from hawq_lightning.export.extra import require
 from hawq_lightning.export.onnx_file import check_writable
 from hawq_lightning.export.speed import layer_latencies, write_table
 from hawq_lightning.plan import Plan, write_text
-from hawq_lightning.quantization import uninstall
+from hawq_lightning.quantization import import_quantizers, uninstall
 from hawq_lightning.report import model_card, write_report
 
 _WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
@@ -94,6 +94,7 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     run = OmegaConf.load(path)
     assert isinstance(run, DictConfig)
     OmegaConf.set_struct(run, False)
+    import_quantizers(run.quantizer.get("imports") or ())
     run.paths.output_dir = str(folder)
     for key in _NO_DOWNLOAD:
         if key in run.model:

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from hawq_lightning.callbacks.random_state import KeepRandomStates
+from hawq_lightning.cli.dry_run import first_look
 from hawq_lightning.cli.figures import PaperFigures
 from hawq_lightning.cli.onnx import write_onnx
 from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task, make_trainer
 from hawq_lightning.cli.recorder import Recorder, scores
 from hawq_lightning.cli.resume import Progress, settings_hash
+from hawq_lightning.export import load_packed
 from hawq_lightning.export.extra import require
 from hawq_lightning.plan import Plan
 
@@ -47,11 +51,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if resume and (finished := progress.finished()) is not None:
         print(f"finished already, not repeated (resume=false repeats it): {folder}")
         _report(cfg, folder, only_missing=True)
+        if cfg.onnx and not (folder / "model.onnx").is_file():  # what failed then may work now
+            data, net = make_data(cfg), instantiate(cfg.model, _convert_="all")
+            data.setup("validate")
+            load_packed(folder / "model.safetensors", net)
+            write_onnx(folder, net, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = make_data(cfg), make_task(cfg)
-    # built before the float training, so that bad settings are found before time is spent
     hawq = make_callback(cfg)
     checkpoint = cfg.ckpt_path
     record = progress.unfinished() if resume else None
@@ -64,6 +72,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"goes on where it stopped: {folder}")
         checkpoint = progress.checkpoint("fine_tuning")
     if checkpoint is None:
+        if cfg.float_epochs and cfg.hawq.plan is None:  # what no plan can meet is told before time is spent
+            with isolate_rng():
+                first_look(hawq, task, data)
         train_float(cfg, task, data, record, progress)
     recorder = Recorder(hawq, folder, record, progress)
     extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
@@ -73,6 +84,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return record
     written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     if cfg.onnx:
+        _report(cfg, folder)  # there already should the network turn out not to be exportable
         write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
     _report(cfg, folder)
     show(written, folder)

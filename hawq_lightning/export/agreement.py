@@ -108,6 +108,7 @@ def compare(
     whole = session(path)
     inside, reads = _with_codes(path) if codes else (None, {})
     layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    alike = _alike(layers) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
     different, count, classes = [], 0, True
@@ -122,7 +123,7 @@ def compare(
             x = x if images is None else x[: images - count]
             x = x.to(device)
             feed = _feed(whole, x)
-            with _Seen(layers) as seen:
+            with _Seen(layers, alike) as seen:
                 wanted = _leaves(default_forward(model, x))
             found = whole.run(None, feed)
             if [w.shape for w in wanted] != [f.shape for f in found]:
@@ -137,11 +138,12 @@ def compare(
             if inside is not None:
                 for tensor, held in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
-                    if call >= len(seen.codes[name]) or seen.codes[name][call].shape != held.shape:
+                    made = seen.codes[alike.get(name, name)]
+                    if call >= len(made) or made[call].shape != held.shape:
                         raise HawqError(
                             f"The model quantizes the input of {name!r} otherwise than {path} or not at all."
                         )
-                    expected = seen.codes[name][call]
+                    expected = made[call]
                     flipped[f"{name}.input"] += int((expected != held.astype(np.int32)).sum())
                     counted[f"{name}.input"] += held.size
             count += len(x)
@@ -216,15 +218,17 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]]]:
 class _Seen:
     """Collects the activation codes of every call of every layer while the model runs."""
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, QuantizedLayer], alike: Mapping[str, str]) -> None:
+        self.layers, self.alike = layers, alike
         self.codes: dict[str, list[np.ndarray]] = defaultdict(list)
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Seen:
         for name, layer in self.layers.items():
             if isinstance(layer.input_quantizer, ActivationQuantizer) and layer.input_quantizer.bits:
-                self._handles.append(layer.input_quantizer.register_forward_hook(self._hook(name)))
+                self._handles.append(
+                    layer.input_quantizer.register_forward_hook(self._hook(self.alike.get(name, name)))
+                )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -237,6 +241,17 @@ class _Seen:
             self.codes[name].append(codes.to(torch.int32).cpu().numpy())
 
         return hook
+
+
+def _alike(layers: Mapping[str, QuantizedLayer]) -> dict[str, str]:
+    """Layer -> the first one whose weight has the same codes: a file holds equal tensors once, under one's name."""
+    first: dict[tuple[Any, ...], str] = {}
+    out = {}
+    for name, layer in layers.items():
+        if layer.weight_quantizer.bits:
+            codes = layer.weight_quantizer.codes(layer.weight).cpu().numpy()
+            out[name] = first.setdefault((codes.shape, codes.tobytes()), name)
+    return out
 
 
 def _leaves(result: Any) -> list[np.ndarray]:

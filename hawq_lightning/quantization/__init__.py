@@ -2,6 +2,7 @@
 
 from hawq_lightning.quantization import dorefa, fqn, int_only, lq_nets, lsq  # noqa: F401  they register themselves
 from hawq_lightning.quantization.first_order import first_order_term
+from hawq_lightning.quantization.inputs import network_inputs
 from hawq_lightning.quantization.install import (
     arm,
     armed_bits,
@@ -18,7 +19,7 @@ from hawq_lightning.quantization.install import (
     with_quantizer,
 )
 from hawq_lightning.quantization.loss_check import loss_check
-from hawq_lightning.quantization.perturbation import options, weight_options
+from hawq_lightning.quantization.perturbation import options, weight_kinds, weight_options
 from hawq_lightning.quantization.plan_loss import plan_loss
 from hawq_lightning.quantization.quantizer import Quantizer
 from hawq_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
@@ -47,6 +48,7 @@ __all__ = [
     "import_quantizers",
     "install",
     "loss_check",
+    "network_inputs",
     "options",
     "paused",
     "plan_loss",
@@ -59,6 +61,7 @@ __all__ = [
     "register",
     "share",
     "uninstall",
+    "weight_kinds",
     "weight_options",
     "with_quantizer",
 ]

@@ -13,6 +13,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.fold import norms_to_fold
+from hawq_lightning.quantization.inputs import network_inputs
 from hawq_lightning.quantization.kernels import fake_quantize_tensor
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.widths import check_bits
@@ -142,7 +143,7 @@ def options(
         readers = {x.name: layers[x.name] for x in sites.layers}
         site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
         with quiet(model):
-            inputs = _network_inputs(model, kept[0], loss_fn, readers, site_of) if input_bits is not None else set()
+            inputs = network_inputs(model, kept[0], loss_fn, sites) if input_bits is not None else frozenset()
             seen = _Seen(spec)
             _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
             steps: dict[str, dict[int, tuple[float, int]]] = {}
@@ -180,27 +181,6 @@ def _read_all(
         with Reads(layers, site_of, visit), torch.no_grad():
             loss_fn(model, batch)
         bar.advance(task, b + 1)
-
-
-def _network_inputs(
-    model: nn.Module, batch: Any, loss_fn: LossFn, layers: Mapping[str, nn.Module], site_of: Mapping[str, str]
-) -> set[str]:
-    """Sites that read what no parameter has touched."""
-    found: set[str] = set()
-
-    def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-        if not x.requires_grad:
-            found.add(site)
-        return x
-
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    for p in parameters:
-        p.requires_grad_(True)
-    with Reads(layers, site_of, visit), torch.enable_grad():
-        loss_fn(model, batch)
-    for p in parameters:
-        p.requires_grad_(False)
-    return found
 
 
 class _Seen:

@@ -18,7 +18,6 @@ def accuracy(request: Request) -> list[int]:
     Raises:
         HawqError: no ``measure_loss``, a loss that is no number, or no plan that fits.
     """
-    request.need_budget("accuracy")
     measure, problem = request.measure_loss, request.problem
     if measure is None:
         raise HawqError("The selector 'accuracy' needs measure_loss: a function from a plan to its measured loss.")

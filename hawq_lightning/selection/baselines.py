@@ -15,6 +15,8 @@ from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.plan import FORMAT, Plan, read_json
 from hawq_lightning.selection import milp
 from hawq_lightning.selection.accuracy import accuracy
+from hawq_lightning.selection.constraints import matching
+from hawq_lightning.selection.costs import Linear
 from hawq_lightning.selection.frontier import Floats
 from hawq_lightning.selection.monotone import trace_order
 from hawq_lightning.selection.problem import Problem
@@ -30,7 +32,7 @@ def pareto(request: Request) -> list[int]:
 
 def monotone(request: Request) -> list[int]:
     """Least total Ω within the paper's set B (section 2.3): bits never fall as the mean trace rises."""
-    return request.least(order=trace_order(request.problem), selector="monotone")
+    return request.least(order=trace_order(request.problem))
 
 
 def uniform(request: Request) -> list[int]:
@@ -50,18 +52,19 @@ def direct(request: Request) -> list[int]:
 
 def l2(request: Request) -> list[int]:
     """Table 3b's ablation: least total ``||ΔW||^2``, no Hessian."""
-    return request.least(_scores(request.problem, {}), selector="l2")
+    return request.least(_scores(request.problem, {}))
 
 
 def top_eigenvalue(request: Request) -> list[int]:
     """Table 5's ablation: least total ``λ₁ ||ΔW||^2``."""
-    return request.least(_scores(request.problem, _eigenvalues(request, "top_eigenvalue")), selector="top_eigenvalue")
+    return request.least(_scores(request.problem, _eigenvalues(request, "top_eigenvalue")))
 
 
 def hawq(request: Request) -> list[int]:
-    """HAWQ's first version: sites ordered by ``λ₁ / n``, bits monotone in it, the plan nearest in size to the budget.
+    """HAWQ's first version: sites ordered by ``λ₁ / n``, bits monotone in it, the plan nearest in size to the budgets.
 
-    The first version left the choice inside that order to a person; ``bits`` may give it, and is then checked.
+    Of what no budget counts (activations, say) it takes the least Ω. The first version left the choice inside that
+    order to a person; ``bits`` may give it, and is then checked.
     """
     problem = request.problem
     values = _eigenvalues(request, "hawq")
@@ -78,22 +81,22 @@ def hawq(request: Request) -> list[int]:
                     names = [problem.sites[problem.groups[g].members[0]].name for g in (a, b)]
                     raise HawqError(f"HAWQ's order forbids more bits for {names[0]!r} than for {names[1]!r}.")
         return choice
-    request.need_budget("hawq")
-    row = problem.cost(request.bounds[0].cost)[0]
-    if row.pairs or len(request.limits) > 1 or problem.masks:
-        found = milp.solve(problem, request.limits, objective=row, order=order, maximize=True)
+    used = _used(request)
+    if used.pairs or len(request.limits) > 1 or problem.masks:
+        found = milp.solve(problem, request.limits, objective=used, order=order, maximize=True)
         if found is None:
             raise HawqError(infeasible(request, order))
         return found
     # the sweep looks for the least score: how much smaller than the largest plan
-    return request.least([u.max() - u for u in row.unary], order, "hawq")
+    return request.least([u.max() - u for u in used.unary], order)
 
 
 def max_perturbation(request: Request) -> list[int]:
     """Table 3a's ablation: the largest Ω within set B among plans of nearly the same size (3% below every budget)."""
-    request.need_budget("max_perturbation")
     problem, order = request.problem, trace_order(request.problem)
-    sizes = [(rows[0], b.limit) for b in request.bounds if len(rows := problem.cost(b.cost)) == 1]  # peaks have no floor
+    sizes = [
+        (rows[0], b.limit) for b in request.bounds if len(rows := problem.cost(b.cost)) == 1
+    ]  # peaks have no floor
     for share in (0.97, 0.9, 0.0):
         floors = [(row, share * limit) for row, limit in sizes]
         found = milp.solve(problem, request.limits, floors=floors, order=order, maximize=True)
@@ -104,7 +107,6 @@ def max_perturbation(request: Request) -> list[int]:
 
 def random_plan(request: Request) -> list[int]:
     """A random plan at the budget: from the cheapest plan, random steps up for as long as any fits."""
-    request.need_budget("random")
     problem, bounds = request.problem, request.bounds
     rows = problem.cost(bounds[0].cost)
     choice = milp.solve(problem, request.limits, objective=rows[0])
@@ -123,17 +125,11 @@ def random_plan(request: Request) -> list[int]:
 def manual(request: Request) -> list[int]:
     """Bits given by hand: a mapping site -> bits (globs allowed), a plan file, or a JSON file of such a mapping."""
     given = request.bits
-    if given is None:
-        raise HawqError(
-            "The selector 'manual' needs bits: a mapping of site -> bits, or the path of a plan or JSON file."
-        )
     if isinstance(given, (str, Path)):
         data = read_json(given, "manual plan")
         given = Plan.from_dict(data).bits if isinstance(data, dict) and data.get("format") == FORMAT else data
     if not isinstance(given, Mapping):
         raise HawqError("A manual plan must map site names to bits.")
-    from hawq_lightning.selection.constraints import matching
-
     problem = request.problem
     bits: dict[str, int] = {}
     for pattern in sorted(given, key=lambda p: p in problem.index):  # full names last: they win
@@ -166,6 +162,20 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
+def check_selector(name: Any, budget: Any, bits: Any = None) -> None:
+    """Raise HawqError for a selector that does not exist, or that lacks the budget or the bits that it needs."""
+    if not isinstance(name, str) or name not in SELECTORS:
+        raise HawqError(
+            f"There is no selector {name!r}; use one of {', '.join(SELECTORS)}.{nearest(str(name), SELECTORS)}"
+        )
+    if name == "manual" and bits is None:
+        raise HawqError(
+            "The selector 'manual' needs bits: a mapping of site -> bits, or the path of a plan or JSON file."
+        )
+    if budget is None and name != "manual" and not (name == "hawq" and bits is not None):
+        raise HawqError(f'The selector {name!r} needs a budget, such as "12x".')
+
+
 def uniform_choice(problem: Problem, weight_bits: int, activation_bits: int | None) -> list[int] | None:
     """The choice with these bits wherever a group has them; groups with one width keep theirs.
 
@@ -186,7 +196,6 @@ def uniform_choice(problem: Problem, weight_bits: int, activation_bits: int | No
 
 
 def _uniform(request: Request, held: Mapping[int, int], name: str) -> list[int]:
-    request.need_budget(name)
     problem = request.problem
     widths = {
         kind: sorted({b for g in problem.groups if g.kind == kind and len(g.bits) > 1 for b in g.bits}) or [0]
@@ -225,6 +234,22 @@ def _eigenvalues(request: Request, name: str) -> Mapping[str, float]:
             if value is not None and not 0 <= value < math.inf:
                 raise HawqError(f"The top eigenvalue of {site!r} is {value}; it must be a number >= 0.")
     return request.eigenvalues
+
+
+def _used(request: Request) -> Linear:
+    """The shares of all budgets that a choice uses, added up; groups that no budget counts say how little Ω is."""
+    problem, rows = request.problem, request.limits
+    unary = [sum((row.unary[g] / limit for row, limit in rows), np.zeros(1)) for g in range(len(problem.groups))]
+    pairs: dict[tuple[int, int], Floats] = {}
+    for row, limit in rows:
+        for key, table in row.pairs.items():
+            pairs[key] = pairs.get(key, 0) + table / limit
+    coupled = {g for key in pairs for g in key}
+    for g, group in enumerate(problem.groups):
+        if g not in coupled and not unary[g].any():
+            known = np.where(np.isfinite(group.omega), group.omega, 0.0)
+            unary[g] = -known / (known.max() or 1.0)
+    return Linear(0.0, tuple(unary), pairs)
 
 
 def _scores(problem: Problem, factors: Mapping[str, float]) -> list[Floats]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,23 @@ class Bound:
     text: str
 
 
-def parse_budget(budget: Any, problem: Problem) -> tuple[Bound, ...]:
-    """Turn a budget into limits on costs.
+@dataclass(frozen=True)
+class Asked:
+    """A budget as it was written: which cost, how much, in which unit ("" of a plain number)."""
+
+    cost: str
+    number: float
+    unit: str
+    text: str
+
+
+def read_budget(budget: Any, extra_costs: Collection[str] = ()) -> tuple[Asked, ...]:
+    """Understand a budget, whatever it will mean for a network.
 
     Args:
         budget: text, or a mapping of ``weights``, ``file``, ``bops``, ``act``, ``act_peak``, ``latency`` or the name
             of an extra cost to text. ``x`` means times smaller than float32, ``%`` of the 8-bit network; MB 10^6 bytes.
-        problem: what the relative forms refer to.
+        extra_costs: names of the user's own.
 
     Raises:
         HawqError: anything else; the message has the nearest valid form.
@@ -67,28 +77,28 @@ def parse_budget(budget: Any, problem: Problem) -> tuple[Bound, ...]:
     if isinstance(budget, str):
         number, unit = _split(budget, "budget")
         if unit in _BYTES:
-            return (_bound("file_bytes", budget, number, unit, problem),)
+            return (_asked("file_bytes", number, unit, budget),)
         if unit.lower() in ("x", "bit", "bits"):
-            return (_bound("weight_bytes", budget, number, unit, problem),)
+            return (_asked("weight_bytes", number, unit, budget),)
         raise HawqError(f"The budget {budget!r} is not understood{_guess(number, unit)}; {_FORMS}.")
     if isinstance(budget, Mapping):
         if not budget:
             raise HawqError(f"The budget is empty; {_FORMS}.")
-        bounds = []
+        found = []
         for key, given in budget.items():
-            cost = key if key in problem.extra_costs else _KEYS.get(str(key))
+            cost = key if key in extra_costs else _KEYS.get(str(key))
             if cost is None:
-                known = [*dict.fromkeys(k for k in _KEYS if "_" not in k or k == "act_peak"), *problem.extra_costs]
+                known = [*dict.fromkeys(k for k in _KEYS if "_" not in k or k == "act_peak"), *extra_costs]
                 raise HawqError(f"There is no budget for {key!r}; use {', '.join(known)}.{nearest(str(key), known)}")
             if isinstance(given, (int, float)) and not isinstance(given, bool) and (cost == key or cost == "bops"):
-                bounds.append(Bound(cost, _positive(float(given), f"{key}: {given}"), f"{key}: {given}"))
+                found.append(Asked(cost, _positive(float(given), f"{key}: {given}"), "", f"{key}: {given}"))
                 continue
-            if not isinstance(given, str) or cost in problem.extra_costs:
+            if not isinstance(given, str) or cost in extra_costs:
                 hint = f"use {' or '.join(_EXAMPLES.get(cost, ('a number',)))}"
                 raise HawqError(f"The budget {{{key}: {given!r}}} is not understood; {hint}.")
             number, unit = _split(given, f"budget {{{key}: ...}}")
-            bounds.append(_bound(cost, f"{key}: {given}", number, unit, problem))
-        return tuple(bounds)
+            found.append(_asked(cost, number, unit, f"{key}: {given}"))
+        return tuple(found)
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
         raise HawqError(
             f'A budget of {budget} has no unit; did you mean "{budget:g}x", "{budget:g}bit" or "{budget:g}MB"?'
@@ -96,27 +106,51 @@ def parse_budget(budget: Any, problem: Problem) -> tuple[Bound, ...]:
     raise HawqError(f"A budget of {budget!r} is not understood; {_FORMS}.")
 
 
-def _bound(cost: str, text: str, number: float, unit: str, problem: Problem) -> Bound:
-    number = _positive(number, text)
-    if unit in ("x", "X") and cost != "latency_ms":
-        return Bound(cost, _full(problem, cost, text) / number, text)
-    if unit == "%" and cost in ("bops", "latency_ms", "act_peak_bytes", "act_bytes", "weight_bytes"):
-        problem.cost(cost)
-        return Bound(cost, eight_bit_cost(problem, cost) * number / 100, text)
-    if unit.lower() in ("bit", "bits") and cost in ("weight_bytes", "act_bytes"):
-        return Bound(cost, _full(problem, cost, text) * number / 32, text)
-    if unit in _BYTES and cost.endswith("_bytes"):
-        return Bound(cost, number * _BYTES[unit], text)
-    if unit in _OPS and cost == "bops":
-        return Bound(cost, number * _OPS[unit], text)
-    if unit in _TIME and cost == "latency_ms":
-        return Bound(cost, number * _TIME[unit], text)
+def parse_budget(budget: Any, problem: Problem) -> tuple[Bound, ...]:
+    """Turn a budget into limits on costs.
+
+    Args:
+        budget: see :func:`read_budget`.
+        problem: what the relative forms refer to.
+
+    Raises:
+        HawqError: a budget that is not understood, or a cost that the problem has no numbers for.
+    """
+    return tuple(Bound(a.cost, _limit(a, problem), a.text) for a in read_budget(budget, problem.extra_costs))
+
+
+def _asked(cost: str, number: float, unit: str, text: str) -> Asked:
+    number, low = _positive(number, text), unit.lower()
+    known = (
+        (low == "x" and cost != "latency_ms")
+        or (unit == "%" and cost != "file_bytes")
+        or (low in ("bit", "bits") and cost in ("weight_bytes", "act_bytes"))
+        or (unit in _BYTES and cost.endswith("_bytes"))
+        or (unit in _OPS and cost == "bops")
+        or (unit in _TIME and cost == "latency_ms")
+    )
+    if known:
+        return Asked(cost, number, unit if unit in _OPS or unit in _BYTES else low, text)
     examples = [e.strip('"') for e in _EXAMPLES[cost]]
-    close = next((e for e in examples if unit and e.lower().endswith(unit.lower())), examples[0])
+    close = next((e for e in examples if unit and e.lower().endswith(low)), examples[0])
     raise HawqError(
         f"The budget {text!r} is not understood; for {cost} use for example "
         f"{', '.join(_EXAMPLES[cost])} (nearest: {close!r})."
     )
+
+
+def _limit(asked: Asked, problem: Problem) -> float:
+    cost, number, unit = asked.cost, asked.number, asked.unit
+    if unit == "x":
+        return _full(problem, cost, asked.text) / number
+    if unit == "%":
+        problem.cost(cost)  # says what is missing
+        return eight_bit_cost(problem, cost) * number / 100
+    if unit in ("bit", "bits"):
+        return _full(problem, cost, asked.text) * number / 32
+    if cost.endswith("_bytes") and unit in _BYTES:
+        return number * _BYTES[unit]
+    return number * (_OPS | _TIME)[unit]
 
 
 def _full(problem: Problem, cost: str, text: str) -> float:

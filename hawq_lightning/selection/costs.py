@@ -7,7 +7,7 @@ peak of activation memory is the largest of several such rows, one a time step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,8 @@ def eight_bit_cost(problem: Problem, name: str) -> float:
         if total < math.inf:
             return total
         raise HawqError("The latency table lacks 8-bit rows, so '%' has no meaning; give milliseconds.")
+    if name == "act_peak_bytes" and problem.steps:  # what waits as float32 stays so
+        return max(sum(live.values()) + 4 * held for live, held in _steps(problem))
     return float_cost(problem, name) / 4
 
 
@@ -168,13 +170,19 @@ def _peak(problem: Problem) -> tuple[Linear, ...]:
         raise HawqError("Peak activation memory needs time steps: pass steps=activation_steps(model, batch).")
     index = {s.name: i for i, s in enumerate(problem.sites)}
     rows: dict[tuple[tuple[int, int], ...], float] = {}
-    for step in problem.steps:
-        live = {k: n for k, n in step.items() if k in index and problem.sites[index[k]].kind == "activation"}
-        held = math.fsum(n for k, n in step.items() if k not in live) * FLOAT_BITS / 8
+    for live, waiting in _steps(problem):
         key = tuple(sorted((index[k], n) for k, n in live.items()))
-        rows[key] = max(rows.get(key, 0.0), held)
+        rows[key] = max(rows.get(key, 0.0), waiting * FLOAT_BITS / 8)
     out = []
     for key, held in rows.items():
         elements = dict(key)
         out.append(_by_site(problem, lambda i, b, e=elements: e.get(i, 0) * b / 8, "activation", held))
     return tuple(out)
+
+
+def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
+    """Of every time step the elements held at a site's bits, by site, and those held as float32."""
+    quantized = {s.name for s in problem.sites if s.kind == "activation"}
+    for step in problem.steps:
+        live = {k: n for k, n in step.items() if k in quantized}
+        yield live, sum(n for k, n in step.items() if k not in live)

@@ -55,6 +55,9 @@ class LatencyTable:
         if not self._rows:
             raise HawqError(f"There are no rows in {source}.")
 
+    def __repr__(self) -> str:
+        return f"LatencyTable({self._rows})"  # tables of the same rows are the same in a fingerprint
+
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read a CSV file.

@@ -285,7 +285,8 @@ class Problem:
         from hawq_lightning.selection.plans import make_plan
 
         extra = {"selector": plan.selector, "budget": plan.budget, "settings": dict(plan.settings)}
-        return make_plan(self, self.choice_of(plan.bits), codes={s.name: s.code for s in plan.sites}, **extra)
+        out = make_plan(self, self.choice_of(plan.bits), codes={s.name: s.code for s in plan.sites}, **extra)
+        return out.replace(quantizer=plan.quantizer, quantizer_options=plan.quantizer_options)
 
     def scaled(self, factors: Mapping[str, float]) -> Problem:
         """The same problem with the Ω of some sites multiplied (as the bootstrap does)."""

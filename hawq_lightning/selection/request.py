@@ -52,25 +52,16 @@ class Request:
         """Whether a choice meets all budgets and the device's pairs."""
         return self.problem.pairs_fit(choice) and all(row(choice) <= limit for row, limit in self.limits)
 
-    def need_budget(self, selector: str) -> None:
-        """Raise HawqError when there is no budget."""
-        if not self.bounds:
-            raise HawqError(f'The selector {selector!r} needs a budget, such as "12x".')
-
-    def least(
-        self, scores: Sequence[Floats] | None = None, order: Sequence[Sequence[int]] = (), selector: str = "pareto"
-    ) -> list[int]:
+    def least(self, scores: Sequence[Floats] | None = None, order: Sequence[Sequence[int]] = ()) -> list[int]:
         """The choice with the least score that fits, exactly; one linear budget by the sweep, several by the program.
 
         Args:
             scores: instead of Ω, by group.
             order: chains of groups along which bits may not fall.
-            selector: for messages.
 
         Raises:
             HawqError: no plan fits; the message has the cheapest one for every budget.
         """
-        self.need_budget(selector)
         limits, problem = self.limits, self.problem
         if len(limits) == 1:
             row, limit = limits[0]

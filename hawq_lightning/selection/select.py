@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hawq_lightning.errors import HawqError, nearest
 from hawq_lightning.plan import Plan
-from hawq_lightning.selection.baselines import SELECTORS
+from hawq_lightning.selection.baselines import SELECTORS, check_selector
 from hawq_lightning.selection.budget import parse_budget
 from hawq_lightning.selection.plans import make_plan
 from hawq_lightning.selection.problem import Problem
@@ -44,14 +43,10 @@ def select(
         HawqError: an unknown selector or budget, something that the selector lacks, or no plan that fits; then with the
             cheapest feasible cost by each budget.
     """
-    rule = SELECTORS.get(selector) if isinstance(selector, str) else None
-    if rule is None:
-        raise HawqError(
-            f"There is no selector {selector!r}; use one of {', '.join(SELECTORS)}.{nearest(str(selector), SELECTORS)}"
-        )
+    check_selector(selector, budget, bits)
     bounds = () if budget is None else parse_budget(budget, problem)
     request = Request(problem, bounds, seed, eigenvalues, measure_loss, bits)
     began = time.perf_counter()
-    choice = rule(request)
+    choice = SELECTORS[selector](request)
     settings = {"selector_seed": seed, "selection_seconds": round(time.perf_counter() - began, 4)} | request.notes
     return make_plan(problem, choice, budget=budget, selector=selector, settings=settings)

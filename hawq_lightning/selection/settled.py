@@ -31,6 +31,7 @@ class PlanSettled:
         selector: ``pareto`` or ``monotone``.
         overhead: bytes of the packed file beside the codes.
         constraints: keywords of :class:`Problem`.
+        asked: what else ``options`` depend on, such as the widths.
         regret: share of Ω that 95% of the draws may lose at the most.
         bootstraps: draws.
         seed: of the draws.
@@ -42,6 +43,7 @@ class PlanSettled:
     selector: str = "pareto"
     overhead: int = 0
     constraints: Mapping[str, Any] = field(default_factory=dict)
+    asked: str = ""
     regret: float = 0.01
     bootstraps: int = 40
     seed: int = 0
@@ -51,7 +53,8 @@ class PlanSettled:
     @property
     def key(self) -> str:
         """What the answer depends on beside the traces: measurements that it ended are not those of other budgets."""
-        return f"{self.budget} {self.selector} {dict(self.constraints)} {self.regret} {self.bootstraps}"
+        of = [self.budget, self.selector, dict(self.constraints), self.asked, self.regret, self.bootstraps]
+        return " ".join(map(str, of))
 
     def __call__(self, measured: Sensitivity) -> bool:
         """Whether 95% of the redrawn traces agree with the present plan within the regret."""
