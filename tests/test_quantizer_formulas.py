@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from hawq_lightning.quantization import quantizer_named, quantizer_names
+from hawq_lightning.plan import Plan, PlanSite
+from hawq_lightning.quantization import quantize, quantizer_named, quantizer_names, reestimate
 
 NAMES = [n for n in quantizer_names() if not n.startswith("test_")]
 ODD = {
@@ -137,22 +139,23 @@ def test_uniform_ranges():
     assert activations("uniform", 8, x, ranges="percentile").scale.item() == pytest.approx(2 * 3.09 / 255, rel=0.1)
 
 
-def test_uniform_reestimates_in_training_only():
+def test_uniform_reestimates_after_so_many_steps():
     torch.manual_seed(0)
-    w = torch.randn(3, 50)
-    q, _ = weights("uniform", w, 3, "affine", reestimate=2)
-    before = q.scale.clone()
-    q.eval()
-    for _ in range(5):
-        q(2 * w)
+    net = nn.Sequential(nn.Linear(50, 3, bias=False))
+    site = PlanSite("0.weight", "weight", ("0",), (3, 50), 150, 3, "affine")
+    quantize(net, Plan(sites=(site,), quantizer_options={"reestimate": 2}))
+    q, before = net[0].weight_quantizer, net[0].weight_quantizer.scale.clone()
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    for step in (0, 1, 3):
+        net(torch.randn(4, 50)), reestimate(net, step)
     assert torch.equal(q.scale, before)
-    q.train()
-    q(2 * w)
-    assert torch.equal(q.scale, before)
-    q(2 * w)
+    reestimate(net, 4)
     assert torch.allclose(q.scale, 2 * before, rtol=1e-5)
     q.observing = False
-    q(3 * w), q(3 * w)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    reestimate(net, 6)
     assert torch.allclose(q.scale, 2 * before, rtol=1e-5)
 
 

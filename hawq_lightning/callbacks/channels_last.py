@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from hawq_lightning.callbacks._lightning import after_layers_exist, builds_later
 
 
 class ChannelsLast(Callback):
@@ -11,4 +14,13 @@ class ChannelsLast(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """At every stage."""
-        pl_module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if builds_later(pl_module):
+            after_layers_exist(pl_module, lambda: lay_out(pl_module))
+        lay_out(pl_module)
+
+
+def lay_out(module: nn.Module) -> None:
+    """Channels last, for parameters and buffers of four axes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

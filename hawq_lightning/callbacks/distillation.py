@@ -89,6 +89,10 @@ class Distillation(Callback):
                 "HAWQ: the checkpoint holds no float network to distil from; its fine-tuned weights take its place."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step in: a fit that goes on within an epoch does not start one."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step in as soon as the quantizers are armed."""
         if not armed_bits(pl_module):

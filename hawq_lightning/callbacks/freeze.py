@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from hawq_lightning.callbacks.moments import Moment
-from hawq_lightning.quantization.install import quantizers
+from hawq_lightning.quantization.install import armed_bits, quantizers
 
 
 class FreezeSchedule(Callback):
@@ -47,7 +47,8 @@ class FreezeSchedule(Callback):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                     module.training = False
                     self._stopped.append(module)
-        if self.ranges is not None and self._held is None and self.ranges.reached(trainer, batch_idx):
+        due = self.ranges is not None and self._held is None and self.ranges.reached(trainer, batch_idx)
+        if due and armed_bits(pl_module):  # before that there are no ranges to hold
             self._held = []
             for quantizer in quantizers(pl_module):
                 quantizer.observing = False

@@ -215,6 +215,10 @@ class HAWQ(Callback):
         if trainer.current_epoch >= self.start and not armed_bits(pl_module):
             self._quantize(trainer, pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ranges that follow the weights, after every so many optimizer steps."""
+        self.installer.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         given = self.installer._given
         plan = given if given is not None else self.measurer.analyze(trainer, pl_module)
@@ -224,7 +228,7 @@ class HAWQ(Callback):
         if self.post_training:
             m = self.measurer
             self.improved = improve(trainer, pl_module, self.post_training, m.images, m.seed, m.loss_fn, m.progress)
-            sync_averages(trainer, pl_module)
+            sync_averages(trainer, pl_module, weights=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers; with ``post_training``, ``trainer.validate`` quantizes a float network."""
@@ -242,13 +246,16 @@ class HAWQ(Callback):
     on_predict_start = on_test_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the parent process, where there is one; say so if training ended before its ``start``."""
+        """Say so if training ended before its ``start``."""
         if self.start and not armed_bits(pl_module):
             rank_zero_warn(
                 f"HAWQ: training ended in epoch {trainer.current_epoch}, before start={self.start} epochs were over: "
                 "the network is float, and nothing was measured."
             )
-        self.installer.on_train_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the parent process, where there is one."""
+        self.installer.on_fit_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Random states."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,14 @@ from hawq_lightning.quantization import (
     plan_of,
     quantized_layers,
     quantizer_named,
+    reestimate,
     refresh,
     share,
     with_quantizer,
 )
 from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.selection import recost
-from hawq_lightning.sites import Patterns
+from hawq_lightning.sites import Patterns, quantizable_layers, site_name
 
 
 class InstallPlan(Callback):
@@ -78,6 +82,7 @@ class InstallPlan(Callback):
         self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
         self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, self._relay, os.getpid())
         self._resumed = ResumedStates()
 
     @property
@@ -109,7 +114,9 @@ class InstallPlan(Callback):
             self._layers_exist(trainer, pl_module, stage)
         copy_again(before, trainer, pl_module, stage)
         if self._relay.is_file() and not armed_bits(pl_module):
-            pl_module.load_state_dict(torch.load(self._relay, weights_only=True)["buffers"], strict=False)
+            told = torch.load(self._relay, weights_only=True)
+            if told["weights"] == _weights_hash(pl_module):  # another model has nothing to do with it
+                pl_module.load_state_dict(told["buffers"], strict=False)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         install(pl_module, self.include, self.exclude, self.quantizer)
@@ -136,17 +143,12 @@ class InstallPlan(Callback):
             return True
         if self._given is not None and self._given.bits.items() - plan_of(pl_module).bits.items():
             check_plan(pl_module, self._given)
-            known = armed_bits(pl_module)
-            if any(
-                known.get(f"{n}.{'weight' if s.kind == 'weight' else 'input'}") != s.bits
-                for s in self._given.sites
-                for n in s.layers
-            ):
+            if not _agrees(self._given, pl_module):
                 rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
                 self._plan = _sized(plan_of(pl_module))
                 share(pl_module, self._plan)
                 return True
-        if self._plan is None:
+        if self._plan is None or not _agrees(self._plan, pl_module):
             self._plan = self._given or _sized(plan_of(pl_module))
         share(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
@@ -186,8 +188,8 @@ class InstallPlan(Callback):
         """See :meth:`on_train_start`."""
         self._resumed.epoch_starts()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the parent process, where there is one."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the parent process, where there is one; by now averaged weights are in place."""
         if not has_parent(trainer) or not trainer.is_global_zero:
             return
         if self._plan is not None:
@@ -197,7 +199,12 @@ class InstallPlan(Callback):
                 for part in ("weight_quantizer", "input_quantizer")
                 for key, value in getattr(layer, part).state_dict().items()
             }
-            torch.save({"plan": self._plan.to_dict(), "buffers": buffers}, self._relay)
+            told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": _weights_hash(pl_module)}
+            torch.save(told, self._relay)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ranges that follow the weights, after every so many optimizer steps."""
+        reestimate(pl_module, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Random states of all processes."""
@@ -232,6 +239,26 @@ class InstallPlan(Callback):
 def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
     """Parameters of a twin's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
+
+
+def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
+    """Whether a model is armed with a plan's bits."""
+    known = armed_bits(module)
+    parts = {"weight": "weight", "activation": "input"}
+    return all(known.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
+
+
+def _weights_hash(module: torch.nn.Module) -> str:
+    """Of the quantizable layers' float weights."""
+    whole = hashlib.sha256()
+    for name, layer in quantizable_layers(module)[0].items():
+        whole.update(name.encode() + layer.weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)
 
 
 def _consistent(plan: Plan | None) -> Plan | None:

@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.fold import norms_to_fold
+from hawq_lightning.quantization.hooked import renew_weight
 from hawq_lightning.quantization.quantizer import Quantizer
 from hawq_lightning.quantization.registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization.twins import QuantizedLayer, make_float, make_twin
@@ -166,10 +167,25 @@ def arm_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = Non
         layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
         return
     layer.weight_quantizer.fold(norm)
+    renew_weight(layer)
     try:
         layer.weight_quantizer.fit(layer.weight, site.bits, site.code)
     except HawqError as error:
         raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, step: int) -> None:
+    """Fit ranges anew where ``reestimate`` divides ``step``, as the callbacks do by themselves.
+
+    Args:
+        model: armed.
+        step: optimizer steps so far.
+    """
+    for layer in quantized_layers(model).values():
+        q = layer.weight_quantizer
+        if q.bits and q.observing and q.reestimate and step and step % q.reestimate == 0:
+            q.fit(layer.weight, q.bits, q.code)
 
 
 def disarm(model: nn.Module) -> None:
@@ -224,7 +240,7 @@ def armed_bits(model: nn.Module) -> dict[str, int]:
     out: dict[str, int] = {}
     for name, layer in quantized_layers(model).items():
         parts: Mapping[str, Quantizer] = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
-        out |= {f"{name}.{part}": q.bits for part, q in parts.items() if q.bits}
+        out |= {site_name(name, part): q.bits for part, q in parts.items() if q.bits}
     return out
 
 
@@ -264,5 +280,8 @@ def plan_of(model: nn.Module) -> Plan:
             )
     if not sites["weight"] and not sites["activation"]:
         raise HawqError("No quantizer of this model is armed.")
-    name = next(layer.weight_quantizer.name for layer in layers.values())
-    return Plan(sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=name)
+    spec = next(x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
+    return Plan(
+        sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=spec.name,
+        quantizer_options=dict(spec.options),
+    )  # fmt: skip

@@ -139,6 +139,8 @@ class WeightIntOnly(WeightQuantizer):
     @torch.no_grad()
     def _take_state(self) -> None:
         super()._take_state()
+        if self.bits > 1:
+            self.zero_point.round_()  # averaging callbacks leave fractions, and 0 would be no level
         if self._norm and (factor := magnitude(self._norm[0], self.factor)) is not None:
             self.factor.copy_(factor)
             if self.bits > 1:

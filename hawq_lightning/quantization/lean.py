@@ -77,11 +77,12 @@ class _Recipe:
 def _can_repeat(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> bool:
     if made is source or not quantizer.bits or quantizer.paused or quantizer._leader:
         return False
-    moves = getattr(quantizer, "reestimate", 0) or quantizer._forward_hooks
-    return not moves and getattr(type(quantizer).quantize, "repeatable", False)
+    return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "repeatable", False)
 
 
 def _others_decide() -> bool:
-    """Whether activation checkpointing or offloading is at work, which keeps less still."""
+    """Whether others look after memory (checkpointing, offloading), or torch.func runs, without addresses."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return look is not None and look(True) is not None

@@ -12,9 +12,9 @@ from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Option, PlanSite
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.fold import norms_to_fold
-from hawq_lightning.quantization.install import arm_site, disarm, install, quantizers, uninstall
+from hawq_lightning.quantization.install import arm_site
 from hawq_lightning.quantization.registry import QuantizerSpec
-from hawq_lightning.quantization.twins import QuantizedLayer
+from hawq_lightning.quantization.trial import on_trial
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 from hawq_lightning.site_table import SiteTable
 
@@ -35,7 +35,7 @@ def loss_check(
     """Quantize one site at a time and measure the loss.
 
     Args:
-        model: float, or with quantizers that are off (or paused), and off afterwards.
+        model: float, or with quantizers in any state; left as it was.
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         sites: the sites.
@@ -50,12 +50,7 @@ def loss_check(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = [to_device(b, device) for b in batches]
     images = [images_of(b) for b in kept]
-    had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    layers = install(model, quantizer=quantizer)
     norms = norms_to_fold(model, sites.layers)
-    were_paused = [q for q in quantizers(model) if q.paused]
-    for held in were_paused:
-        held.paused = False
     trials = [(s, o) for s in sites for o in options.get(s.name, ())]
     out: list[dict[str, Any]] = []
 
@@ -63,30 +58,28 @@ def loss_check(
         values = [float(loss_fn(model, b)) * n for b, n in zip(kept, images)]
         return sum(values) / sum(images)
 
-    try:
-        with quiet(model), torch.no_grad(), progress_bar(bool(progress)) as bar:
-            base = mean_loss()
-            task = bar.begin("Loss change, site by site", len(trials))
-            for done, (site, option) in enumerate(trials):
-                trial = PlanSite(
-                    site.name, site.kind, site.layers, site.shape, site.numel, option.bits, option.code,
-                    option.scale, option.zero_point,
-                )  # fmt: skip
-                for name in site.layers:
-                    arm_site(layers[name], trial, norms.get(name))
-                measured = mean_loss() - base
-                for name in site.layers:
-                    layer = layers[name]
-                    (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disarm()
-                out.append({
-                    "site": site.name, "kind": site.kind, "bits": option.bits,
-                    "predicted": option.omega / 2, "measured": measured,
-                })  # fmt: skip
-                bar.advance(task, done + 1)
-    finally:
-        disarm(model)
-        for held in were_paused:
-            held.paused = True
-        if not had:
-            uninstall(model)
+    with (
+        on_trial(model, quantizer) as layers,
+        quiet(model),
+        torch.no_grad(),
+        progress_bar(bool(progress)) as bar,
+    ):
+        base = mean_loss()
+        task = bar.begin("Loss change, site by site", len(trials))
+        for done, (site, option) in enumerate(trials):
+            trial = PlanSite(
+                site.name, site.kind, site.layers, site.shape, site.numel, option.bits, option.code,
+                option.scale, option.zero_point,
+            )  # fmt: skip
+            for name in site.layers:
+                arm_site(layers[name], trial, norms.get(name))
+            measured = mean_loss() - base
+            for name in site.layers:
+                layer = layers[name]
+                (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disarm()
+            out.append({
+                "site": site.name, "kind": site.kind, "bits": option.bits,
+                "predicted": option.omega / 2, "measured": measured,
+            })  # fmt: skip
+            bar.advance(task, done + 1)
     return out

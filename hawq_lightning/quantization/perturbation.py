@@ -193,6 +193,8 @@ class _Seen:
         self._samples: dict[str, list[torch.Tensor]] = {}
 
     def look(self, site: str, x: torch.Tensor) -> None:
+        if not x.numel():  # a head for objects, in a batch without any
+            return
         low, high = (float(v) for v in torch.aminmax(x))
         self._low[site] = min(self._low.get(site, low), low) if low == low else low
         self._high[site] = max(self._high.get(site, high), high) if high == high else high

@@ -12,9 +12,9 @@ from torch import nn
 from hawq_lightning.batches import batch_images
 from hawq_lightning.plan import Plan, PlanSite
 from hawq_lightning.quantization.fold import norms_to_fold
-from hawq_lightning.quantization.install import arm_site, check_plan, disarm, install, quantizers, uninstall
+from hawq_lightning.quantization.install import arm_site, check_plan
 from hawq_lightning.quantization.registry import QuantizerSpec
-from hawq_lightning.quantization.twins import QuantizedLayer
+from hawq_lightning.quantization.trial import on_trial
 from hawq_lightning.sensitivity.quiet import quiet, to_device
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -33,7 +33,7 @@ def plan_loss(
     Only sites whose bits differ from the last plan's are armed again.
 
     Args:
-        model: float, or with quantizers that are off (or paused), and off afterwards.
+        model: float, or with quantizers in any state; left as it was.
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         images_of: number of images in a batch.
@@ -42,11 +42,6 @@ def plan_loss(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = [to_device(b, device) for b in batches]
     images = [images_of(b) for b in kept]
-    had = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    layers = install(model, quantizer=quantizer)
-    were_paused = [q for q in quantizers(model) if q.paused]
-    for held in were_paused:
-        held.paused = False
     armed: dict[str, PlanSite] = {}
 
     def loss_of(plan: Plan) -> float:
@@ -61,12 +56,5 @@ def plan_loss(
                 armed[site.name] = site
         return sum(float(loss_fn(model, b)) * n for b, n in zip(kept, images)) / sum(images)
 
-    try:
-        with quiet(model), torch.no_grad():
-            yield loss_of
-    finally:
-        disarm(model)
-        for held in were_paused:
-            held.paused = True
-        if not had:
-            uninstall(model)
+    with on_trial(model, quantizer) as layers, quiet(model), torch.no_grad():
+        yield loss_of

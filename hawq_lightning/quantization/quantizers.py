@@ -39,7 +39,8 @@ class WeightQuantizer(Quantizer):
         axis: channel axis of the weight.
         ranges: ``mse`` (steps of least squared error), ``minmax`` (the largest weight is on the grid) or
             ``percentile`` (all but the largest 0.1 % are).
-        reestimate: fit again after every so many training steps; 0: never.
+        reestimate: fit again after every so many optimizer steps, see
+            :func:`hawq_lightning.quantization.reestimate`; 0: never.
     """
 
     zero_points = False  # whether affine codes have zero points of their own
@@ -52,7 +53,6 @@ class WeightQuantizer(Quantizer):
         if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
             raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
         self.reestimate = reestimate
-        self._steps = 0
 
     def named(self, name: str) -> None:
         """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
@@ -111,10 +111,6 @@ class WeightQuantizer(Quantizer):
     @repeatable
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
-        if self.reestimate and self.training and self.observing:
-            self._steps += 1
-            if self._steps % self.reestimate == 0:
-                self.fit(weight.detach(), self.bits, self.code)
         return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
 
     @torch.no_grad()

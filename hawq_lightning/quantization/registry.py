@@ -25,7 +25,7 @@ class QuantizerSpec:
         name: as registered.
         weight: class of the weight quantizers.
         activation: class of the activation quantizers.
-        freezes_norms: the method freezes BatchNorm's statistics and scales while it trains.
+        freezes_norms: the callback HAWQ freezes BatchNorm's statistics while the method trains.
         options: keywords of the two classes.
     """
 
@@ -69,7 +69,7 @@ def register(
     Args:
         name: lower-case letters, digits and underscores; goes into plans and checkpoints.
         activation: class of the activation quantizers.
-        freezes_norms: the method trains with BatchNorm frozen.
+        freezes_norms: the callback HAWQ freezes BatchNorm's statistics while it trains.
 
     Raises:
         HawqError: another quantizer has this name.
@@ -109,7 +109,7 @@ def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, Any] | None
         HawqError: no such quantizer or option (names the nearest), or an option out of range.
     """
     if isinstance(name, QuantizerSpec):
-        return name
+        return quantizer_named(name.name, {**name.options, **options}) if options else name
     if name not in _REGISTERED:
         near = nearest(str(name), _REGISTERED)
         raise HawqError(
@@ -144,7 +144,7 @@ def import_quantizers(files: Iterable[str]) -> None:
         HawqError: one cannot be found or imported.
     """
     for name in [files] if isinstance(files, str) else files:
-        module = name
+        module, path = name, None
         if name.endswith(".py"):
             path = Path(name).resolve()
             if not path.is_file():
@@ -153,7 +153,9 @@ def import_quantizers(files: Iterable[str]) -> None:
             if str(path.parent) not in sys.path:  # where processes that are started later look too
                 sys.path.insert(0, str(path.parent))
         try:
-            importlib.import_module(module)
+            where = getattr(importlib.import_module(module), "__file__", None) or "built in"
+            if path is not None and Path(where).resolve() != path:
+                raise HawqError(f"{name} is hidden by another module {module!r}, {where}; rename the file.")
         except HawqError:
             raise
         except Exception as error:

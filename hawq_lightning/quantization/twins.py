@@ -25,6 +25,12 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer
     weight: torch.Tensor
+    quantizer_options: dict[str, Any]
+
+    @property
+    def spec(self) -> QuantizerSpec:
+        """The quantizer with its options."""
+        return quantizer_named(self.weight_quantizer.name, self.quantizer_options)
 
     @property
     def quantized_weight(self) -> torch.Tensor:
@@ -135,27 +141,45 @@ def make_twin(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) ->
 
     Args:
         layer: of a quantizable type, or a twin, which stays as it is unless it has another quantizer.
-        quantizer: registered name; ``None``: a twin's own, ``uniform`` for a float layer.
+        quantizer: registered name; ``None``: a twin's own, ``uniform`` for a float layer. A twin that has it with
+            other options gets new quantizers with the old ones' state.
     """
     if isinstance(layer, QuantizedLayer):
-        if quantizer is None or layer.weight_quantizer.name == quantizer_named(quantizer).name:
+        spec = layer.spec if quantizer is None else quantizer_named(quantizer)
+        if layer.weight_quantizer.name == spec.name:
+            if layer.quantizer_options != dict(spec.options):
+                old = layer.weight_quantizer.state_dict(), layer.input_quantizer.state_dict()
+                _put_quantizers(layer, spec)
+                layer.weight_quantizer.load_state_dict(old[0])
+                layer.input_quantizer.load_state_dict(old[1])
             return layer
         make_float(layer)
     spec = quantizer_named(quantizer or "uniform")
-    axis = channel_axis(layer)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     layer.__class__ = TWINS[type(layer)]
     assert isinstance(layer, QuantizedLayer)
-    layer.weight_quantizer = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
-    layer.input_quantizer = spec.activation_quantizer().to(weight.device)
+    layer.register_forward_pre_hook(must_be_called)
+    _put_quantizers(layer, spec)
+    return layer
+
+
+def must_be_called(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: a module that has one is called, not read past, as fused Transformer layers do."""
+
+
+def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec) -> None:
+    axis = channel_axis(layer)
+    layer.weight_quantizer = spec.weight_quantizer(layer.weight.shape[axis], axis).to(layer.weight.device)
+    layer.input_quantizer = spec.activation_quantizer().to(layer.weight.device)
+    layer.quantizer_options = dict(spec.options)
     layer.weight_quantizer.train(layer.training)
     layer.input_quantizer.train(layer.training)
-    return layer
 
 
 def make_float(layer: nn.Module) -> nn.Module:
     """Undo :func:`make_twin`: the plain layer again, with the weight that it holds."""
     if isinstance(layer, QuantizedLayer):
-        del layer.weight_quantizer, layer.input_quantizer
+        del layer.weight_quantizer, layer.input_quantizer, layer.quantizer_options
+        for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is must_be_called]:
+            del layer._forward_pre_hooks[key]
         layer.__class__ = layer.float_type  # type: ignore[assignment]
     return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 from hawq_lightning.errors import HawqError, nearest
@@ -30,9 +31,9 @@ def check_bits(values: Any, kind: str) -> tuple[int, ...]:
     if not listed:
         raise HawqError(f"{kind}_bits is empty; give at least one width from {allowed[0]} to {allowed[-1]}.")
     for value in listed:
-        if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
-            near = min(allowed, key=lambda b: abs(b - value)) if isinstance(value, (int, float)) else allowed[-1]
+        if isinstance(value, bool) or not isinstance(value, Integral) or value not in allowed:
+            near = min(allowed, key=lambda b: abs(b - float(value))) if isinstance(value, Real) else allowed[-1]
             raise HawqError(
                 f"{kind}_bits has {value!r}; allowed are {allowed[0]} to {allowed[-1]}, the nearest is {near}."
             )
-    return tuple(sorted(set(listed)))
+    return tuple(sorted({int(b) for b in listed}))

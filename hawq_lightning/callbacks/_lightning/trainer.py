@@ -110,13 +110,14 @@ def copy_again(before: list[Callback], trainer: Trainer, pl_module: LightningMod
             callback.setup(trainer, pl_module, stage)
 
 
-def sync_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Arm the copies that averaging callbacks hold."""
+def sync_averages(trainer: Trainer, pl_module: LightningModule, weights: bool = False) -> None:
+    """Arm the copies that averaging callbacks hold; their averages stay unless ``weights`` are to begin anew too."""
+    state = {k: v for k, v in pl_module.state_dict().items() if weights or "_quantizer." in k}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if average is not None:
             target = getattr(average, "module", average)
-            target.load_state_dict(pl_module.state_dict())
+            target.load_state_dict(state, strict=False)
 
 
 @contextmanager

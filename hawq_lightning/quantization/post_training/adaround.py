@@ -65,7 +65,7 @@ def adaround(
         task = bar.begin("Rounding", len(order))
         for done, (name, calls) in enumerate(order.items()):
             layer = layers[name]
-            if _on_even_grid(layer) and not _shared(layer, layers.values()):
+            if _on_even_grid(layer) and not _shared(layer, model):
                 moments = _moments(model, layer, calls, kept, forward, reference)
                 found[name] = _round(layer, moments, ridge)
             bar.advance(task, done + 1)
@@ -139,5 +139,5 @@ def _on_even_grid(layer: QuantizedLayer) -> bool:
     return torch.equal(quantizer.codes(points), codes.to(torch.int32))
 
 
-def _shared(layer: QuantizedLayer, layers: Iterable[QuantizedLayer]) -> bool:
-    return sum(other.weight is layer.weight for other in layers) > 1
+def _shared(layer: QuantizedLayer, model: nn.Module) -> bool:
+    return sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) > 1
