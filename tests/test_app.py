@@ -21,6 +21,7 @@ from hawq_lightning.cli.frontier_table import frontier_rows, show_frontier
 from hawq_lightning.cli.parts import make_data, make_task
 from hawq_lightning.cli.run import run
 from hawq_lightning.models.resnet20 import resnet20
+from hawq_lightning.selection import nominal_problem
 from hawq_lightning.sites import sites
 
 BIN = Path(sys.executable).parent
@@ -154,7 +155,7 @@ def test_quantizing_may_start_inside_the_fit(tmp_path):
 def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsys):
     dry_run(settings(tmp_path / "run", name="analyze"))
     shown = capsys.readouterr().out
-    assert "net.layer3.0.conv1.weight" in shown and "budgets from 4x to 16x" in shown and "traces: about" in shown
+    assert all(w in shown for w in ("net.layer3.0.conv1.weight", "= 16x to ", "= 4x", "traces: about"))
     assert not (tmp_path / "run").exists()
 
 
@@ -164,12 +165,30 @@ def test_dry_run_script_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_budget_ranges_are_those_of_the_sites():
+def test_budget_ranges_follow_widths_and_constraints():
+    net = resnet20(channels=4, depth=8)
+    table = sites(net, torch.randn(1, 3, 8, 8))
+    given = {"weight_bits": (2, 8), "activation_bits": (4, 8), "inputs": ("conv1.input",), "file_overhead": 100}
+    lines = dict(line.split(": ", 1) for line in budget_ranges(nominal_problem(table, **given)))
+    assert list(lines) == ["weight_bytes", "file_bytes", "bops", "act_bytes"]
+    assert lines["weight_bytes"].endswith("= 4x") and "= 16x to " in lines["weight_bytes"]
+    assert "= 8x" not in lines["act_bytes"]  # what the network itself reads has 8 bits
+    lines = dict(line.split(": ", 1) for line in budget_ranges(nominal_problem(table, **given, min_bits=8)))
+    assert lines["weight_bytes"].endswith("= 4x") and " to " not in lines["weight_bytes"]
+
+
+def test_codebooks_count_in_the_range_of_files():
     table = sites(resnet20(channels=4, depth=8), torch.randn(1, 3, 8, 8))
-    elements = sum(s.numel for s in table.weights)
-    lines = budget_ranges(table, [2, 8], 100)
-    assert f"{elements:,} in {len(table.weights)} sites" in lines[0]
-    assert f"{elements // 4:,} to {elements:,}; budgets from 4x to 16x, 2bit to 8bit" in lines[1]
+    asked = {"weight_bits": (2,), "activation_bits": None}
+    plain, books = (nominal_problem(table, **asked, quantizer=q).cost("file_bytes")[0] for q in ("uniform", "lq_nets"))
+    choice = [0] * len(table.weights)
+    assert books(choice) - plain(choice) == sum(4 * s.channels * 2 for s in table.weights)
+
+
+def test_what_no_plan_meets_is_told_before_the_float_training(tmp_path):
+    with pytest.raises(HawqError, match="90x"):
+        run(settings(tmp_path, "float_epochs=1", "selector.budget=90x"))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_time_estimate_grows_with_images_and_precision(finished):

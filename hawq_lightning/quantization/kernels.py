@@ -44,7 +44,7 @@ def fake_quantize_channels(
         half: half the number of levels, rounded up.
     """
     if eager(weight) and weight.dtype == torch.float32:
-        return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)
+        return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)[0]
     zeros = zero.expand(scale.shape).contiguous()
     return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
 
@@ -105,7 +105,7 @@ class _Clipped(torch.autograd.Function):
 
 
 class _Channels(torch.autograd.Function):
-    """Per channel; the gradient passes where rounding did not have to clip."""
+    """Per channel, with where rounding did not have to clip; there the gradient passes."""
 
     @staticmethod
     def forward(w: torch.Tensor, step: torch.Tensor, zero: float, half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,11 +128,6 @@ class _Channels(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
-
-    @classmethod
-    def apply(cls, *args: Any) -> torch.Tensor:  # type: ignore[override]
-        """The quantized weight alone."""
-        return super().apply(*args)[0]
 
 
 def _inverse(step: float) -> float:

@@ -45,6 +45,9 @@ class QLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear``."""
+        if input.is_nested:  # what torch's Transformer makes of padded sequences
+            parts = [self.input_quantizer(t) for t in input.unbind()]
+            return F.linear(torch.nested.as_nested_tensor(parts), self.quantized_weight, self.bias)
         x, weight = self.input_quantizer(input), self.quantized_weight
         with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return F.linear(x, weight, self.bias)
