@@ -70,6 +70,32 @@ def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
     assert {f"{r['layer']}.weight" for r in rows} == {s.name for s in plan.weights}, "the run's own names"
 
 
+def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
+    (tmp_path / "halving.py").write_text(
+        "from hawq_lightning.quantization import WeightQuantizer, register\n\n\n"
+        "@register('halving_steps')\nclass Halving(WeightQuantizer):\n"
+        "    def fit(self, weight, bits, code):\n"
+        "        super().fit(weight, bits, code)\n"
+        "        self.arm(bits, self.scale.log2().ceil().exp2(), float(self.zero_point))\n"
+        "        return float((self(weight) - weight).square().sum())\n"
+    )
+    own = ["quantizer.imports=[halving.py]", "quantizer.name=halving_steps"]
+    done = script("hawq-lightning", *FAST, *own, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    asked = ["run_folder=run", "images=32", "speed=false", "table=false"]
+    done = script("hawq-lightning-export", *asked, cwd=tmp_path)
+    assert done.returncode == 0 and "images (" in done.stdout, done.stderr
+
+
+def test_what_failed_to_export_is_exported_by_the_same_command(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    for name in ("model.onnx", "export.json"):
+        (tmp_path / "run" / name).unlink()
+    done = script("hawq-lightning", *FAST, "onnx=true", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0 and "finished already" in done.stdout, done.stderr
+    assert (tmp_path / "run" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+
+
 def test_a_run_reads_the_latency_table_that_an_export_wrote(folder, tmp_path):
     path = tmp_path / "latency.csv"
     plan = Plan.load(folder / "plan.json")

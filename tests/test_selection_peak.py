@@ -10,6 +10,7 @@ from hawq_lightning.errors import HawqError
 from hawq_lightning.plan import Option
 from hawq_lightning.selection import Problem, activation_steps, select
 from hawq_lightning.sites import sites
+from tests.trainers import Classifier, hawq, loader, trainer
 
 
 class Residual(nn.Module):
@@ -54,6 +55,29 @@ def test_a_chain_needs_input_and_output_at_their_own_bits():
         <= 256
     )
     assert plan.costs["act_peak_bytes"] <= 32
+
+
+def test_percent_is_of_the_8_bit_network():
+    """What waits for an addition stays float32, also there."""
+    model, batch = Residual(False).eval(), torch.randn(2, 3, 6, 6)
+    table = sites(model, batch)
+    steps = activation_steps(model, batch, table)
+    options = {s.name: [Option(b, "affine", 4.0**-b * s.numel, 1.0) for b in (4, 8)] for s in table}
+    plan = select(Problem(table, options, steps=steps), {"act_peak": "100%"})
+    assert {s.bits for s in plan.activations} == {8}
+    assert plan.costs["act_peak_bytes"] == 4 * 36 * 4 + 8 * 36 + 4
+    less = select(Problem(table, options, steps=steps), {"act_peak": "90%"})
+    assert less.costs["act_peak_bytes"] <= 0.9 * plan.costs["act_peak_bytes"]
+
+
+def test_the_callback_finds_the_steps_itself(tmp_path):
+    torch.manual_seed(0)
+    free = hawq(activation_bits=(4, 8), input_bits=None)
+    trainer(tmp_path, free).fit(Classifier(), loader())
+    tight = hawq(activation_bits=(4, 8), input_bits=None, budget={"weights": "9x", "act_peak": "60%"})
+    trainer(tmp_path, tight).fit(Classifier(), loader())
+    assert tight.plan.costs["act_peak_bytes"] > 0
+    assert sum(s.bits for s in tight.plan.activations) < sum(s.bits for s in free.plan.activations)
 
 
 def test_another_models_table_is_refused():

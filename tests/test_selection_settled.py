@@ -57,6 +57,23 @@ def test_a_plan_that_noise_would_change_is_not_settled(case):
     assert asked and not asked[0]
 
 
+def test_the_key_is_that_of_the_question(case):
+    from hawq_lightning.selection import LatencyTable
+
+    *_, table, weigh = case
+    rows = [{"layer": "a", "bits": 4, "ms": 1.0}]
+    key = PlanSettled(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, asked="(2, 4) uniform").key
+    again = PlanSettled(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, asked="(2, 4) uniform").key
+    assert key == again
+    for other in (
+        {"constraints": {"latency": LatencyTable([rows[0] | {"ms": 2.0}])}, "asked": "(2, 4) uniform"},
+        {"constraints": {"latency": LatencyTable(rows)}, "asked": "(2, 8) lsq"},
+    ):
+        assert PlanSettled(table, weigh, "8x", **other).key != key
+    a, b = (HAWQ(bits, quantizer=q).measurer._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
+    assert a != b
+
+
 def test_the_callback_stops_with_the_plan(tmp_path):
     model = Classifier()
     fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop="plan", dirpath=tmp_path)

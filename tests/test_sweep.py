@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hawq_lightning import HawqError, Plan, Sensitivity
 from hawq_lightning.callbacks.random_state import KeepRandomStates
 from hawq_lightning.cli import entry, parts
-from hawq_lightning.cli.entry import check_choices
+from hawq_lightning.cli.entry import check_choices, told_apart
 from hawq_lightning.cli.recorder import Recorder
 from hawq_lightning.cli.resume import settings_hash
 from hawq_lightning.cli.run import run
@@ -155,6 +155,26 @@ def test_the_hash_of_settings_ignores_where_and_sees_what(tmp_path):
     assert settings_hash(settings(tmp_path / "b", "paths.runs=/elsewhere", "resume=false")) == base
     assert settings_hash(settings(tmp_path / "a", "seed=2")) != base
     assert settings_hash(settings(tmp_path / "a", "+x=${oc.env:HAWQ_TEST_NOWHERE}")) != base
+
+
+def test_sweeps_over_what_folders_are_not_named_after_name_them_after_it():
+    several = ["-m", "model.weights=/x/a.pt,/x/b.pt", "seed=1,2", "data.root=/data"]
+    (added,) = told_apart(several)
+    assert "model.weights" not in added and "data.root" in added and added.startswith("hydra.job.config")
+    assert told_apart(several[1:]) == [] and told_apart(["-m", "seed=1,2", "model.weights=/x/a.pt"]) == []
+    assert told_apart([*several, added]) == [] and told_apart(["-m", "trainer=cpu,("]) == []
+
+
+def test_runs_of_several_float_networks_stay_apart(tmp_path, weights):
+    other = tmp_path / "other.pt"
+    torch.save({k: v * 0.9 for k, v in torch.load(weights).items()}, other)
+    done = subprocess.run(
+        [BIN / "hawq-lightning", "-m", *TINY, "float_epochs=0", "epochs=0", f"model.weights={weights},{other}",
+         f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").rglob("metrics.json"))) == 2
 
 
 def test_launchers_name_their_extra(monkeypatch):
