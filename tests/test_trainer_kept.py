@@ -209,10 +209,10 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
     class Deep(Classifier):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(8, 8), *(nn.Linear(8, 8) for _ in range(22)), nn.Linear(8, 3))
+            self.net = nn.Sequential(*(nn.Linear(12, 12) for _ in range(23)), nn.Linear(12, 4))
 
     device = {"ties": [["*.weight"]], "pairs": [(2, 4), (4, 4), (4, 8), (8, 8)]}
-    callback = hawq(activation_bits=(4, 8), constraints=device, dirpath=tmp_path)
+    callback = hawq(activation_bits=(4, 8), constraints=device, budget="8x", dirpath=tmp_path)
     trainer(tmp_path, callback).fit(Deep(), loader())
     assert callback.frontier is None and len({s.bits for s in callback.plan.weights}) == 1
     assert (tmp_path / "plan.json").is_file() and not (tmp_path / "frontier.csv").exists()
