@@ -373,3 +373,20 @@ def test_corrections_agree_in_any_order():
         post_training(model, batches, methods)
         means.append(model.bn.running_mean)
     assert torch.allclose(means[0], means[1], atol=1e-6) and torch.allclose(means[0], means[2], atol=1e-6)
+
+
+def test_a_norm_whose_input_something_else_reads_is_left_alone():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+            self.norm_a, self.norm_b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.norm_b(self.b(torch.relu(self.norm_a(y) + y)))  # a's outputs go on past the norm, too
+
+    torch.manual_seed(0)
+    model, x = Skip().eval(), torch.randn(8, 3, 6, 6)
+    quantize(model, weight_plan(model, 2))
+    assert set(bias_correction(model, [x])) == {"b"}

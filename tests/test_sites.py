@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hawq_lightning import HawqError, sites
 from hawq_lightning.batches import batch_images
 from hawq_lightning.quantization import install
+from hawq_lightning.quantization.twins import must_be_called
 from tests.nets import ConvNet, SharedHead, Tied
 
 
@@ -138,7 +139,7 @@ def test_the_model_is_left_alone_and_twins_count_as_layers():
     two = sites(net, x)
     assert one.sites == two.sites and one.layers == two.layers and net.training
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
-    assert not net.stem._forward_hooks and not net.stem._forward_pre_hooks
+    assert not net.stem._forward_hooks and set(net.stem._forward_pre_hooks.values()) == {must_be_called}
 
 
 @pytest.mark.parametrize(

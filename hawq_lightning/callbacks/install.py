@@ -257,8 +257,8 @@ def _weights_hash(module: torch.nn.Module) -> str:
 
 
 def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        path.unlink(missing_ok=True)
+    if os.getpid() == owner and path.is_file():
+        path.unlink()
 
 
 def _consistent(plan: Plan | None) -> Plan | None:

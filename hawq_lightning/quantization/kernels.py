@@ -61,7 +61,7 @@ def finite(bound: float) -> float:
     return min(max(bound, -3.4e38), 3.4e38)
 
 
-def passed_inside(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool) -> torch.Tensor:
+def passed_inside(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool = False) -> torch.Tensor:
     """``grad`` where ``low < x < high``, zero elsewhere.
 
     Args:

@@ -102,7 +102,6 @@ class _LearnedRange(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, width, zero, top, ctx.fast = inputs
-        ctx.alone = False
         ctx.shares = -zero / top, (top - zero) / top
         ctx.save_for_backward(x, width)
 
@@ -114,7 +113,7 @@ class _LearnedRange(torch.autograd.Function):
         if ctx.shares[0]:
             moved = moved + (g * (x <= low)).sum() * ctx.shares[0]
         if ctx.fast:
-            passed = passed_inside(g, x, float(low.detach()), float(high.detach()), ctx.alone)
+            passed = passed_inside(g, x, float(low.detach()), float(high.detach()))
         else:
             passed = g * ((x > low) & (x < high))
         return passed, moved, None, None, None

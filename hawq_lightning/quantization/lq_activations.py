@@ -116,12 +116,11 @@ class _Nearest(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, levels = inputs
         ctx.save_for_backward(x, levels)
-        ctx.alone = False
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):
-            return passed_inside(grads[0], x, float(low.detach()), float(high.detach()), ctx.alone), None
+            return passed_inside(grads[0], x, float(low.detach()), float(high.detach())), None
         return grads[0] * ((x > low) & (x < high)), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from hawq_lightning.batches import default_forward
+from hawq_lightning.norms import norms_behind
 from hawq_lightning.progress import Bar, progress_bar
 from hawq_lightning.quantization.post_training.reference import (
     FloatReference,
@@ -19,7 +21,6 @@ from hawq_lightning.quantization.post_training.reference import (
     still,
 )
 from hawq_lightning.quantization.twins import QuantizedLayer
-from hawq_lightning.sites import version_of
 
 
 def bias_correction(
@@ -55,7 +56,7 @@ def bias_correction(
     found: dict[str, float] = {}
     with still(model), progress_bar(bool(progress)) as bar:
         order = calls_in_order(model, layers, kept[0], forward)
-        norms = norms_behind(model, layers, kept[0], forward)
+        norms = _own_norms(model, layers, kept[0], forward)
         targets = {n: ChannelMean() for n in order}
         with reference.in_place():
             _means_of_all(model, layers, kept, forward, targets)
@@ -104,46 +105,13 @@ class ChannelMean:
         return (self._square / self._count - self.value.square()).clamp_min(0)
 
 
-def norms_behind(
+def _own_norms(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward
 ) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """Layer -> the BatchNorm that reads its outputs, all of them and nothing else."""
-    made: dict[tuple[int, int], tuple[str, torch.Tensor]] = {}  # tensors are kept, so that an id stays its own
-    readers: dict[str, list[Any]] = {}
-    reads: dict[Any, list[str | None]] = {}
-
-    def out(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, y: torch.Tensor) -> None:
-            made[id(y), version_of(y)] = name, y
-            readers.setdefault(name, [])
-
-        return hook
-
-    def into(module: nn.Module, args: Any) -> None:
-        x = args[0]
-        name, tensor = made.get((id(x), version_of(x)), (None, None))
-        reads.setdefault(module, []).append(name)
-        if name is not None and tensor is x:
-            readers[name].append(module)
-
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    handles = [m.register_forward_hook(out(n)) for n, m in layers.items()]
-    handles += [m.register_forward_pre_hook(into) for m in norms]
-    try:
-        forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    calls: dict[str, int] = {}
-    for name, _ in made.values():
-        calls[name] = calls.get(name, 0) + 1
-    found: dict[str, nn.modules.batchnorm._BatchNorm] = {}
-    for name, modules in readers.items():
-        norm: Any = modules[0] if modules else None
-        alone = norm is not None and set(map(id, modules)) == {id(norm)} and set(reads[norm]) == {name}
-        if alone and len(modules) == calls[name] and norm.running_mean is not None:
-            found[name] = norm
-    return found
+    """Layer -> the BatchNorm that reads its outputs, all of them and nothing else, and no other layer's."""
+    found = norms_behind(model, dict(model.named_modules()), layers, lambda: forward(model, batch))
+    readers = Counter(found.values())
+    return {n: model.get_submodule(norm) for n, norm in found.items() if readers[norm] == 1}  # type: ignore[misc]
 
 
 def _channels(layer: Any) -> int:
