@@ -100,6 +100,10 @@ def test_every_selectors_budget_is_tried_before_measuring(tmp_path, monkeypatch,
     refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", selector=selector))
 
 
+def test_a_budget_is_tried_before_the_float_epochs(tmp_path):
+    refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", start=1))
+
+
 def test_bits_by_hand_are_tried_before_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr("hawq_lightning.callbacks.measure.measure", lambda *a, **k: pytest.fail("measured first"))
     by_hand = {"selector": "manual", "bits": {"*.weight": 4, "*.input": 8}}

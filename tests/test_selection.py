@@ -284,6 +284,12 @@ def test_two_budgets_are_both_used(selector):
     assert 7 <= both.costs["w_comp"] < 7.6 and 6 <= both.costs["a_comp"] < 6.6
 
 
+def test_a_loose_second_budget_changes_nothing():
+    problem, _, _ = random_network(1, 30, activation_bits=(8,))
+    one = select(problem, "8x", "max_perturbation")
+    assert select(problem, {"weights": "8x", "file": "1GB"}, "max_perturbation").bits == one.bits
+
+
 def test_hawq_gives_what_no_budget_counts_the_least_omega():
     problem, _, _ = random_network(1, 30, activation_bits=(2, 4, 8))
     plan = select(problem, "7x", "hawq", eigenvalues={s.name: 1.0 + i for i, s in enumerate(problem.sites)})

@@ -80,6 +80,17 @@ def test_the_callback_finds_the_steps_itself(tmp_path):
     assert sum(s.bits for s in tight.plan.activations) < sum(s.bits for s in free.plan.activations)
 
 
+def test_the_callback_finds_them_where_the_loss_needs_training_mode(tmp_path):
+    class Fussy(Classifier):  # as torchvision's detectors
+        def training_step(self, batch, batch_idx):
+            assert self.training
+            return super().training_step(batch, batch_idx)
+
+    callback = hawq(activation_bits=(4, 8), budget={"weights": "9x", "act_peak": "100%"})
+    trainer(tmp_path, callback).fit(Fussy(), loader())
+    assert callback.plan.costs["act_peak_bytes"] > 0
+
+
 def test_another_models_table_is_refused():
     model = nn.Sequential(nn.Linear(3, 3))
     table = sites(model, torch.randn(2, 3))

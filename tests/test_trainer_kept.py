@@ -12,9 +12,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torch.nn.utils import weight_norm
 
 from hawq_lightning import HawqError, InstallPlan, MeasureTraces, load_from_checkpoint
 from hawq_lightning.callbacks.channels_last import ChannelsLast
+from hawq_lightning.callbacks.install import _weights_hash
 from hawq_lightning.quantization import armed_bits, plan_of, quantized_layers
 
 from .trainers import Classifier, hawq, loader, mlp, trainer
@@ -216,3 +218,30 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
     trainer(tmp_path, callback).fit(Deep(), loader())
     assert callback.frontier is None and len({s.bits for s in callback.plan.weights}) == 1
     assert (tmp_path / "plan.json").is_file() and not (tmp_path / "frontier.csv").exists()
+
+
+def test_layers_may_be_built_while_a_checkpoint_is_loaded(tmp_path):
+    class Late(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.net(x))
+
+    class Later(Classifier):
+        def on_load_checkpoint(self, checkpoint):
+            self.head = nn.Linear(4, 4)
+
+    fitted = trainer(tmp_path, hawq())
+    fitted.fit(Late(), loader())
+    fitted.save_checkpoint(tmp_path / "x.ckpt")
+    assert armed_bits(load_from_checkpoint(Later, tmp_path / "x.ckpt"))["head.weight"]
+    assert "head.weight" not in armed_bits(load_from_checkpoint(Classifier, tmp_path / "x.ckpt", strict=False))
+
+
+def test_a_models_hash_is_that_of_what_a_hook_makes_its_weights_of():
+    first = nn.Sequential(weight_norm(nn.Linear(4, 4)))
+    again = nn.Sequential(weight_norm(nn.Linear(4, 4)))
+    again.load_state_dict(first.state_dict())  # its weight is still the old one
+    assert _weights_hash(again) == _weights_hash(first) != _weights_hash(nn.Sequential(weight_norm(nn.Linear(4, 4))))

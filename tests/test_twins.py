@@ -23,8 +23,11 @@ from hawq_lightning.quantization import (
     quantized_layers,
     quantizer_named,
     uninstall,
+    with_quantizer,
 )
+from hawq_lightning.quantization.install import quantizers
 from hawq_lightning.quantization.trial import on_trial
+from hawq_lightning.quantization.twins import must_be_called
 from hawq_lightning.sites import layer_type, sites
 
 
@@ -142,6 +145,43 @@ def test_a_trial_leaves_an_armed_model_as_it_was():
     assert torch.equal(model(x), before)
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["int_only", "lq_nets", "pact"])
+def test_a_trial_leaves_what_a_quantizer_knows_beside_its_tensors(name):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3)),
+        torch.randn(4, 2, 9, 9),
+    )
+    spec, table = quantizer_named(name), sites(model, x)
+    plan = Plan(sites=plan_for(model, 3).sites, layers=table.layers)
+    quantize(model, with_quantizer(plan, spec))
+    known = [{k: v for k, v in q.__dict__.items() if not k.startswith("_") or k in ("_norm", "_leader")}
+             for q in quantizers(model)]  # fmt: skip
+    options = {s.name: (Option(8, "affine", 1.0, 1.0, 0.1, 1),) for s in table}
+    loss_check(model, [x], lambda m, b: m(b).square().mean(), table, options)
+    assert [{k: q.__dict__[k] for k in had} for q, had in zip(quantizers(model), known)] == known
+
+
+def test_parameters_stay_the_optimizers_when_options_change():
+    model = nn.Sequential(nn.Linear(6, 5))
+    quantize(model, with_quantizer(plan_for(model, 4), quantizer_named("lsq")))
+    before = dict(model.named_parameters())
+    quantize(model, plan_for(model, 4, quantizer="lsq", quantizer_options={"ranges": "minmax"}))
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+def test_twins_of_an_earlier_version_are_brought_up_to_date():
+    model = nn.Sequential(nn.Linear(6, 5))
+    quantize(model, plan_for(model, 4))
+    old = dict(model[0].__dict__)
+    del old["quantizer_options"]
+    old["_forward_pre_hooks"] = type(old["_forward_pre_hooks"])()
+    again = type(model[0]).__new__(type(model[0]))
+    again.__setstate__(old)
+    assert plan_of(nn.Sequential(again)).bits == plan_of(model).bits
+    assert list(again._forward_pre_hooks.values()) == [must_be_called]
 
 
 def test_widths_may_be_numpys():

@@ -33,8 +33,10 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
     """
 
     def with_twins(self: Module, checkpoint: dict[str, Any]) -> None:
-        _install(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}))
-        original(self, checkpoint)
+        original(self, checkpoint)  # it may build layers
+        strict = kwargs.get("strict")
+        strict = self.strict_loading if strict is None else strict
+        _install(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
 
     original = module_class.on_load_checkpoint
     own = "on_load_checkpoint" in module_class.__dict__
@@ -48,7 +50,9 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
             del module_class.on_load_checkpoint
 
 
-def _install(module: LightningModule, state_dict: Mapping[str, Any], callbacks: Mapping[str, Any]) -> None:
+def _install(
+    module: LightningModule, state_dict: Mapping[str, Any], callbacks: Mapping[str, Any], strict: bool
+) -> None:
     """Make twins of the layers that a state dict has quantizers of."""
     twins: dict[str, set[str]] = {}  # quantizer -> layers
     for key in state_dict:
@@ -59,13 +63,14 @@ def _install(module: LightningModule, state_dict: Mapping[str, Any], callbacks: 
             twins.setdefault(own, set()).add(".".join(parts))
     known = quantizable_layers(module)[0]
     for quantizer, names in twins.items():
-        if missing := sorted(names - set(known)):
+        if strict and (missing := sorted(names - set(known))):
             hint = nearest(missing[0], known)
             raise HawqError(
                 f"The checkpoint has a quantized layer {missing[0]!r}, which {type(module).__name__} lacks.{hint}"
             )
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
-        install(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
+        if names & set(known):
+            install(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
 
 
 def _options(callbacks: Mapping[str, Any], quantizer: str) -> Mapping[str, Any]:

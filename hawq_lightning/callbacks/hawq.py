@@ -204,6 +204,8 @@ class HAWQ(Callback):
             self._quantize(trainer, pl_module)
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.start:
             raise HawqError(f"start={self.start} leaves none of the {trainer.max_epochs} epochs for fine-tuning.")
+        elif self.installer._given is None and trainer.global_step == 0:
+            self.measurer.try_out(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Random states of a resumed epoch."""

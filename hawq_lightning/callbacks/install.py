@@ -84,6 +84,7 @@ class InstallPlan(Callback):
         self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
         weakref.finalize(self, _remove, self._relay, os.getpid())
         self._resumed = ResumedStates()
+        self._refitted = -1
 
     @property
     def plan(self) -> Plan | None:
@@ -103,6 +104,8 @@ class InstallPlan(Callback):
     def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
         """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
         check_namespace(trainer)
+        if self.quantizer.options.get("reestimate") and (name := is_sharded(trainer)):
+            raise HawqError(f"{name} splits the weights; ranges cannot follow them: leave reestimate at 0.")
         before = go_first(trainer, listed)
         try:
             install(pl_module, self.include, self.exclude, self.quantizer)
@@ -204,7 +207,9 @@ class InstallPlan(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ranges that follow the weights, after every so many optimizer steps."""
-        reestimate(pl_module, trainer.global_step)
+        if self.quantizer.options.get("reestimate") and self._refitted != trainer.global_step:
+            self._refitted = trainer.global_step  # batches that are accumulated share a step
+            reestimate(pl_module, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Random states of all processes."""
@@ -249,10 +254,11 @@ def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
 
 
 def _weights_hash(module: torch.nn.Module) -> str:
-    """Of the quantizable layers' float weights."""
+    """Of the quantizable layers' own parameters, which a hook may make the weight of."""
     whole = hashlib.sha256()
     for name, layer in quantizable_layers(module)[0].items():
-        whole.update(name.encode() + layer.weight.detach().float().cpu().contiguous().numpy().tobytes())
+        for part, p in layer.named_parameters(recurse=False):
+            whole.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
 
 

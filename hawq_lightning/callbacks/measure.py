@@ -19,6 +19,7 @@ from hawq_lightning.callbacks._lightning import (
     borrowed_step,
     check_namespace,
     draw_batches,
+    is_sharded,
     onto_device,
     refuse_sharded,
     share_of,
@@ -214,6 +215,18 @@ class MeasureTraces(Callback):
         check_namespace(trainer)
         refuse_sharded(trainer)
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
+
+    def try_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets."""
+        if is_sharded(trainer):
+            return
+
+        def look(check: Callable[[], None]) -> None:
+            with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn, check) as loss_fn:
+                batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.seed))
+                preview(self, pl_module, batches[0], loss_fn)
+
+        interruptible(trainer, look)
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule, check: Callable[[], None]) -> Plan:
         folder = self.folder(trainer)

@@ -49,7 +49,7 @@ def preview(
         inputs = network_inputs(module, batch, loss_fn, table) if wanted else frozenset()
         given = dict(asked.constraints)
         if isinstance(asked.budget, Mapping) and {"act_peak", "act_peak_bytes"} & set(asked.budget):
-            given.setdefault("steps", activation_steps(module, batch, table, forward=loss_fn))
+            given.setdefault("steps", activation_steps(module, batch, table, forward=loss_fn, evaluate=False))
     kept = [s for s in table if s.kind == "weight" or asked.activation_bits is not None]
     problem = nominal_problem(
         table, weight_bits=asked.weight_bits, activation_bits=asked.activation_bits, input_bits=asked.input_bits,

@@ -11,13 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.random_state import KeepRandomStates
-from hawq_lightning.cli.dry_run import first_look
 from hawq_lightning.cli.figures import PaperFigures
 from hawq_lightning.cli.onnx import write_onnx
 from hawq_lightning.cli.parts import check_settings, make_callback, make_data, make_task, make_trainer
@@ -72,10 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"goes on where it stopped: {folder}")
         checkpoint = progress.checkpoint("fine_tuning")
     if checkpoint is None:
-        if cfg.float_epochs and cfg.hawq.plan is None:  # what no plan can meet is told before time is spent
-            with isolate_rng():
-                first_look(hawq, task, data)
-        train_float(cfg, task, data, record, progress)
+        train_float(cfg, task, data, record, progress, hawq)
     recorder = Recorder(hawq, folder, record, progress)
     extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
     trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder, *extra], max_epochs=cfg.epochs)
@@ -116,14 +112,22 @@ def train_float(
     data: pl.LightningDataModule,
     record: dict[str, Any],
     progress: Progress,
+    hawq: HAWQ,
 ) -> None:
-    """Train the float network for ``float_epochs`` and note its score; without epochs only the score."""
+    """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
+
+    What no plan of ``hawq`` can meet is told before.
+    """
     start = time.perf_counter()
     fine_tuning_lr = task.lr
-    trainer = make_trainer(cfg, "float", [KeepRandomStates()], max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
+    known = progress.checkpoint("float") if cfg.resume else None
+    extra: list[pl.Callback] = [KeepRandomStates()]
+    if known is None and cfg.hawq.plan is None:
+        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measurer.try_out))
+    trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr
-        trainer.fit(task, datamodule=data, ckpt_path=progress.checkpoint("float") if cfg.resume else None)
+        trainer.fit(task, datamodule=data, ckpt_path=known)
         task.lr = fine_tuning_lr
     wanted = trainer.limit_val_batches and cfg.float_validation
     found: Any = trainer.validate(task, datamodule=data, verbose=False) if wanted else []

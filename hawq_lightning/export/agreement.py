@@ -106,9 +106,9 @@ def compare(
             or onnxruntime cannot run the file.
     """
     whole = session(path)
-    inside, reads = _with_codes(path) if codes else (None, {})
+    inside, reads, stored = _with_codes(path) if codes else (None, {}, set())
     layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    alike = _alike(layers) if codes else {}
+    alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
     different, count, classes = [], 0, True
@@ -187,8 +187,8 @@ def session(path: str | Path | bytes, threads: int | None = None, optimize: bool
         raise HawqError(f"onnxruntime {ort.__version__} cannot run {shown}: {str(error).splitlines()[0]}") from error
 
 
-def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]]]:
-    """A session that also returns activation codes, and output -> (first layer that reads it, which of its calls)."""
+def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
+    """A session that also returns activation codes; output -> (layer, which of its calls); names of stored weights."""
     onnx = require("onnx")
     proto = onnx.load(str(path))
     made = {out: node for node in proto.graph.node for out in node.output}
@@ -212,7 +212,7 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]]]:
     del proto.graph.output[:]
     for tensor in reads:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
-    return session(proto.SerializeToString()) if reads else None, reads
+    return session(proto.SerializeToString()) if reads else None, reads, set(calls)
 
 
 class _Seen:
@@ -243,15 +243,20 @@ class _Seen:
         return hook
 
 
-def _alike(layers: Mapping[str, QuantizedLayer]) -> dict[str, str]:
-    """Layer -> the first one whose weight has the same codes: a file holds equal tensors once, under one's name."""
+def _alike(layers: Mapping[str, QuantizedLayer], stored: set[str]) -> dict[str, str]:
+    """Layer that the file does not name -> one with the same codes that it does: small equal tensors are held once."""
+    merged = {n: x for n, x in layers.items() if x.weight_quantizer.bits and n not in stored}
+    if not merged:
+        return {}
     first: dict[tuple[Any, ...], str] = {}
-    out = {}
-    for name, layer in layers.items():
-        if layer.weight_quantizer.bits:
-            codes = layer.weight_quantizer.codes(layer.weight).cpu().numpy()
-            out[name] = first.setdefault((codes.shape, codes.tobytes()), name)
-    return out
+    for name in sorted(stored & set(layers)):
+        first.setdefault(_codes_of(layers[name]), name)
+    return {name: first.get(_codes_of(layer), name) for name, layer in merged.items()}
+
+
+def _codes_of(layer: QuantizedLayer) -> tuple[Any, ...]:
+    codes = layer.weight_quantizer.codes(layer.weight).cpu().numpy()
+    return codes.shape, codes.tobytes()
 
 
 def _leaves(result: Any) -> list[np.ndarray]:

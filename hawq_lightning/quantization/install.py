@@ -185,6 +185,7 @@ def reestimate(model: nn.Module, step: int) -> None:
     for layer in quantized_layers(model).values():
         q = layer.weight_quantizer
         if q.bits and q.observing and q.reestimate and step and step % q.reestimate == 0:
+            renew_weight(layer)
             q.fit(layer.weight, q.bits, q.code)
 
 

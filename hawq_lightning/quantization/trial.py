@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +25,7 @@ def on_trial(model: nn.Module, quantizer: str | QuantizerSpec | None = None) -> 
     had = {
         id(x): (x.weight_quantizer, x.input_quantizer, x.quantizer_options) for x in quantized_layers(model).values()
     }
-    states = [
-        (q, [(t, t.detach().clone()) for t in q._tensors()], q.bits, q.zero, q._leader, q.paused)
-        for q in quantizers(model)
-    ]
+    states = [(q, [(t, t.detach().clone()) for t in q._tensors()], _plain(q)) for q in quantizers(model)]
     layers = install(model, quantizer=quantizer)
     disarm(model)
     for q in quantizers(model):
@@ -41,7 +39,15 @@ def on_trial(model: nn.Module, quantizer: str | QuantizerSpec | None = None) -> 
             else:
                 make_float(layer)
         with torch.no_grad():
-            for q, tensors, bits, zero, leader, paused in states:
+            for q, tensors, plain in states:
                 for tensor, value in tensors:
                     tensor.copy_(value)
-                q.bits, q.zero, q._leader, q.paused = bits, zero, leader, paused
+                q.__dict__.update(plain)
+
+
+def _plain(quantizer: nn.Module) -> dict[str, Any]:
+    """Attributes beside parameters and buffers."""
+    return {k: v for k, v in quantizer.__dict__.items() if k not in _MODULES}
+
+
+_MODULES = set(nn.Module().__dict__) - {"training"}

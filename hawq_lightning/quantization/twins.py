@@ -27,6 +27,13 @@ class QuantizedLayer(nn.Module):
     weight: torch.Tensor
     quantizer_options: dict[str, Any]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Twins that were pickled by an earlier version lack some things."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("quantizer_options", {})
+        if must_be_called not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(must_be_called)
+
     @property
     def spec(self) -> QuantizerSpec:
         """The quantizer with its options."""
@@ -151,10 +158,11 @@ def make_twin(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) ->
         spec = layer.spec if quantizer is None else quantizer_named(quantizer)
         if layer.weight_quantizer.name == spec.name:
             if layer.quantizer_options != dict(spec.options):
-                old = layer.weight_quantizer.state_dict(), layer.input_quantizer.state_dict()
+                old = layer.weight_quantizer, layer.input_quantizer
                 _put_quantizers(layer, spec)
-                layer.weight_quantizer.load_state_dict(old[0])
-                layer.input_quantizer.load_state_dict(old[1])
+                for new, known in zip((layer.weight_quantizer, layer.input_quantizer), old):
+                    new.load_state_dict(known.state_dict())
+                    new._parameters.update(known._parameters)  # an optimizer may know them
             return layer
         make_float(layer)
     spec = quantizer_named(quantizer or "uniform")

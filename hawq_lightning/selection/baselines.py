@@ -92,11 +92,17 @@ def hawq(request: Request) -> list[int]:
 
 
 def max_perturbation(request: Request) -> list[int]:
-    """Table 3a's ablation: the largest Ω within set B among plans of nearly the same size (3% below every budget)."""
+    """Table 3a's ablation: the largest Ω within set B among plans of nearly the same size (within 3%)."""
     problem, order = request.problem, trace_order(request.problem)
-    sizes = [
-        (rows[0], b.limit) for b in request.bounds if len(rows := problem.cost(b.cost)) == 1
-    ]  # peaks have no floor
+    sizes = []
+    for b in request.bounds:
+        row, *more = problem.cost(b.cost)
+        if more:  # a peak has no floor
+            continue
+        largest = milp.solve(problem, request.limits, objective=row, order=order, maximize=True)
+        if largest is None:
+            raise HawqError(infeasible(request, order))
+        sizes.append((row, min(b.limit, row(largest))))
     for share in (0.97, 0.9, 0.0):
         floors = [(row, share * limit) for row, limit in sizes]
         found = milp.solve(problem, request.limits, floors=floors, order=order, maximize=True)

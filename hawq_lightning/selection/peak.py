@@ -71,6 +71,7 @@ def activation_steps(
     table: SiteTable,
     *,
     forward: Callable[[nn.Module, Any], Any] = default_forward,
+    evaluate: bool = True,
 ) -> list[dict[str, int]]:
     """Elements of one image alive at every call of a quantizable layer.
 
@@ -79,6 +80,7 @@ def activation_steps(
         example_batch: one batch, inputs first.
         table: ``hawq_lightning.sites(model, example_batch)``.
         forward: how to run the model on the batch.
+        evaluate: in evaluation mode; ``False``: in the mode that it is in.
 
     Returns:
         For each call, activation site name -> elements held at its bits; :data:`FLOAT` -> elements held at 32 bits.
@@ -111,7 +113,8 @@ def activation_steps(
                 modules[name].register_forward_hook(leave),
             ]
     modes = {m: m.training for m in model.modules()}
-    model.eval()
+    if evaluate:
+        model.eval()
     try:
         with torch.no_grad(), watch:
             forward(model, example_batch)
