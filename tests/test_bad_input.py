@@ -37,14 +37,14 @@ class Steps:
         model.optimizer_step = counted
 
 
-def refused(folder, model, data, match, callback=None):
+def refused(folder, model, data, match, callback=None, **settings):
     """``fit`` raises HawqError with ``match``, takes no step, and leaves weights, modes and gradients alone."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules() if "quantizer" not in str(type(m)).lower()]
     needs = [p.requires_grad for p in model.parameters()]
     steps = Steps(model)
     with pytest.raises(HawqError, match=match) as caught:
-        trainer(folder, callback or hawq()).fit(model, data)
+        trainer(folder, callback or hawq(), **settings).fit(model, data)
     assert str(caught.value).count("\n") == 0
     assert steps.taken == 0
     assert not armed_bits(model)
@@ -101,7 +101,7 @@ def test_every_selectors_budget_is_tried_before_measuring(tmp_path, monkeypatch,
 
 
 def test_a_budget_is_tried_before_the_float_epochs(tmp_path):
-    refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", start=1))
+    refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", start=1), max_epochs=2)
 
 
 def test_bits_by_hand_are_tried_before_measuring(tmp_path, monkeypatch):
