@@ -86,3 +86,11 @@ def test_channels_last_and_layers_called_without_a_batch():
     x_last, grad_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     assert torch.allclose(inner_products([Use(last, x_last, grad_last)], True), plain, rtol=1e-11)
     assert torch.allclose(inner_products([Use(layer, x[0], grad[0])], False), plain[:1], rtol=1e-11)
+
+
+def test_calls_without_images_count_for_nothing():
+    torch.manual_seed(0)
+    layer, x, g = nn.Linear(5, 3), torch.randn(4, 5), torch.randn(4, 3)
+    none = Use(layer, x[:0], g[:0])
+    assert torch.equal(inner_products([Use(layer, x, g), none], False), inner_products([Use(layer, x, g)], False))
+    assert inner_products([none], False).tolist() == [0.0] and inner_products([none], True).tolist() == []

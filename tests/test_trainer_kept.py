@@ -245,3 +245,19 @@ def test_a_models_hash_is_that_of_what_a_hook_makes_its_weights_of():
     again = nn.Sequential(weight_norm(nn.Linear(4, 4)))
     again.load_state_dict(first.state_dict())  # its weight is still the old one
     assert _weights_hash(again) == _weights_hash(first) != _weights_hash(nn.Sequential(weight_norm(nn.Linear(4, 4))))
+
+
+def test_a_head_for_objects_may_get_none(tmp_path):
+    class Masked(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Linear(4, 4)
+
+        def training_step(self, batch, batch_idx):
+            scores = self.net(batch[0])
+            masks = self.mask(scores[batch[1] == 3])  # of some batches of 4 images none
+            return scores.square().mean() + 0.01 * masks.square().sum()
+
+    model = Masked()
+    trainer(tmp_path, hawq(budget="5x", images=64)).fit(model, loader(batch_size=4))
+    assert armed_bits(model)["mask.weight"]

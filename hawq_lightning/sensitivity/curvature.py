@@ -121,7 +121,7 @@ def recognise(
     state = generator.get_state()
     answer = hessian([_normal(v, generator) for v in hessian.values])
     diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
-    size = max(float(h.abs().max()) for h in answer) if answer else 0.0
+    size = max((float(h.abs().max()) for h in answer if h.numel()), default=0.0)
     blocks: list[Block] = []
     generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
     for f, h, d in zip(hessian.values, answer, diagonal):

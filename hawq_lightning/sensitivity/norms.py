@@ -30,6 +30,10 @@ def inner_products(uses: Sequence[Use], per_image: bool) -> torch.Tensor:
     Returns:
         float64, one value a row.
     """
+    filled = [u for u in uses if u.grad.numel()]  # a head for objects may get none
+    if not filled:
+        return uses[0].grad.new_zeros(len(uses[0].grad) if per_image else 1, dtype=torch.float64)
+    uses = filled
     ghost, kernel = _how(uses, per_image)
     if not ghost and kernel:
         pairs = weight_gradients(uses, per_image)
