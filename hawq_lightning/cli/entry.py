@@ -75,9 +75,9 @@ def told_apart(argv: Sequence[str]) -> list[str]:
     except HydraException:
         return []  # Hydra will say what is wrong
     conf: Any = OmegaConf.load(str(files("hawq_lightning.conf").joinpath("hydra/default.yaml")))
-    without = OmegaConf.to_container(conf.job.config.override_dirname.exclude_keys)
-    kept = [key for key in without if key not in swept]  # type: ignore[union-attr]
-    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]  # type: ignore[arg-type]
+    without = list(conf.job.config.override_dirname.exclude_keys)
+    kept = [key for key in without if key not in swept]
+    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]
 
 
 def run_main(main: Callable[[], Any]) -> None:

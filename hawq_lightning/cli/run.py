@@ -79,10 +79,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return record
     written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if cfg.onnx:
-        _report(cfg, folder)  # there already should the network turn out not to be exportable
-        write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
-    _report(cfg, folder)
+    try:
+        if cfg.onnx:
+            write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
+    finally:  # also where the network turns out not to be exportable
+        _report(cfg, folder)
     show(written, folder)
     return written
 

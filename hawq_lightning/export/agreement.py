@@ -138,7 +138,7 @@ def compare(
             if inside is not None:
                 for tensor, held in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
-                    made = seen.codes[alike.get(name, name)]
+                    made = seen.codes[name]
                     if call >= len(made) or made[call].shape != held.shape:
                         raise HawqError(
                             f"The model quantizes the input of {name!r} otherwise than {path} or not at all."
