@@ -22,16 +22,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hawq_lightning import Plan, load_packed, quantize, save_packed, sites
-from hawq_lightning.errors import HawqError
+from hawq_lightning import HawqError, Plan, PlanSite, SiteTable, load_packed, quantize, save_packed, sites
 from hawq_lightning.export import compare, network_of, read_packed, to_onnx
-from hawq_lightning.models.inception_v3 import inception_v3
-from hawq_lightning.models.resnet20 import resnet20
-from hawq_lightning.models.resnet50 import resnet50
-from hawq_lightning.models.retinanet import retinanet_resnet50
-from hawq_lightning.models.squeezenext import squeezenext
-from hawq_lightning.plan import PlanSite
-from hawq_lightning.site_table import SiteTable
+from hawq_lightning.models import inception_v3, resnet20, resnet50, retinanet_resnet50, squeezenext
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet20": (resnet20, 32),

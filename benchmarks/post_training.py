@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 import hawq_lightning as hl
-from hawq_lightning.plan import Plan, PlanSite
-from hawq_lightning.quantization import quantize, uninstall
+from hawq_lightning import Plan, PlanSite
+from hawq_lightning.quantization import activation_step, quantize, uninstall
 from hawq_lightning.quantization.post_training import METHODS, FloatReference
-from hawq_lightning.quantization.ranges import activation_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRIALS: dict[str, tuple[str, ...]] = {
@@ -57,8 +56,8 @@ def accuracy(model: nn.Module, batches: list[Any]) -> float:
 
 
 def cifar10(args: argparse.Namespace) -> tuple[nn.Module, list[Any], list[Any]]:
-    from hawq_lightning.data.image_folder import ImageFolderDataModule
-    from hawq_lightning.models.resnet20 import resnet20
+    from hawq_lightning.data import ImageFolderDataModule
+    from hawq_lightning.models import resnet20
 
     data = ImageFolderDataModule(args.data, num_classes=10, augment="none", memory=False)
     data.setup("fit")
@@ -68,8 +67,8 @@ def cifar10(args: argparse.Namespace) -> tuple[nn.Module, list[Any], list[Any]]:
 
 
 def digits(args: argparse.Namespace) -> tuple[nn.Module, list[Any], list[Any]]:
-    from hawq_lightning.data.digits import DigitsDataModule
-    from hawq_lightning.models.resnet20 import resnet20
+    from hawq_lightning.data import DigitsDataModule
+    from hawq_lightning.models import resnet20
 
     torch.manual_seed(1)
     data, net = DigitsDataModule(batch_size=64), resnet20(in_channels=1)

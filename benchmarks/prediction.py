@@ -32,15 +32,12 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import measure, sites
-from hawq_lightning.data.image_folder import ImageFolderDataModule
-from hawq_lightning.models.resnet20 import resnet20
-from hawq_lightning.plan import Option, PlanSite
-from hawq_lightning.quantization import install, loss_check, options, uninstall, weight_options
-from hawq_lightning.quantization.install import arm_site
-from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale
+from hawq_lightning import Option, PlanSite, Site, SiteTable, measure, sites
+from hawq_lightning.data import ImageFolderDataModule
+from hawq_lightning.models import resnet20
+from hawq_lightning.quantization import arm_site, install, loss_check, options, uninstall, weight_options
+from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale
 from hawq_lightning.sensitivity import Sensitivity, top_eigenvalues
-from hawq_lightning.site_table import Site, SiteTable
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WEIGHT_BITS, ACTIVATION_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 6, 8)

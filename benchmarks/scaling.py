@@ -43,7 +43,7 @@ def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def network() -> nn.Module:
-    from hawq_lightning.models.resnet20 import resnet20
+    from hawq_lightning.models import resnet20
 
     torch.manual_seed(0)
     return resnet20()
@@ -51,7 +51,7 @@ def network() -> nn.Module:
 
 def traces(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     from hawq_lightning import measure
-    from hawq_lightning.sensitivity.measure import Share
+    from hawq_lightning.sensitivity import Share
 
     g = torch.Generator().manual_seed(1)
     data = [

@@ -17,9 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, kron
 
-from hawq_lightning.selection import Problem, frontier, set_b_size
-from hawq_lightning.selection.frontier import Block, sweep
-from hawq_lightning.selection.monotone import monotone_frontier, trace_order
+from hawq_lightning.selection import Block, Problem, frontier, monotone_frontier, set_b_size, sweep, trace_order
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 WIDTHS = {4: (1, 2, 4, 8), 8: (1, 2, 3, 4, 5, 6, 7, 8)}

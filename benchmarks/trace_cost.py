@@ -49,7 +49,7 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
     torch.manual_seed(0)
     count, height, width = SETTINGS[name]
     if name.startswith("retinanet"):
-        from hawq_lightning.models.retinanet import retinanet_resnet50
+        from hawq_lightning.models import retinanet_resnet50
 
         net = retinanet_resnet50(num_classes=80, min_size=height, max_size=width)
         images = [torch.rand(3, height, width) for _ in range(count)]
@@ -90,11 +90,17 @@ def work(name: str, what: str, threads: int) -> None:
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
     else:
-        from hawq_lightning.sensitivity.forward import Setting
-        from hawq_lightning.sensitivity.ggn import Signs, independent_images, probe_batch
-        from hawq_lightning.sensitivity.probes import Probes
-        from hawq_lightning.sensitivity.quiet import Heap, quiet, release_memory
-        from hawq_lightning.sites import find_sites, quantizable_layers
+        from hawq_lightning import find_sites, quantizable_layers
+        from hawq_lightning.sensitivity import (
+            Heap,
+            Probes,
+            Setting,
+            Signs,
+            independent_images,
+            probe_batch,
+            quiet,
+            release_memory,
+        )
 
         exclude = list(getattr(net, "quantization_exclude", ()))
         with quiet(net, 0):

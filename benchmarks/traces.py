@@ -107,8 +107,8 @@ class Detector(nn.Module):
 
 
 def detector(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
-    from hawq_lightning.data.detection import CocoData
-    from hawq_lightning.models.retinanet import retinanet_resnet18
+    from hawq_lightning.data import CocoData
+    from hawq_lightning.models import retinanet_resnet18
 
     data = CocoData(args.bccd, num_classes=3, batch_size=DETECTOR_IMAGES, num_workers=0, longest=320, hflip=False)
     data.setup("fit")
@@ -124,15 +124,15 @@ def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
     if name == "bccd":
         plain, x, y = detector(args)
         return only_weights(plain), x, y
-    from hawq_lightning.models.resnet20 import resnet20
+    from hawq_lightning.models import resnet20
 
     if name == "cifar10":
-        from hawq_lightning.data.image_folder import ImageFolderDataModule
+        from hawq_lightning.data import ImageFolderDataModule
 
         data = ImageFolderDataModule(args.data, num_classes=10, augment="none", batch_size=args.images, memory=False)
         net = resnet20(weights=args.weights)
     else:
-        from hawq_lightning.data.digits import DigitsDataModule
+        from hawq_lightning.data import DigitsDataModule
 
         data, net = DigitsDataModule(batch_size=args.images, shift=0), resnet20(in_channels=1)
         net.load_state_dict(torch.load(args.digits, weights_only=True))
@@ -162,8 +162,8 @@ def weights_of(net: nn.Module) -> list[tuple[str, Any]]:
 
 
 def train_digits(path: Path, epochs: int = 8) -> float:
-    from hawq_lightning.data.digits import DigitsDataModule
-    from hawq_lightning.models.resnet20 import resnet20
+    from hawq_lightning.data import DigitsDataModule
+    from hawq_lightning.models import resnet20
 
     torch.manual_seed(0)
     data, net = DigitsDataModule(batch_size=64), resnet20(in_channels=1)

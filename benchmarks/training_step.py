@@ -49,7 +49,7 @@ METHODS = {
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "resnet20":
-        from hawq_lightning.models.resnet20 import resnet20
+        from hawq_lightning.models import resnet20
 
         return resnet20()
     from torchvision.models import resnet18
@@ -59,10 +59,8 @@ def network(name: str) -> nn.Module:
 
 def ours(net: nn.Module, images: torch.Tensor, quantizer: str) -> nn.Module:
     """Steps fitted to the weights; activation steps from one pass, as a plan would have them."""
-    from hawq_lightning.plan import Plan, PlanSite
-    from hawq_lightning.quantization import quantize
-    from hawq_lightning.quantization.ranges import activation_step
-    from hawq_lightning.sites import quantizable_layers
+    from hawq_lightning import Plan, PlanSite, quantizable_layers
+    from hawq_lightning.quantization import activation_step, quantize
 
     layers, _ = quantizable_layers(net)
     sites: list[PlanSite] = []

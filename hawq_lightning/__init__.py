@@ -2,14 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hawq_lightning.errors import HawqError
+from hawq_lightning._batches import batch_images
+from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._io import write_text
+from hawq_lightning._plan import Option, Plan, PlanSite
+from hawq_lightning._site_table import Layer, Site, SiteTable
+from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, sites
 from hawq_lightning.export import load_packed, save_packed
-from hawq_lightning.plan import Option, Plan
 from hawq_lightning.quantization import options, quantize
 from hawq_lightning.selection import Frontier, Problem, frontier, select
 from hawq_lightning.sensitivity import Sensitivity, measure
-from hawq_lightning.site_table import SiteTable
-from hawq_lightning.sites import sites
 
 if TYPE_CHECKING:
     from hawq_lightning.callbacks import HAWQ, InstallPlan, MeasureTraces, load_from_checkpoint
@@ -33,19 +35,28 @@ __all__ = [
     "Frontier",
     "HawqError",
     "InstallPlan",
+    "Layer",
     "MeasureTraces",
     "Option",
     "Plan",
+    "PlanSite",
     "Problem",
     "Sensitivity",
+    "Site",
     "SiteTable",
+    "batch_images",
+    "find_sites",
     "frontier",
+    "layer_type",
     "load_from_checkpoint",
     "load_packed",
     "measure",
+    "nearest",
     "options",
+    "quantizable_layers",
     "quantize",
     "save_packed",
     "select",
     "sites",
+    "write_text",
 ]

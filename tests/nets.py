@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning.sensitivity.reads import Reads
-from hawq_lightning.site_table import SiteTable
+from hawq_lightning import SiteTable
+from hawq_lightning.sensitivity import Reads
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 

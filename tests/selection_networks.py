@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 
-from hawq_lightning.plan import Option
+from hawq_lightning import Layer, Option, Site, SiteTable
 from hawq_lightning.selection import Problem
-from hawq_lightning.sensitivity.result import Sensitivity, SiteTrace
-from hawq_lightning.site_table import Layer, Site, SiteTable
+from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 
 
 def random_network(seed, count, weight_bits=(2, 4, 8), activation_bits=(4, 8), *, tied=True, device=False, share=0.3):

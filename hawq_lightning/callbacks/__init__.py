@@ -1,21 +1,44 @@
 """Lightning callbacks: hooks only, no maths."""
 
-from hawq_lightning.callbacks.block_order import BlockwiseOrder
-from hawq_lightning.callbacks.checkpoint import load_from_checkpoint
-from hawq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from hawq_lightning.callbacks.distillation import Distillation
-from hawq_lightning.callbacks.freeze import FreezeSchedule
-from hawq_lightning.callbacks.hawq import HAWQ
-from hawq_lightning.callbacks.install import InstallPlan
-from hawq_lightning.callbacks.measure import MeasureTraces
+from hawq_lightning.callbacks._apply import InstallPlan, weights_hash
+from hawq_lightning.callbacks._block_order import BlockwiseOrder
+from hawq_lightning.callbacks._channels_last import ChannelsLast
+from hawq_lightning.callbacks._checkpoint import load_from_checkpoint
+from hawq_lightning.callbacks._distillation import Distillation
+from hawq_lightning.callbacks._feasible import preview
+from hawq_lightning.callbacks._freeze import FreezeSchedule
+from hawq_lightning.callbacks._hawq import HAWQ
+from hawq_lightning.callbacks._measure import MeasureTraces
+from hawq_lightning.callbacks._mixed_training import MixedTraining
+from hawq_lightning.callbacks._trainer import (
+    borrowed_step,
+    draw_batches,
+    in_middle_of_epoch,
+    onto_device,
+    refuse_sharded,
+    runs_script_again,
+    shows_progress,
+)
+from hawq_lightning.callbacks.fault_tolerance import AtomicCheckpointIO
 
 __all__ = [
     "HAWQ",
     "AtomicCheckpointIO",
     "BlockwiseOrder",
+    "ChannelsLast",
     "Distillation",
     "FreezeSchedule",
     "InstallPlan",
     "MeasureTraces",
+    "MixedTraining",
+    "borrowed_step",
+    "draw_batches",
+    "in_middle_of_epoch",
     "load_from_checkpoint",
+    "onto_device",
+    "preview",
+    "refuse_sharded",
+    "runs_script_again",
+    "shows_progress",
+    "weights_hash",
 ]

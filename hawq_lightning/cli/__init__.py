@@ -1,1 +1,39 @@
 """Console scripts: Hydra mains and what they run."""
+
+from hawq_lightning.cli._build import make_data, make_task, make_trainer
+from hawq_lightning.cli._collect import main as collect_main
+from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
+from hawq_lightning.cli._entry import check_choices, explain, quiet_down, told_apart
+from hawq_lightning.cli._export_run import export_run
+from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier
+from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
+from hawq_lightning.cli._progress_bar import PlainProgressBar
+from hawq_lightning.cli._recorder import Recorder
+from hawq_lightning.cli._resume import settings_hash
+from hawq_lightning.cli._run import run
+from hawq_lightning.cli._speeds import uniform
+
+__all__ = [
+    "Images",
+    "PlainProgressBar",
+    "Recorder",
+    "budget_ranges",
+    "check_choices",
+    "collect_main",
+    "dry_run",
+    "estimate_seconds",
+    "explain",
+    "export_run",
+    "frontier_rows",
+    "make_data",
+    "make_task",
+    "make_trainer",
+    "mean_average_precision",
+    "quiet_down",
+    "run",
+    "settings_hash",
+    "show_frontier",
+    "told_apart",
+    "uniform",
+    "write_onnx",
+]

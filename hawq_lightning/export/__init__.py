@@ -1,25 +1,34 @@
 """What leaves the workshop: the packed file, ONNX, a torch.export program."""
 
-from hawq_lightning.export.agreement import Agreement, compare
-from hawq_lightning.export.deployed import Deployed, deploy
-from hawq_lightning.export.folding import Folding, fold_batch_norm
-from hawq_lightning.export.network import network_of
-from hawq_lightning.export.onnx_file import to_onnx, to_program
-from hawq_lightning.export.packed import PackedFile, load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export._bits import pack, unpack
+from hawq_lightning.export._deployed import Deployed, deploy, portable, stored_layers
+from hawq_lightning.export._extra import require
+from hawq_lightning.export._folding import Folding, fold_batch_norm
+from hawq_lightning.export._index import Index
+from hawq_lightning.export._network import DetectorNetwork, network_of
+from hawq_lightning.export._packed import PackedFile, load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
     "Agreement",
     "Deployed",
+    "DetectorNetwork",
     "Folding",
+    "Index",
     "PackedFile",
     "compare",
     "deploy",
     "fold_batch_norm",
     "load_packed",
     "network_of",
+    "pack",
     "packed_overhead",
+    "portable",
     "read_packed",
+    "require",
     "save_packed",
+    "stored_layers",
     "to_onnx",
     "to_program",
+    "unpack",
 ]

@@ -1,7 +1,65 @@
 """What people look at: report.html with its figures, and the model card."""
 
-from hawq_lightning.report.card import model_card
-from hawq_lightning.report.page import write_report
-from hawq_lightning.report.sweep_page import collect
+from hawq_lightning.report._average_precision import Matches
+from hawq_lightning.report._card import markdown_table, model_card
+from hawq_lightning.report._checks import rank_correlations
+from hawq_lightning.report._compare_page import write_comparison
+from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
+from hawq_lightning.report._export_section import sentences, speed_note, speed_rows
+from hawq_lightning.report._landscape import draw_landscapes
+from hawq_lightning.report._page import draw_all, write_report
+from hawq_lightning.report._paired import bootstrap_mean, bootstrap_score
+from hawq_lightning.report._paper import paper_figures
+from hawq_lightning.report._per_image import keep_per_image, read_per_image
+from hawq_lightning.report._run import LossCheck, read_run
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, csv_text, log_scale
+from hawq_lightning.report._summary import doubts, headline, settings, size_rows
+from hawq_lightning.report._sweep import read_sweep
+from hawq_lightning.report._sweep_page import collect, mean_table, sweep_facts
+from hawq_lightning.report._text import names, size
+from hawq_lightning.report._tradeoff import uniform_points
 
-__all__ = ["collect", "model_card", "write_report"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "ORANGE",
+    "SOFT",
+    "Drawing",
+    "LossCheck",
+    "Matches",
+    "bootstrap_mean",
+    "bootstrap_score",
+    "canvas",
+    "chosen_sites",
+    "collect",
+    "csv_text",
+    "doubts",
+    "draw_all",
+    "draw_eigenvalues",
+    "draw_images",
+    "draw_landscapes",
+    "draw_steps",
+    "facts",
+    "headline",
+    "keep_per_image",
+    "log_scale",
+    "markdown_table",
+    "mean_table",
+    "model_card",
+    "names",
+    "paper_figures",
+    "rank_correlations",
+    "read_per_image",
+    "read_run",
+    "read_sweep",
+    "sentences",
+    "settings",
+    "size",
+    "size_rows",
+    "speed_note",
+    "speed_rows",
+    "sweep_facts",
+    "uniform_points",
+    "write_comparison",
+    "write_report",
+]

@@ -11,9 +11,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from hawq_lightning import HAWQ, save_packed
-from hawq_lightning.data.detection import CocoData
-from hawq_lightning.models.retinanet import retinanet_resnet18
-from hawq_lightning.tasks.detection import DetectionTask
+from hawq_lightning.data import CocoData
+from hawq_lightning.models import retinanet_resnet18
+from hawq_lightning.tasks import DetectionTask
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jobs import Job, quoted
 
-from hawq_lightning.errors import HawqError, nearest
+from hawq_lightning import HawqError, nearest
 
 SCORES = ("accuracy", "map")
 

@@ -31,9 +31,7 @@ from explain_page import draw, tables
 from held_out import HeldOut
 from jobs import needs
 
-from hawq_lightning import Plan, select
-from hawq_lightning.errors import HawqError
-from hawq_lightning.plan import write_text
+from hawq_lightning import HawqError, Plan, select, write_text
 from hawq_lightning.selection import problem_of
 
 MARKS = (0, 5, 10, 20, 40, 80, 160)

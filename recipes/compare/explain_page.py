@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from hawq_lightning.report.card import markdown_table
-from hawq_lightning.report.style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale
+from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale, markdown_table
 
 STAGES = {"quantized": "after quantizing", "norm": "norms restored", "batchnorm": "BatchNorm measured again",
           "trained": "after {} steps"}  # fmt: skip

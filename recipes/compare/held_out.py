@@ -14,15 +14,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hawq_lightning import Plan, quantize
-from hawq_lightning.cli.parts import make_data, make_task
-from hawq_lightning.quantization import loss_check
-from hawq_lightning.quantization.kernels import along
+from hawq_lightning import Plan, SiteTable, quantize
+from hawq_lightning.cli import make_data, make_task
+from hawq_lightning.quantization import QuantizedLayer, along, loss_check
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
-from hawq_lightning.quantization.twins import QuantizedLayer
 from hawq_lightning.selection import Problem
-from hawq_lightning.site_table import SiteTable
-from hawq_lightning.tasks.optimizers import make_optimizer
+from hawq_lightning.tasks import make_optimizer
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 

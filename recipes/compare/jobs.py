@@ -24,8 +24,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from hawq_lightning import Plan, select
-from hawq_lightning.errors import HawqError
+from hawq_lightning import HawqError, Plan, select
 from hawq_lightning.selection import problem_of
 
 
@@ -170,8 +169,8 @@ def call(job: Job) -> int:
 
 def run(job: Job) -> None:
     """As ``hawq-lightning`` with the job's overrides, in its folder."""
-    from hawq_lightning.cli.entry import quiet_down
-    from hawq_lightning.cli.run import run as carry_out_configuration
+    from hawq_lightning.cli import quiet_down
+    from hawq_lightning.cli import run as carry_out_configuration
 
     quiet_down()
     cfg = composed([*job.overrides, f"paths.output_dir={quoted(job.folder)}"])

@@ -24,7 +24,7 @@ import torch
 from design import Design
 from jobs import carry_out, needs
 
-from hawq_lightning.errors import HawqError
+from hawq_lightning import HawqError
 
 WAIT = 5.0  # seconds between looks at what another process is doing
 
@@ -35,7 +35,7 @@ def work(design: Design, only: str = "", limit: int | None = None) -> bool:
     Returns:
         whether all were carried out.
     """
-    import hawq_lightning.cli.run  # noqa: F401  what every job needs is imported once
+    import hawq_lightning.cli  # noqa: F401  what every job needs is imported once
 
     locks, failed = design.out / "locks", set()
     wanted = [r for r in design.runs() if re.search(only, f"{r[0]}/{r[1]}/seed={r[2]}")][:limit]

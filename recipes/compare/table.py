@@ -12,8 +12,8 @@ import json
 import tarfile
 from pathlib import Path
 
-from hawq_lightning.errors import HawqError
-from hawq_lightning.report.compare_page import write_comparison
+from hawq_lightning import HawqError
+from hawq_lightning.report import write_comparison
 
 KEPT = ("job.json", "metrics.json", "plan.json", "per_image.npz")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from hawq_lightning import HAWQ, save_packed
-from hawq_lightning.data.image_folder import ImageFolderDataModule
-from hawq_lightning.models.resnet50 import resnet50
-from hawq_lightning.tasks.classification import ClassificationTask
+from hawq_lightning.data import ImageFolderDataModule
+from hawq_lightning.models import resnet50
+from hawq_lightning.tasks import ClassificationTask
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import save_packed
 from hawq_lightning.callbacks import AtomicCheckpointIO
-from hawq_lightning.sensitivity.rounds import Rounds
+from hawq_lightning.sensitivity import Rounds
 from tests.trainers import Augmented, Classifier, assert_mixed, hawq, loader, trainer
 
 BATCHES = 4  # that traces are measured on

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hawq_lightning import Plan
-from hawq_lightning.data.miniatures import write_coco, write_image_folder
+from hawq_lightning.data import write_coco, write_image_folder
 
 pytestmark = pytest.mark.stress
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -22,19 +22,19 @@ def float_weights(recipe: str, path: Path) -> Path:
     """Random weights of the recipe's network."""
     torch.manual_seed(0)
     if recipe == "retinanet_coco":
-        from hawq_lightning.models.retinanet import retinanet_resnet50
+        from hawq_lightning.models import retinanet_resnet50
 
         net = retinanet_resnet50(CLASSES)
     elif recipe == "inceptionv3_imagenet":
-        from hawq_lightning.models.inception_v3 import inception_v3
+        from hawq_lightning.models import inception_v3
 
         net = inception_v3(CLASSES)
     elif recipe == "squeezenext_imagenet":
-        from hawq_lightning.models.squeezenext import squeezenext
+        from hawq_lightning.models import squeezenext
 
         net = squeezenext(CLASSES)
     else:
-        from hawq_lightning.models.resnet50 import resnet50
+        from hawq_lightning.models import resnet50
 
         net = resnet50(CLASSES)
     torch.save(net.state_dict(), path)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from hawq_lightning import measure
-from hawq_lightning.models.resnet20 import resnet20
+from hawq_lightning.models import resnet20
 
 pytestmark = pytest.mark.stress
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -1,17 +1,23 @@
 """Quantization without training: better rounding and corrected statistics from a few hundred images, no labels."""
 
-from hawq_lightning.quantization.post_training.adaround import adaround
-from hawq_lightning.quantization.post_training.apply import METHODS, check_methods, post_training
-from hawq_lightning.quantization.post_training.batchnorm import reestimate_batchnorm
-from hawq_lightning.quantization.post_training.bias_correction import bias_correction
-from hawq_lightning.quantization.post_training.reference import FloatReference
+from hawq_lightning.quantization.post_training._adaround import adaround
+from hawq_lightning.quantization.post_training._apply import METHODS, check_methods, post_training
+from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
+from hawq_lightning.quantization.post_training._bias_correction import bias_correction
+from hawq_lightning.quantization.post_training._reference import FloatReference
+from hawq_lightning.quantization.post_training._rounding import learn_rounding
+from hawq_lightning.quantization.post_training._second_moments import Moments, groups_of, patches
 
 __all__ = [
     "METHODS",
     "FloatReference",
+    "Moments",
     "adaround",
     "bias_correction",
     "check_methods",
+    "groups_of",
+    "learn_rounding",
+    "patches",
     "post_training",
     "reestimate_batchnorm",
 ]

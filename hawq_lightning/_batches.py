@@ -1,0 +1,79 @@
+"""What a batch holds: its images, its parts, and how a model is called on it."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+
+
+def batch_images(batch: Any, _top: bool = True) -> int:
+    """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
+
+    Args:
+        batch: a tensor, or any nesting of tuples, lists, dicts and dataclasses; the inputs come first.
+
+    Raises:
+        HawqError: there is no tensor in the batch, or the first has no axis.
+    """
+    if isinstance(batch, torch.Tensor):
+        if batch.ndim == 0:
+            raise HawqError("The batch's first tensor has no batch axis.")
+        return int(batch.shape[0])
+    if not _top and isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (torch.Tensor, Mapping)):
+        return len(batch)
+    values = [v for v in parts_of(batch) if _holds_tensor(v)]  # names and paths may come before the images
+    if values:
+        first = values[0]
+        if isinstance(first, (list, tuple)) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+            # several inputs of the network, or one image an entry? What comes with them, labels or boxes, tells
+            counts = {int(x.shape[0]) for x in first}
+            beside = {int(v.shape[0]) for v in values[1:] if isinstance(v, torch.Tensor) and v.ndim}
+            if len(counts) == 1 and counts == beside and len(first) not in beside:
+                return counts.pop()
+        return batch_images(first, _top=False)
+    raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
+
+
+def parts_of(batch: Any) -> list[Any]:
+    """What a list, tuple, dict or dataclass holds, in order; nothing of anything else."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return list(batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in fields(batch)]
+    return []
+
+
+def like(batch: Any, parts: Sequence[Any]) -> Any:
+    """A container of the same make as ``batch``, holding ``parts`` in the order of :func:`parts_of`."""
+    if isinstance(batch, Mapping):
+        named = dict(zip(batch, parts))
+        if isinstance(batch, defaultdict):
+            return defaultdict(batch.default_factory, named)
+        return type(batch)(named)  # type: ignore[call-arg]
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    own = copy.copy(batch)
+    for f, part in zip(fields(batch), parts):
+        object.__setattr__(own, f.name, part)  # frozen ones, too
+    return own
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or any(_holds_tensor(v) for v in parts_of(value))
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on the inputs of a batch: the tensor itself, the first of a tuple, or a dict's values by name."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)

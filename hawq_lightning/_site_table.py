@@ -1,0 +1,145 @@
+"""What sites are, the layers that tie them, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hawq_lightning._errors import HawqError, nearest
+
+
+@dataclass(frozen=True)
+class Site:
+    """What gets a quantizer.
+
+    Attributes:
+        name: ``<layer>.weight`` or ``<first reader>.input``.
+        kind: ``weight`` or ``activation``.
+        layers: the layers that use the weight, or that read the activation.
+        shape: of the weight; of the first activation tensor without its batch axis.
+        numel: weight elements; activation elements of one image, all tensors together.
+        channels: number of weight scales (1 for activations).
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    numel: int
+    channels: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantizable layer: its two sites and its multiply-accumulates for one image.
+
+    ``norm`` names the BatchNorm that reads its outputs, all of them and nothing else, so that it can be folded.
+    """
+
+    name: str
+    type: str
+    weight: str
+    activation: str | None
+    macs: int
+    norm: str | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Layer:
+        """Read back ``dataclasses.asdict``."""
+        reads, norm = raw.get("activation"), raw.get("norm")
+        return cls(
+            str(raw["name"]),
+            str(raw["type"]),
+            str(raw["weight"]),
+            None if reads is None else str(reads),
+            int(raw["macs"]),
+            None if norm is None else str(norm),
+        )
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """A module, or an operation inside one, that stays float, and why."""
+
+    name: str
+    type: str
+    reason: str
+    bytes: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """All sites, the layers that tie them, and what stays float. Iterating gives the sites.
+
+    ``layers`` are in the order in which the forward pass first calls them.
+    """
+
+    sites: tuple[Site, ...]
+    layers: tuple[Layer, ...]
+    floats: tuple[FloatPart, ...] = ()
+    traced: bool = True
+    _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._index.update({s.name: s for s in self.sites})
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        """The site called ``name``."""
+        if name not in self._index:
+            raise HawqError(f"No site is called {name!r}.{nearest(name, self._index)}")
+        return self._index[name]
+
+    @property
+    def weights(self) -> tuple[Site, ...]:
+        """The weight sites."""
+        return tuple(s for s in self.sites if s.kind == "weight")
+
+    @property
+    def activations(self) -> tuple[Site, ...]:
+        """The activation sites."""
+        return tuple(s for s in self.sites if s.kind == "activation")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a line, sites first, then what stays float; shares are of bytes and of MACs."""
+        total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
+        total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
+        macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
+        out: list[dict[str, Any]] = []
+        for s in self.sites:
+            weight = s.kind == "weight"
+            out.append(
+                asdict(s)
+                | {
+                    "quantized": True,
+                    "bytes_share": 4 * s.numel / total_bytes if weight else 0.0,
+                    "macs_share": macs_of[s.name] / total_macs if weight else 0.0,
+                }
+            )
+        for f in self.floats:
+            out.append(
+                asdict(f)
+                | {"quantized": False, "bytes_share": f.bytes / total_bytes, "macs_share": f.macs / total_macs}
+            )
+        return out
+
+    def __str__(self) -> str:
+        lines = [f"{'site':40} {'kind':10} {'shape':>18} {'elements':>10} {'bytes':>7} {'MACs':>7}"]
+        for r in self.rows():
+            what = r["kind"] if r["quantized"] else "float"
+            shape = "x".join(map(str, r["shape"])) if r["quantized"] else r["type"]
+            count = r["numel"] if r["quantized"] else r["bytes"] // 4
+            why = "" if r["quantized"] else f"  {r['reason']}"
+            lines.append(
+                f"{r['name']:40} {what:10} {shape:>18} {count:>10,} {r['bytes_share']:7.1%} {r['macs_share']:7.1%}{why}"
+            )
+        if not self.traced:
+            lines.append("No example batch was given: activations, MACs and call order are unknown.")
+        return "\n".join(lines)

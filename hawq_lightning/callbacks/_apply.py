@@ -1,0 +1,284 @@
+"""The callback that installs a plan: structure in ``setup``, bits as state, so that checkpoints restore themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Plan
+from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning.callbacks._trainer import (
+    after_layers_exist,
+    builds_later,
+    check_namespace,
+    copy_again,
+    go_first,
+    has_parent,
+    is_sharded,
+    sync_averages,
+)
+from hawq_lightning.callbacks.fault_tolerance import ResumedStates
+from hawq_lightning.quantization import (
+    QuantizedLayer,
+    QuantizerSpec,
+    arm,
+    armed_bits,
+    check_plan,
+    install,
+    plan_of,
+    quantized_layers,
+    quantizer_named,
+    reestimate,
+    refresh,
+    share,
+    with_quantizer,
+)
+from hawq_lightning.selection import recost
+
+
+class InstallPlan(Callback):
+    """Turn layers into fake-quant twins at every stage, and arm them with a plan when fitting starts.
+
+    A checkpoint carries the bits and ranges in the module's own state dict, so ``fit``, ``validate``, ``test`` and
+    ``predict`` with ``ckpt_path`` rebuild the quantized network without the plan.
+
+    Args:
+        plan: what to install, or its file; ``None``: only restore what a checkpoint holds.
+        include: layers to make twins of; see :func:`hawq_lightning.sites`.
+        exclude: likewise.
+        quantizer: registered name, which the plan's bits are then given to; ``None``: the plan's own, or ``uniform``.
+        quantizer_options: keywords of the quantizer.
+
+    Attributes:
+        plan: the plan in force.
+        quantizer: the quantizer in force.
+    """
+
+    def __init__(
+        self,
+        plan: Plan | str | Path | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        quantizer: str | QuantizerSpec | None = None,
+        quantizer_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
+        if quantizer is None and given is not None:
+            quantizer, quantizer_options = given.quantizer, {**given.quantizer_options, **(quantizer_options or {})}
+        self.quantizer = quantizer_named(quantizer or "uniform", quantizer_options)
+        self._given = None if given is None else with_quantizer(given, self.quantizer)
+        self._plan: Plan | None = None
+        self.include, self.exclude = include, exclude
+        # under spawn and fork the parent process learns of the plan by this file
+        self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, self._relay, os.getpid())
+        self._resumed = ResumedStates()
+        self._refitted = -1
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force."""
+        if self._plan is None and self._relay.is_file():
+            self._plan = Plan.from_dict(torch.load(self._relay, weights_only=True)["plan"])
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan | None) -> None:
+        self._plan = plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make twins, whatever the stage; move to the front of the callbacks."""
+        self.prepare(trainer, pl_module, stage, self)
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
+        """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
+        check_namespace(trainer)
+        if self.quantizer.options.get("reestimate") and (name := is_sharded(trainer)):
+            raise HawqError(f"{name} splits the weights; ranges cannot follow them: leave reestimate at 0.")
+        before = go_first(trainer, listed)
+        try:
+            install(pl_module, self.include, self.exclude, self.quantizer)
+        except HawqError:
+            if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
+                raise
+        after_layers_exist(pl_module, lambda: self._layers_exist(trainer, pl_module, stage))
+        if not builds_later(pl_module):
+            self._layers_exist(trainer, pl_module, stage)
+        copy_again(before, trainer, pl_module, stage)
+        if self._relay.is_file() and not armed_bits(pl_module):
+            told = torch.load(self._relay, weights_only=True)
+            if told["weights"] == weights_hash(pl_module):  # another model has nothing to do with it
+                pl_module.load_state_dict(told["buffers"], strict=False)
+
+    def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        install(pl_module, self.include, self.exclude, self.quantizer)
+        complete = not {"setup", "configure_model"} & pl_module.__dict__.keys()
+        if complete and stage == "fit" and self._given and is_sharded(trainer) and not armed_bits(pl_module):
+            self.arm(trainer, pl_module, self._given)  # steps are fitted to weights that are still whole
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Arm the given plan, unless a checkpoint has armed the model."""
+        self.before_data(trainer)
+        if self.restored(pl_module):
+            return
+        if self._given is None:
+            raise HawqError("InstallPlan has no plan: give plan=, or a ckpt_path that holds a quantized model.")
+        self.arm(trainer, pl_module, self._given)
+
+    def restored(self, pl_module: LightningModule) -> bool:
+        """Whether the model is armed already, by a checkpoint or an earlier fit; then its plan is adopted."""
+        refresh(pl_module)
+        if not armed_bits(pl_module):
+            return False
+        if self._given is not None and is_sharded(pl_module.trainer):
+            self._plan = self._given  # armed in setup; what there is of the weights now has other shapes
+            return True
+        if self._given is not None and self._given.bits.items() - plan_of(pl_module).bits.items():
+            check_plan(pl_module, self._given)
+            if not _agrees(self._given, pl_module):
+                rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
+                self._plan = _sized(plan_of(pl_module))
+                share(pl_module, self._plan)
+                return True
+        if self._plan is None or not _agrees(self._plan, pl_module):
+            self._plan = self._given or _sized(plan_of(pl_module))
+        share(pl_module, self._plan)
+        rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
+        return True
+
+    def arm(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+        """Fill the quantizers of every process alike."""
+        arm(pl_module, plan)
+        if not armed_bits(pl_module):
+            raise HawqError("The plan arms no layer of this model.")
+        planned = {name for s in plan.sites for name in s.layers}
+        left = [name for name in quantized_layers(pl_module) if name not in planned]
+        if left and plan is self._given:
+            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+            rank_zero_warn(f"HAWQ: the plan says nothing of {', '.join(left[:4])}{more}: they stay float.")
+        sync_averages(trainer, pl_module)
+        self._plan = plan
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
+        refresh(pl_module)
+        if self._plan is None and armed_bits(pl_module):
+            self._plan = _sized(plan_of(pl_module))
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def before_data(self, trainer: Trainer) -> None:
+        """A resumed epoch starts from the random states of its checkpoint: its iterator is made after this."""
+        self._resumed.before_data(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""
+        self._resumed.iterator_stands(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :meth:`on_train_start`."""
+        self._resumed.epoch_starts()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the parent process, where there is one; by now averaged weights are in place."""
+        if not has_parent(trainer) or not trainer.is_global_zero:
+            return
+        if self._plan is not None:
+            buffers = {
+                f"{name}.{part}.{key}": value.detach().cpu()
+                for name, layer in quantized_layers(pl_module).items()
+                for part in ("weight_quantizer", "input_quantizer")
+                for key, value in getattr(layer, part).state_dict().items()
+            }
+            told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
+            torch.save(told, self._relay)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ranges that follow the weights, after every so many optimizer steps."""
+        if self.quantizer.options.get("reestimate") and self._refitted != trainer.global_step:
+            self._refitted = trainer.global_step  # batches that are accumulated share a step
+            reestimate(pl_module, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Random states of all processes."""
+        self._resumed.save(trainer, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        if trainer.state.fn == "fit":
+            self._refuse_float_optimizer(pl_module, checkpoint)
+        self._resumed.load(trainer, checkpoint)
+
+    def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Learned steps are parameters, for which the optimizer of a float training has no state."""
+        learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
+        quantized = any(key.endswith(".weight_quantizer.width") for key in checkpoint.get("state_dict", {}))
+        if learned and not quantized and checkpoint.get("optimizer_states"):
+            raise HawqError(
+                f"This checkpoint is of float training, and quantizer {self.quantizer.name!r} learns parameters that "
+                "its optimizer does not know: load its weights into the model instead, and fit without ckpt_path."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, in plain types."""
+        return {} if self._plan is None else {"plan": self._plan.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        if "plan" in state_dict:
+            self._plan = Plan.from_dict(state_dict["plan"])
+
+
+def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
+    """Parameters of a twin's quantizers."""
+    return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
+
+
+def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
+    """Whether a model is armed with a plan's bits."""
+    known = armed_bits(module)
+    parts = {"weight": "weight", "activation": "input"}
+    return all(known.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """Of the quantizable layers' own parameters, which a hook may make the weight of."""
+    whole = hashlib.sha256()
+    for name, layer in quantizable_layers(module)[0].items():
+        for part, p in layer.named_parameters(recurse=False):
+            whole.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner and path.is_file():
+        path.unlink()
+
+
+def _consistent(plan: Plan | None) -> Plan | None:
+    """A plan whose bits were edited by hand, with grids, Omega and costs that follow from them."""
+    if plan is None or (settled := plan.settled()) is plan:
+        return plan
+    try:
+        return recost(plan)
+    except HawqError:  # a width that was never weighed: weights can have it all the same
+        return _sized(settled.replace(selector="manual"))
+
+
+def _sized(plan: Plan) -> Plan:
+    """A plan without a history, with the costs that bits alone tell."""
+    size = sum(s.numel * s.bits for s in plan.weights) / 8
+    known = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
+    return plan.replace(costs=known)

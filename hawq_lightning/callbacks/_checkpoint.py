@@ -1,0 +1,78 @@
+"""``load_from_checkpoint`` for quantized modules, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+
+from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._sites import WRAPPERS, quantizable_layers
+from hawq_lightning.quantization import install, named_in, quantizer_named
+
+Module = TypeVar("Module", bound=LightningModule)
+_MARK = ".weight_quantizer.width"
+
+
+def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs: Any) -> Module:
+    """As ``module_class.load_from_checkpoint(path, **kwargs)``, with the quantized layers that the checkpoint holds.
+
+    Args:
+        module_class: the LightningModule's class.
+        path: of a checkpoint; a float one is loaded as usual.
+        kwargs: passed on.
+
+    Returns:
+        the module, armed as it was saved.
+
+    Raises:
+        HawqError: a quantizer of the user's own whose file was not imported, or layers that the module lacks.
+    """
+
+    def with_twins(self: Module, checkpoint: dict[str, Any]) -> None:
+        original(self, checkpoint)  # it may build layers
+        strict = kwargs.get("strict")
+        strict = self.strict_loading if strict is None else strict
+        _install(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
+
+    original = module_class.on_load_checkpoint
+    own = "on_load_checkpoint" in module_class.__dict__
+    module_class.on_load_checkpoint = with_twins  # type: ignore[assignment, method-assign]
+    try:
+        return module_class.load_from_checkpoint(path, **kwargs)
+    finally:
+        if own:
+            module_class.on_load_checkpoint = original  # type: ignore[method-assign]
+        else:
+            del module_class.on_load_checkpoint
+
+
+def _install(
+    module: LightningModule, state_dict: Mapping[str, Any], callbacks: Mapping[str, Any], strict: bool
+) -> None:
+    """Make twins of the layers that a state dict has quantizers of."""
+    twins: dict[str, set[str]] = {}  # quantizer -> layers
+    for key in state_dict:
+        if key.endswith(_MARK):
+            prefix = key.removesuffix("width")
+            own = named_in(k.removeprefix(prefix) for k in state_dict if k.startswith(prefix))
+            parts = (p for p in key.removesuffix(_MARK).split(".") if p not in WRAPPERS)
+            twins.setdefault(own, set()).add(".".join(parts))
+    known = quantizable_layers(module)[0]
+    for quantizer, names in twins.items():
+        if strict and (missing := sorted(names - set(known))):
+            hint = nearest(missing[0], known)
+            raise HawqError(
+                f"The checkpoint has a quantized layer {missing[0]!r}, which {type(module).__name__} lacks.{hint}"
+            )
+        spec = quantizer_named(quantizer, _options(callbacks, quantizer))
+        if names & set(known):
+            install(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
+
+
+def _options(callbacks: Mapping[str, Any], quantizer: str) -> Mapping[str, Any]:
+    """A quantizer's options, which stand in the plan that a callback of ours kept beside the state dict."""
+    plans = [s["plan"] for s in callbacks.values() if isinstance(s, dict) and isinstance(s.get("plan"), dict)]
+    return next((p.get("quantizer_options") or {} for p in plans if p.get("quantizer") == quantizer), {})

@@ -1,0 +1,187 @@
+"""The callback that distils from the float network while the quantized one is fine-tuned."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning.callbacks._trainer import float_copy, is_sharded, loss_of, replaced_step, restored_step, with_loss
+from hawq_lightning.callbacks.fault_tolerance import random_states, set_random_states
+from hawq_lightning.quantization import (
+    Enough,
+    GraphOutputs,
+    Head,
+    HeadOutputs,
+    armed_bits,
+    distance,
+    find_heads,
+    uninstall,
+)
+from hawq_lightning.sensitivity import noisy_modules, random_states_kept
+
+
+class Distillation(Callback):
+    """Add to the training loss how far the last layers' outputs are from those of the float network.
+
+    The teacher is the network as it was before its quantizers were armed, in evaluation mode where modes matter
+    (BatchNorm, dropout). It runs the module's own ``training_step`` on the same batch with the same random draws up to
+    its last layer, without gradients. What the loss does with an output decides how it is compared: logits of a softmax
+    by KL divergence, others by squared error; see :func:`hawq_lightning.quantization.distance`.
+
+    The teacher's weights go into the checkpoint with the callback's state, never into the module's state dict.
+
+    Args:
+        weight: of the added term; the loss of the module itself keeps weight 1.
+        temperature: of the softmax.
+
+    Attributes:
+        heads: the layers compared, once training has begun.
+
+    Raises:
+        HawqError: a number out of range; at the start of training: optimization by hand, a strategy that splits layers,
+            or a module that cannot be copied.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
+        for name, value in (("distill", weight), ("distill_temperature", temperature)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise HawqError(f"{name}={value!r} must be a positive number.")
+        self.weight, self.temperature = float(weight), float(temperature)
+        self.heads: list[Head] = []
+        self._teacher: LightningModule | None = None
+        self._of: weakref.ref[LightningModule] | None = None
+        self._saved: dict[str, torch.Tensor] | None = None
+        self._copy = False
+
+    def take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the module as it is now, quantizers off, the teacher.
+
+        Raises:
+            HawqError: it cannot be copied.
+        """
+        if not pl_module.automatic_optimization:
+            raise HawqError(
+                f"{type(pl_module).__name__} optimizes by hand, so distillation cannot add to its loss; switch distill "
+                "off, or set automatic_optimization."
+            )
+        if name := is_sharded(trainer):
+            raise HawqError(f"{name} splits the layers; distillation needs them whole.")
+        self._teacher = float_copy(pl_module)
+        uninstall(self._teacher)
+        self._of = weakref.ref(pl_module)
+        self.heads = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the teacher of a checkpoint."""
+        if self._saved is not None:
+            self.take(trainer, pl_module)
+            assert self._teacher is not None
+            self._teacher.load_state_dict(self._saved)
+            self._saved = None
+        elif armed_bits(pl_module) and not self._mine(pl_module) and trainer.global_step > 0:
+            rank_zero_warn(
+                "HAWQ: the checkpoint holds no float network to distil from; its fine-tuned weights take its place."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step in: a fit that goes on within an epoch does not start one."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step in as soon as the quantizers are armed."""
+        if not armed_bits(pl_module):
+            return
+        if not self._mine(pl_module):
+            self.take(trainer, pl_module)
+        assert self._teacher is not None
+        self._teacher.trainer = trainer
+        self._teacher.train()  # detectors return losses in training mode only
+        for module in noisy_modules(self._teacher):
+            module.eval()
+        replaced_step(pl_module, self._step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The module gets its own step back."""
+        restored_step(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        restored_step(pl_module)
+
+    def _mine(self, pl_module: LightningModule) -> bool:
+        return self._teacher is not None and self._of is not None and self._of() is pl_module
+
+    def _step(self, step: Any, pl_module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        states = random_states()
+        if not self.heads:
+            out, student = self._first(step, pl_module, *args, **kwargs)
+        else:
+            with HeadOutputs(pl_module, self.heads, copy=self._copy) as seen:
+                out = step(*args, **kwargs)
+            student = seen.tensors
+        loss = loss_of(out)
+        if loss is None or not student:
+            return out
+        added = distance(self.heads, student, self._ask(states, student, *args, **kwargs), self.temperature)
+        pl_module.log("train/distillation", added.detach())
+        return with_loss(out, loss + self.weight * added.to(loss.dtype))
+
+    def _first(
+        self, step: Any, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, list[torch.Tensor]]]:
+        """A step that finds the heads."""
+        with GraphOutputs(pl_module) as outputs:
+            out = step(*args, **kwargs)
+        loss = loss_of(out)
+        if loss is None:
+            return out, {}
+        self.heads = find_heads(loss, outputs)
+        if not self.heads:
+            raise HawqError(
+                f"The loss of {type(pl_module).__name__}.training_step depends on no layer's output that distillation "
+                "can see (a compiled module hides them); switch distill off."
+            )
+        shown = ", ".join(f"{h.name} ({h.distance})" for h in self.heads)
+        rank_zero_info(f"HAWQ: distils from the float network's outputs: {shown}.")
+        names = {h.name for h in self.heads}
+        student: dict[str, list[torch.Tensor]] = {n: [] for n in names}
+        for name, tensor, version in zip(outputs.names, outputs.tensors, outputs.versions):
+            if name in names:
+                student[name].append(tensor)
+                self._copy |= tensor._version != version
+        return out, {} if self._copy else student  # overwritten outputs: from the next step on
+
+    @torch.no_grad()
+    def _ask(
+        self, states: dict[str, Any], student: dict[str, list[torch.Tensor]], *args: Any, **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
+        """The teacher's outputs on the same batch, with the random draws that the student had."""
+        assert self._teacher is not None
+        expected = sum(len(t) for t in student.values())
+        with random_states_kept(), HeadOutputs(self._teacher, self.heads, enough=expected) as seen:
+            set_random_states(states)
+            with contextlib.suppress(Enough):
+                self._teacher.training_step(*args, **kwargs)
+        for name, outputs in student.items():
+            if [t.shape for t in outputs] != [t.shape for t in seen.tensors[name]]:
+                raise HawqError(f"Layer {name!r} gave the float network other outputs; switch distill off.")
+        return seen.tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are spawned: the teacher's weights, from which it is built again."""
+        return {**self.__dict__, "_saved": self.state_dict().get("teacher"), "_teacher": None, "_of": None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's weights."""
+        return {} if self._teacher is None else {"teacher": self._teacher.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self._saved = state_dict.get("teacher")

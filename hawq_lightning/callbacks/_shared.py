@@ -1,0 +1,95 @@
+"""Earlier traces of the same weights, data and settings: from the run's own folder, or from a cache that runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning.sensitivity import Sensitivity, TraceCache
+
+
+class SharedTraces:
+    """What ``measure`` asks before it measures; the first process looks, the others are told.
+
+    Args:
+        trainer: whose processes measure together.
+        folder: of the run.
+        cache: shared by runs; ``None``: only the run's own folder is looked at.
+        table: the sites.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable) -> None:
+        self._trainer, self._folder = trainer, folder
+        self._sites = {s.name: s.numel for s in table}
+        self.cache = None if cache is None else TraceCache(cache, table, lambda text: rank_zero_info(f"HAWQ: {text}"))
+        self._asked = False
+
+    def find(self, fingerprint: str) -> Sensitivity | None:
+        """An earlier measurement, the same answer on every process."""
+        if self._asked:  # a process that ran out of memory asks again, which the others do not know
+            return None
+        self._asked = True
+        known, usable = None, True
+        if self._trainer.is_global_zero:
+            try:
+                known = self._look(fingerprint)
+            except HawqError as refused:  # a home that cannot be written to is no reason to stop
+                usable = False
+                rank_zero_warn(f"HAWQ: {refused}")
+        if self._trainer.world_size > 1:
+            told = None if known is None else known.to_dict()
+            told, usable = self._trainer.strategy.broadcast((told, usable))
+            known = None if told is None else Sensitivity.from_dict(told)
+        if not usable:
+            self.cache = None
+        return known
+
+    def partial(self, fingerprint: str) -> Path:
+        """Where unfinished rows are kept."""
+        return self._folder / "sensitivity.partial" if self.cache is None else self.cache.partial(fingerprint)
+
+    def forget_partial(self, fingerprint: str) -> None:
+        """The result is saved: unfinished rows of it are of no more use."""
+        path, rank = self.partial(fingerprint), self._trainer.global_rank
+        Path(f"{path}.{rank}" if rank else path).unlink(missing_ok=True)
+
+    def store(self, measured: Sensitivity) -> None:
+        """Keep a new measurement for other runs."""
+        if self.cache is not None and self._trainer.is_global_zero:
+            try:
+                self.cache.store(measured)
+            except OSError as error:
+                rank_zero_warn(f"HAWQ: the traces could not be kept for other runs: {error}.")
+
+    def _look(self, fingerprint: str) -> Sensitivity | None:
+        path = self._folder / "sensitivity.json"
+        if path.is_file():
+            try:
+                known = Sensitivity.load(path)
+            except HawqError:
+                known = None  # cut short by a crash of something else: measured again
+            if known and known.fingerprint == fingerprint and {r.name: r.numel for r in known} == self._sites:
+                return known
+        if self.cache is None:
+            return None
+        known = self.cache.find(fingerprint)
+        if known is not None:
+            rank_zero_info(f"HAWQ: the traces were measured before, by another run: {self.cache.path(fingerprint)}")
+        return known
+
+
+@contextmanager
+def shared_traces(trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable) -> Iterator[SharedTraces]:
+    """A :class:`SharedTraces` whose lock is given back whatever happens."""
+    shared = SharedTraces(trainer, folder, cache, table)
+    try:
+        yield shared
+    finally:
+        if shared.cache is not None:
+            shared.cache.release()

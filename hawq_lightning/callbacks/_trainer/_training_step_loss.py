@@ -1,0 +1,175 @@
+"""``training_step`` lent out as a plain function of module and batch, and everything put back afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torchmetrics import Metric
+
+from hawq_lightning._errors import HawqError
+
+
+class _LossFound(BaseException):
+    """Carries the loss out of a step that optimizes by hand."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+@contextmanager
+def borrowed_step(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loss_fn: Callable[..., Any] | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> Iterator[Callable[[Any, Any], torch.Tensor]]:
+    """Lend ``training_step`` (or the user's ``loss_fn``) as ``loss(module, batch)``; afterwards nothing has changed.
+
+    ``before`` is called before every loss, and may raise.
+
+    Logging is muted; metrics, counters, lists and modes of every submodule are put back.
+    """
+    stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
+    modules = list(pl_module.modules())
+    modes = [(m, m.training) for m in modules]
+    kept = [(m, _snapshot(m)) for m in modules]
+    muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
+    manual = loss_fn is None and not pl_module.automatic_optimization
+    tensor_backward = torch.Tensor.backward
+    try:
+        trainer.training = True
+        trainer.loggers = [DummyLogger()] if loggers else []
+        pl_module._current_fx_name = "training_step"
+        pl_module.__dict__.update(muted)
+        for m in modules:
+            if isinstance(m, Metric):
+                m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
+                m.sync_on_compute = False
+        if manual:
+            pl_module.__dict__["manual_backward"] = _found
+            torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]
+        yield functools.partial(_loss, before, loss_fn)
+    finally:
+        torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
+        for name in (*muted, "manual_backward"):
+            pl_module.__dict__.pop(name, None)
+        for m, snapshot in kept:
+            _put_back(m, snapshot)
+        for m, mode in modes:
+            m.training = mode
+        pl_module._current_fx_name = hook
+        trainer.loggers = loggers
+        trainer.state.stage = stage
+
+
+def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    raise _LossFound(loss)
+
+
+def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+    before()
+    if loss_fn is not None:
+        out = loss_fn(module, batch)
+        if not isinstance(out, torch.Tensor):
+            raise HawqError(f"loss_fn returned {type(out).__name__}; it takes (module, batch) and returns the loss.")
+        return out
+    step = module.training_step
+    hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        raise HawqError(f"{type(module).__name__}.training_step takes dataloader_iter; {hint}.")
+    args = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+    manual = not module.automatic_optimization
+    needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
+    try:
+        out = step(*args)
+    except _LossFound as found:
+        return found.loss
+    except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
+        raise HawqError(
+            f"{type(module).__name__}.training_step cannot run before training starts ({error}); {hint}."
+        ) from error
+    finally:
+        for p, needed in needs:  # toggle_optimizer had its way with them
+            p.requires_grad_(needed)
+        if manual:
+            module._param_requires_grad_state = {}
+    if isinstance(out, Mapping):
+        out = out.get("loss")
+    if not isinstance(out, torch.Tensor):
+        what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
+        raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
+    return out
+
+
+_INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
+
+
+def _snapshot(module: Any) -> dict[str, tuple[Any, Any]]:
+    """Plain attributes of a module: the object, and a copy of what it held."""
+    out = {}
+    states = getattr(module, "_defaults", {}) if isinstance(module, Metric) else {}
+    for name, value in module.__dict__.items():
+        if name in _INTERNAL or name.endswith("_hooks") or "_hooks_" in name:
+            continue
+        if name in states or isinstance(value, torch.Tensor):
+            out[name] = (value, _copied(value))
+        elif isinstance(value, (list, dict, set)):
+            out[name] = (value, _Container(value))
+        else:
+            out[name] = (value, None)
+    return out
+
+
+class _Container:
+    """What a list, dict or set holds, and the ones in it hold, put back in place: others may point at them."""
+
+    def __init__(self, value: Any) -> None:
+        self._parts: list[tuple[Any, Any]] = []
+        self._note(value, set())
+
+    def _note(self, value: Any, seen: set[int]) -> None:
+        if isinstance(value, (list, dict, set)) and id(value) not in seen:
+            seen.add(id(value))
+            self._parts.append((value, copy.copy(value)))
+            if not isinstance(value, set):
+                for inner in value.values() if isinstance(value, dict) else value:
+                    self._note(inner, seen)
+
+    def put_back(self) -> None:
+        for value, held in self._parts:
+            if isinstance(value, list):
+                value[:] = held
+            else:
+                value.clear()
+                value.update(held)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [v.detach().clone() for v in value] if isinstance(value, list) else copy.copy(value)
+
+
+def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
+    for name in [n for n in module.__dict__ if n not in snapshot and n not in _INTERNAL and "_hooks" not in n]:
+        del module.__dict__[name]
+    for name, (value, held) in snapshot.items():
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            value = held  # a metric's state after trainer.validate cannot be written to
+        elif isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                value.copy_(held) if value.shape == held.shape else None
+        elif isinstance(held, _Container):
+            held.put_back()
+        elif isinstance(value, list):
+            value[:] = held
+        module.__dict__[name] = value

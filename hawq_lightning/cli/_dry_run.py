@@ -1,0 +1,106 @@
+"""A look before the leap: sites, what budgets can be met, and how long the measurement will take."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning.callbacks import HAWQ, preview
+from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task
+from hawq_lightning.selection import Problem, available_costs, shown, solve
+from hawq_lightning.sensitivity import Sensitivity, measure
+
+_TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
+
+
+def dry_run(cfg: DictConfig) -> None:
+    """Print the site table, the range of every budget and a time estimate. Nothing is written.
+
+    Raises:
+        HawqError: bad input of any kind.
+    """
+    check_settings(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    task, callback = make_task(cfg), make_callback(cfg)
+    batch, table, problem = first_look(callback, task, make_data(cfg))
+    print(table)
+    print()
+    for line in budget_ranges(problem):
+        print(line)
+    start = time.perf_counter()
+    trial = measure(
+        task, [batch], _loss, sites=table, estimator=cfg.sensitivity.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
+        progress=False,
+    )  # fmt: skip
+    seconds = estimate_seconds(trial, time.perf_counter() - start, cfg.sensitivity.images, cfg.sensitivity.rtol)
+    print(
+        f"traces: about {_duration(seconds)} for {cfg.sensitivity.images} images at rtol={cfg.sensitivity.rtol} "
+        f"({cfg.sensitivity.estimator}, {torch.get_num_threads()} threads), extrapolated from one batch"
+    )
+
+
+def _loss(module: Any, batch: Any) -> torch.Tensor:
+    return module.training_step(batch, 0)
+
+
+def first_look(
+    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule
+) -> tuple[Any, SiteTable, Problem]:
+    """A batch, the sites, and the problem before anything is measured.
+
+    Raises:
+        HawqError: no data, no sites, or a budget that no plan meets.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()), None)
+    if batch is None:
+        raise HawqError("The training dataloader is empty.")
+    return batch, *preview(callback.measurer, task, batch, _loss)
+
+
+def budget_ranges(problem: Problem) -> list[str]:
+    """One line a cost: the smallest and the largest plan that widths and constraints allow."""
+    out = []
+    for name in available_costs(problem):
+        rows = problem.cost(name)
+        if len(rows) > 1:
+            continue
+        ends = [solve(problem, objective=rows[0], maximize=most) for most in (False, True)]
+        if None in ends:
+            raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
+        low, high = (shown(problem, name, problem.cost_of(name, choice)) for choice in ends if choice is not None)
+        out.append(f"{name}: {low} to {high}" if low != high else f"{name}: {low}")
+    return out
+
+
+def estimate_seconds(trial: Sensitivity, seconds: float, images: int, rtol: float) -> float:
+    """Time for all images, from a trial on one batch: variance falls as images times probes grow.
+
+    Args:
+        trial: the traces of the trial.
+        seconds: it took.
+        images: of the real measurement.
+        rtol: of the real measurement.
+    """
+    probes, seen = int(trial.settings["probes"]), int(trial.settings["images"])
+    errors = [r.stderr / r.trace for r in trial if r.trace > 0]
+    worst = max(errors, default=rtol)
+    needed = max(probes, probes * (worst / rtol) ** 2 * seen / images)
+    return seconds * (images / seen) * (needed / probes)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

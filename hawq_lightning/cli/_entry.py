@@ -1,0 +1,151 @@
+"""What every console script shares: early checks of the command line, and errors that are one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from hawq_lightning._errors import HawqError, nearest
+
+CONFIG_PATH = "pkg://hawq_lightning.conf"
+_CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
+_EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+_LAUNCHERS = {
+    "joblib": "hydra_joblib_launcher",
+    **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
+}
+
+
+def check_choices(argv: Sequence[str]) -> None:
+    """Find ``group=option`` where the option does not exist, before Hydra lists them all.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+
+    Raises:
+        HawqError: an unknown option; the message suggests the nearest. Or a launcher whose extra is not installed.
+    """
+    if any("searchpath" in a or a.startswith(("--config-dir", "-cd")) for a in argv):
+        return  # options may come from elsewhere
+    conf = files("hawq_lightning.conf")
+    for argument in argv:
+        match = _CHOICE.match(argument)
+        if match is not None:
+            _check_launcher(match["group"], match["names"].strip())
+        folder = conf.joinpath(match["group"]) if match else conf
+        if match is None or not folder.is_dir():
+            continue
+        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+        for name in match["names"].split(","):
+            if name.strip() not in (*known, "null"):
+                hint = nearest(name.strip(), known) or f" Known: {', '.join(known)}."
+                raise HawqError(f"There is no {match['group']}={name.strip()}.{hint}")
+
+
+def _check_launcher(group: str, name: str) -> None:
+    package = _LAUNCHERS.get(name) if group in ("launcher", "hydra/launcher") else None
+    if package is not None and find_spec(f"hydra_plugins.{package}") is None:
+        raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
+
+
+def told_apart(argv: Sequence[str]) -> list[str]:
+    """What to add to the command line of a sweep over keys that folders are not named after, so that they are then.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+    """
+    if not {"-m", "--multirun"} & set(argv) or any(a.startswith(_EXCLUDED) for a in argv):
+        return []
+    given = [a for a in argv if "=" in a and not a.startswith("-")]
+    try:
+        swept = {o.key_or_group for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()}
+    except HydraException:
+        return []  # Hydra will say what is wrong
+    conf: Any = OmegaConf.load(str(files("hawq_lightning.conf").joinpath("hydra/default.yaml")))
+    without = list(conf.job.config.override_dirname.exclude_keys)
+    kept = [key for key in without if key not in swept]
+    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a Hydra main; bad input ends the program with one line and exit code 1."""
+    try:
+        check_choices(sys.argv[1:])
+        sys.argv += told_apart(sys.argv[1:])
+    except HawqError as error:
+        stop(error)
+    main()
+
+
+def run_job(job: Callable[[], Any]) -> Any:
+    """Run the body of a Hydra main; bad input ends it with one line unless ``HYDRA_FULL_ERROR=1``."""
+    quiet_down()
+    try:
+        return job()
+    except Exception as error:
+        known = explain(error)
+        if known is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        stop(known)
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence that a user should read, or ``None`` when the error is not one of bad input."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HawqError):
+            # a worker process wraps the message into its traceback
+            return str(cause).split("HawqError: ")[-1].strip()
+        cause = cause.__cause__
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set; add {error.full_key}=..."
+    if isinstance(error, (InstantiationException, OmegaConfBaseException, MisconfigurationException)):
+        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}."
+    return None
+
+
+def stop(message: object) -> NoReturn:
+    """Print one line to the standard error and exit with 1."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def quiet_down() -> None:
+    """Hide Lightning's advertisements and advice that does not concern this program's users; the rest is logged."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # through Hydra's handlers, into the log file
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.captureWarnings(True)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_ours)
+    for text in _ADVICE:
+        warnings.filterwarnings("ignore", text)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or str(record.msg).startswith("HAWQ")
+
+
+_ADVICE = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*GPU available but not used.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*exists and is not empty.*",
+    ".*self.trainer` reference is not registered.*",
+)

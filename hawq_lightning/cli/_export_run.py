@@ -1,0 +1,132 @@
+"""What ``hawq-lightning-export`` does with a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_text
+from hawq_lightning._plan import Plan
+from hawq_lightning.cli._build import make_data
+from hawq_lightning.cli._onnx import Images, write_onnx
+from hawq_lightning.cli._speeds import TASK, inner, show, speeds
+from hawq_lightning.export import load_packed, network_of, require, to_program
+from hawq_lightning.export.onnx import check_writable, layer_latencies, write_table
+from hawq_lightning.quantization import import_quantizers, uninstall
+from hawq_lightning.report import model_card, write_report
+
+_WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
+_NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
+
+
+def export_run(cfg: DictConfig) -> dict[str, Any]:
+    """Write ``model.onnx``, ``model.pt2``, ``latency.csv`` and ``export.json`` into a run folder; print what they take.
+
+    Returns:
+        What export.json holds.
+
+    Raises:
+        HawqError: no run there, a setting makes no sense, the extra ``export`` is missing, or the network cannot be
+            exported.
+    """
+    _check(cfg)
+    require("onnx"), require("onnxscript"), require("onnxruntime")
+    folder = Path(cfg.run_folder)
+    run = _settings(folder, cfg.data_root)
+    for name in _WRITTEN:
+        check_writable(folder / name)
+    plan = Plan.load(folder / "plan.json")
+    net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
+    batches = _batches(run)
+    first = Images(net, batches).first()
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
+    if cfg.program:
+        to_program(network_of(net), plan, first, folder / "model.pt2", fold=cfg.fold)
+    if cfg.speed:
+        whole, note = _float_network(run, folder)
+        record |= speeds(
+            network_of(whole), plan, first, folder / "model.onnx", threads=cfg.threads, batch_size=cfg.batch_size,
+            seconds=cfg.seconds, fold=cfg.fold, exact=cfg.exact,
+        )  # fmt: skip
+        show(record, note)
+    if cfg.table:
+        own = inner(plan, net)
+        rows = layer_latencies(network_of(net), own, (first[:1],), threads=cfg.threads)
+        if own is not plan:  # the run reads the table under its own names
+            rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
+        write_table(rows, folder / "latency.csv")
+    write_text(folder / "export.json", json.dumps(record, indent=1))
+    _tell(run, folder)
+    print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
+    return record
+
+
+def _check(cfg: DictConfig) -> None:
+    for key, least in (("images", 0), ("batch_size", 1), ("threads", 1)):
+        value = cfg[key]
+        if not (value is None and key == "images") and (type(value) is not int or value < least):
+            raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
+    if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
+        raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
+
+
+def _tell(run: DictConfig, folder: Path) -> None:
+    """The run's report and card again, now with what was exported."""
+    if (folder / "report.html").is_file():
+        model_card(folder, title=run.get("name"))
+        write_report(folder, title=run.get("name"))
+
+
+def _settings(folder: Path, data_root: str | None) -> DictConfig:
+    path = folder / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise HawqError(f"There is no run at {folder}: {path} is missing.")
+    run = OmegaConf.load(path)
+    assert isinstance(run, DictConfig)
+    OmegaConf.set_struct(run, False)
+    import_quantizers(run.quantizer.get("imports") or ())
+    run.paths.output_dir = str(folder)
+    for key in _NO_DOWNLOAD:
+        if key in run.model:
+            run.model[key] = _NO_DOWNLOAD[key]
+    if data_root is not None:
+        if "root" not in run.data:
+            raise HawqError(f"data_root={str(data_root)!r}: this run's data are not read from a folder.")
+        run.data.root = data_root
+    return run
+
+
+def _fresh(run: DictConfig) -> nn.Module:
+    return instantiate(run.model, _convert_="all")
+
+
+def _batches(run: DictConfig) -> Iterable[Any]:
+    data = make_data(run)
+    data.prepare_data()
+    data.setup("validate")
+    return data.val_dataloader()
+
+
+def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
+    """The network with full-precision weights if the run kept a checkpoint, else with the quantized ones."""
+    path = folder / "checkpoints" / "fine_tuning" / "last.ckpt"
+    if path.is_file():
+        state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+        net = _fresh(run)
+        own = net.state_dict()
+        given = {k.removeprefix(TASK): v for k, v in state.items()}
+        if set(own) <= set(given):
+            net.load_state_dict({k: given[k] for k in own})
+            return net.eval(), ""
+    net = load_packed(folder / "model.safetensors", _fresh(run))
+    note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"
+    return uninstall(net).eval(), note

@@ -1,0 +1,39 @@
+"""The paper's own figures of this network, once its traces are known: ``paper_figures=true`` of the analyze script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from hawq_lightning._progress import progress_bar
+from hawq_lightning.callbacks import HAWQ, borrowed_step, draw_batches, onto_device, shows_progress
+from hawq_lightning.quantization import paused
+
+_IMAGES = 64
+
+
+class PaperFigures(pl.Callback):
+    """Draws convergence, eigenvalues and landscapes of the float network right after its traces were measured.
+
+    Args:
+        hawq: the callback that measures; it comes before this one.
+        folder: of the figures.
+    """
+
+    def __init__(self, hawq: HAWQ, folder: Path) -> None:
+        self.hawq, self.folder = hawq, folder
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, on the first process; without new traces (a plan was given) there is nothing to draw."""
+        measured, sites = self.hawq.sensitivity, self.hawq.sites
+        if measured is None or sites is None or not trainer.is_global_zero:
+            return
+        from hawq_lightning.report import paper_figures
+
+        measurer = self.hawq.measurer
+        with paused(pl_module), borrowed_step(trainer, pl_module, measurer.loss_fn) as loss_fn:
+            drawn = draw_batches(trainer, min(_IMAGES, measurer.images), measurer.seed)
+            batches = onto_device(trainer, pl_module, drawn)
+            with progress_bar(shows_progress(trainer)) as bar:
+                paper_figures(self.folder, pl_module, batches, loss_fn, measured, sites, seed=measurer.seed, bar=bar)

@@ -1,0 +1,149 @@
+"""Writing model.onnx into a run folder, and saying how well it agrees with the network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_text
+from hawq_lightning._plan import Plan
+from hawq_lightning.cli._speeds import show, speeds
+from hawq_lightning.export import compare, network_of, to_onnx
+from hawq_lightning.models import require
+from hawq_lightning.quantization import uninstall
+
+
+class Images:
+    """Image tensors as the exported network takes them; a detector's are scaled and padded first.
+
+    A file holds one height and width, those of :meth:`first`; batches of another size are left out and counted.
+
+    Args:
+        net: the whole network.
+        batches: images first, with or without targets.
+    """
+
+    def __init__(self, net: nn.Module, batches: Iterable[Any]) -> None:
+        self.net, self.batches = net, batches
+        self.size: torch.Size | None = None
+        self.left_out = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.left_out = 0
+        for batch in self.batches:
+            images = batch[0] if isinstance(batch, (list, tuple)) else batch
+            x = images if isinstance(images, torch.Tensor) else self.net.transform(list(images))[0].tensors  # type: ignore[operator]
+            if self.size is None or x.shape[1:] == self.size:
+                yield x
+            else:
+                self.left_out += len(x)
+
+    def first(self) -> torch.Tensor:
+        """Two images, or the only one.
+
+        Raises:
+            HawqError: there is none.
+        """
+        for images in self:
+            self.size = images.shape[1:]
+            return images[:2]
+        raise HawqError("The validation data is empty; there is no image to export with.")
+
+
+def write_onnx(
+    folder: Path,
+    module: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    images: int | None = None,
+    seconds: float = 0.0,
+    score: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """Write ``model.onnx`` and ``export.json`` and print one line.
+
+    Args:
+        folder: the run folder.
+        module: the quantized network, or the task around it.
+        plan: that it carries.
+        batches: of the validation data.
+        images: compare on so many at most; 0 for none.
+        seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
+        score: of a RetinaNet, also measure mAP of the file and of the network.
+        how: ``fold`` and ``exact`` of :func:`hawq_lightning.export.to_onnx`.
+
+    Returns:
+        what export.json holds.
+
+    Raises:
+        HawqError: the network cannot be exported.
+    """
+    net = getattr(module, "net", module)
+    inner, real = network_of(net).eval(), Images(net, batches)
+    deployed = to_onnx(inner, plan, real.first(), folder / "model.onnx", **how)
+    record: dict[str, Any] = {
+        "onnx_bytes": (folder / "model.onnx").stat().st_size,
+        "folded": len(deployed.folding.folded),
+        "not_folded": dict(deployed.folding.kept),
+    }
+    text = f"model.onnx: {record['onnx_bytes']:,} bytes"
+    if images != 0:
+        found = compare(inner, folder / "model.onnx", real, images=images)
+        record["agreement"] = found.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
+        text += f"; {found}"
+        if real.left_out:
+            text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
+    print(text)
+    if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
+        record["map"] = mean_average_precision(net, folder / "model.onnx", batches, images)
+        print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
+    if seconds:
+        whole = uninstall(copy.deepcopy(net)).cpu().eval()
+        record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
+        show(record)
+    write_text(folder / "export.json", json.dumps(record, indent=1))
+    return record
+
+
+@torch.no_grad()
+def mean_average_precision(
+    net: nn.Module, path: Path, batches: Iterable[Any], images: int | None = None
+) -> dict[str, float]:
+    """COCO's mAP of a RetinaNet and of its file, over the same images.
+
+    Args:
+        net: the quantized detector.
+        path: of its ONNX file.
+        batches: images and targets, all scaled to the file's size.
+        images: stop after so many.
+
+    Raises:
+        HawqError: the package that computes mAP is missing.
+    """
+    require("faster_coco_eval", "detection")
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints tables
+    from torchmetrics.detection import MeanAveragePrecision
+
+    from hawq_lightning.export.onnx import OnnxDetector
+
+    runs = {"network": net.eval(), "onnx": OnnxDetector(net, path)}
+    metrics = {k: MeanAveragePrecision(backend="faster_coco_eval") for k in runs}
+    count = 0
+    for pictures, targets in batches:
+        left = len(pictures) if images is None else images - count
+        for k, run in runs.items():
+            metrics[k].warn_on_many_detections = False
+            wanted = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
+            metrics[k].update(run(list(pictures[:left])), wanted)
+        count += min(left, len(pictures))
+        if images is not None and count >= images:
+            break
+    return {"images": count} | {k: max(0.0, float(m.compute()["map"])) for k, m in metrics.items()}

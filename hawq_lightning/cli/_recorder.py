@@ -1,0 +1,123 @@
+"""Writes metrics.json and the packed file at the end of the fit, in the process that holds the network."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_text
+from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.cli._resume import Progress
+from hawq_lightning.report import keep_per_image
+
+SCORES = {
+    "val/acc": "accuracy",
+    "val/acc_top5": "accuracy_top5",
+    "val/map": "map",
+    "val/map_50": "map_50",
+    "val/loss": "loss",
+}
+
+
+def scores(metrics: Any) -> dict[str, float]:
+    """The validation scores among Lightning's metrics under their names in metrics.json, finite ones only."""
+    found = {name: float(metrics[key]) for key, name in SCORES.items() if key in metrics}
+    return {k: v for k, v in found.items() if math.isfinite(v)}
+
+
+class Recorder(pl.Callback):
+    """Keeps the scores before and after fine-tuning and the seconds of each phase.
+
+    Args:
+        hawq: the callback that chooses the plan.
+        folder: the run folder.
+        record: what is known already: command, seed, the float network's scores and seconds. It is completed.
+        progress: where the record is kept until the run has come to its end.
+    """
+
+    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: Progress) -> None:
+        self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
+        self._clock = time.perf_counter()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The plan is chosen and installed."""
+        self._lap("traces_and_plan")
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The whole validation set has been seen once, before any fine-tuning."""
+        fresh = trainer.global_step == 0  # a resumed run has this score from before
+        if fresh and self.hawq.plan is not None:  # with hawq.start the network is float until later
+            self._put("quantized", scores(trainer.callback_metrics))
+            self._keep_images("quantized", trainer, pl_module)
+        self._lap("validation")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a sanity check the plan has been chosen by now."""
+        if "traces_and_plan" not in self.record["seconds"]:
+            self._lap("traces_and_plan")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One row of the history an epoch."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            known = scores(trainer.callback_metrics)
+            self._put("fine_tuned", known)  # the last one stays
+            self._keep_images("fine_tuned", trainer, pl_module)
+            found = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in known.items()}
+            epoch = trainer.current_epoch + 1
+            # an epoch that was cut short after its validation comes twice
+            rows = [row for row in self.record["history"] if row["epoch"] < epoch]
+            self.record["history"] = [*rows, {"epoch": epoch, "phase": "fine_tuning", **found}]
+            if trainer.is_global_zero:
+                self.progress.keep(self.record)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the packed file and metrics.json from the first process."""
+        if trainer.global_step > 0:
+            self._put("fine_tuned", scores(trainer.callback_metrics))
+            self._lap("fine_tuning")
+        if not trainer.is_global_zero:
+            return
+        from hawq_lightning.export import save_packed
+
+        plan = self.hawq.plan
+        if plan is None:
+            raise HawqError(f"hawq.start={self.hawq.start} was never reached: nothing was quantized.")
+        if not (self.folder / "plan.json").is_file():  # it was given, or came with a checkpoint
+            plan.save(self.folder / "plan.json")
+        size = save_packed(pl_module, plan, self.folder / "model.safetensors")
+        self._lap("packing")
+        self.record["sizes"] |= {
+            "weight_bytes": int(plan.costs["weight_bytes"]),
+            "float_weight_bytes": int(plan.costs["float_weight_bytes"]),
+            "file_bytes": size,
+        }
+        self.record["bops"] = plan.costs.get("bops")
+        self.record["costs"] = dict(plan.costs)
+        seconds = self.record["seconds"]
+        seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
+        write_text(self.folder / "metrics.json", json.dumps(self.record, indent=1))
+        self.progress.done()
+
+    def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = getattr(pl_module, "per_image", None)
+        if found and trainer.world_size == 1:  # else each process saw a part
+            keep_per_image(self.folder, stage, {k: v.numpy() for k, v in found.items()})
+
+    def _put(self, stage: str, found: dict[str, float]) -> None:
+        for name, value in found.items():
+            self.record.setdefault(name, {})[stage] = value
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.record["seconds"][name] = self.record["seconds"].get(name, 0.0) + now - self._clock
+        self._clock = now

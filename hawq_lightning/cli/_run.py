@@ -1,0 +1,171 @@
+"""The run itself: float training, traces and plan, fine-tuning, packed file, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from hawq_lightning._plan import Plan
+from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
+from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task, make_trainer
+from hawq_lightning.cli._figures import PaperFigures
+from hawq_lightning.cli._onnx import write_onnx
+from hawq_lightning.cli._recorder import Recorder, scores
+from hawq_lightning.cli._resume import Progress, settings_hash
+from hawq_lightning.export import load_packed, require
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Carry out a configuration and leave everything in its run folder.
+
+    A finished run with the same settings in the same folder is not repeated; an unfinished one goes on from its last
+    checkpoint.
+
+    With ``epochs=0`` nothing is fine-tuned: traces, plan, the score right after quantizing, packed file and report.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        HawqError: bad input of any kind.
+    """
+    check_settings(cfg)
+    if cfg.onnx:  # found missing now, not after the training
+        require("onnx"), require("onnxscript"), require("onnxruntime")
+    folder = Path(cfg.paths.output_dir)
+    progress = Progress(folder, settings_hash(cfg))
+    resume = bool(cfg.resume) and cfg.ckpt_path is None
+    if resume and (finished := progress.finished()) is not None:
+        print(f"finished already, not repeated (resume=false repeats it): {folder}")
+        _report(cfg, folder, only_missing=True)
+        if cfg.onnx and not (folder / "model.onnx").is_file():  # what failed then may work now
+            data, net = make_data(cfg), instantiate(cfg.model, _convert_="all")
+            data.setup("validate")
+            load_packed(folder / "model.safetensors", net)
+            write_onnx(folder, net, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data, task = make_data(cfg), make_task(cfg)
+    hawq = make_callback(cfg)
+    checkpoint = cfg.ckpt_path
+    record = progress.unfinished() if resume else None
+    if record is None:
+        record = _empty_record(cfg, task) | {"settings": progress.settings}
+        if cfg.ckpt_path is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            progress.clear()
+            progress.keep(record)
+    else:
+        print(f"goes on where it stopped: {folder}")
+        checkpoint = progress.checkpoint("fine_tuning")
+    if checkpoint is None:
+        train_float(cfg, task, data, record, progress, hawq)
+    recorder = Recorder(hawq, folder, record, progress)
+    extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
+    trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder, *extra], max_epochs=cfg.epochs)
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+    if not trainer.is_global_zero:
+        return record
+    written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    try:
+        if cfg.onnx:
+            write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
+    finally:  # also where the network turns out not to be exportable
+        _report(cfg, folder)
+    show(written, folder)
+    return written
+
+
+def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> dict[str, Any]:
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "name": cfg.name,
+        "seed": cfg.seed,
+        "sizes": {"float_bytes": sum(t.numel() * t.element_size() for t in task.state_dict().values())},
+        "seconds": {},
+        "history": [],
+    }
+
+
+def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
+    if cfg.report and not (only_missing and (folder / "report.html").is_file()):
+        from hawq_lightning.report import model_card, write_report
+
+        write_report(folder, title=cfg.name)
+        model_card(folder, title=cfg.name)
+
+
+def train_float(
+    cfg: DictConfig,
+    task: pl.LightningModule,
+    data: pl.LightningDataModule,
+    record: dict[str, Any],
+    progress: Progress,
+    hawq: HAWQ,
+) -> None:
+    """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
+
+    What no plan of ``hawq`` can meet is told before.
+    """
+    start = time.perf_counter()
+    fine_tuning_lr = task.lr
+    known = progress.checkpoint("float") if cfg.resume else None
+    extra: list[pl.Callback] = [KeepRandomStates()]
+    if known is None and cfg.hawq.plan is None:
+        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measurer.try_out))
+    trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
+    if cfg.float_epochs:
+        task.lr = cfg.float_lr
+        trainer.fit(task, datamodule=data, ckpt_path=known)
+        task.lr = fine_tuning_lr
+    wanted = trainer.limit_val_batches and cfg.float_validation
+    found: Any = trainer.validate(task, datamodule=data, verbose=False) if wanted else []
+    for name, value in scores(found[0] if found else {}).items():
+        record.setdefault(name, {})["float"] = value
+    label = "float_training" if cfg.float_epochs else "float_validation"
+    record["seconds"][label] = record["seconds"].get(label, 0.0) + time.perf_counter() - start
+    if trainer.is_global_zero:
+        progress.keep(record)
+
+
+def show(record: dict[str, Any], folder: Path) -> None:
+    """Print the table that a user came for."""
+    console = Console()
+    metric, scale = next(((m, s) for m, s in (("accuracy", 100), ("map", 100), ("loss", 1)) if m in record), ("", 1))
+    table = Table(title=f"{record['name']}, seed {record['seed']}")
+    for heading in ("", metric or "score", "weights", "file"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    sizes = record["sizes"]
+    ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
+    for key, label in (("float", "float"), ("quantized", "quantized"), ("fine_tuned", "fine-tuned")):
+        value = record.get(metric, {}).get(key)
+        shown = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
+        if key == "float":
+            cells = [_bytes(sizes["float_weight_bytes"]), _bytes(sizes["float_bytes"])]
+        elif key == "fine_tuned" and value is None:
+            continue
+        else:
+            cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
+        table.add_row(label, shown, *cells)
+    console.print(table)
+    seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
+    console.print(seconds, highlight=False)
+    print(f"run folder: {folder}")
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"

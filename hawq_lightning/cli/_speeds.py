@@ -1,0 +1,116 @@
+"""Size, speed and memory of float, uniform 8 bits and the plan, side by side by onnxruntime on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hawq_lightning._plan import Plan, PlanSite
+from hawq_lightning.export import require, to_onnx
+from hawq_lightning.export.onnx import float_onnx, measure_file
+from hawq_lightning.quantization import quantize
+
+TASK = "net."  # what a run puts in front of every name
+
+
+def speeds(
+    whole: nn.Module,
+    plan: Plan,
+    first: torch.Tensor,
+    path: Path,
+    *,
+    threads: int = 1,
+    batch_size: int = 32,
+    seconds: float = 1.0,
+    fold: bool = True,
+    exact: bool = True,
+) -> dict[str, Any]:
+    """Measure the three files; ``speed`` and ``speed_settings`` of export.json.
+
+    Args:
+        whole: the float network; it becomes the one of uniform 8 bits.
+        plan: of the run.
+        first: images as the network takes them.
+        path: of the plan's ONNX file.
+        threads: for onnxruntime.
+        batch_size: for the throughput.
+        seconds: of every measurement.
+        fold: BatchNorm into scales and biases.
+        exact: see :func:`hawq_lightning.export.to_onnx`.
+
+    Raises:
+        HawqError: the extra is missing, or the network cannot be exported.
+    """
+    how: dict[str, Any] = {"threads": threads, "batch": batch_size, "seconds": seconds}
+    shape = tuple(first.shape[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        float_onnx(whole, first, Path(folder) / "float.onnx")
+        even = uniform(inner(plan, whole), 8)
+        to_onnx(quantize(whole, even), even, first, Path(folder) / "uniform.onnx", fold=fold, exact=exact)
+        found = {
+            "float": measure_file(Path(folder) / "float.onnx", shape, **how),
+            "uniform 8": measure_file(Path(folder) / "uniform.onnx", shape, **how),
+            "plan": measure_file(path, shape, **how),
+        }
+    version = require("onnxruntime").__version__
+    return {
+        "speed": {k: asdict(v) for k, v in found.items()},
+        "speed_settings": {"onnxruntime": version, "threads": threads, "batch_size": batch_size},
+    }
+
+
+def uniform(plan: Plan, bits: int) -> Plan:
+    """The same sites at one width, activations over the same ranges."""
+    return plan.replace(sites=tuple(_at(s, bits) for s in plan.sites), selector="uniform", costs={}, budget=None)
+
+
+def _at(site: PlanSite, bits: int) -> PlanSite:
+    if site.kind == "weight" or site.scale is None or site.zero_point is None:
+        return replace(site, bits=bits, code="affine")
+    ratio = ((1 << bits) - 1) / ((1 << site.bits) - 1)
+    return replace(site, bits=bits, scale=site.scale / ratio, zero_point=round(site.zero_point * ratio))
+
+
+def inner(plan: Plan, net: nn.Module) -> Plan:
+    """The plan with the names of the network alone; runs name it ``net`` inside their task."""
+    names = {n for n, _ in net.named_modules()}
+    if all(layer in names for s in plan.sites for layer in s.layers):
+        return plan
+    sites = tuple(
+        replace(s, name=s.name.removeprefix(TASK), layers=tuple(x.removeprefix(TASK) for x in s.layers))
+        for s in plan.sites
+    )
+    return plan.replace(sites=sites, layers=())
+
+
+def show(record: dict[str, Any], note: str = "") -> None:
+    """Print the table of sizes and speeds, and say so where low bits bring no time."""
+    how, rows = record["speed_settings"], record["speed"]
+    table = Table(title=f"onnxruntime {how['onnxruntime']} on this machine's CPU, threads={how['threads']}")
+    for heading in ("", "file", "gzip", "1 image", f"images/s in {how['batch_size']}s", "memory"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, s in rows.items():
+        table.add_row(
+            name,
+            f"{s['file_bytes'] / 1024:,.1f} KiB",
+            f"{s['gzip_bytes'] / 1024:,.1f} KiB",
+            f"{s['ms']:.3f} ms",
+            f"{s['images_per_second']:,.0f}",
+            f"{s['peak_bytes'] / 2**20:,.1f} MiB",
+        )
+    Console().print(table)
+    ratio = rows["float"]["ms"] / rows["plan"]["ms"]
+    if ratio < 1.05:
+        print(
+            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels "
+            "turn the weights back into float32 before they multiply."
+        )
+    if note:
+        print(note)

@@ -1,0 +1,215 @@
+"""The network as it is deployed: integer codes instead of weights, constants instead of quantizers, BatchNorm folded.
+
+It is a copy on the CPU; the trained model stays as it is. Without folding it gives the fake-quant model's outputs bit
+for bit, with folding up to float rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Plan
+from hawq_lightning.export import _operators as operators
+from hawq_lightning.export._folding import Folding, fold_batch_norm
+from hawq_lightning.export._inventory import plain, renaming
+from hawq_lightning.export._packed import check_armed
+from hawq_lightning.quantization import QuantizedLayer, plan_of
+
+Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class StoredWeight(nn.Module):
+    """Integer codes with one signed scale a channel, in the place of a weight and its quantizer.
+
+    Midrise levels ``(code + 1/2) * scale`` are kept as ``(2 * code + 1) * (scale / 2)``, which is the same number.
+
+    Args:
+        codes: integers, the weight's shape.
+        scale: float32, one a channel.
+        axis: channel axis.
+        midrise: code kind.
+        zero: the code of 0, of affine codes.
+    """
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, axis: int, midrise: bool, zero: int = 0) -> None:
+        super().__init__()
+        codes, scale = (2 * codes + 1, scale / 2) if midrise else (codes - zero, scale)
+        small = bool((codes == codes.to(torch.int8)).all())
+        self.register_buffer("codes", codes.to(torch.int8 if small else torch.int16))
+        self.register_buffer("scale", scale.clone())
+        self.axis = axis
+        self.portable = False
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def forward(self, weight: None = None) -> torch.Tensor:
+        """The float32 weight."""
+        run = operators.dequantize if self.portable else torch.ops.hawq_lightning.dequantize
+        return run(self.codes, self.scale, self.axis)
+
+
+class StoredGrid(nn.Module):
+    """The grid of an activation as constants.
+
+    Args:
+        scale: step.
+        zero: the code of 0.
+        bits: code width.
+    """
+
+    def __init__(self, scale: float, zero: int, bits: int) -> None:
+        super().__init__()
+        self.scale, self.zero, self.top = scale, zero, (1 << bits) - 1
+        self.portable = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest values on the grid; same shape."""
+        run = operators.snap if self.portable else torch.ops.hawq_lightning.snap
+        return run(x, self.scale, self.zero, self.top)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A network ready for export.
+
+    Attributes:
+        model: the copy, on the CPU, in evaluation mode.
+        plan: the plan that it carries, with the model's own names.
+        inputs: example inputs of at least two images.
+        folding: which BatchNorm went where, and which stayed and why.
+    """
+
+    model: nn.Module
+    plan: Plan
+    inputs: tuple[torch.Tensor, ...]
+    folding: Folding
+
+
+def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> Deployed:
+    """Copy an armed model into its deployed form.
+
+    Args:
+        model: with twins, armed.
+        plan: the plan that it carries; ``None`` reads it from the quantizers. A plan of a wrapper around this model
+            (``net.`` in front of every name) will do too.
+        example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs.
+        fold: fold BatchNorm into scales and biases.
+
+    Raises:
+        HawqError: the model is float, was never armed, carries another plan, or cannot run on the example.
+    """
+    if plan is not None and not isinstance(plan, Plan):
+        raise HawqError(f"The plan must be a Plan (Plan.load reads a file), not {type(plan).__name__}.")
+    model = getattr(model, "_orig_mod", model)
+    layers = {plain(n): m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
+    if not layers:
+        raise HawqError("The model is float; call quantize(model, plan) or load_packed(path, model) before the export.")
+    if not any(m.weight_quantizer.bits or m.input_quantizer.bits for m in layers.values()):
+        raise HawqError("The model's quantizers were never armed; call quantize(model, plan) before the export.")
+    plan = plan_of(model) if plan is None else _named_for(plan, model)
+    if books := [s.name for s in plan.sites if s.code == "codebook"]:
+        raise HawqError(
+            f"Site {books[0]!r} has a codebook, for which ONNX and torch.export have no type; choose a quantizer with "
+            "even steps, such as lsq."
+        )
+    if learned := [n for n, m in layers.items() if getattr(m.input_quantizer, "learned", False)]:
+        raise HawqError(
+            f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
+            "type; choose a quantizer with even steps, such as lsq."
+        )
+    check_armed(layers, plan)
+    copied = _copy(model)
+    inputs = at_least_two(example_input)
+    with torch.no_grad():
+        for layer in {id(m): m for m in copied.modules() if isinstance(m, QuantizedLayer)}.values():
+            _store(layer)
+        copied = copied.to("cpu").float().eval().requires_grad_(False)
+        try:
+            copied(*inputs)
+        except HawqError:
+            raise
+        except Exception as error:
+            raise HawqError(f"The model does not run on the example input: {first_line(error)}") from error
+        folding = fold_batch_norm(copied, inputs) if fold else Folding()
+    return Deployed(copied, plan, inputs, folding)
+
+
+def portable(model: nn.Module) -> nn.Module:
+    """Use torch's own operators only, in place: what runs where this package is not installed."""
+    for module in model.modules():
+        if isinstance(module, (StoredWeight, StoredGrid)):
+            module.portable = True
+    return model
+
+
+def stored_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and layer of everything that has stored codes or a stored grid."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield plain(name), module
+
+
+def _store(layer: QuantizedLayer) -> None:
+    w, a = layer.weight_quantizer, layer.input_quantizer
+    bits, scale, zero = a.bits, float(a.scale), round(float(a.zero_point))
+    if w.bits:
+        midrise = w.code == "midrise"
+        own = 0 if midrise else round(float(w.zero_point))
+        stored = StoredWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
+        # the weight may be tied to something else, which keeps it
+        layer.weight = None  # type: ignore[assignment]
+        layer.weight_quantizer = stored  # type: ignore[assignment]
+    else:
+        layer.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+    layer.input_quantizer = StoredGrid(scale, zero, bits) if bits else nn.Identity()  # type: ignore[assignment]
+
+
+def _named_for(plan: Plan, model: nn.Module) -> Plan:
+    rename = renaming(plan.sites[0].layers[0], [plain(n) for n, _ in model.named_modules(remove_duplicate=False)])
+
+    def renamed(name: str | None) -> str | None:
+        return name and rename(name)
+
+    sites = tuple(replace(s, name=rename(s.name), layers=tuple(map(rename, s.layers))) for s in plan.sites)
+    layers = tuple(
+        replace(x, name=rename(x.name), weight=rename(x.weight), activation=renamed(x.activation), norm=renamed(x.norm))
+        for x in plan.layers
+    )
+    return plan.replace(sites=sites, layers=layers)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # a LightningModule knows its Trainer, which knows the data: none of that belongs to the network
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in ("_trainer", "_fabric"):
+            if module.__dict__.get(name) is not None:
+                memo[id(module.__dict__[name])] = None
+    return copy.deepcopy(model, memo)
+
+
+def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:
+    """Two images or more: with a single one, tracing would take the batch for a constant."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    for x in inputs:
+        if not isinstance(x, torch.Tensor) or x.ndim == 0 or not len(x):
+            raise HawqError(
+                "The example input must be a tensor [N, ...] or a tuple of such, "
+                f"not {type(x).__name__}{'' if not isinstance(x, torch.Tensor) else f' of shape {list(x.shape)}'}."
+            )
+    held = (x.detach().to("cpu", torch.float32) if x.is_floating_point() else x.detach().cpu() for x in inputs)
+    return tuple(x if len(x) > 1 else torch.cat([x, x]) for x in held)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,32 @@
+"""The packages that only the extra ``export`` installs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hawq_lightning._errors import HawqError
+
+
+def require(name: str) -> Any:
+    """Import a package of the extra.
+
+    Raises:
+        HawqError: it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise HawqError(
+            f"This needs {name.partition('.')[0]} ({error}): pip install 'hawq-lightning[export]'."
+        ) from error
+
+
+def installed() -> bool:
+    """Whether ONNX files can be written and run here."""
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(name)
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,21 @@
+"""ONNX files: writing them, comparing them with the network, and how fast they run."""
+
+from hawq_lightning.export.onnx._compare import Agreement, compare, session
+from hawq_lightning.export.onnx._detections import OnnxDetector, detections
+from hawq_lightning.export.onnx._export import check_writable, float_onnx, to_onnx, to_program
+from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
+
+__all__ = [
+    "Agreement",
+    "OnnxDetector",
+    "check_writable",
+    "compare",
+    "detections",
+    "float_onnx",
+    "layer_latencies",
+    "measure_file",
+    "session",
+    "to_onnx",
+    "to_program",
+    "write_table",
+]

@@ -1,0 +1,274 @@
+"""ONNX with real low-bit weights.
+
+Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear: the narrowest type that holds a
+layer's codes (INT16 for midrise codes of 8 bits; INT4 for two bits of a layer with one channel). Activations pass
+QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear. Only standard operators are used.
+INT2 needs opset 25 (onnx 1.20, onnxruntime with two-bit kernels, such as 1.32), everything else opset 21.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_bytes
+from hawq_lightning._plan import Plan
+from hawq_lightning.export import _operators  # noqa: F401  registers the operators
+from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
+from hawq_lightning.export._extra import require
+from hawq_lightning.export.onnx._float_bias import split_bias
+from hawq_lightning.export.onnx._low_bits import narrow
+
+OPSET = 21
+_UINT8_TOP = 255
+
+
+def to_onnx(
+    model: nn.Module,
+    plan: Plan | None,
+    example_input: Inputs,
+    path: str | Path,
+    *,
+    fold: bool = True,
+    exact: bool = True,
+) -> Deployed:
+    """Write an armed model as an ONNX file with a free batch size; the model stays as it is.
+
+    Args:
+        model: with twins, armed.
+        plan: the plan that it carries; ``None`` reads it from the quantizers.
+        example_input: float images ``[N, C, H, W]``, or a tuple of the model's positional inputs.
+        path: of the file; missing folders are made, an old file is replaced atomically.
+        fold: fold BatchNorm into scales and biases.
+        exact: add biases by nodes of their own, so that onnxruntime leaves them float. Without it some layers run in
+            integer kernels, with biases rounded to INT32: faster, but every image's activations move.
+
+    Returns:
+        the deployed network that the file holds, and what became of every BatchNorm.
+
+    Raises:
+        HawqError: the model is float, was never armed or carries another plan; an operation that cannot be exported;
+            the extra ``export`` is missing; or the path cannot be written. Nothing is left half-written.
+    """
+    require("onnx")
+    require("onnxscript")
+    check_writable(Path(path))
+    deployed = deploy(model, plan, example_input, fold=fold)
+    proto = _translate(deployed.model, deployed.inputs)
+    _strip(proto)
+    types = narrow(proto)
+    split_bias(proto, [name for name, kind in types.items() if exact or kind in ("INT2", "INT4")])
+    _describe(proto, deployed)
+    _write(proto, Path(path))
+    return deployed
+
+
+def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> None:
+    """Write a float model as an ONNX file: what the quantized one is compared with.
+
+    Raises:
+        HawqError: as for :func:`to_onnx`.
+    """
+    require("onnx")
+    require("onnxscript")
+    check_writable(Path(path))
+    copied = copy.deepcopy(model).to("cpu").float().eval().requires_grad_(False)
+    proto = _translate(copied, at_least_two(example_input))
+    _strip(proto)
+    _write(proto, Path(path))
+
+
+def to_program(
+    model: nn.Module,
+    plan: Plan | None,
+    example_input: Inputs,
+    path: str | Path | None = None,
+    *,
+    fold: bool = True,
+) -> torch.export.ExportedProgram:
+    """The deployed network as a ``torch.export`` program of torch's own operators, with integer weights.
+
+    Args:
+        model: with twins, armed; it stays as it is.
+        plan: the plan that it carries; ``None`` reads it from the quantizers.
+        example_input: as for :func:`to_onnx`; the batch size is free.
+        path: of a ``.pt2`` file to write, for ``torch.export.load``.
+        fold: fold BatchNorm into scales and biases.
+
+    Raises:
+        HawqError: as for :func:`to_onnx`, but no extra is needed.
+    """
+    if path is not None:
+        check_writable(Path(path))
+    deployed = deploy(model, plan, example_input, fold=fold)
+    try:
+        with _quiet():
+            program = torch.export.export(
+                portable(deployed.model), deployed.inputs, dynamic_shapes=_free_batch(deployed.inputs), strict=False
+            )
+        for node in program.graph.nodes:  # source lines and paths of this machine, and most of the file
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+                node.meta.pop(key, None)
+    except Exception as error:
+        raise HawqError(f"torch.export cannot follow this model: {first_line(error)}") from error
+    if path is not None:
+        program.example_inputs = None  # type: ignore[assignment]  # somebody's images are not to travel along
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        write_bytes(Path(path), buffer.getvalue())
+    return program
+
+
+def check_writable(path: Path) -> None:
+    """Raise HawqError now rather than after a minute of work."""
+    if "\0" in str(path):
+        raise HawqError(f"Cannot write {str(path)!r}: the name holds a null byte.")
+    try:
+        if path.is_dir():
+            raise HawqError(f"Cannot write {path}: it is a folder.")
+        if path.exists() and not path.is_file():
+            raise HawqError(f"Cannot write {path}: it is no ordinary file.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    with torch.no_grad():
+        result = model(*inputs)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=_output_names(result),
+                dynamic_shapes=_free_batch(inputs),
+                custom_translation_table=_translations(),
+            )
+        assert program is not None
+        return program.model_proto
+    except Exception as error:
+        raise HawqError(_why(error)) from error
+
+
+def _translations() -> dict[Any, Any]:
+    onnx, op = require("onnx"), require("onnxscript").opset21
+
+    def byte(value: int) -> Any:
+        return op.Constant(value=onnx.helper.make_tensor("code", onnx.TensorProto.UINT8, [], [value]))
+
+    def snap(x: Any, scale: float, zero: int, top: int) -> Any:
+        step = op.Constant(value_float=scale)
+        codes = op.QuantizeLinear(x, step, byte(zero))
+        if top < _UINT8_TOP:
+            codes = op.Clip(codes, byte(0), byte(top))
+        return op.DequantizeLinear(codes, step, byte(zero))
+
+    def dequantize(codes: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    ours = torch.ops.hawq_lightning
+    return {ours.snap.default: snap, ours.dequantize.default: dequantize}
+
+
+def _free_batch(inputs: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in inputs)
+
+
+def _output_names(result: Any) -> list[str]:
+    if isinstance(result, torch.Tensor):
+        return ["output"]
+    if isinstance(result, dict):
+        return [str(k) for k in result]
+    return [f"output_{i}" for i in range(len(torch.utils._pytree.tree_leaves(result)))]
+
+
+def _why(error: BaseException) -> str:
+    """One sentence from the exporter's pages."""
+    causes: list[BaseException] = [error]
+    while (deeper := causes[-1].__cause__) is not None:
+        causes.append(deeper)
+    text = "\n".join(str(e) for e in causes)
+    if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
+        return f"The operation {found[1]} cannot be exported to ONNX; replace it in the model's forward pass."
+    return f"The model cannot be exported to ONNX: {first_line(causes[-1])}"
+
+
+def _describe(proto: Any, deployed: Deployed) -> None:
+    from hawq_lightning import __version__
+
+    proto.producer_name, proto.producer_version = "hawq_lightning", __version__
+    plan = deployed.plan
+    about = {
+        "hawq_lightning.bits": plan.bits,
+        "hawq_lightning.code": {s.name: s.code for s in plan.weights},
+        "hawq_lightning.budget": plan.budget,
+        "hawq_lightning.selector": plan.selector,
+        "hawq_lightning.fingerprint": plan.fingerprint,
+        "hawq_lightning.folded": {k: list(v) for k, v in deployed.folding.folded.items()},
+        "hawq_lightning.not_folded": dict(deployed.folding.kept),
+    }
+    for key, value in about.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _strip(proto: Any) -> None:
+    # the exporter writes source lines, class names and paths of this machine beside every node
+    del proto.metadata_props[:]
+    del proto.graph.metadata_props[:]
+    for part in (proto.graph.node, proto.graph.initializer, proto.graph.input, proto.graph.output):
+        for item in part:
+            if hasattr(item, "metadata_props"):
+                del item.metadata_props[:]
+            item.doc_string = ""
+    del proto.graph.value_info[:]
+    del proto.functions[:]
+    proto.graph.name = "main"
+
+
+def _write(proto: Any, path: Path) -> None:
+    onnx = require("onnx")
+    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise HawqError(f"The network takes {proto.ByteSize():,} bytes; an ONNX file holds less than 2 GiB.")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise HawqError(f"onnx's checker refuses the exported model: {first_line(error)}") from error
+    write_bytes(path, proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' progress and advice are about their own insides."""
+    noisy = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx")]
+    before = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, before):
+            logger.setLevel(level)

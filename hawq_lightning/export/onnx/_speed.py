@@ -1,0 +1,226 @@
+"""Measured, not predicted: size, latency, throughput and memory of ONNX files, and milliseconds of every layer."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_text
+from hawq_lightning._plan import Plan
+from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
+from hawq_lightning.export._extra import require
+from hawq_lightning.export._inventory import plain
+from hawq_lightning.export.onnx._compare import session
+from hawq_lightning.export.onnx._low_bits import narrow
+
+_PROCESS = Path(__file__).with_name("speed_process.py")
+_FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
+_LEAST_RUNS, _LEAST_SECONDS = 7, 0.02
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one file takes on this machine.
+
+    Attributes:
+        file_bytes: size of the file.
+        gzip_bytes: size after gzip.
+        ms: median milliseconds of one image.
+        images_per_second: of a whole batch.
+        peak_bytes: memory beyond what Python and onnxruntime take without a network.
+    """
+
+    file_bytes: int
+    gzip_bytes: int
+    ms: float
+    images_per_second: float
+    peak_bytes: int
+
+
+def measure_file(
+    path: str | Path, shape: Sequence[int], *, threads: int = 1, batch: int = 32, seconds: float = 1.0
+) -> Speed:
+    """Run a file with onnxruntime (CPU, default optimizations) in a fresh process.
+
+    Args:
+        path: of an ONNX file with one float input.
+        shape: of one image.
+        threads: that onnxruntime may use.
+        batch: images a run for the throughput.
+        seconds: of measuring, for latency and throughput each.
+
+    Raises:
+        HawqError: the extra is missing, or onnxruntime cannot run the file.
+    """
+    require("onnxruntime")
+    command = [sys.executable, _PROCESS, path, json.dumps(list(shape)), threads, batch, seconds]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it ended without a word"]
+        raise HawqError(f"onnxruntime cannot run {path}: {lines[-1]}")
+    raw = Path(path).read_bytes()
+    return Speed(len(raw), len(gzip.compress(raw, 6)), **json.loads(done.stdout.splitlines()[-1]))
+
+
+def layer_latencies(
+    model: nn.Module,
+    plan: Plan,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    weight_bits: Iterable[int] = (),
+    threads: int = 1,
+) -> list[dict[str, Any]]:
+    """Milliseconds of every layer of a plan alone, for every width, one image at a time, with onnxruntime here.
+
+    Args:
+        model: float or with twins; only the layers' shapes matter.
+        plan: its widths are measured, and all that it weighed.
+        inputs: of the model, any number of images.
+        weight_bits: more widths.
+        threads: that onnxruntime may use.
+
+    Returns:
+        rows for :class:`hawq_lightning.selection.LatencyTable`.
+
+    Raises:
+        HawqError: the extra is missing.
+    """
+    layers = {plain(n): m for n, m in model.named_modules() if layer_type(m) in QUANTIZABLE}
+    shapes = _input_shapes(layers, model, inputs)
+    reads = {name: s for s in plan.activations for name in s.layers}
+    known: dict[Any, float] = {}
+    rows: list[dict[str, Any]] = []
+    for site in plan.weights:
+        widths = sorted({site.bits, *weight_bits, *(o.bits for o in site.options)})
+        for name in site.layers:
+            if name not in shapes:
+                continue
+            read = reads.get(name)
+            grids: Sequence[int | None] = sorted({read.bits, *(o.bits for o in read.options)}) if read else [None]
+            for bits in widths:
+                for grid in grids:
+                    layer = layers[name]
+                    key = (_attributes(layer), tuple(site.shape), shapes[name], bits, grid)
+                    if key not in known:
+                        known[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
+                    rows.append(dict(zip(_FIELDS, (name, bits, grid, round(known[key], 6)))))
+    return rows
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write a latency table as CSV, atomically.
+
+    Raises:
+        HawqError: it cannot be written there.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_text(path, buffer.getvalue())
+    except OSError as error:
+        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def _input_shapes(
+    layers: Mapping[str, nn.Module], model: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Shape of one image's input of every layer, its first call's."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
+            found.setdefault(name, tuple(x.shape[1:]) if x.ndim > 1 else tuple(x.shape))
+
+        return record
+
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        model.train(mode)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _attributes(layer: Any) -> tuple[tuple[str, Any], ...]:
+    if issubclass(layer_type(layer), nn.Linear):
+        return ()
+    found: dict[str, Any] = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
+    if isinstance(layer.padding, str):
+        found["auto_pad"] = "SAME_UPPER" if layer.padding == "same" else "VALID"
+    else:
+        found["pads"] = (*layer.padding, *layer.padding)
+    if channel_axis(layer) == 1:
+        found["output_padding"] = layer.output_padding
+    return tuple(found.items())
+
+
+def _milliseconds(
+    layer: nn.Module, shape: tuple[int, ...], reads: tuple[int, ...], bits: int, grid: int | None, threads: int
+) -> float:
+    """One layer between a QuantizeLinear (none where ``grid`` is) and its float output, with random codes."""
+    onnx = require("onnx")
+    helper, arrays = onnx.helper, onnx.numpy_helper
+    rng = np.random.default_rng(0)
+    half = 1 << (bits - 1)
+    codes = np.asarray(rng.integers(-half, half, shape), np.int8) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1
+    linear = issubclass(layer_type(layer), nn.Linear)
+    axis = channel_axis(layer)
+    # a linear layer over positions is one product of all of them
+    size = [int(np.prod(reads[:-1], dtype=int)), reads[-1]] if linear else [1, *reads]
+    byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
+    values = [
+        arrays.from_array(np.asarray(codes, np.int8), "codes"),
+        arrays.from_array(np.full(shape[axis], 0.01, np.float32), "scale"),
+        arrays.from_array(np.float32(4 / 2 ** (grid or 0)), "step"),
+        *(arrays.from_array(np.uint8(v), n) for n, v in byte.items()),
+    ]
+    nodes = [helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=axis)]
+    if grid is not None:
+        nodes.append(helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]))
+        if grid < 8:
+            nodes.append(helper.make_node("Clip", ["q", "zero", "top"], ["clipped"]))
+        nodes.append(helper.make_node("DequantizeLinear", [nodes[-1].output[0], "step", "zero"], ["read"]))
+    kind = "Gemm" if linear else "Conv" if axis == 0 else "ConvTranspose"
+    attributes = {"transB": 1} if linear else dict(_attributes(layer))
+    nodes.append(helper.make_node(kind, ["x" if grid is None else "read", "weight"], ["y"], **attributes))
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, size)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        values,
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    narrow(proto)
+    run = session(proto.SerializeToString(), threads)
+    feed = {"x": rng.standard_normal(size, dtype=np.float32)}
+    run.run(None, feed)
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < _LEAST_RUNS or time.perf_counter() - start < _LEAST_SECONDS:
+        begin = time.perf_counter()
+        run.run(None, feed)
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)

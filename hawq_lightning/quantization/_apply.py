@@ -1,0 +1,288 @@
+"""Putting quantizers into a model, in place: structure first (off), bits later as state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Plan, PlanSite
+from hawq_lightning._site_table import Site
+from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning.quantization._fold import norms_to_fold
+from hawq_lightning.quantization._hooked import renew_weight
+from hawq_lightning.quantization._modules import QuantizedLayer, make_float, make_twin
+from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The model's twins by name."""
+    return {n: m for n, m in quantizable_layers(model)[0].items() if isinstance(m, QuantizedLayer)}
+
+
+def install(
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    quantizer: str | QuantizerSpec | None = None,
+) -> dict[str, QuantizedLayer]:
+    """Turn every quantizable layer into its fake-quant twin, quantizers off; may be called again.
+
+    Args:
+        model: changed in place.
+        include: see :func:`hawq_lightning.sites`.
+        exclude: likewise.
+        quantizer: registered name; ``None``: ``uniform``, and twins stay as they are.
+
+    Returns:
+        the twins by name.
+
+    Raises:
+        HawqError: no such quantizer, or a pattern that matches no layer.
+    """
+    return {n: make_twin(layer, quantizer) for n, layer in quantizable_layers(model, include, exclude)[0].items()}
+
+
+def uninstall(model: nn.Module) -> nn.Module:
+    """Plain layers again, with the float weights that they hold."""
+    for layer in quantized_layers(model).values():
+        make_float(layer)
+    return model
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Compare a plan with the layers of a model.
+
+    Raises:
+        HawqError: it was made for another model (says which sites differ), a code kind that cannot be installed, or
+            an activation without a grid for its bits.
+    """
+    layers, _ = quantizable_layers(model)
+    have: dict[str, Site] = {}
+    for s in plan.sites:
+        known = [n for n in s.layers if n in layers]
+        if len(known) == len(s.layers) and s.layers:
+            shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape
+            have[s.name] = Site(s.name, s.kind, s.layers, shape, s.numel)
+    if len(have) != len(plan.sites):
+        planned = {n for s in plan.sites for n in s.layers}
+        for name in sorted(set(layers) - planned):
+            shape = tuple(layers[name].weight.shape)
+            own = site_name(name, "weight")
+            have[own] = Site(own, "weight", (name,), shape, 0)
+    plan.check_fits(have)
+    weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
+    for s in plan.settled().sites:
+        kinds = weights.kinds(s.bits) if s.kind == "weight" else ("affine",)
+        if s.code not in kinds:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s of {s.bits} bits can be "
+                f"{' or '.join(map(repr, kinds))} with quantizer {plan.quantizer!r}."
+            )
+        if s.kind == "weight":
+            continue
+        if s.scale is None or s.zero_point is None:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has no scale and zero_point; activations need calibrated ones."
+            )
+        if not 0 <= s.zero_point < 1 << s.bits:
+            raise HawqError(
+                f"Site {s.name!r} of the plan has zero_point {s.zero_point}, which {s.bits} bits cannot hold "
+                f"(0 to {(1 << s.bits) - 1})."
+            )
+
+
+def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
+    """The same bits for another quantizer: code kinds that it has, and no Omega where its error is another one."""
+    if (plan.quantizer, dict(plan.quantizer_options)) == (quantizer.name, dict(quantizer.options)):
+        return plan
+    weights = quantizer.weight_quantizer(1)
+    old = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
+    alike = type(weights).fit is type(old).fit and weights.ranges == old.ranges
+
+    def moved(site: PlanSite) -> PlanSite:
+        if site.kind == "activation":
+            return site
+        kinds = weights.kinds(site.bits)
+        code = site.code if site.code in kinds else kinds[0]
+        if alike and code == site.code:
+            return site
+        return replace(site, code=code, omega=None, perturbation=None, options=())
+
+    sites = tuple(moved(s) for s in plan.settled().sites)
+    return plan.replace(sites=sites, quantizer=quantizer.name, quantizer_options=dict(quantizer.options))
+
+
+@torch.no_grad()
+def arm(model: nn.Module, plan: Plan) -> None:
+    """Fill the quantizers' buffers from a plan; weight steps are fitted to the present weights.
+
+    Layers that the plan leaves out stay float. Parameters are untouched.
+
+    Raises:
+        HawqError: the plan is for another model, or a weight holds NaN.
+    """
+    check_plan(model, plan)
+    plan = plan.settled()
+    planned = {name for s in plan.sites for name in s.layers}
+    # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
+    spec = quantizer_named(plan.quantizer, plan.quantizer_options)
+    layers = {n: make_twin(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
+    norms = norms_to_fold(model, plan.layers)
+    disarm(model)
+    try:
+        for s in plan.sites:
+            for name in s.layers:
+                arm_site(layers[name], s, norms.get(name))
+        share(model, plan)
+    except HawqError:
+        disarm(model)  # all or nothing
+        raise
+
+
+def share(model: nn.Module, plan: Plan) -> None:
+    """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
+    layers = quantized_layers(model)
+    for s in plan.sites:
+        part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
+        first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
+        for quantizer in others:
+            if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
+                quantizer.follow(first)
+    for name, norm in norms_to_fold(model, plan.layers).items():
+        if name in layers and layers[name].weight_quantizer.bits:
+            layers[name].weight_quantizer.fold(norm)
+
+
+@torch.no_grad()
+def arm_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = None) -> None:
+    """Switch on one quantizer of one layer; ``norm`` is the BatchNorm that it can take in."""
+    if site.kind == "activation":
+        assert site.scale is not None and site.zero_point is not None
+        layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
+        return
+    layer.weight_quantizer.fold(norm)
+    renew_weight(layer)
+    try:
+        layer.weight_quantizer.fit(layer.weight, site.bits, site.code)
+    except HawqError as error:
+        raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, step: int) -> None:
+    """Fit ranges anew where ``reestimate`` divides ``step``, as the callbacks do by themselves.
+
+    Args:
+        model: armed.
+        step: optimizer steps so far.
+    """
+    for layer in quantized_layers(model).values():
+        q = layer.weight_quantizer
+        if q.bits and q.observing and q.reestimate and step and step % q.reestimate == 0:
+            renew_weight(layer)
+            q.fit(layer.weight, q.bits, q.code)
+
+
+def disarm(model: nn.Module) -> None:
+    """Switch every quantizer off."""
+    for quantizer in quantizers(model):
+        quantizer.disarm()
+
+
+def quantize(model: nn.Module, plan: Plan) -> nn.Module:
+    """Install and arm a plan in place; the same Parameters and state-dict names, plus the quantizers' buffers.
+
+    Args:
+        model: a float model, or one already quantized.
+        plan: from :func:`hawq_lightning.select`, the callback, or a file.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        HawqError: the plan was made for another model.
+    """
+    arm(model, plan)
+    return model
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """All quantizers of the model."""
+    return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """The float model for a while: every quantizer is the identity inside."""
+    mine = [q for q in quantizers(model) if not q.paused]
+    for quantizer in mine:
+        quantizer.paused = True
+    try:
+        yield
+    finally:
+        for quantizer in mine:
+            quantizer.paused = False
+
+
+def refresh(model: nn.Module) -> None:
+    """Bring Python mirrors in line with buffers, after something wrote to the buffers behind our back."""
+    for quantizer in quantizers(model):
+        quantizer.refresh()
+
+
+def armed_bits(model: nn.Module) -> dict[str, int]:
+    """``<layer>.weight`` and ``<layer>.input`` -> bits, for quantizers that are on."""
+    out: dict[str, int] = {}
+    for name, layer in quantized_layers(model).items():
+        parts: Mapping[str, Quantizer] = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
+        out |= {site_name(name, part): q.bits for part, q in parts.items() if q.bits}
+    return out
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model is armed with, read from its quantizers: bits, codes and scales without their history.
+
+    Raises:
+        HawqError: no quantizer is on.
+    """
+    sites: dict[str, list[PlanSite]] = {"weight": [], "activation": []}
+    layers = quantized_layers(model)
+    users: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.weight_quantizer.bits:
+            users.setdefault(id(layer.weight), []).append(name)
+    for name, layer in layers.items():
+        w, a = layer.weight_quantizer, layer.input_quantizer
+        shape = tuple(layer.weight.shape)
+        sharing = tuple(users.get(id(layer.weight), ()))
+        if w.bits and sharing[0] == name:
+            sites["weight"].append(
+                PlanSite(site_name(name, "weight"), "weight", sharing, shape, layer.weight.numel(), w.bits, w.code)
+            )
+        if a.bits:
+            sites["activation"].append(
+                PlanSite(
+                    site_name(name, "input"),
+                    "activation",
+                    (name,),
+                    (),
+                    0,
+                    a.bits,
+                    "affine",
+                    float(a.scale),
+                    round(float(a.zero_point)),
+                )
+            )
+    if not sites["weight"] and not sites["activation"]:
+        raise HawqError("No quantizer of this model is armed.")
+    spec = next(x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
+    return Plan(
+        sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=spec.name,
+        quantizer_options=dict(spec.options),
+    )  # fmt: skip

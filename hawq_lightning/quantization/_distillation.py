@@ -1,0 +1,196 @@
+"""Distillation from the float network: what the last layers put out is held against what they put out before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hawq_lightning.sensitivity import Outputs, find_boundary
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Head:
+    """A last layer before the loss.
+
+    Attributes:
+        name: of the module.
+        axis: of its output along which the loss takes a softmax; ``None``: it takes none.
+    """
+
+    name: str
+    axis: int | None
+
+    @property
+    def distance(self) -> str:
+        """``kl`` or ``mse``."""
+        return "mse" if self.axis is None else "kl"
+
+
+class GraphOutputs(Outputs):
+    """As :class:`Outputs`, but keeps the outputs with their graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.tensors: list[torch.Tensor] = []
+        self.versions: list[int] = []
+
+    def __enter__(self) -> GraphOutputs:
+        super().__enter__()
+        return self
+
+    def _visit(self, name: str, output: Any) -> Any:
+        known = len(self.edges)
+        out = super()._visit(name, output)
+        if isinstance(out, torch.Tensor) and len(self.edges) > known:
+            self.tensors.append(out)
+            self.versions.append(out._version)
+        return out
+
+
+def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
+    """The last layers before ``loss``, in the order in which they ran, and what the loss makes of each.
+
+    The graph of the loss is walked back to the first outputs of parametric layers; a softmax met on the way tells that
+    an output holds logits.
+    """
+    boundary, _ = find_boundary(loss, outputs)
+    softmax = _softmax_behind(loss, {(outputs.edges[i].node, outputs.edges[i].output_nr): i for i in boundary})
+    heads: dict[str, Head] = {}
+    for i in boundary:
+        head = Head(outputs.names[i], _axis(tuple(outputs.tensors[i].shape), softmax.get(i)))
+        known = heads.setdefault(head.name, head)
+        if known.axis != head.axis:
+            heads[head.name] = Head(head.name, None)
+    return list(heads.values())
+
+
+def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Any, int], int]) -> dict[int, tuple[tuple[int, ...], int]]:
+    """Number of a boundary output -> shape and axis of the softmax between it and the loss."""
+    found: dict[int, tuple[tuple[int, ...], int]] = {}
+    stack: list[tuple[Any, Any]] = [(loss.grad_fn, None)]
+    visited = set()
+    while stack:
+        node, softmax = stack.pop()
+        if node is None or (node, softmax) in visited:
+            continue
+        visited.add((node, softmax))
+        if "SoftmaxBackward" in node.name():
+            axis, shape = node._saved_dim, tuple(node._saved_result.shape)
+            softmax = shape, axis - 2**64 if axis >= 2**63 else axis  # negative axes are saved as unsigned numbers
+        for parent, nr in node.next_functions:
+            if (parent, nr) in ends:
+                if softmax is not None:
+                    found[ends[parent, nr]] = softmax
+            else:
+                stack.append((parent, softmax))
+    return found
+
+
+def _axis(shape: tuple[int, ...], softmax: tuple[tuple[int, ...], int] | None) -> int | None:
+    """The softmax's axis in an output that was perhaps reshaped before it."""
+    if softmax is None:
+        return None
+    classes = softmax[0][softmax[1]]
+    if shape == softmax[0]:
+        return softmax[1] % len(shape)
+    places = [i for i in (len(shape) - 1, 1) if 0 <= i < len(shape) and shape[i] == classes]
+    return places[0] if places else None
+
+
+class HeadOutputs:
+    """Collects what heads put out, a list of tensors each, in the order of the calls.
+
+    Args:
+        model: hooks go on its modules while active.
+        heads: which ones.
+        enough: number of outputs after which :class:`Enough` ends the forward pass.
+        copy: pass on copies, where the loss overwrites what it gets.
+    """
+
+    def __init__(self, model: nn.Module, heads: Sequence[Head], enough: int | None = None, copy: bool = False) -> None:
+        self._model, self._heads, self._enough, self._copy = model, heads, enough, copy
+        self.tensors: dict[str, list[torch.Tensor]] = {h.name: [] for h in heads}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> HeadOutputs:
+        for head in self._heads:
+            module = self._model.get_submodule(head.name)
+            self._handles.append(module.register_forward_hook(self._hook(head.name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def count(self) -> int:
+        """Outputs seen so far."""
+        return sum(len(t) for t in self.tensors.values())
+
+    def _hook(self, name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> Any:
+            self.tensors[name] += list(_tensors(output))
+            if self._enough is not None and self.count() >= self._enough:
+                raise Enough
+            return output.clone() if self._copy and isinstance(output, torch.Tensor) else None
+
+        return record
+
+
+class Enough(BaseException):
+    """All outputs were seen; the loss that would follow is of no interest."""
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def distance(
+    heads: Sequence[Head],
+    student: Mapping[str, Sequence[torch.Tensor]],
+    teacher: Mapping[str, Sequence[torch.Tensor]],
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Mean over heads of how far the student is from the teacher.
+
+    Logits that go into a softmax: T^2 KL(teacher || student) of the distributions at temperature T, the mean over
+    positions (Hinton et al., 2015, section 2). Other outputs: the mean squared error over the teacher's variance, so
+    that heads of other units weigh alike. Outputs of several calls (feature levels) count as one long one.
+
+    Args:
+        heads: from :func:`find_heads`.
+        student: head -> outputs, with a graph.
+        teacher: likewise, without.
+        temperature: T.
+
+    Returns:
+        Scalar, float32, 0 where student and teacher agree.
+    """
+    parts = []
+    for head in heads:
+        mine, other = student[head.name], teacher[head.name]
+        if head.axis is None:
+            error = torch.stack([(s.float() - t.float()).square().sum() for s, t in zip(mine, other)]).sum()
+            values = torch.cat([t.float().flatten() for t in other])
+            parts.append(error / (values - values.mean()).square().sum().clamp_min(_TINY))
+            continue
+        total, positions = [], 0
+        for s, t in zip(mine, other):
+            p, q = (F.log_softmax(x.float() / temperature, head.axis) for x in (t, s))
+            total.append(F.kl_div(q, p, log_target=True, reduction="sum"))
+            positions += t.numel() // t.shape[head.axis]
+        parts.append(temperature**2 * torch.stack(total).sum() / max(positions, 1))
+    return torch.stack(parts).mean()

@@ -1,0 +1,146 @@
+"""What weight and activation quantizers share: state, switching on and off, one grid for the layers of a site.
+
+State lives in persistent *float32* buffers that hold integers (weight averaging and `bf16-true` ruin integer buffers),
+so that a plain state dict carries the plan. Python mirrors of the integers, which the kernels want, are refreshed
+whenever a state dict is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning.quantization._fake_quantize import touch
+
+
+class Quantizer(nn.Module):
+    """What weight and activation quantizers share: bits (0 is off), a step ``scale`` and a ``zero_point``.
+
+    Args:
+        channels: number of scales.
+
+    Attributes:
+        bits: code width; 0 means the identity.
+        zero: ``zero_point`` as a Python number, as of the last :meth:`refresh`.
+        paused: the identity for a while, whatever the bits.
+        observing: whether ranges that follow the data may move in training; a schedule may switch it off.
+    """
+
+    def __init__(self, channels: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("width", torch.zeros(()))
+        self.make_scale(() if channels is None else (channels,))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.bits = 0
+        self.zero = 0.0
+        self.paused = False
+        self.observing = True
+        self._leader: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
+
+    width: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    follows_data = False  # whether the grid moves in training without gradients
+
+    def make_scale(self, shape: tuple[int, ...]) -> None:
+        """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
+        self.register_buffer("scale", torch.ones(shape))
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Fill it, in place."""
+        self.scale.copy_(scale)
+
+    @torch.no_grad()
+    def arm(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
+        """Switch on, in place.
+
+        Args:
+            bits: code width.
+            scale: positive step, one a channel for weights.
+            zero_point: what stands for 0 on the integer grid.
+
+        Raises:
+            HawqError: a step that is not positive and finite.
+        """
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.width.device)
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise HawqError("A quantization step must be positive and finite; weights or activations hold NaN or Inf.")
+        self.width.fill_(float(bits))
+        self.bits = bits
+        self.zero_point.fill_(float(zero_point))
+        self.set_scale(scale)
+        self.refresh()
+
+    def follow(self, leader: Quantizer) -> None:
+        """Share a grid that moves in training: from now on ``leader`` quantizes here too, and this one's state follows.
+
+        Layers of one site have a quantizer each, since sites are not known yet when optimizers are made.
+        """
+        self._leader = (leader,)
+
+    @torch.no_grad()
+    def _take_state(self) -> None:
+        for leader in self._leader:
+            for mine, theirs in zip(self._tensors(), leader._tensors()):
+                mine.copy_(theirs)
+            self.bits, self.zero = leader.bits, leader.zero
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.parameters(), *self.buffers()]
+
+    @torch.no_grad()
+    def disarm(self) -> None:
+        """Switch off: the identity again."""
+        self._leader = ()
+        self.width.zero_()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the Python mirrors in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
+        self._take_state()
+        self.bits = round(float(self.width))
+        self.zero = round(2 * float(self.zero_point)) / 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Fake-quantize; same shape and dtype. The identity while off or paused."""
+        if self.paused:
+            return self._untouched(x)
+        if self._leader:
+            self._take_state()
+            return self._leader[0](self._untouched(x))
+        return self.quantize(x) if self.bits else self._untouched(x)
+
+    def _untouched(self, x: torch.Tensor) -> torch.Tensor:
+        learned = [p for p in self.parameters() if p.requires_grad] if self.training else []
+        return touch(x, *learned) if learned and torch.is_grad_enabled() else x
+
+    @property
+    def moves(self) -> bool:
+        """Whether training changes the grid: by gradients, or by watching what passes."""
+        return type(self).follows_data or next(self.parameters(), None) is not None
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._take_state()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return  # a float checkpoint says nothing about quantizers; it must not disarm them
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.refresh()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Quantizer:
+        # follow the device, never the dtype: a bf16 step is another step
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        """Bits, or off."""
+        return f"{self.bits} bits" if self.bits else "off"

@@ -1,0 +1,176 @@
+"""Fake quantizers: Q(.) of the paper, with straight-through gradients.
+
+A new quantizer overrides :meth:`WeightQuantizer.quantize` or :meth:`ActivationQuantizer.quantize`, and is found by the
+name that :func:`hawq_lightning.quantization.register` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_channels, fake_quantize_tensor
+from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
+from hawq_lightning.quantization._recompute import repeatable
+from hawq_lightning.quantization._widths import one_of
+
+_DEFAULT = "uniform"
+_MARK = "quantizer_"
+
+
+class WeightQuantizer(Quantizer):
+    """Symmetric, one step a channel; levels ``(code - zero_point) * scale`` with ``code`` in [-2^(b-1), 2^(b-1)-1].
+
+    Code kind ``affine`` has zero_point 0; ``midrise`` has -1/2, so that all 2^b levels are symmetric about zero
+    (at one bit: sign times scale, as in DoReFa). Steps are fitted when armed and then stay.
+
+    Args:
+        channels: length of the channel axis.
+        axis: channel axis of the weight.
+        ranges: ``mse`` (steps of least squared error), ``minmax`` (the largest weight is on the grid) or
+            ``percentile`` (all but the largest 0.1 % are).
+        reestimate: fit again after every so many optimizer steps, see
+            :func:`hawq_lightning.quantization.reestimate`; 0: never.
+    """
+
+    zero_points = False  # whether affine codes have zero points of their own
+    folding = False  # whether the grid is one of the weight with a BatchNorm in it
+
+    def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
+        super().__init__(channels)
+        self.axis = axis
+        self.ranges = one_of("ranges", ranges, WEIGHT_RANGES)
+        if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
+            raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
+        self.reestimate = reestimate
+
+    def named(self, name: str) -> None:
+        """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
+        if name != _DEFAULT:
+            self.register_buffer(_MARK + name, torch.zeros((), device=self.width.device))
+
+    @property
+    def name(self) -> str:
+        """Registered name."""
+        return named_in(self._buffers)
+
+    @property
+    def code(self) -> str:
+        """Code kind."""
+        return "midrise" if self.zero % 1 else "affine"
+
+    def kinds(self, bits: int) -> tuple[str, ...]:
+        """Code kinds that this quantizer has at a width; where several do, the first is tried first."""
+        return ("midrise",) if bits == 1 else ("affine", "midrise")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if own and (trained := named_in(own)) != self.name:
+            raise HawqError(
+                f"{prefix.removesuffix('.weight_quantizer.')!r} was trained with quantizer {trained!r}, but this "
+                f"network has {self.name!r}; build it with quantizer={trained!r}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def fold(self, norm: nn.Module | None) -> None:
+        """Told before :meth:`fit` which BatchNorm reads the layer's outputs, alone; quantizers that fold it override.
+
+        Args:
+            norm: with running statistics; ``None``: there is none.
+        """
+
+    @torch.no_grad()
+    def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
+        """Switch on, with ranges for this weight.
+
+        Args:
+            weight: any shape whose ``axis`` has ``channels`` entries.
+            bits: 1 to 8.
+            code: one of :meth:`kinds`.
+
+        Returns:
+            ``||Q(W) - W||^2``.
+
+        Raises:
+            HawqError: the weight holds NaN or infinity.
+        """
+        step, error = weight_step(weight, bits, code, self.axis, self.ranges)
+        self.arm(bits, step, MIDRISE_ZERO if code == "midrise" else 0.0)
+        return error
+
+    @repeatable
+    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
+        return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
+
+    @torch.no_grad()
+    def settled(self, weight: torch.Tensor) -> torch.Tensor:
+        """The quantized weight as evaluation sees it: in training mode too, no range moves."""
+        if self._leader:
+            self.refresh()
+            leader = self._leader[0]
+            assert isinstance(leader, WeightQuantizer)
+            return leader.settled(weight)
+        mode, self.training = self.training, False
+        try:
+            return self(weight)
+        finally:
+            self.training = mode
+
+    @torch.no_grad()
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """Integer codes (int32, the weight's shape) that the fake-quantized weight stands for.
+
+        Raises:
+            HawqError: the quantizer is off.
+        """
+        if self.bits == 0:
+            raise HawqError("This quantizer is off; it has no codes.")
+        levels = self.settled(weight)
+        return torch.round(levels / along(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
+
+    @torch.no_grad()
+    def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
+        """The float32 weight that integer ``codes`` stand for, bit-identical to ``self(weight)``."""
+        return (codes.to(torch.float32) - self.zero_point) * along(self.scale, codes, self.axis)
+
+
+class ActivationQuantizer(Quantizer):
+    """One step a tensor; codes in [0, 2^b - 1], an integer ``zero_point`` (0: unsigned), so zero is on the grid.
+
+    Args:
+        ranges: ``mse`` (the step of least squared error), ``minmax`` or ``percentile`` (0.1 % beyond either end).
+    """
+
+    def __init__(self, *, ranges: str = "mse") -> None:
+        super().__init__()
+        self.ranges = one_of("ranges", ranges, ACTIVATION_RANGES)
+
+    def calibrate(self, sample: torch.Tensor, low: float, high: float, bits: int) -> tuple[float, int]:
+        """Step and zero point for one site, before training.
+
+        Args:
+            sample: values of the activation, flat.
+            low: the least value seen.
+            high: the greatest value seen.
+            bits: 2 to 8.
+
+        Raises:
+            HawqError: NaN or infinity.
+        """
+        return activation_step(sample, low, high, bits, self.ranges)
+
+    @repeatable
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
+        return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)
+
+
+def named_in(keys: Iterable[str]) -> str:
+    """The quantizer that the keys of one weight quantizer's state tell of."""
+    return next((k.removeprefix(_MARK) for k in keys if k.startswith(_MARK)), _DEFAULT)

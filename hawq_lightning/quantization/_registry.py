@@ -1,0 +1,165 @@
+"""Quantizers by name. A user's own is a class in the user's own file, under ``@register("name")``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
+
+Weight = TypeVar("Weight", bound=type[WeightQuantizer])
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """A registered quantizer with its options.
+
+    Attributes:
+        name: as registered.
+        weight: class of the weight quantizers.
+        activation: class of the activation quantizers.
+        freezes_norms: the callback HAWQ freezes BatchNorm's statistics while the method trains.
+        options: keywords of the two classes.
+    """
+
+    name: str
+    weight: type[WeightQuantizer]
+    activation: type[ActivationQuantizer]
+    freezes_norms: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def weight_quantizer(self, channels: int, axis: int = 0) -> WeightQuantizer:
+        """A new weight quantizer, off.
+
+        Raises:
+            HawqError: an option out of range.
+        """
+        quantizer = self.weight(channels, axis, **self._options(self.weight))
+        quantizer.named(self.name)
+        return quantizer
+
+    def activation_quantizer(self) -> ActivationQuantizer:
+        """A new activation quantizer, off.
+
+        Raises:
+            HawqError: an option out of range.
+        """
+        return self.activation(**self._options(self.activation))
+
+    def _options(self, of: type) -> dict[str, Any]:
+        known = option_names(of)
+        return {k: v for k, v in self.options.items() if k in known}
+
+
+_REGISTERED: dict[str, QuantizerSpec] = {}
+
+
+def register(
+    name: str, *, activation: type[ActivationQuantizer] = ActivationQuantizer, freezes_norms: bool = False
+) -> Callable[[Weight], Weight]:
+    """Class decorator: make a weight quantizer known by name, together with the activation quantizer beside it.
+
+    Args:
+        name: lower-case letters, digits and underscores; goes into plans and checkpoints.
+        activation: class of the activation quantizers.
+        freezes_norms: the callback HAWQ freezes BatchNorm's statistics while it trains.
+
+    Raises:
+        HawqError: another quantizer has this name.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise HawqError(f"{name!r} is no name for a quantizer; use lower-case letters, digits and underscores.")
+
+    def add(weight: Weight) -> Weight:
+        known = _REGISTERED.get(name)
+        # a module that is imported again brings a new class of the same name
+        if known is not None and (known.weight.__module__, known.weight.__qualname__) != (
+            weight.__module__,
+            weight.__qualname__,
+        ):
+            raise HawqError(
+                f"There is a quantizer {name!r} already, {known.weight.__module__}.{known.weight.__name__}."
+            )
+        _REGISTERED[name] = QuantizerSpec(name, weight, activation, freezes_norms)
+        return weight
+
+    return add
+
+
+def quantizer_names() -> tuple[str, ...]:
+    """Every registered name."""
+    return tuple(_REGISTERED)
+
+
+def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, Any] | None = None) -> QuantizerSpec:
+    """A quantizer by name, its options checked.
+
+    Args:
+        name: as registered.
+        options: keywords of its classes, such as ``{"ranges": "percentile"}``.
+
+    Raises:
+        HawqError: no such quantizer or option (names the nearest), or an option out of range.
+    """
+    if isinstance(name, QuantizerSpec):
+        return quantizer_named(name.name, {**name.options, **options}) if options else name
+    if name not in _REGISTERED:
+        near = nearest(str(name), _REGISTERED)
+        raise HawqError(
+            f"There is no quantizer {name!r}; known are {', '.join(_REGISTERED)}.{near} "
+            "A quantizer of your own is known once its file is imported."
+        )
+    spec = _REGISTERED[name]
+    known = option_names(spec.weight) | option_names(spec.activation)
+    for key in options or {}:
+        if key not in known:
+            raise HawqError(
+                f"Quantizer {name!r} has no option {key!r}; it has {', '.join(sorted(known)) or 'none'}."
+                f"{nearest(str(key), known)}"
+            )
+    spec = QuantizerSpec(spec.name, spec.weight, spec.activation, spec.freezes_norms, dict(options or {}))
+    spec.weight_quantizer(1), spec.activation_quantizer()  # values are checked before anything is measured
+    return spec
+
+
+def option_names(of: type) -> set[str]:
+    """Keyword-only arguments of a quantizer's class."""
+    return {p.name for p in inspect.signature(of).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def import_quantizers(files: Iterable[str]) -> None:
+    """Import the user's modules, whose quantizers register themselves.
+
+    Args:
+        files: module names, or paths of ``.py`` files.
+
+    Raises:
+        HawqError: one cannot be found or imported.
+    """
+    for name in [files] if isinstance(files, str) else files:
+        module, path = name, None
+        if name.endswith(".py"):
+            path = Path(name).resolve()
+            if not path.is_file():
+                raise HawqError(f"No file {name} to import quantizers from.")
+            module = path.stem
+            if str(path.parent) not in sys.path:  # where processes that are started later look too
+                sys.path.insert(0, str(path.parent))
+        try:
+            where = getattr(importlib.import_module(module), "__file__", None) or "built in"
+            if path is not None and Path(where).resolve() != path:
+                raise HawqError(f"{name} is hidden by another module {module!r}, {where}; rename the file.")
+        except HawqError:
+            raise
+        except Exception as error:
+            raise HawqError(f"Cannot import quantizers from {name}: {type(error).__name__}: {error}.") from error
+
+
+register("uniform")(WeightQuantizer)

@@ -1,0 +1,133 @@
+"""Gradients of learned ranges: the step of LSQ and the clipping point of PACT, each by its paper's rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hawq_lightning.quantization._fake_quantize import eager, passed_inside
+
+
+def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:
+    """Quantize with a step that learns (Esser et al. 2020, eq. 1 to 3 and 5).
+
+    With ``v = x / step`` the gradient passes to x where ``low - zero < v < high - zero``, and to the step comes
+    ``round(v) - v`` there and the clipping level elsewhere.
+
+    Args:
+        x: any shape.
+        step: positive; broadcasts against ``x``: a scalar, or one a channel.
+        zero: ``(code - zero) * step`` are the levels.
+        low: the lowest code.
+        high: the highest code.
+        factor: of the step's gradient, 1 / sqrt(N * Qp) in the paper.
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    fast = eager(wide) and step.ndim == 0
+    return _LearnedStep.apply(wide, step, zero, low, high, factor, fast)[0].to(x.dtype)
+
+
+def learned_range(x: torch.Tensor, width: torch.Tensor, zero: int, top: int) -> torch.Tensor:
+    """Quantize a range whose width learns (Choi et al. 2018, PACT: eq. 1 to 3).
+
+    Unsigned, the width is the paper's clipping point alpha: ``round(clip(x, 0, alpha) * top / alpha) * alpha / top``,
+    whose gradient passes to x inside and to alpha from what lies above. With a zero point the range reaches below zero
+    as well, and what lies below counts with the share of alpha that is there.
+
+    Args:
+        x: any shape.
+        width: positive scalar: highest less lowest level.
+        zero: the code of 0.
+        top: the highest code.
+    """
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return _LearnedRange.apply(wide, width, zero, top, eager(wide)).to(x.dtype)
+
+
+def passed_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """``levels``, with the gradient of the identity with respect to ``x``."""
+    return _Through.apply(x, levels)
+
+
+def _levels(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int) -> torch.Tensor:
+    # rounding commutes with adding whole numbers, not with adding halves
+    shift = zero - round(zero) if abs(zero - round(zero)) > 0.25 else 0.0
+    whole = round(zero - shift)
+    codes = x * step.reciprocal()
+    if shift:
+        codes.add_(shift)
+    codes.round_().clamp_(low - whole, high - whole)
+    if shift:
+        codes.sub_(shift)
+    return codes.mul_(step)
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float, fast: bool
+    ) -> tuple[torch.Tensor]:
+        return (_levels(x, step, zero, low, high),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor]) -> None:
+        x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
+        ctx.alone = False
+        ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (g,), (x, step), (zero, low, high) = grads, ctx.saved_tensors, ctx.grid
+        levels = _levels(x, step, zero, low, high)
+        low, high = low - zero, high - zero
+        if ctx.fast:
+            s = float(step.detach())
+            moved = torch.dot(g.reshape(-1), levels.reshape(-1))
+            passed = passed_inside(g, x, low * s, high * s, ctx.alone)
+            moved = moved - torch.dot(passed.reshape(-1), x.reshape(-1))
+        else:
+            v = x * step.reciprocal()
+            passed = g * ((v > low) & (v < high))
+            moved = (g * levels - passed * x).sum_to_size(step.shape)
+        return passed, moved / step * ctx.factor, None, None, None, None, None
+
+
+class _LearnedRange(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, width: torch.Tensor, zero: int, top: int, fast: bool) -> torch.Tensor:
+        step = width / top
+        return (x * step.reciprocal()).round_().clamp_(-zero, top - zero).mul_(step)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, width, zero, top, ctx.fast = inputs
+        ctx.shares = -zero / top, (top - zero) / top
+        ctx.save_for_backward(x, width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (g,), (x, width) = grads, ctx.saved_tensors
+        low, high = (width * share for share in ctx.shares)
+        moved = (g * (x >= high)).sum() * ctx.shares[1]
+        if ctx.shares[0]:
+            moved = moved + (g * (x <= low)).sum() * ctx.shares[0]
+        if ctx.fast:
+            passed = passed_inside(g, x, float(low.detach()), float(high.detach()))
+        else:
+            passed = g * ((x > low) & (x < high))
+        return passed, moved, None, None, None
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        return levels.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0], None

@@ -1,0 +1,143 @@
+"""AdaRound-style rounding: layer by layer, up or down as keeps the layer's outputs, in the order of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._batches import default_forward
+from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.quantization.post_training._reference import (
+    FloatReference,
+    Forward,
+    calls_in_order,
+    look_at,
+    prepared,
+    still,
+)
+from hawq_lightning.quantization.post_training._rounding import learn_rounding
+from hawq_lightning.quantization.post_training._second_moments import Moments, groups_of, patches, supports
+
+
+def adaround(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = default_forward,
+    reference: FloatReference | None = None,
+    ridge: float = 0.01,
+    progress: bool | Bar = False,
+) -> dict[str, dict[str, float]]:
+    """Choose for every weight the code below or above it, layer by layer, so that outputs stay those of the float net.
+
+    Each layer sees what the quantized layers before it give (Nagel et al., 2020, section 4.1: asymmetric
+    reconstruction) and is held against the float layer on the float input. Steps and bits stay; no code is more than
+    one from the nearest. The weights are moved onto the learned grid points, so fake-quantization, checkpoints and
+    packed files hold the learned codes without knowing of it.
+
+    Args:
+        model: armed; its weights are changed in place.
+        batches: a few hundred images; labels are not used unless ``forward`` does.
+        forward: runs the model on a batch.
+        reference: the float network; default: the model's own present weights.
+        ridge: how much the distance from the weights themselves counts, as a share of the inputs' mean square; keeps
+            rounding from fitting the sample.
+        progress: show a bar.
+
+    Returns:
+        layer -> ``moved`` (share of codes that are not the nearest), ``before`` and ``after`` (mean squared output
+        error of the nearest and of the learned codes, over the mean square of the float outputs). Layers that were left
+        alone do not appear: transposed convolutions, weights that several layers share, and quantizers whose levels are
+        no even grid.
+
+    Raises:
+        HawqError: nothing is armed, or no batches.
+    """
+    layers, kept = prepared(model, batches)
+    reference = reference or FloatReference(model)
+    found: dict[str, dict[str, float]] = {}
+    with still(model), progress_bar(bool(progress)) as bar:
+        order = calls_in_order(model, layers, kept[0], forward)
+        task = bar.begin("Rounding", len(order))
+        for done, (name, calls) in enumerate(order.items()):
+            layer = layers[name]
+            if _on_even_grid(layer) and not _shared(layer, model):
+                moments = _moments(model, layer, calls, kept, forward, reference)
+                found[name] = _round(layer, moments, ridge)
+            bar.advance(task, done + 1)
+    return found
+
+
+def _moments(
+    model: nn.Module, layer: QuantizedLayer, calls: int, batches: list[Any], forward: Forward, reference: FloatReference
+) -> Moments:
+    moments = Moments(_rows(layer))
+    for batch in batches:
+        floating: list[torch.Tensor] = []
+
+        def keep(x: torch.Tensor, _: torch.Tensor, into: list[torch.Tensor] = floating) -> None:
+            into.append(patches(layer, x))
+
+        def add(x: torch.Tensor, _: torch.Tensor, rest: list[torch.Tensor] = floating) -> None:
+            moments.add(rest.pop(0), patches(layer, layer.input_quantizer(x)))
+
+        with reference.in_place():
+            look_at(model, layer, calls, batch, forward, keep)
+        look_at(model, layer, calls, batch, forward, add)
+    return moments
+
+
+def _rows(layer: QuantizedLayer) -> torch.Tensor:
+    return layer.weight.detach().float().reshape(groups_of(layer), -1, layer.weight[0].numel())
+
+
+def _round(layer: QuantizedLayer, moments: Moments, ridge: float) -> dict[str, float]:
+    quantizer, rows = layer.weight_quantizer, _rows(layer)
+    own, mixed, power = moments.mean()
+    half, zero = 1 << (quantizer.bits - 1), float(quantizer.zero_point)
+    steps = quantizer.scale.detach().expand(layer.weight.shape[0]).reshape(rows.shape[:2])
+    nearest = quantizer.codes(layer.weight).reshape(rows.shape)
+    codes, after, before = [], 0.0, 0.0
+    for g in range(len(rows)):
+        damp = ridge * own[g].diagonal().mean().clamp_min(1e-30) * torch.eye(len(own[g]), device=own.device)
+        best, *_ = learn_rounding(rows[g], steps[g], -half, half - 1, zero, own[g] + damp, mixed[g] + damp)
+        codes.append(best)
+        after += _error(best, steps[g], zero, rows[g], own[g], mixed[g], power[g])
+        before += _error(nearest[g], steps[g], zero, rows[g], own[g], mixed[g], power[g])
+    learned = torch.stack(codes)
+    layer.weight.copy_(quantizer.dequantize(learned.reshape(layer.weight.shape)).to(layer.weight.dtype))
+    total = float(power.sum())
+    return {
+        "moved": float((learned != nearest).float().mean()),
+        "before": before / total if total > 0 else 0.0,
+        "after": after / total if total > 0 else 0.0,
+    }
+
+
+def _error(
+    codes: torch.Tensor, step: torch.Tensor, zero: float, rows: torch.Tensor, own: torch.Tensor, mixed: torch.Tensor,
+    power: torch.Tensor,
+) -> float:  # fmt: skip
+    v = (codes.float() - zero) * step[:, None]
+    return float(((v @ own - 2 * rows @ mixed) * v).sum() + power.sum())
+
+
+def _on_even_grid(layer: QuantizedLayer) -> bool:
+    """Whether codes can be chosen freely: a weight put on any grid point is quantized to that very point."""
+    quantizer = layer.weight_quantizer
+    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not supports(layer):
+        return False
+    half = 1 << (quantizer.bits - 1)
+    codes = (
+        torch.arange(layer.weight.numel(), device=layer.weight.device).reshape(layer.weight.shape) % (2 * half) - half
+    )
+    points = quantizer.dequantize(codes)
+    return torch.equal(quantizer.codes(points), codes.to(torch.int32))
+
+
+def _shared(layer: QuantizedLayer, model: nn.Module) -> bool:
+    return sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) > 1

@@ -1,0 +1,120 @@
+"""The float network inside of the quantized one, and passes through both that stop at a layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning.quantization._apply import paused, quantized_layers, quantizers
+from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class FloatReference:
+    """Remembers a network's weights, biases and statistics, so that it can be run as it was later.
+
+    Args:
+        model: armed; what is changed in it afterwards does not change the reference.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        mine = {id(t) for q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+        self._kept = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if id(t) not in mine]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model is the float network that it was."""
+        present = [(t, t.data) for t, _ in self._kept]
+        with paused(self._model):
+            try:
+                for t, value in self._kept:
+                    t.data = value
+                yield
+            finally:
+                for t, value in present:
+                    t.data = value
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """No gradients, no chance, no statistics gathered; modes are put back."""
+    modes = [(m, m.training) for m in (*noisy_modules(model), *quantizers(model))]
+    try:
+        for m, _ in modes:
+            m.training = False
+        with torch.no_grad(), random_states_kept(0), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedLayer], list[Any]]:
+    """The armed layers, and the batches on the model's device.
+
+    Raises:
+        HawqError: nothing is armed, or there are no batches.
+    """
+    layers = {n: m for n, m in quantized_layers(model).items() if m.weight_quantizer.bits or m.input_quantizer.bits}
+    if not layers:
+        raise HawqError("No quantizer of this model is armed: call hawq_lightning.quantize(model, plan) first.")
+    device = next(m.weight.device for m in layers.values())
+    kept = [to_device(b, device) for b in batches]
+    if not kept:
+        raise HawqError("There are no batches to calibrate on.")
+    return layers, kept
+
+
+def calls_in_order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward) -> dict[str, int]:
+    """Layers in the order of their first call, and how often each is called in a pass."""
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        return lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1)
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    try:
+        forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+class _Reached(BaseException):
+    """The rest of the pass is of no interest."""
+
+
+def look_at(
+    model: nn.Module,
+    layer: nn.Module,
+    calls: int,
+    batch: Any,
+    forward: Forward,
+    look: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Run a batch until ``layer`` was called ``calls`` times; ``look(input, output)`` at every call."""
+    seen = 0
+
+    def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+        nonlocal seen
+        look(args[0] if args else kwargs["input"], output)
+        seen += 1
+        if seen >= calls:
+            raise _Reached
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Reached):
+            forward(model, batch)
+    finally:
+        handle.remove()

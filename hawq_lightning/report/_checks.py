@@ -1,0 +1,139 @@
+"""Figures that test the claim: predicted against measured loss change, and accuracy through fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import spearmanr
+
+from hawq_lightning.report._run import LossCheck, Run
+from hawq_lightning.report._site_figures import KINDS
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, Drawing, Hit, canvas, log_scale
+from hawq_lightning.report._text import score
+
+_PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
+
+
+_LEVELS = {  # dashed lines
+    "float": ("float", GREEN, (0, (6, 3))),
+    "quantized": ("quantized, before fine-tuning", ORANGE, (0, (2, 2))),
+}
+
+
+def draw_loss_check(run: Run) -> Drawing | None:
+    """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
+    rows = list(run.loss_check)
+    shown = [r for r in rows if r.predicted > 0 and r.measured > 0]
+    if len(shown) < 2:
+        return None
+    ranks = rank_correlations(rows)
+    hits = []
+    with canvas(1, 5.2) as (figure, axes):
+        ax = axes[0]
+        low = min(min(r.predicted, r.measured) for r in shown) / 2
+        high = max(max(r.predicted, r.measured) for r in shown) * 2
+        ax.plot([low, high], [low, high], "--", color=SOFT, linewidth=1, zorder=1, label="as predicted")
+        for kind, (label, colour, marker) in KINDS.items():
+            part = [r for r in shown if r.kind == kind]
+            if part:
+                text = f"{label}, rank correlation {ranks[kind]:.2f}" if kind in ranks else label
+                xs, ys = [r.predicted for r in part], [r.measured for r in part]
+                ax.plot(xs, ys, marker, color=colour, markersize=6, alpha=0.8, label=text, zorder=2)
+        hits = [
+            Hit(
+                ax,
+                r.predicted,
+                r.measured,
+                f"{r.site}\n{r.bits} bits\npredicted {r.predicted:.3g}\nmeasured {r.measured:.3g}",
+            )
+            for r in shown
+        ]
+        log_scale(ax, "x", "y")
+        ax.set_xlabel("predicted rise of the loss, ½Ω", color=SOFT)
+        ax.set_ylabel("measured rise of the loss", color=SOFT)
+        ax.legend(loc="upper left")
+    hidden = len(rows) - len(shown)
+    said = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
+    return Drawing(
+        "loss_check",
+        "Does the prediction hold?",
+        f"Predicted against measured loss change for {len(shown)} pairs of site and width, log-log. "
+        f"Spearman's rank correlation: {said or 'not defined'}.",
+        f"Every site quantized alone, at every width, before any fine-tuning. Spearman's rank correlation over all "
+        f"{len(rows)}: {said or 'not defined'}."
+        + (f" {hidden} with a measured change at or below zero cannot be drawn on a log scale." if hidden else ""),
+        figure,
+        ["site", "kind", "bits", "predicted", "measured"],
+        [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}"] for r in rows],
+        hits,
+    )
+
+
+def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
+    """Spearman's rank correlation of prediction and measurement, for all sites and for each kind."""
+    found = {}
+    for kind in ("all", *KINDS):
+        part = [r for r in rows if kind in ("all", r.kind)]
+        if len({r.predicted for r in part}) > 1 and len({r.measured for r in part}) > 1:
+            found[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
+    return found
+
+
+def draw_training(run: Run) -> Drawing | None:
+    """The validation metric by epoch of fine-tuning, between the levels before and after quantizing."""
+    history = run.metrics.get("history")
+    key = _key(history)
+    if key is None:
+        return None
+    points = [(float(h["epoch"]), float(h[key])) for h in history if _is_point(h, key)]  # type: ignore[union-attr]
+    metric, stages = run.metric
+    loss = "loss" in key
+    levels = {} if loss else {s: stages[s] for s in _LEVELS if s in stages}
+    with canvas(1, 3.6) as (figure, axes):
+        ax = axes[0]
+        ax.plot(*zip(*points), "o-", color=BLUE, markersize=6, label=key, zorder=3)
+        for stage, level in levels.items():
+            text, colour, dash = _LEVELS[stage]
+            ax.axhline(level, color=colour, linestyle=dash, linewidth=1.6, label=text, zorder=2)
+        ax.set_xlabel("epoch of fine-tuning", color=SOFT)
+        ax.set_ylabel(key, color=SOFT)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(points) == 1:
+            ax.set_xlim(points[0][0] - 1, points[0][0] + 1)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
+        if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
+        hits = [Hit(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
+    shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
+    best = (min if loss else max)(points, key=lambda p: p[1])
+    beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
+    return Drawing(
+        "training",
+        "Through fine-tuning",
+        f"{key} over {len(points)} epoch{'s' * (len(points) != 1)} of fine-tuning, from {shown(points[0][1])} to "
+        f"{shown(points[-1][1])}, best in epoch {best[0]:g} with {shown(best[1])}{beside}.",
+        "The validation metric after each epoch with fake-quantized weights and activations.",
+        figure,
+        ["epoch", key, *levels],
+        [[f"{x:g}", f"{y:.6g}", *(f"{v:.6g}" for v in levels.values())] for x, y in points],
+        hits,
+    )
+
+
+def _key(history: Any) -> str | None:
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        return None
+    for key in _PREFERRED:
+        if sum(_is_point(h, key) for h in history) >= 1:
+            return key
+    return None
+
+
+def _is_point(entry: Any, key: str) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    if entry.get("phase", "fine_tuning") != "fine_tuning":
+        return False
+    return all(isinstance(entry.get(k), (int, float)) and not isinstance(entry.get(k), bool) for k in ("epoch", key))

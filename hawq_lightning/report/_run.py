@@ -1,0 +1,241 @@
+"""What a run folder holds, read leniently: a missing or damaged file costs its section, never the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import read_json
+from hawq_lightning._plan import Plan
+from hawq_lightning.sensitivity import Sensitivity
+
+_MOST_ROWS = 200_000
+STAGES = {
+    "float": ("float", "fp32", "before"),
+    "quantized": ("quantized", "quantised", "after_quantizing", "quantized_before_fine_tuning"),
+    "fine_tuned": ("fine_tuned", "finetuned", "after_fine_tuning", "final"),
+}
+METRICS = {
+    "accuracy": "accuracy",
+    "acc": "accuracy",
+    "top1": "accuracy",
+    "map": "mAP",
+    "map_50": "AP50",
+    "loss": "loss",
+}
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One row of frontier.csv. ``bits`` may be empty."""
+
+    cost: float
+    omega: float
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """Half Omega against the measured change of the loss when one site alone is quantized."""
+
+    site: str
+    kind: str
+    bits: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses around the trained weights.
+
+    Attributes:
+        offsets: along each of two eigenvectors, in units of the weight.
+        grids: weight site -> loss[i][j] at the i-th and j-th offset.
+        eigenvalues: weight site -> the two eigenvalues.
+    """
+
+    offsets: Sequence[float]
+    grids: Mapping[str, Sequence[Sequence[float]]]
+    eigenvalues: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: where it is.
+        plan: of plan.json.
+        sensitivity: of sensitivity.json.
+        frontier: of frontier.csv, ascending cost.
+        metrics: of metrics.json, as it is.
+        loss_check: of loss_check.csv.
+        export: of export.json, as it is.
+        landscape: of figures/landscape.csv.
+        missing: file name -> one sentence why its section is left out.
+        command: that made the run, when the folder tells.
+    """
+
+    folder: Path
+    plan: Plan | None = None
+    sensitivity: Sensitivity | None = None
+    frontier: Sequence[FrontierPoint] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    loss_check: Sequence[LossCheck] = ()
+    export: Mapping[str, Any] = field(default_factory=dict)
+    landscape: Landscape | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
+
+    @property
+    def metric(self) -> tuple[str, dict[str, float]]:
+        """The metric's name and its value in each stage that was measured: float, quantized, fine_tuned."""
+        for key, name in METRICS.items():
+            table = self.metrics.get(key)
+            if isinstance(table, Mapping):
+                found = {stage: _first(table, names) for stage, names in STAGES.items()}
+                if values := {k: v for k, v in found.items() if v is not None}:
+                    return name, values
+        return "accuracy", {}
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """Size of the packed file that lies in the folder."""
+        path = self.folder / "model.safetensors"
+        return path.stat().st_size if path.is_file() else None
+
+    def number(self, *path: str) -> float | None:
+        """A finite number in metrics.json, ``number("sizes", "file_bytes")``."""
+        value: Any = self.metrics
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return finite(value)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        HawqError: no such folder, or nothing in it that could be reported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HawqError(f"No run folder at {folder}.")
+    missing: dict[str, str] = {}
+
+    def attempt(name: str, read: Any) -> Any:
+        path = folder / name
+        if not path.is_file():
+            missing[name] = f"{name} is not in the run folder."
+            return None
+        try:
+            return read(path)
+        except (HawqError, OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            missing[name] = f"{name} could not be read: {error}"
+            return None
+
+    run = Run(
+        folder=folder,
+        plan=attempt("plan.json", Plan.load),
+        sensitivity=attempt("sensitivity.json", Sensitivity.load),
+        frontier=attempt("frontier.csv", _read_frontier) or (),
+        metrics=attempt("metrics.json", _read_metrics) or {},
+        loss_check=attempt("loss_check.csv", _read_loss_check) or (),
+        export=attempt("export.json", _read_metrics) or {},
+        landscape=attempt("figures/landscape.csv", _read_landscape),
+        missing=missing,
+        command=_command(folder),
+    )
+    if not (run.plan or run.sensitivity or run.frontier or run.metrics or run.loss_check):
+        raise HawqError(f"Nothing to report in {folder}: " + " ".join(missing.values()))
+    return run
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    data = read_json(path, "metrics file")
+    if not isinstance(data, dict):
+        raise HawqError("it holds no JSON object.")
+    return data
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = []
+        for row in csv.DictReader(file):
+            rows.append({(k or "").strip(): v or "" for k, v in row.items()})
+            if len(rows) > _MOST_ROWS:
+                raise HawqError(f"it has more than {_MOST_ROWS} rows.")
+    return rows
+
+
+def _read_frontier(path: Path) -> list[FrontierPoint]:
+    points = []
+    for row in _rows(path):
+        cost = next((row[k] for k in ("cost", "weight_bytes", "file_bytes", "bytes") if row.get(k)), "")
+        bits = {}
+        for key, value in row.items():
+            name = key.removeprefix("bits:").removeprefix("bits.")
+            if name.endswith((".weight", ".input")) and value.strip().isdigit():
+                bits[name] = int(value)
+        point = FrontierPoint(float(cost), float(row["omega"]), bits)
+        if math.isfinite(point.cost) and math.isfinite(point.omega):
+            points.append(point)
+    return sorted(points, key=lambda p: p.cost)
+
+
+def _read_loss_check(path: Path) -> list[LossCheck]:
+    return [
+        LossCheck(r["site"], r["kind"], int(r["bits"]), float(r["predicted"]), float(r["measured"]))
+        for r in _rows(path)
+    ]
+
+
+def _read_landscape(path: Path) -> Landscape | None:
+    table: dict[str, dict[tuple[float, float], float]] = {}
+    values: dict[str, tuple[float, ...]] = {}
+    for r in _rows(path):
+        table.setdefault(r["site"], {})[float(r["first"]), float(r["second"])] = float(r["loss"])
+        values[r["site"]] = tuple(float(r[k]) for k in ("eigenvalue_1", "eigenvalue_2") if r.get(k))
+    offsets = sorted({a for grid in table.values() for a, _ in grid})
+    if len(offsets) < 2:
+        return None
+    grids = {n: [[grid[a, b] for b in offsets] for a in offsets] for n, grid in table.items()}
+    return Landscape(offsets, grids, values)
+
+
+def _command(folder: Path) -> str | None:
+    metrics = folder / "metrics.json"
+    overrides = folder / ".hydra" / "overrides.yaml"
+    try:
+        command = json.loads(metrics.read_text(encoding="utf-8")).get("command") if metrics.is_file() else None
+        if isinstance(command, list):
+            return shlex.join(map(str, command))
+        if isinstance(command, str):
+            return command
+        if overrides.is_file():
+            import yaml
+
+            listed = yaml.safe_load(overrides.read_text(encoding="utf-8")) or []
+            return shlex.join(["hawq-lightning", *map(str, listed)])
+    except Exception:  # an unreadable side file must not cost the report
+        return None
+    return None
+
+
+def _first(table: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    return next((v for n in names if (v := finite(table.get(n))) is not None), None)
+
+
+def finite(value: Any) -> float | None:
+    """The number, or ``None`` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,203 @@
+"""The headline numbers, what was uncertain, and the settings: shared by the page and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hawq_lightning.report import _export_section as export_section
+from hawq_lightning.report import _text as text
+from hawq_lightning.report._checks import rank_correlations
+from hawq_lightning.report._run import Run
+from hawq_lightning.report._site_figures import KINDS, uncertain
+
+STAGE_NAMES = {"float": "float", "quantized": "after quantizing", "fine_tuned": "after fine-tuning"}
+_UNSTABLE = 0.9  # share of bootstrap draws that choose the same bits
+_MOST_LIFTED = 6
+_LOOSE = 0.6  # rank correlation
+
+
+def accuracy_rows(run: Run) -> list[tuple[str, str, str]]:
+    """Stage, metric, difference from float."""
+    metric, stages = run.metric
+    start = stages.get("float")
+    rows = []
+    for stage, value in stages.items():
+        gap = "" if start is None or stage == "float" else _gap(value - start, metric)
+        rows.append((STAGE_NAMES[stage], text.score(value, metric), gap))
+    return rows
+
+
+def size_rows(run: Run) -> list[tuple[str, str, str]]:
+    """Quantity, value, and how it compares with float or with 8 bits."""
+    cost = _costs(run)
+    rows = [("weights, float32", text.size(cost.get("float_weight_bytes")), "")]
+    rows.append(
+        ("weights, codes (W-Comp)", text.size(cost.get("weight_bytes")), f"{text.times(cost.get('w_comp'))} smaller")
+    )
+    if "act_bytes" in cost:
+        ratio = f"{text.times(cost.get('a_comp'))} smaller" if "a_comp" in cost else ""
+        rows.append(("activations, one image (A-Comp)", text.size(cost["act_bytes"]), ratio))
+    if "mean_weight_bits" in cost:
+        rows.append(("mean bits of a weight", f"{cost['mean_weight_bits']:.2f}", ""))
+    if "file_bytes" in cost:
+        rows.append(("packed file, all included", text.size(cost["file_bytes"]), f"{cost['file_bytes']:,.0f} bytes"))
+    if "float_bytes" in cost:
+        rows.append(("model, float32, all included", text.size(cost["float_bytes"]), ""))
+    if cost.get("bops"):
+        of = cost.get("bops_8bit")
+        rows.append(
+            (
+                "bit operations, one image (BOPs)",
+                text.count(cost["bops"]),
+                f"{cost['bops'] / of:.1%} of 8 bits" if of else "",
+            )
+        )
+    if run.plan and isinstance(latency := run.plan.costs.get("latency_ms"), (int, float)):
+        rows.append(("latency by the table, one image", f"{latency:.3g} ms", ""))
+    return [r for r in rows if r[1] != "–"]
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """The few numbers in large type: value, what it is."""
+    cost, (metric, stages) = _costs(run), run.metric
+    cards = []
+    if "w_comp" in cost:
+        cards.append((text.times(cost["w_comp"]), "smaller weights"))
+    last = stages.get("fine_tuned", stages.get("quantized"))
+    if last is not None:
+        start = stages.get("float")
+        cards.append(
+            (text.score(last, metric), metric + (f", float {text.score(start, metric)}" if start is not None else ""))
+        )
+    if "file_bytes" in cost:
+        cards.append((text.size(cost["file_bytes"]), "packed file"))
+    if cost.get("bops") and cost.get("bops_8bit"):
+        cards.append((f"{cost['bops'] / cost['bops_8bit']:.0%}", "of the bit operations at 8 bits"))
+    elif "mean_weight_bits" in cost:
+        cards.append((f"{cost['mean_weight_bits']:.2f}", "bits a weight on average"))
+    return cards
+
+
+def summary(run: Run) -> str:
+    """One sentence for whoever reads no further."""
+    cost, (metric, stages) = _costs(run), run.metric
+    parts = []
+    if run.plan:
+        widths = sorted({s.bits for s in run.plan.weights})
+        parts.append(
+            f"{len(run.plan.weights)} weight tensors were given {_listed(widths)} bits by their Hessian traces"
+        )
+    if "w_comp" in cost:
+        parts.append(f"which makes them {text.times(cost['w_comp'])} smaller than float32")
+    start, last = stages.get("float"), stages.get("fine_tuned", stages.get("quantized"))
+    if start is not None and last is not None:
+        step = "after fine-tuning" if "fine_tuned" in stages else "without fine-tuning"
+        parts.append(f"and {step} {metric} is {text.score(last, metric)} against {text.score(start, metric)} in float")
+    return ", ".join(parts) + "." if parts else ""
+
+
+def doubts(run: Run) -> list[str]:
+    """What was uncertain, in sentences."""
+    found = []
+    if run.sensitivity:
+        found += list(run.sensitivity.notes)
+    lifted = run.plan.settings.get("lifted") if run.plan else None
+    if isinstance(lifted, (list, tuple)) and lifted:
+        found += [str(s) for s in lifted[:_MOST_LIFTED]]
+        if len(lifted) > _MOST_LIFTED:
+            found.append(f"The same holds for {len(lifted) - _MOST_LIFTED} more sites; plan.json lists them.")
+    elif run.sensitivity:
+        zero = [r.name for r in run.sensitivity if r.trace <= 0]
+        noisy = [r.name for r in run.sensitivity if r.trace > 0 and uncertain(r)]
+        if zero:
+            found.append(f"Zero or negative trace, so any width looks free: {text.names(zero)}.")
+        if noisy:
+            found.append(f"Trace within two standard errors of zero: {text.names(noisy)}.")
+    if run.plan:
+        shaky = [
+            f"{s.name} ({s.stability:.0%})"
+            for s in run.plan.sites
+            if s.stability is not None and s.stability < _UNSTABLE
+        ]
+        if shaky:
+            found.append(f"The choice changes when the images are drawn anew: {text.names(shaky)}.")
+    ranks = rank_correlations(run.loss_check)
+    if loose := [f"{KINDS[k][0]} ({v:.2f})" for k, v in ranks.items() if k in KINDS and v < _LOOSE]:
+        free = sum(c.measured <= 0 for c in run.loss_check)
+        found.append(
+            f"Predicted and measured loss changes rank differently for {' and '.join(loose)}; {free} of "
+            f"{len(run.loss_check)} measured changes are zero or negative, too small to rank."
+        )
+    predicted, real = _costs(run, measured=False).get("file_bytes"), run.packed_bytes
+    if predicted and real and predicted != real:
+        found.append(f"The packed file has {real:,} bytes where {predicted:,.0f} were predicted.")
+    found += export_section.doubts(run)
+    return found
+
+
+def settings(run: Run) -> dict[str, str]:
+    """What the numbers depend on."""
+    found: dict[str, str] = {}
+    if run.command:
+        found["command"] = run.command
+    if run.plan:
+        found |= {"budget": text.plain(run.plan.budget), "selector": run.plan.selector}
+        found |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k != "lifted"}
+    if run.sensitivity:
+        found |= {str(k): text.plain(v) for k, v in run.sensitivity.settings.items()}
+    for key in ("seed", "model", "data", "task", "torch", "lightning", "version"):
+        if key in run.metrics:
+            found[key] = text.plain(run.metrics[key])
+    seconds = run.metrics.get("seconds")
+    if isinstance(seconds, Mapping):
+        found["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if isinstance(v, (int, float)))
+    fingerprint = (run.plan and run.plan.fingerprint) or (run.sensitivity and run.sensitivity.fingerprint)
+    if fingerprint:
+        found["fingerprint"] = str(fingerprint)
+    return found
+
+
+def _costs(run: Run, measured: bool = True) -> dict[str, float]:
+    """Costs of the plan, completed from metrics.json; the real file's size where it lies there."""
+    cost: dict[str, Any] = {}
+    for key in (
+        "float_bytes",
+        "weight_bytes",
+        "float_weight_bytes",
+        "file_bytes",
+        "w_comp",
+        "a_comp",
+        "mean_weight_bits",
+    ):
+        if (value := run.number("sizes", key)) is not None:
+            cost[key] = value
+    for key in ("bops", "bops_8bit"):
+        if (value := run.number(key)) is not None:
+            cost[key] = value
+    if run.plan:
+        weights = run.plan.weights
+        total = sum(s.numel for s in weights)
+        if total:
+            bits = sum(s.numel * s.bits for s in weights)
+            cost |= {"float_weight_bytes": 4 * total, "weight_bytes": bits / 8, "mean_weight_bits": bits / total}
+            cost["w_comp"] = 32 * total / bits
+        cost |= {k: v for k, v in run.plan.costs.items() if isinstance(v, (int, float))}
+        if "act_bits" in cost and "act_bytes" not in cost:
+            cost["act_bytes"] = cost["act_bits"] / 8
+        if run.plan.layers and all(x.macs for x in run.plan.layers) and "bops_8bit" not in cost:
+            cost["bops_8bit"] = 64 * sum(x.macs for x in run.plan.layers)
+    if measured and run.packed_bytes:
+        cost["file_bytes"] = run.packed_bytes
+    return cost
+
+
+def _gap(change: float, metric: str) -> str:
+    said = f"{100 * change:+.2f} points" if metric == "accuracy" else f"{change:+.3f}"
+    return said.replace("-", "−")
+
+
+def _listed(widths: list[int]) -> str:
+    if len(widths) == 1:
+        return str(widths[0])
+    return ", ".join(map(str, widths[:-1])) + f" or {widths[-1]}"

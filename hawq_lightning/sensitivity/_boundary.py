@@ -1,0 +1,223 @@
+"""The loss's last stretch: from the outputs of the last parametric layers, the *boundary*, to the loss.
+
+Found in the loss's autograd graph, so any loss works. The Hessian of that stretch times a vector comes from double
+backward through it alone; the network behind it is never differentiated twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from hawq_lightning.sensitivity._isolate import release_memory
+
+Key = tuple[Any, int]
+_LARGE = 1 << 20  # output elements
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: factors of bfloat16 outputs need more digits than the outputs have."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Cut(torch.autograd.Function):
+    """Identity whose gradient can be blocked: where the loss reads an inner feature as well as what follows it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, blocked: dict[str, bool]) -> torch.Tensor:
+        """Copy, so that in-place operations may follow."""
+        ctx.blocked = blocked
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, None]:
+        """Pass the gradient on, or stop it."""
+        return (None if ctx.blocked["on"] else grads[0]), None
+
+
+class Outputs:
+    """Records the outputs of every module that owns parameters, as edges of the autograd graph.
+
+    Edges are taken in forward hooks, so they survive in-place operations on the outputs. Values are let go of as soon
+    as another recorded output follows from them: only those of the boundary are wanted.
+
+    Args:
+        model: hooks go on its modules while active.
+        cut: numbers of the outputs to pass through :class:`Cut`.
+    """
+
+    def __init__(self, model: nn.Module, cut: frozenset[int] = frozenset()) -> None:
+        self._model, self._cut = model, cut
+        self._handles: list[Any] = []
+        self.blocked = {"on": False}
+        self.edges: list[GradientEdge] = []
+        self.values: list[torch.Tensor | None] = []
+        self.names: list[str] = []
+        self.inner: set[int] = set()  # outputs that another one follows from
+        self.recording = True
+        self._number: dict[Key, int] = {}
+
+    def __enter__(self) -> Outputs:
+        for name, module in self._model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> Any:
+            return self._visit(name, output)
+
+        return record
+
+    def behind(self, edge: GradientEdge, variables: list[torch.Tensor] | None = None) -> set[int]:
+        """Numbers of the recorded outputs that this one follows from directly.
+
+        Args:
+            edge: where to start.
+            variables: gets the leaves on the way.
+        """
+        found: set[int] = set()
+        stack: list[Any] = [edge.node]
+        visited: set[Any] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            if variables is not None and hasattr(node, "variable"):
+                variables.append(node.variable)
+            for parent, nr in node.next_functions:
+                if parent is None:
+                    continue
+                hit = self._number.get((parent, nr))
+                if hit is None:
+                    stack.append(parent)
+                else:
+                    found.add(hit)
+        return found
+
+    def _visit(self, name: str, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            if not self.recording or not output.requires_grad:
+                return output  # activation checkpointing runs the forward pass again
+            if len(self.edges) in self._cut:
+                output = Cut.apply(output, self.blocked)
+            edge = get_gradient_edge(output)
+            # an outer module's output is its last layer's
+            self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
+            behind = self.behind(edge)
+            self.inner |= behind
+            for i in behind - self._cut:
+                self.values[i] = None
+            self.edges.append(edge)
+            self.values.append(output.detach())
+            self.names.append(name)
+            return output
+        if isinstance(output, Mapping):
+            for key, value in output.items():
+                new = self._visit(name, value)
+                if new is not value:
+                    output[key] = new  # type: ignore[index]
+            return output
+        if isinstance(output, (list, tuple)):
+            new = [self._visit(name, value) for value in output]
+            if all(a is b for a, b in zip(new, output)):
+                return output
+            return type(output)(*new) if hasattr(output, "_fields") else type(output)(new)
+        return output
+
+
+def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool]:
+    """Walk back from the loss to the first recorded outputs.
+
+    Returns:
+        numbers of the outputs on the boundary, in order; whether one of them also feeds another (then gradients of
+        the loss are totals and :class:`Cut` is needed).
+    """
+    found = outputs.behind(get_gradient_edge(loss))
+    return sorted(found), bool(found & outputs.inner)
+
+
+def read_by(loss: torch.Tensor, outputs: Outputs) -> list[torch.Tensor]:
+    """Parameters that the loss reads directly."""
+    found: list[torch.Tensor] = []
+    outputs.behind(get_gradient_edge(loss), found)
+    return found
+
+
+class OutputHessian:
+    """The Hessian of the loss with respect to the boundary, as an operator on lists of tensors of at least float32.
+
+    Args:
+        loss: scalar.
+        outputs: the recorder of the forward pass.
+        boundary: numbers from :func:`find_boundary`.
+    """
+
+    def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
+        self._outputs = outputs
+        self.edges = [outputs.edges[i] for i in boundary]
+        kept = []
+        for i in boundary:
+            value = outputs.values[i]
+            assert value is not None, outputs.names[i]  # let go of, though nothing follows from it
+            kept.append(value)
+        self._dtypes = [v.dtype for v in kept]
+        self.values = [wide(v) for v in kept]
+        self.names = [outputs.names[i] for i in boundary]
+        outputs.values.clear()
+        outputs.recording = False
+        self.rounding = max((torch.finfo(d).eps for d in self._dtypes), default=0.0)
+        self.large = sum(v.numel() for v in self.values) > _LARGE
+        self._tidy()
+        outputs.blocked["on"] = True
+        try:
+            found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
+        finally:
+            outputs.blocked["on"] = False
+        self._slopes = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, kept)]
+        self.gradient = [wide(g.detach()) for g in self._slopes]
+        self.linear = not any(g.requires_grad for g in self._slopes)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Where outputs are large, their loss is the peak of memory, and every step of it leaves the heap in holes."""
+        if self.large:
+            release_memory()
+
+    def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """H v."""
+        curved = [(g, v.to(g.dtype)) for g, v in zip(self._slopes, vectors) if g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(v) for v in self.values]
+        self._outputs.blocked["on"] = True
+        try:
+            found = torch.autograd.grad(
+                [g for g, _ in curved], self.edges, [v for _, v in curved], retain_graph=True, allow_unused=True
+            )
+        finally:
+            self._outputs.blocked["on"] = False
+        self._tidy()
+        return [wide(h) if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
+
+    def let_go(self) -> None:
+        """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
+        self._slopes = []
+        self._tidy()
+
+    def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
+        """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""
+        torch.autograd.backward(self.edges, self.as_sent(vectors), retain_graph=not last)
+
+    def as_sent(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """In the precisions of the outputs."""
+        return [v.to(dtype) for v, dtype in zip(vectors, self._dtypes)]

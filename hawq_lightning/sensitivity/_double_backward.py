@@ -1,0 +1,117 @@
+"""Gradients that can be differentiated again: of the loss, or of the loss made linear in the network's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from hawq_lightning.sensitivity._context import Pass, Setting, forward_pass
+
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+Points = Mapping[str, list[torch.Tensor]]
+
+
+def rademacher(generator: torch.Generator) -> Sampler:
+    """Random signs."""
+    return lambda like: torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
+
+
+def gaussian(generator: torch.Generator) -> Sampler:
+    """Standard normal numbers: the paper's other choice, with more variance."""
+    return lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+class _Twice(TorchFunctionMode):
+    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's own cannot."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_):
+            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Slopes:
+    """First derivatives with their graph.
+
+    Attributes:
+        step: the forward pass behind them.
+        points: site -> its weight, or the tensors that its layers read.
+        gradient: site -> one tensor for each point; ``None`` where the point does not reach the loss.
+    """
+
+    step: Pass
+    points: dict[str, list[torch.Tensor]]
+    gradient: dict[str, list[Any]]
+
+    def product(self, site: str, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The Hessian block of one site times ``vectors``, one tensor a point."""
+        points, slopes = self.points[site], self.gradient[site]
+        curved = [(g, v) for g, v in zip(slopes, vectors) if g is not None and g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(p) for p in points]
+        found = torch.autograd.grad(
+            [g for g, _ in curved], points, [v for _, v in curved], retain_graph=True, allow_unused=True
+        )
+        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(found, points)]
+
+
+@contextmanager
+def slopes_of(
+    setting: Setting,
+    batch: Any,
+    per_image: Mapping[str, bool],
+    direction: Callable[[Pass], list[torch.Tensor]] | None = None,
+    *,
+    sites: Iterable[str] | None = None,
+    weights: bool = True,
+) -> Iterator[Slopes]:
+    """Run one batch forwards and once backwards, keeping the graph of the gradients.
+
+    Args:
+        setting: model, loss and sites.
+        batch: one batch.
+        per_image: site -> whether its rows are images.
+        direction: what to send back from the boundary, detached: the gradients are then those of the linearised
+            loss ``<direction, f(theta)>``. ``None``: of the loss itself.
+        sites: which; all by default.
+        weights: also differentiate by weights; they must then be leaves that may require gradients.
+    """
+    owners = {x.weight: setting.layers[x.name].weight for x in reversed(setting.table.layers)} if weights else {}
+    wanted = None if sites is None else set(sites)
+    leaves = [w for n, w in owners.items() if wanted is None or n in wanted]
+    try:
+        for w in leaves:
+            w.requires_grad_(True)
+        # the fused attention kernels have no second derivative, nor has the hard sigmoid
+        with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(setting, batch, per_image) as step:
+            step.network.recording = False
+            points: dict[str, list[Any]] = {n: [w] for n, w in owners.items()}
+            points |= step.network.aliases()
+            if wanted is not None:
+                points = {n: p for n, p in points.items() if n in wanted}
+            flat = [t for tensors in points.values() for t in tensors]
+            if direction is None:
+                assert step.loss is not None
+                found = torch.autograd.grad(step.loss, flat, create_graph=True, allow_unused=True)
+            else:
+                vectors = step.hessian.as_sent(direction(step))
+                found = torch.autograd.grad(step.hessian.edges, flat, vectors, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            slopes = iter(found)
+            yield Slopes(step, points, {site: [next(slopes) for _ in tensors] for site, tensors in points.items()})
+    finally:
+        for w in leaves:
+            w.requires_grad_(False)
+
+
+def loss_slope(step: Pass) -> list[torch.Tensor]:
+    """The loss's gradient at the boundary, as a constant: its linearised loss misses what Gauss-Newton has."""
+    return [g.detach() for g in step.hessian.gradient]

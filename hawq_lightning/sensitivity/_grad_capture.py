@@ -1,0 +1,195 @@
+"""One forward pass that remembers, and backward passes that give every site's squared gradient in one sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning.sensitivity._grad_norms import inner_products, row_dots
+from hawq_lightning.sensitivity._input_hooks import Reads
+from hawq_lightning.sensitivity._unfold import Use
+
+
+class Overwritten(Exception):
+    """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
+
+
+_GONE = torch.empty(0)
+
+
+@dataclass
+class _Call:
+    """A layer call, or a tensor read: its site, and the gradients of up to two backward passes."""
+
+    site: str
+    name: str
+    layer: nn.Module | None
+    value: torch.Tensor
+    version: int
+    grads: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
+    node: Any = None
+
+
+class Network:
+    """Hooks on the layers of ``table``; active inside ``with``.
+
+    Args:
+        layers: layer name -> module.
+        table: their sites.
+        keep_copies: layers whose input is overwritten later.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], table: SiteTable, keep_copies: set[str]) -> None:
+        self._layers, self._table, self._keep = layers, table, keep_copies
+        self._reads_of = {x.name: x.activation for x in table.layers if x.activation is not None}
+        self._weight_of = {x.name: x.weight for x in table.layers}
+        self._calls: dict[str, list[_Call]] = {}
+        self._reads: dict[str, list[_Call]] = {}
+        self._slot, self._last, self._coefficient = 0, 0, 1.0
+        self._waiting: dict[str, int] = {}
+        self._rows: dict[str, torch.Tensor] = {}
+        self.recording = True
+        self.last_pass = False  # what layers read is let go of as soon as it has served
+        self.per_image: Mapping[str, bool] = {}
+        self.leaks: dict[str, bool] | None = None
+        self.images = 1
+        self._handles: list[Any] = []
+        self._reader = Reads(layers, self._reads_of, self._alias)
+
+    def __enter__(self) -> Network:
+        self._reader.__enter__()
+        for name, module in self._layers.items():
+            self._handles.append(module.register_forward_hook(self._called(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._reader.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        # tensors and their hooks refer to each other: without this the graph lives until the collector comes by
+        self._calls.clear()
+        self._reads.clear()
+
+    def aliases(self) -> dict[str, list[torch.Tensor]]:
+        """Activation site -> the tensors that its layers read, in the graph."""
+        return {site: [c.value for c in calls] for site, calls in self._reads.items()}
+
+    def output_nodes(self) -> dict[str, list[Any]]:
+        """Weight site -> the autograd nodes of its layers' outputs, a call each."""
+        return {site: [c.node for c in calls if c.node is not None] for site, calls in self._calls.items()}
+
+    def sizes(self, site: str, images: int) -> torch.Tensor:
+        """Elements of one image's activation, a row each."""
+        calls = self._reads[site]
+        rows = images if self.per_image[site] else 1
+        return torch.full((rows,), sum(c.value.numel() for c in calls) / images, dtype=torch.float64)
+
+    def squares(self, backward: Callable[[], None], coefficient: float, rows: dict[str, torch.Tensor]) -> None:
+        """Add ``coefficient`` times every row's squared gradient norm to ``rows`` in one backward pass."""
+        self._begin(0, 0, coefficient, rows)
+        backward()
+        self._finish()
+
+    def products(self, first: Callable[[], None], second: Callable[[], None], rows: dict[str, torch.Tensor]) -> None:
+        """Add every row's inner product of the gradients of two backward passes to ``rows``."""
+        self._begin(0, 1, 1.0, rows)
+        first()
+        self._slot = 1
+        self._count()
+        second()
+        self._finish()
+
+    def _begin(self, slot: int, last: int, coefficient: float, rows: dict[str, torch.Tensor]) -> None:
+        self.recording = False
+        self._slot, self._last, self._coefficient, self._rows = slot, last, coefficient, rows
+        self._count()
+
+    def _count(self) -> None:
+        self._waiting = {s: len(c) for s, c in (self._calls | self._reads).items()}
+
+    def _alias(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        if not self.recording or not torch.is_grad_enabled():
+            return x  # activation checkpointing runs the forward pass again; a target network has no gradients
+        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
+        call = _Call(site, site, None, alias, alias._version)
+        self._reads.setdefault(site, []).append(call)
+        self._handles.append(alias.register_hook(self._arrived(call)))
+        return alias
+
+    def _called(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            if not self.recording or not torch.is_grad_enabled():
+                return
+            read = (args[0] if args else kwargs["input"]).detach()
+            if name in self._keep:
+                read = read.clone()
+            call = _Call(self._weight_of[name], name, module, read, read._version, node=output.grad_fn)
+            self._calls.setdefault(call.site, []).append(call)
+            self._handles.append(output.register_hook(self._arrived(call)))
+
+        return record
+
+    def _arrived(self, call: _Call) -> Callable[[torch.Tensor], None]:
+        def hook(grad: torch.Tensor) -> None:
+            if self.recording:
+                return  # the user's own gradient, not a probe
+            if self.leaks is not None:
+                self._note_leak(call, grad)
+                return
+            if call.site not in self._waiting:
+                return
+            call.grads[self._slot] = grad
+            self._waiting[call.site] -= 1
+            if self._slot == self._last and self._waiting[call.site] == 0:
+                self._reduce(call.site)
+
+        return hook
+
+    def _note_leak(self, call: _Call, grad: torch.Tensor) -> None:
+        assert self.leaks is not None
+        own = grad.ndim > 1 and grad.shape[0] == self.images == call.value.shape[0] and not bool(grad[1:].any())
+        self.leaks[call.site] = self.leaks.get(call.site, False) or not own
+
+    def _finish(self) -> None:
+        for site, missing in self._waiting.items():
+            if missing:  # some calls do not reach the loss
+                self._reduce(site)
+
+    def _reduce(self, site: str) -> None:
+        per_image = self.per_image.get(site, False)
+        two = self._last == 1
+        calls = self._calls.get(site)
+        if calls is not None:
+            live = [c for c in calls if c.grads[0] is not None and (not two or c.grads[1] is not None)]
+            for c in live:
+                if c.value._version != c.version:
+                    raise Overwritten(c.name)
+            uses = [
+                Use(c.layer, c.value.to(c.grads[0].dtype), c.grads[0], c.grads[1] if two else None)
+                for c in live
+                if c.layer is not None and c.grads[0] is not None
+            ]
+            value = inner_products(uses, per_image) if uses else None
+        else:
+            calls = self._reads[site]
+            value = None
+            for c in calls:
+                a, b = c.grads[0], c.grads[1] if two else c.grads[0]
+                if a is None or b is None:
+                    continue
+                part = row_dots(a, b) if per_image else row_dots(a[None], b[None])
+                value = part if value is None else value + part
+        for c in calls:
+            c.grads[:] = [None, None]
+            if self.last_pass:
+                c.value = _GONE
+        if value is not None:
+            value = self._coefficient * value.cpu()
+            self._rows[site] = self._rows[site] + value if site in self._rows else value
+        self._waiting[site] = 0

@@ -1,0 +1,231 @@
+"""Factors of the loss's Hessian at the boundary: random vectors u with E[u u^T] equal to it.
+
+Softmax cross-entropy (any smoothing, soft labels, class weights, reduction) and elementwise losses are recognised by
+probing the operator, never by name. Of any other loss that treats images independently the Hessian is formed and
+split into its positive and negative part, if an image has few outputs; what is left gets the general two-backward form
+<J^T z, J^T H z>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hawq_lightning.sensitivity._boundary import OutputHessian
+
+_DENSE = 64  # outputs an image up to which an unknown loss's Hessian is formed
+_FULL_ROTATION = 32  # classes; beyond it only the most likely ones are rotated
+
+
+@dataclass
+class Softmax:
+    """``c_n (diag(p) - p p^T)`` for every row n of ``probability``; ``axis`` holds the classes."""
+
+    probability: torch.Tensor
+    scale: torch.Tensor
+    axis: int
+    rotation: torch.Tensor | None = None
+
+    def factor(self, z: torch.Tensor) -> torch.Tensor:
+        """``sqrt(c) (sqrt(p) z - p <sqrt(p), z>)``."""
+        root = self.probability.sqrt()
+        return self.scale.sqrt() * (root * z - self.probability * (root * z).sum(self.axis, keepdim=True))
+
+    def rotated(self, z: torch.Tensor) -> torch.Tensor:
+        """``z`` rotated onto the factor's singular vectors: same mean, up to 7 times less variance."""
+        if self.rotation is None:
+            p = self.probability.movedim(self.axis, -1)
+            p = p.to(torch.promote_types(p.dtype, torch.float32))  # no eigenvectors in half precision
+            classes = min(_FULL_ROTATION, p.shape[-1])
+            self._top = p.topk(classes, -1).indices if classes < p.shape[-1] else None
+            q = p if self._top is None else p.gather(-1, self._top)
+            square = (p * p).sum(-1)[..., None, None]
+            eye = torch.eye(classes, dtype=p.dtype, device=p.device)
+            gram = (q[..., :, None] * q[..., None, :]).sqrt() * (eye - q[..., :, None] - q[..., None, :] + square)
+            self.rotation = torch.linalg.eigh(gram).eigenvectors.to(self.probability.dtype)
+        x = z.movedim(self.axis, -1)
+        if self._top is None:
+            y = torch.matmul(self.rotation, x[..., None])[..., 0]
+        else:
+            y = x.scatter(-1, self._top, torch.matmul(self.rotation, x.gather(-1, self._top)[..., None])[..., 0])
+        return y.movedim(-1, self.axis)
+
+
+@dataclass
+class Diagonal:
+    """An elementwise loss: second derivative ``d`` of either sign."""
+
+    d: torch.Tensor
+
+
+Block = Softmax | Diagonal
+
+
+@dataclass
+class Dense:
+    """The Hessian of every image over all its outputs, as eigenvalues (N, D) and eigenvectors (N, D, D)."""
+
+    eigenvalues: torch.Tensor
+    vectors: torch.Tensor
+
+    def factor(self, z: Sequence[torch.Tensor], sign: float) -> list[torch.Tensor]:
+        """``V sqrt(max(sign * lambda, 0)) z``, an output tensor each."""
+        flat = torch.cat([v.flatten(1) for v in z], 1)
+        root = (sign * self.eigenvalues).clamp_min(0).sqrt()
+        u = torch.matmul(self.vectors, (root * flat)[..., None])[..., 0]
+        parts = u.split([v[0].numel() for v in z], 1)
+        return [part.reshape(v.shape) for part, v in zip(parts, z)]
+
+
+def dense(hessian: OutputHessian) -> Dense | None:
+    """Form the Hessian of every image, all images at once; ``None`` where an image has too many outputs.
+
+    Only for losses that do not couple images.
+    """
+    values = hessian.values
+    images = values[0].shape[0]
+    counts = [v[0].numel() for v in values]
+    if sum(counts) > _DENSE:
+        return None
+    rows = []
+    for i, count in enumerate(counts):
+        for j in range(count):
+            unit = [torch.zeros_like(v) for v in values]
+            unit[i].view(images, -1)[:, j] = 1.0
+            rows.append(torch.cat([h.flatten(1) for h in hessian(unit)], 1))
+    matrix = torch.stack(rows, 1).to(torch.float64)
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    noise = (1e-10 if values[0].dtype == torch.float64 else 1e-5) * eigenvalues.abs().max()
+    eigenvalues = torch.where(eigenvalues.abs() > noise, eigenvalues, 0.0)
+    return Dense(eigenvalues.to(values[0]), vectors.to(values[0]))
+
+
+def recognise(
+    hessian: OutputHessian, generator: torch.Generator, by_image: bool = False, elementwise: bool = False
+) -> list[Block] | Dense | None:
+    """Closed forms for every boundary tensor; the dense Hessian of every image; or ``None``: the general form.
+
+    Two products with the operator decide on closed forms: one with a random vector over all tensors at once, one with
+    all ones.
+
+    Args:
+        hessian: the operator.
+        generator: of the random vector.
+        by_image: the loss does not couple images, and the first axis of every tensor is the images.
+        elementwise: known from an earlier look at the same batch.
+    """
+    if elementwise:
+        return [Diagonal(d) for d in hessian([v.new_ones(()).expand_as(v) for v in hessian.values])]
+    state = generator.get_state()
+    answer = hessian([_normal(v, generator) for v in hessian.values])
+    diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
+    size = max((float(h.abs().max()) for h in answer if h.numel()), default=0.0)
+    blocks: list[Block] = []
+    generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
+    for f, h, d in zip(hessian.values, answer, diagonal):
+        v = _normal(f, generator)
+        share = 1e-4 if f.dtype == torch.float64 else max(3e-3, 4 * hessian.rounding)
+        tolerance = share * float(h.norm()) + 1e-7 * size
+        if float((h - d * v).norm()) <= tolerance:
+            blocks.append(Diagonal(d))
+            continue
+        block = _softmax(f, v, h, tolerance)
+        if block is None:
+            return dense(hessian) if by_image else None
+        blocks.append(block)
+    return blocks
+
+
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=generator, dtype=wide).to(like)
+
+
+def without_curvature(
+    hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, generator: torch.Generator
+) -> list[int]:
+    """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
+    if isinstance(blocks, list):
+        curved = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
+    else:
+        curved = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
+    found = [i for i, (c, g) in enumerate(zip(curved, hessian.gradient)) if not c and bool(g.any())]
+    slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
+    if len(found) == len(curved) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
+        return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
+    return found
+
+
+def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float) -> Softmax | None:
+    for axis in dict.fromkeys((1 % f.ndim, f.ndim - 1)):
+        if f.ndim == 1 and axis == 0 and f.shape[0] < 2:
+            continue
+        p = torch.softmax(f, axis)
+        q = p * (v - (p * v).sum(axis, keepdim=True))
+        norm = (q * q).sum(axis, keepdim=True)
+        scale = (q * h).sum(axis, keepdim=True) / norm.clamp_min(torch.finfo(f.dtype).tiny)
+        if float((h - scale * q).norm()) <= tolerance and float(scale.min()) >= -1e-6 * float(scale.abs().max()):
+            # a saturated image has no curvature left to measure its scale by; take its neighbours'
+            solid = norm > 1e-10 * norm.max()
+            typical = scale[solid].median() if bool(solid.any()) else scale.max()
+            return Softmax(p, torch.where(solid, scale, typical).clamp_min(0), axis)
+    return None
+
+
+@dataclass
+class Draw:
+    """What to send back: ``pairs`` of (coefficient, vectors) whose squared norms add up; or ``two`` vectors z, Hz."""
+
+    pairs: list[tuple[float, list[torch.Tensor]]]
+    two: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+
+def draw(
+    hessian: OutputHessian,
+    blocks: Sequence[Block] | Dense | None,
+    z: Sequence[torch.Tensor],
+    *,
+    rotate: bool = True,
+    sloped: Sequence[int] = (),
+    concave: float = 1.0,
+) -> Draw:
+    """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
+
+    Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
+    clipping. Tensors numbered in ``sloped`` get the Fisher information of a Laplace distribution of unit scale, ``|g|``
+    at slope g, in place of their zero Hessian.
+
+    Args:
+        hessian: the operator.
+        blocks: its closed forms.
+        z: signs.
+        rotate: rotate the signs onto the softmax factor.
+        sloped: tensors that count by their slope.
+        concave: how often the concave part counts; 0 leaves it to another probe, which counts it several times.
+    """
+    laplace = [torch.zeros(()).to(v).expand_as(v) for v in z]
+    for i in sloped:
+        laplace[i] = hessian.gradient[i].detach().abs().sqrt() * z[i]
+    apart = [(1.0, laplace)] if sloped else []
+    if blocks is None:
+        return Draw(apart, (list(z), hessian(z)))
+    plus: list[torch.Tensor] = []
+    minus: list[torch.Tensor] = []
+    if isinstance(blocks, Dense):  # its signs belong to eigenvectors, not to outputs: not independent of the slopes'
+        plus, minus, blocks = blocks.factor(z, 1.0), blocks.factor(z, -1.0) if concave else [], ()
+    else:
+        apart = []
+    for block, signs, slope in zip(blocks, z, laplace):
+        if isinstance(block, Softmax):
+            plus.append(block.factor(block.rotated(signs) if rotate else signs))
+        else:
+            plus.append(block.d.clamp_min(0).sqrt() * signs + slope)  # where there is slope there is no curvature
+        if concave:
+            below = (-block.d).clamp_min(0).sqrt() if isinstance(block, Diagonal) else torch.zeros(()).to(signs)
+            minus.append(below * signs)
+    pairs = [(1.0, plus), *apart]
+    if any(bool(m.any()) for m in minus):
+        pairs.append((-concave, minus))
+    return Draw(pairs)

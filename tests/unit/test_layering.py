@@ -1,0 +1,87 @@
+"""Imports point one way, and the method needs neither lightning nor hydra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hawq_lightning
+
+ROOT = Path(hawq_lightning.__file__).parent
+LIBRARY = ["sensitivity", "quantization", "selection", "export", "callbacks"]  # each may import those before it
+APPLICATION = ["report", "tasks", "models", "data", "cli"]
+APPLICATION_MAY = {("data", "models"), ("tasks", "models"), ("tasks", "data"), ("cli", "report"), ("cli", "tasks"),
+                   ("cli", "models"), ("cli", "data")}  # fmt: skip
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, within functions and under ``TYPE_CHECKING`` too."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            out.append(node.module or "")
+            out += [f"{node.module}.{a.name}" for a in node.names if a.name.startswith("_")]
+        elif isinstance(node, ast.Import):
+            out += [a.name for a in node.names]
+    return [name for name in out if name.split(".")[0] == "hawq_lightning"]
+
+
+def test_the_method_is_useful_alone():
+    code = (
+        "import sys, hawq_lightning as h, hawq_lightning.sensitivity, hawq_lightning.quantization,"
+        "hawq_lightning.selection, hawq_lightning.export, hawq_lightning.report;"
+        "h.measure, h.select, h.quantize, h.load_packed;"
+        "bad = [m for m in ('lightning', 'hydra', 'pytorch_lightning') if m in sys.modules]; assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_imports_point_up_the_list():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            target = [*name.split("."), ""][1]
+            if part == target or part == "__init__.py" or target not in LIBRARY + APPLICATION:
+                continue
+            if part in LIBRARY:
+                good = target in LIBRARY and LIBRARY.index(target) < LIBRARY.index(part)
+            elif part in APPLICATION:
+                good = target in LIBRARY or (part, target) in APPLICATION_MAY
+            else:  # a file at the top: what the rest stands on
+                good = False
+            if not good:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_nobody_imports_past_a_face():
+    """``a.b._c`` is for files under ``a/b`` only; tests, recipes and benchmarks use public names."""
+    wrong = []
+    for folder in ("hawq_lightning", "tests", "recipes", "benchmarks"):
+        for path in (ROOT.parent / folder).rglob("*.py"):
+            where = path.relative_to(ROOT.parent).with_suffix("").parts
+            for name in imports(path):
+                parts = name.split(".")
+                for depth, part in enumerate(parts):
+                    if part.startswith("_") and not part.startswith("__") and tuple(parts[:depth]) != where[:depth]:
+                        wrong.append(f"{'/'.join(where)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_no_module_has_a_public_name_of_its_own():
+    """Files are private, so that no function hides a module of its name."""
+    shown = [p for p in ROOT.rglob("*.py") if not p.name.startswith("_")]
+    assert len(list(ROOT.rglob("_*.py"))) > 100
+    assert not shown, shown
+
+
+def test_only_one_folder_touches_lightnings_internals():
+    private = ("fit_loop._", "_data_source", "_average_model", "_current_fx_name", "_on_before_batch_transfer")
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name != "_trainer":
+            found = [p for p in private if p in path.read_text()]
+            assert not found, (path, found)

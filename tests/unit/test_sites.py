@@ -1,0 +1,155 @@
+"""Sites from a real forward pass: what shares a weight, what reads one tensor, what stays float and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hawq_lightning import HawqError, batch_images, sites
+from hawq_lightning.quantization import install, must_be_called
+from tests.nets import ConvNet, SharedHead, Tied
+
+
+def test_a_head_over_three_levels_is_one_site_with_three_tensors():
+    table = sites(SharedHead(), torch.randn(2, 2, 8, 8))
+    by_layer = {x.name: x for x in table.layers}
+    # levels are also read by the layers that make the next level: all of it is one component
+    assert table["down.0.input"].layers == ("down.0", "down.1", "tower")
+    assert table["down.0.input"].numel == 3 * (64 + 16 + 4)
+    assert by_layer["score"].activation == by_layer["box"].activation == "score.input"
+    assert table["score.input"].layers == ("score", "box")
+    assert by_layer["tower"].macs == 27 * 3 * (64 + 16 + 4)
+
+
+def test_readers_of_one_tensor_share_a_site_and_the_skip_does_not():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x):
+            x = F.relu(x)
+            return self.c(F.relu(self.a(x)) + self.b(x) + x)
+
+    table = sites(Block(), torch.randn(1, 4, 3, 3))
+    assert [s.layers for s in table.activations] == [("a", "b"), ("c",)]
+
+
+def test_a_tensor_changed_in_place_is_another_tensor():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x + 0
+            y = self.a(x)
+            x.relu_()
+            return y + self.b(x)
+
+    assert len(sites(Twice(), torch.randn(2, 4)).activations) == 2
+
+
+def test_shared_weights_are_one_site():
+    table = sites(Tied(), torch.randn(2, 3, 4))
+    assert table["a.weight"].layers == ("a", "b")
+    assert len(table.weights) == 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "macs"),
+    [
+        (nn.Conv2d(4, 8, 3, padding=1, groups=2), (2, 4, 5, 5), 25 * 8 * 2 * 9),
+        (nn.Conv1d(3, 5, 2), (2, 3, 7), 6 * 5 * 3 * 2),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 3), 9 * 4 * 6 * 4),
+        (nn.Linear(6, 7), (2, 5, 6), 5 * 6 * 7),
+        (nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3), 8 * 3 * 2 * 8),
+    ],
+)
+def test_macs_agree_with_a_count_by_hand(layer, x, macs):
+    table = sites(nn.Sequential(layer), torch.randn(x))
+    assert table.layers[0].macs == macs
+    assert table["0.weight"].channels == layer.weight.shape[1 if isinstance(layer, nn.ConvTranspose2d) else 0]
+
+
+def test_what_stays_float_is_listed_with_its_share():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.norm = nn.LayerNorm(8)
+            self.scaled = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x, _ = self.lstm(self.embed(x))
+            x, _ = self.attend(x, x, x)
+            return self.out(self.scaled(self.norm(x)).mean(1))
+
+    table = sites(Net(), torch.randint(0, 10, (2, 5)))
+    reasons = {f.name: f.reason for f in table.floats}
+    assert [s.name for s in table.weights] == ["out.weight"]
+    assert "look-up" in reasons["embed"] and "recurrent" in reasons["lstm"] and "attention" in reasons["attend"]
+    assert "parametrized" in reasons["scaled"]
+    rows = table.rows()
+    assert sum(r["bytes_share"] for r in rows) == pytest.approx(1)
+    assert sum(r["macs_share"] for r in rows) == pytest.approx(1)
+    assert next(r for r in rows if r["name"] == "out.weight")["macs_share"] < 0.2
+    assert "embed" in str(table)
+
+
+def test_uncalled_layers_get_no_site():
+    class Net(ConvNet):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(4, 4)
+
+    table = sites(Net(), torch.randn(2, 2, 8, 8))
+    assert "spare.weight" not in [s.name for s in table]
+    assert any(f.name == "spare" and "not called" in f.reason for f in table.floats)
+
+
+def test_patterns_choose_and_unknown_ones_are_named():
+    net, x = ConvNet(), torch.randn(2, 2, 8, 8)
+    assert {s.layers[0] for s in sites(net, x, include=nn.Conv2d).weights} == {"stem", "grouped", "same"}
+    assert {s.layers[0] for s in sites(net, x, exclude=["stem", "f*"]).weights} == {"grouped", "same"}
+    assert {s.layers[0] for s in sites(net, x, include=lambda n, m: n == "fc").weights} == {"fc"}
+    with pytest.raises(HawqError, match=r"'grouqed' matches no .* Did you mean 'grouped'"):
+        sites(net, x, exclude="grouqed")
+    with pytest.raises(HawqError, match="no quantizable layer"):
+        sites(nn.Sequential(nn.ReLU()), x)
+
+
+def test_without_a_batch_the_weights_are_still_known():
+    table = sites(ConvNet())
+    assert not table.traced and len(table.weights) == 4 and not table.activations
+
+
+def test_the_model_is_left_alone_and_twins_count_as_layers():
+    net, x = ConvNet(), torch.randn(2, 2, 8, 8)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    one = sites(net, x)
+    install(net)
+    two = sites(net, x)
+    assert one.sites == two.sites and one.layers == two.layers and net.training
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert not net.stem._forward_hooks and set(net.stem._forward_pre_hooks.values()) == {must_be_called}
+
+
+@pytest.mark.parametrize(
+    ("batch", "images"),
+    [
+        (torch.zeros(5, 3), 5),
+        ((torch.zeros(4, 3), torch.zeros(4)), 4),
+        ([torch.zeros(6, 3), torch.zeros(6)], 6),
+        ({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, 2),
+        (([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], [{}, {}]), 2),
+        (({"a": torch.zeros(7, 1)}, torch.zeros(7)), 7),
+    ],
+)
+def test_images_in_a_batch(batch, images):
+    assert batch_images(batch) == images
