@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 import hawq_lightning as hl
 from hawq_lightning import Plan, PlanSite
-from hawq_lightning.quantization import activation_step, quantize, uninstall
+from hawq_lightning.quantization import activation_step, quantize, unquantize
 from hawq_lightning.quantization.post_training import METHODS, FloatReference
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -131,7 +131,7 @@ def main() -> None:
     plans = plans_of(net, calibration, widths)
     rows: list[dict[str, Any]] = []
     for bits, plan in plans.items():
-        uninstall(net).load_state_dict(state)
+        unquantize(net).load_state_dict(state)
         quantize(net, plan)
         reference, known = FloatReference(net), {(): _copied(net)}
         for label, methods in TRIALS.items():

@@ -32,11 +32,11 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import Option, PlanSite, Site, SiteTable, measure, sites
+from hawq_lightning import Candidate, PlanSite, Site, SiteTable, measure, sites
 from hawq_lightning.data import ImageFolderDataModule
 from hawq_lightning.models import resnet20
-from hawq_lightning.quantization import arm_site, install, loss_check, options, uninstall, weight_options
-from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale
+from hawq_lightning.quantization import enable_site, loss_check, options, prepare, unquantize, weight_options
+from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, log_scale
 from hawq_lightning.sensitivity import Sensitivity, top_eigenvalues
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -110,13 +110,13 @@ def by_quantization(
     return rows
 
 
-def _gradient_term(model: nn.Module, site: Site, option: Option, slope: torch.Tensor) -> float:
+def _gradient_term(model: nn.Module, site: Site, option: Candidate, slope: torch.Tensor) -> float:
     chosen = PlanSite(site.name, site.kind, site.layers, site.shape, site.numel, option.bits, option.code)
-    layer = install(model)[site.layers[0]]
-    arm_site(layer, chosen)
+    layer = prepare(model)[site.layers[0]]
+    enable_site(layer, chosen)
     with torch.no_grad():
         term = float((slope * (layer.quantized_weight - layer.weight)).sum())
-    uninstall(model)
+    unquantize(model)
     return term
 
 
@@ -217,7 +217,7 @@ def page(found: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Row], equal: Sequence[Row]) -> Drawing:
+def draw(rows: Sequence[Row], equal: Sequence[Row]) -> ReportFigure:
     """Predicted against measured, log-log: quantization and noise of the weights, activations, Lemma 1."""
     weights, acts = ([r for r in rows if r["kind"] == k] for k in ("weight", "activation"))
     panels = [
@@ -247,7 +247,7 @@ def draw(rows: Sequence[Row], equal: Sequence[Row]) -> Drawing:
         axes[-1].set_xlabel("predicted change of the loss, ½Ω")
     columns = ["site", "kind", "bits", "predicted", "measured", "noise"]
     cells = [[r["site"], r["kind"], r["bits"], r["predicted"], r["measured"], r.get("noise", "")] for r in rows]
-    return Drawing("prediction", "Predicted against measured", "", "", figure, columns, cells)
+    return ReportFigure("prediction", "Predicted against measured", "", "", figure, columns, cells)
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def network() -> nn.Module:
 
 def traces(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     from hawq_lightning import measure
-    from hawq_lightning.sensitivity import Share
+    from hawq_lightning.sensitivity import ProcessShard
 
     g = torch.Generator().manual_seed(1)
     data = [
@@ -60,7 +60,7 @@ def traces(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     ]
     spent, sent = 0.0, 0
 
-    def all_sum(table: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(table: torch.Tensor) -> torch.Tensor:
         nonlocal spent, sent
         began = time.perf_counter()
         dist.all_reduce(table)
@@ -72,7 +72,7 @@ def traces(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     measure(
         model, data, loss_fn, estimator="ggn", rtol=1e-9, max_probes=args.probes, progress=False,
-        share=Share(rank, world, all_sum if world > 1 else None),
+        share=ProcessShard(rank, world, all_reduce_sum if world > 1 else None),
     )  # fmt: skip
     return {"seconds": time.perf_counter() - began, "communication": spent, "bytes": float(sent)}
 

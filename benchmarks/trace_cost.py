@@ -93,22 +93,22 @@ def work(name: str, what: str, threads: int) -> None:
         from hawq_lightning import find_sites, quantizable_layers
         from hawq_lightning.sensitivity import (
             Heap,
-            Probes,
-            Setting,
-            Signs,
+            MeasureContext,
+            ProbeRunner,
+            RademacherProbes,
             independent_images,
+            isolated_eval,
             probe_batch,
-            quiet,
             release_memory,
         )
 
         exclude = list(getattr(net, "quantization_exclude", ()))
-        with quiet(net, 0):
+        with isolated_eval(net, 0):
             layers, _ = quantizable_layers(net, None, exclude)
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
-            setting = Setting(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
+            setting = MeasureContext(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
             per_image = independent_images(setting, batch, count)
-            probes = Probes(setting, "ggn", per_image, lambda b: count)
+            probes = ProbeRunner(setting, "ggn", per_image, lambda b: count)
             probes.thin_concave([batch], None, 1000)
             thin = probes.thin
             release_memory()
@@ -117,8 +117,8 @@ def work(name: str, what: str, threads: int) -> None:
         def run(concave: float) -> None:
             nonlocal turn, known
             turn += 1
-            signs = Signs([(count, turn)])
-            with quiet(net, 0):
+            signs = RademacherProbes([(count, turn)])
+            with isolated_eval(net, 0):
                 probed = probe_batch(
                     setting, batch, count, per_image, signs, 1, concave=[concave], elementwise=known
                 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
-from hawq_lightning._plan import Option, Plan, PlanSite
+from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Layer, Site, SiteTable
 from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, sites
 from hawq_lightning.export import load_packed, save_packed
@@ -14,11 +14,11 @@ from hawq_lightning.selection import Frontier, Problem, frontier, select
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
-    from hawq_lightning.callbacks import HAWQ, InstallPlan, MeasureTraces, load_from_checkpoint
+    from hawq_lightning.callbacks import HAWQ, ApplyPlan, MeasureTraces, load_from_checkpoint
 
 __version__ = "0.1.0"
 
-_LIGHTNING = ("HAWQ", "InstallPlan", "MeasureTraces", "load_from_checkpoint")
+_LIGHTNING = ("HAWQ", "ApplyPlan", "MeasureTraces", "load_from_checkpoint")
 
 
 def __getattr__(name: str) -> Any:
@@ -32,12 +32,12 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "HAWQ",
+    "ApplyPlan",
+    "Candidate",
     "Frontier",
     "HawqError",
-    "InstallPlan",
     "Layer",
     "MeasureTraces",
-    "Option",
     "Plan",
     "PlanSite",
     "Problem",

@@ -23,7 +23,7 @@ ACTIVATION_BITS = range(2, 9)
 
 
 @dataclass(frozen=True)
-class Option:
+class Candidate:
     """One way to quantize one site.
 
     Attributes:
@@ -63,7 +63,7 @@ class PlanSite:
     omega: float | None = None
     perturbation: float | None = None
     stability: float | None = None
-    options: tuple[Option, ...] = ()
+    options: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _settled(site: PlanSite) -> PlanSite:
     return _with_option(site, own[0])
 
 
-def _with_option(site: PlanSite, option: Option) -> PlanSite:
+def _with_option(site: PlanSite, option: Candidate) -> PlanSite:
     return replace(
         site, code=option.code, omega=option.omega, perturbation=option.perturbation,
         scale=option.scale, zero_point=option.zero_point,
@@ -300,7 +300,7 @@ def _read_site(raw: Any) -> PlanSite:
     raw["numel"] = _whole(raw.get("numel"), f"numel of {name!r}")
     options = []
     for option in raw.get("options", ()):
-        option = Option(**option)
+        option = Candidate(**option)
         check_choice(name, str(raw.get("kind")), option.bits, option.code)
         options.append(option)
     raw["options"] = tuple(options)

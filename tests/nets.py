@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import SiteTable
-from hawq_lightning.sensitivity import Reads
+from hawq_lightning.sensitivity import InputHooks
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -143,7 +143,7 @@ def dense_activation_traces(model: nn.Module, batch: Any, loss_fn: LossFn, table
             into.append(torch.zeros_like(x, requires_grad=True))
             return x + into[-1]
 
-        with Reads(layers, site_of, visit):
+        with InputHooks(layers, site_of, visit):
             loss = loss_fn(model, batch)
         slopes = torch.autograd.grad(loss, shifts, create_graph=True)
         out[site.name] = _trace(list(slopes), shifts)

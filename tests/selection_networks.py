@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from hawq_lightning import Layer, Option, Site, SiteTable
+from hawq_lightning import Candidate, Layer, Site, SiteTable
 from hawq_lightning.selection import Problem
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 
@@ -29,7 +29,7 @@ def random_network(seed, count, weight_bits=(2, 4, 8), activation_bits=(4, 8), *
         bits = weight_bits if s.kind == "weight" else activation_bits
         trace = math.exp(rng.normal(0, 2))
         moved = [s.numel * 4.0**-b * math.exp(rng.normal(0, 0.3)) for b in bits]
-        options[s.name] = tuple(Option(b, "affine", trace * m, m) for b, m in zip(bits, moved))
+        options[s.name] = tuple(Candidate(b, "affine", trace * m, m) for b, m in zip(bits, moved))
         records.append(SiteTrace(s.name, s.kind, trace * s.numel, 0.1, 0.1, s.numel, trace))
     ties = [[f"l{i}.weight", f"l{i + 2}.weight"] for i in range(0, count - 2, 4)] if tied else ()
     pairs = {"Conv2d": [(w, a) for w in weight_bits for a in activation_bits if w <= a]} if device else None

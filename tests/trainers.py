@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.quantization import enabled_bits
 
 FEATURES, CLASSES, IMAGES = 12, 4, 64
 
@@ -95,7 +95,7 @@ def trainer(folder, *callbacks, **kwargs):
 
 
 def weight_widths(model):
-    return {bits for name, bits in armed_bits(model).items() if name.endswith(".weight")}
+    return {bits for name, bits in enabled_bits(model).items() if name.endswith(".weight")}
 
 
 proofs = 0  # how often quantizers were found armed with unequal bits: tests marked as a feature must do it
@@ -105,16 +105,16 @@ def assert_mixed(model, callback=None):
     """Armed, with at least two widths, and as the plan says."""
     global proofs
     proofs += 1
-    assert len(weight_widths(model)) >= 2, armed_bits(model)
+    assert len(weight_widths(model)) >= 2, enabled_bits(model)
     if callback is not None:
-        known = armed_bits(model)
+        known = enabled_bits(model)
         for site in callback.plan.sites:
             for layer in site.layers:
                 assert known[f"{layer}.{'weight' if site.kind == 'weight' else 'input'}"] == site.bits
 
 
 def assert_mixed_elsewhere(bits):
-    """Likewise for ``armed_bits`` of, or the plan that was armed in, another process."""
+    """Likewise for ``enabled_bits`` of, or the plan that was armed in, another process."""
     global proofs
     proofs += 1
     found = {b for n, b in bits.items() if n.endswith(".weight")}

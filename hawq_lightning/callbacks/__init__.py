@@ -1,6 +1,6 @@
 """Lightning callbacks: hooks only, no maths."""
 
-from hawq_lightning.callbacks._apply import InstallPlan, weights_hash
+from hawq_lightning.callbacks._apply import ApplyPlan, weights_hash
 from hawq_lightning.callbacks._block_order import BlockwiseOrder
 from hawq_lightning.callbacks._channels_last import ChannelsLast
 from hawq_lightning.callbacks._checkpoint import load_from_checkpoint
@@ -11,9 +11,9 @@ from hawq_lightning.callbacks._hawq import HAWQ
 from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._mixed_training import MixedTraining
 from hawq_lightning.callbacks._trainer import (
-    borrowed_step,
     draw_batches,
     in_middle_of_epoch,
+    loss_from_training_step,
     onto_device,
     refuse_sharded,
     runs_script_again,
@@ -23,18 +23,18 @@ from hawq_lightning.callbacks.fault_tolerance import AtomicCheckpointIO
 
 __all__ = [
     "HAWQ",
+    "ApplyPlan",
     "AtomicCheckpointIO",
     "BlockwiseOrder",
     "ChannelsLast",
     "Distillation",
     "FreezeSchedule",
-    "InstallPlan",
     "MeasureTraces",
     "MixedTraining",
-    "borrowed_step",
     "draw_batches",
     "in_middle_of_epoch",
     "load_from_checkpoint",
+    "loss_from_training_step",
     "onto_device",
     "preview",
     "refuse_sharded",

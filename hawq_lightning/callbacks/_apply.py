@@ -22,21 +22,21 @@ from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
     check_namespace,
-    copy_again,
-    go_first,
     has_parent,
     is_sharded,
+    move_to_front,
+    rerun_setup,
     sync_averages,
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
 from hawq_lightning.quantization import (
     QuantizedLayer,
     QuantizerSpec,
-    arm,
-    armed_bits,
     check_plan,
-    install,
+    enable,
+    enabled_bits,
     plan_of,
+    prepare,
     quantized_layers,
     quantizer_named,
     reestimate,
@@ -47,7 +47,7 @@ from hawq_lightning.quantization import (
 from hawq_lightning.selection import recost
 
 
-class InstallPlan(Callback):
+class ApplyPlan(Callback):
     """Turn layers into fake-quant twins at every stage, and arm them with a plan when fitting starts.
 
     A checkpoint carries the bits and ranges in the module's own state dict, so ``fit``, ``validate``, ``test`` and
@@ -81,16 +81,16 @@ class InstallPlan(Callback):
         self._plan: Plan | None = None
         self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
-        self._relay = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
-        weakref.finalize(self, _remove, self._relay, os.getpid())
+        self._handoff_file = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, self._handoff_file, os.getpid())
         self._resumed = ResumedStates()
         self._refitted = -1
 
     @property
     def plan(self) -> Plan | None:
         """The plan in force."""
-        if self._plan is None and self._relay.is_file():
-            self._plan = Plan.from_dict(torch.load(self._relay, weights_only=True)["plan"])
+        if self._plan is None and self._handoff_file.is_file():
+            self._plan = Plan.from_dict(torch.load(self._handoff_file, weights_only=True)["plan"])
         return self._plan
 
     @plan.setter
@@ -106,26 +106,26 @@ class InstallPlan(Callback):
         check_namespace(trainer)
         if self.quantizer.options.get("reestimate") and (name := is_sharded(trainer)):
             raise HawqError(f"{name} splits the weights; ranges cannot follow them: leave reestimate at 0.")
-        before = go_first(trainer, listed)
+        before = move_to_front(trainer, listed)
         try:
-            install(pl_module, self.include, self.exclude, self.quantizer)
+            prepare(pl_module, self.include, self.exclude, self.quantizer)
         except HawqError:
             if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
                 raise
         after_layers_exist(pl_module, lambda: self._layers_exist(trainer, pl_module, stage))
         if not builds_later(pl_module):
             self._layers_exist(trainer, pl_module, stage)
-        copy_again(before, trainer, pl_module, stage)
-        if self._relay.is_file() and not armed_bits(pl_module):
-            told = torch.load(self._relay, weights_only=True)
+        rerun_setup(before, trainer, pl_module, stage)
+        if self._handoff_file.is_file() and not enabled_bits(pl_module):
+            told = torch.load(self._handoff_file, weights_only=True)
             if told["weights"] == weights_hash(pl_module):  # another model has nothing to do with it
                 pl_module.load_state_dict(told["buffers"], strict=False)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        install(pl_module, self.include, self.exclude, self.quantizer)
+        prepare(pl_module, self.include, self.exclude, self.quantizer)
         complete = not {"setup", "configure_model"} & pl_module.__dict__.keys()
-        if complete and stage == "fit" and self._given and is_sharded(trainer) and not armed_bits(pl_module):
-            self.arm(trainer, pl_module, self._given)  # steps are fitted to weights that are still whole
+        if complete and stage == "fit" and self._given and is_sharded(trainer) and not enabled_bits(pl_module):
+            self.enable(trainer, pl_module, self._given)  # steps are fitted to weights that are still whole
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arm the given plan, unless a checkpoint has armed the model."""
@@ -133,13 +133,13 @@ class InstallPlan(Callback):
         if self.restored(pl_module):
             return
         if self._given is None:
-            raise HawqError("InstallPlan has no plan: give plan=, or a ckpt_path that holds a quantized model.")
-        self.arm(trainer, pl_module, self._given)
+            raise HawqError("ApplyPlan has no plan: give plan=, or a ckpt_path that holds a quantized model.")
+        self.enable(trainer, pl_module, self._given)
 
     def restored(self, pl_module: LightningModule) -> bool:
         """Whether the model is armed already, by a checkpoint or an earlier fit; then its plan is adopted."""
         refresh(pl_module)
-        if not armed_bits(pl_module):
+        if not enabled_bits(pl_module):
             return False
         if self._given is not None and is_sharded(pl_module.trainer):
             self._plan = self._given  # armed in setup; what there is of the weights now has other shapes
@@ -157,10 +157,10 @@ class InstallPlan(Callback):
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
-    def arm(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+    def enable(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
         """Fill the quantizers of every process alike."""
-        arm(pl_module, plan)
-        if not armed_bits(pl_module):
+        enable(pl_module, plan)
+        if not enabled_bits(pl_module):
             raise HawqError("The plan arms no layer of this model.")
         planned = {name for s in plan.sites for name in s.layers}
         left = [name for name in quantized_layers(pl_module) if name not in planned]
@@ -173,7 +173,7 @@ class InstallPlan(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
         refresh(pl_module)
-        if self._plan is None and armed_bits(pl_module):
+        if self._plan is None and enabled_bits(pl_module):
             self._plan = _sized(plan_of(pl_module))
 
     on_test_start = on_validation_start
@@ -203,7 +203,7 @@ class InstallPlan(Callback):
                 for key, value in getattr(layer, part).state_dict().items()
             }
             told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
-            torch.save(told, self._relay)
+            torch.save(told, self._handoff_file)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ranges that follow the weights, after every so many optimizer steps."""
@@ -248,7 +248,7 @@ def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
 
 def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
     """Whether a model is armed with a plan's bits."""
-    known = armed_bits(module)
+    known = enabled_bits(module)
     parts = {"weight": "weight", "activation": "input"}
     return all(known.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
 

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Plan, PlanSite
-from hawq_lightning.callbacks._schedule_time import Moment, training_share
-from hawq_lightning.quantization import Quantizer, armed_bits, quantized_layers, quantizers
+from hawq_lightning.callbacks._schedule_time import ScheduleTime, training_share
+from hawq_lightning.quantization import Quantizer, enabled_bits, quantized_layers, quantizers
 
 ORDERS = ("omega", "omega_ascending")
 
@@ -40,7 +40,7 @@ class BlockwiseOrder(Callback):
         if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
             raise HawqError(f"stages={stages!r}; it is a number of groups, 1 or more.")
         self.by, self.stages, self.start = by, stages, start
-        self.until = Moment(until, "order_until")
+        self.until = ScheduleTime(until, "order_until")
         self._groups: list[list[Quantizer]] | None = None
         self._on = 0
 
@@ -48,13 +48,13 @@ class BlockwiseOrder(Callback):
         """Check the schedule against the Trainer, and the plan where there is one by now."""
         self._groups = None
         self.until.check(trainer)
-        if armed_bits(pl_module):
+        if enabled_bits(pl_module):
             self._grouped(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch on whose turn it is."""
         if self._groups is None:
-            if not armed_bits(pl_module):
+            if not enabled_bits(pl_module):
                 return
             self._groups = self._grouped(trainer, pl_module)
             self._on = -1
@@ -103,12 +103,12 @@ class BlockwiseOrder(Callback):
         assert self._groups is not None
         for i, group in enumerate(self._groups):
             for quantizer in group:
-                quantizer.paused = i >= due
+                quantizer.fake_quant_disabled = i >= due
         self._on = due
 
     def _all_on(self, pl_module: LightningModule) -> None:
         for quantizer in quantizers(pl_module):
-            quantizer.paused = False
+            quantizer.fake_quant_disabled = False
 
     def _grouped(self, trainer: Trainer, pl_module: LightningModule) -> list[list[Quantizer]]:
         plan = plan_in_force(trainer)

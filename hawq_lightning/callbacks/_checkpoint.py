@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
-from hawq_lightning.quantization import install, named_in, quantizer_named
+from hawq_lightning.quantization import named_in, prepare, quantizer_named
 
 Module = TypeVar("Module", bound=LightningModule)
 _MARK = ".weight_quantizer.width"
@@ -69,7 +69,7 @@ def _install(
             )
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
         if names & set(known):
-            install(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
+            prepare(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
 
 
 def _options(callbacks: Mapping[str, Any], quantizer: str) -> Mapping[str, Any]:

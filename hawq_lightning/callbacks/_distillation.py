@@ -12,17 +12,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.callbacks._trainer import float_copy, is_sharded, loss_of, replaced_step, restored_step, with_loss
+from hawq_lightning.callbacks._trainer import (
+    float_copy,
+    is_sharded,
+    loss_of,
+    patch_training_step,
+    restore_training_step,
+    with_loss,
+)
 from hawq_lightning.callbacks.fault_tolerance import random_states, set_random_states
 from hawq_lightning.quantization import (
     Enough,
     GraphOutputs,
     Head,
     HeadOutputs,
-    armed_bits,
     distance,
+    enabled_bits,
     find_heads,
-    uninstall,
+    unquantize,
 )
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept
 
@@ -74,7 +81,7 @@ class Distillation(Callback):
         if name := is_sharded(trainer):
             raise HawqError(f"{name} splits the layers; distillation needs them whole.")
         self._teacher = float_copy(pl_module)
-        uninstall(self._teacher)
+        unquantize(self._teacher)
         self._of = weakref.ref(pl_module)
         self.heads = []
 
@@ -85,7 +92,7 @@ class Distillation(Callback):
             assert self._teacher is not None
             self._teacher.load_state_dict(self._saved)
             self._saved = None
-        elif armed_bits(pl_module) and not self._mine(pl_module) and trainer.global_step > 0:
+        elif enabled_bits(pl_module) and not self._mine(pl_module) and trainer.global_step > 0:
             rank_zero_warn(
                 "HAWQ: the checkpoint holds no float network to distil from; its fine-tuned weights take its place."
             )
@@ -96,7 +103,7 @@ class Distillation(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step in as soon as the quantizers are armed."""
-        if not armed_bits(pl_module):
+        if not enabled_bits(pl_module):
             return
         if not self._mine(pl_module):
             self.take(trainer, pl_module)
@@ -105,15 +112,15 @@ class Distillation(Callback):
         self._teacher.train()  # detectors return losses in training mode only
         for module in noisy_modules(self._teacher):
             module.eval()
-        replaced_step(pl_module, self._step)
+        patch_training_step(pl_module, self._step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module gets its own step back."""
-        restored_step(pl_module)
+        restore_training_step(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As at the end."""
-        restored_step(pl_module)
+        restore_training_step(pl_module)
 
     def _mine(self, pl_module: LightningModule) -> bool:
         return self._teacher is not None and self._of is not None and self._of() is pl_module

@@ -17,7 +17,7 @@ from hawq_lightning._sites import find_sites
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.quantization import first_order_term, network_inputs
 from hawq_lightning.selection import Problem, activation_steps, check_feasible, nominal_problem
-from hawq_lightning.sensitivity import Sensitivity, quiet
+from hawq_lightning.sensitivity import Sensitivity, isolated_eval
 
 if TYPE_CHECKING:
     from hawq_lightning.callbacks._measure import MeasureTraces
@@ -41,7 +41,7 @@ def preview(
     Raises:
         HawqError: no sites, constraints that contradict each other, or what no plan can meet.
     """
-    with quiet(module):
+    with isolated_eval(module):
         exclude = asked.excluded(module)
         table = find_sites(module, lambda: loss_fn(module, batch), batch_images(batch), asked.include, exclude)
         wanted = asked.activation_bits is not None and asked.input_bits is not None

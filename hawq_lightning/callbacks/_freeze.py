@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from hawq_lightning.callbacks._schedule_time import Moment
-from hawq_lightning.quantization import armed_bits, quantizers
+from hawq_lightning.callbacks._schedule_time import ScheduleTime
+from hawq_lightning.quantization import enabled_bits, quantizers
 
 
 class FreezeSchedule(Callback):
@@ -29,8 +29,8 @@ class FreezeSchedule(Callback):
     """
 
     def __init__(self, batchnorm: Any = None, ranges: Any = None) -> None:
-        self.batchnorm = None if batchnorm is None else Moment(batchnorm, "freeze_batchnorm")
-        self.ranges = None if ranges is None else Moment(ranges, "freeze_ranges")
+        self.batchnorm = None if batchnorm is None else ScheduleTime(batchnorm, "freeze_batchnorm")
+        self.ranges = None if ranges is None else ScheduleTime(ranges, "freeze_ranges")
         self._stopped: list[nn.Module] = []
         self._held: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
@@ -48,10 +48,10 @@ class FreezeSchedule(Callback):
                     module.training = False
                     self._stopped.append(module)
         due = self.ranges is not None and self._held is None and self.ranges.reached(trainer, batch_idx)
-        if due and armed_bits(pl_module):  # before that there are no ranges to hold
+        if due and enabled_bits(pl_module):  # before that there are no ranges to hold
             self._held = []
             for quantizer in quantizers(pl_module):
-                quantizer.observing = False
+                quantizer.range_updates_enabled = False
                 self._held += [(p, p.detach().clone()) for p in quantizer.parameters()]
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class FreezeSchedule(Callback):
         self._stopped = []
         if self._held is not None:
             for quantizer in quantizers(pl_module):
-                quantizer.observing = True
+                quantizer.range_updates_enabled = True
         self._held = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

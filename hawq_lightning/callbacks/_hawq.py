@@ -11,24 +11,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._plan import Option, Plan
+from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, quantizable_layers
-from hawq_lightning.callbacks._apply import InstallPlan
+from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._block_order import BlockwiseOrder
 from hawq_lightning.callbacks._distillation import Distillation
 from hawq_lightning.callbacks._freeze import FreezeSchedule
 from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._post_training import improve, outside_of_evaluation
-from hawq_lightning.callbacks._trainer import beside, sync_averages
-from hawq_lightning.quantization import QuantizerSpec, armed_bits
+from hawq_lightning.callbacks._trainer import insert_after, sync_averages
+from hawq_lightning.quantization import QuantizerSpec, enabled_bits
 from hawq_lightning.quantization.post_training import check_methods
 from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
 
 
 class HAWQ(Callback):
-    """HAWQ-V2 in one callback: :class:`MeasureTraces` and :class:`InstallPlan` together.
+    """HAWQ-V2 in one callback: :class:`MeasureTraces` and :class:`ApplyPlan` together.
 
     Before fitting (or after ``start`` epochs of it) the traces of every layer are measured on the Trainer's own train
     data, bits are chosen under the budget, and fake-quantizers are armed; the Trainer then fine-tunes them.
@@ -130,126 +130,126 @@ class HAWQ(Callback):
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:
             raise HawqError(f"start is {start!r}; it is a number of epochs, 0 or more.")
         self.start = start
-        self.installer = InstallPlan(plan, include, exclude, quantizer, quantizer_options)
-        if self.installer.quantizer.freezes_norms and freeze_batchnorm is None:
+        self.applier = ApplyPlan(plan, include, exclude, quantizer, quantizer_options)
+        if self.applier.quantizer.freezes_norms and freeze_batchnorm is None:
             freeze_batchnorm = start
-        self.measurer = MeasureTraces(
+        self.measure_callback = MeasureTraces(
             weight_bits, activation_bits, budget, selector=selector, constraints=constraints, bits=bits,
             latency=latency, estimator=estimator, l1=l1, images=images, rtol=rtol, max_probes=max_probes,
             draw=draw, stop=stop, precision=precision, sensitivity=sensitivity, include=include, exclude=exclude,
-            loss_fn=loss_fn, input_bits=input_bits, codes=codes, quantizer=self.installer.quantizer,
+            loss_fn=loss_fn, input_bits=input_bits, codes=codes, quantizer=self.applier.quantizer,
             check_loss=check_loss, seed=seed, selection_seed=selection_seed, cache=cache, dirpath=dirpath,
             progress=progress,
         )  # fmt: skip
         self.distillation = Distillation(distill, distill_temperature) if distill else None
-        self.companions: list[Callback] = [self.distillation] if self.distillation else []
+        self.extra_callbacks: list[Callback] = [self.distillation] if self.distillation else []
         if freeze_batchnorm is not None or freeze_ranges is not None:
-            self.companions.append(FreezeSchedule(freeze_batchnorm, freeze_ranges))
+            self.extra_callbacks.append(FreezeSchedule(freeze_batchnorm, freeze_ranges))
         if order is not None:
-            self.companions.append(BlockwiseOrder(order, order_until, start=start))
+            self.extra_callbacks.append(BlockwiseOrder(order, order_until, start=start))
         self.post_training = post_training is True or check_methods(post_training)
         self.improved: dict[str, dict[str, Any]] = {}
 
     @property
     def plan(self) -> Plan | None:
         """The plan in force."""
-        return self.installer.plan
+        return self.applier.plan
 
     @property
     def sensitivity(self) -> Sensitivity | None:
         """The traces, if they were measured or given."""
-        return self.measurer.sensitivity
+        return self.measure_callback.sensitivity
 
     @property
     def frontier(self) -> Frontier | None:
         """Every plan that no other beats in both Omega and size."""
-        return self.measurer.frontier
+        return self.measure_callback.frontier
 
     @property
     def sites(self) -> SiteTable | None:
         """The sites found."""
-        return self.measurer.sites
+        return self.measure_callback.sites
 
     @property
-    def options(self) -> dict[str, tuple[Option, ...]]:
+    def options(self) -> dict[str, tuple[Candidate, ...]]:
         """Every option weighed, by site."""
-        return self.measurer.options
+        return self.measure_callback.options
 
     @property
     def loss_check(self) -> list[dict[str, Any]]:
         """Predicted and measured loss changes, if asked for."""
-        return self.measurer.loss_check
+        return self.measure_callback.loss_check
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make twins at every stage."""
-        self.installer.exclude = self.measurer.excluded(pl_module)
-        self.installer.prepare(trainer, pl_module, stage, self)
-        beside(trainer, self, self.companions)
+        self.applier.exclude = self.measure_callback.excluded(pl_module)
+        self.applier.prepare(trainer, pl_module, stage, self)
+        insert_after(trainer, self, self.extra_callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, arm; nothing of it if a checkpoint has armed the model."""
-        self.installer.before_data(trainer)
+        self.applier.before_data(trainer)
         known = self.plan is not None
-        if self.installer.restored(pl_module):
-            if not known and self.installer._given is None:
+        if self.applier.restored(pl_module):
+            if not known and self.applier._given is None:
                 rank_zero_warn(
                     "HAWQ: the model came with quantizers that are armed; it keeps their bits, whatever the budget. "
-                    "To choose anew, call hawq_lightning.quantization.uninstall(model) first."
+                    "To choose anew, call hawq_lightning.quantization.unquantize(model) first."
                 )
             return
-        self.installer.plan = None  # of a model that this callback quantized before
+        self.applier.plan = None  # of a model that this callback quantized before
         if not quantizable_layers(pl_module)[0]:
             raise HawqError(f"{type(pl_module).__name__} has no quantizable layer (convolution or linear).")
         if self.start == 0:
             self._quantize(trainer, pl_module)
         elif trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.start:
             raise HawqError(f"start={self.start} leaves none of the {trainer.max_epochs} epochs for fine-tuning.")
-        elif self.installer._given is None and trainer.global_step == 0:
-            self.measurer.try_out(trainer, pl_module)
+        elif self.applier._given is None and trainer.global_step == 0:
+            self.measure_callback.check_feasible_early(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Random states of a resumed epoch."""
-        self.installer.on_train_start(trainer, pl_module)
+        self.applier.on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin after ``start`` epochs of float training."""
-        self.installer.on_train_epoch_start(trainer, pl_module)
-        if trainer.current_epoch >= self.start and not armed_bits(pl_module):
+        self.applier.on_train_epoch_start(trainer, pl_module)
+        if trainer.current_epoch >= self.start and not enabled_bits(pl_module):
             self._quantize(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ranges that follow the weights, after every so many optimizer steps."""
-        self.installer.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.applier.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        given = self.installer._given
-        plan = given if given is not None else self.measurer.analyze(trainer, pl_module)
+        given = self.applier._given
+        plan = given if given is not None else self.measure_callback.analyze(trainer, pl_module)
         if self.distillation is not None:
             self.distillation.take(trainer, pl_module)
-        self.installer.arm(trainer, pl_module, plan)
+        self.applier.enable(trainer, pl_module, plan)
         if self.post_training:
-            m = self.measurer
+            m = self.measure_callback
             self.improved = improve(trainer, pl_module, self.post_training, m.images, m.seed, m.loss_fn, m.progress)
             sync_averages(trainer, pl_module, weights=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers; with ``post_training``, ``trainer.validate`` quantizes a float network."""
-        self.installer.on_validation_start(trainer, pl_module)
-        if self.post_training and trainer.state.fn == "validate" and not armed_bits(pl_module):
+        self.applier.on_validation_start(trainer, pl_module)
+        if self.post_training and trainer.state.fn == "validate" and not enabled_bits(pl_module):
             with outside_of_evaluation(pl_module):
                 self._quantize(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers."""
-        self.installer.on_validation_start(trainer, pl_module)
-        if self.post_training and not armed_bits(pl_module):
+        self.applier.on_validation_start(trainer, pl_module)
+        if self.post_training and not enabled_bits(pl_module):
             rank_zero_warn("HAWQ: the network is float here; trainer.validate() quantizes it.")
 
     on_predict_start = on_test_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training ended before its ``start``."""
-        if self.start and not armed_bits(pl_module):
+        if self.start and not enabled_bits(pl_module):
             rank_zero_warn(
                 f"HAWQ: training ended in epoch {trainer.current_epoch}, before start={self.start} epochs were over: "
                 "the network is float, and nothing was measured."
@@ -257,23 +257,23 @@ class HAWQ(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one."""
-        self.installer.on_fit_end(trainer, pl_module)
+        self.applier.on_fit_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Random states."""
-        self.installer.on_save_checkpoint(trainer, pl_module, checkpoint)
+        self.applier.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Random states."""
-        self.installer.on_load_checkpoint(trainer, pl_module, checkpoint)
+        self.applier.on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and traces, in plain types."""
-        state = self.installer.state_dict()
+        state = self.applier.state_dict()
         return state | ({"sensitivity": self.sensitivity.to_dict()} if self.sensitivity is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
-        self.installer.load_state_dict(state_dict)
+        self.applier.load_state_dict(state_dict)
         if "sensitivity" in state_dict:
-            self.measurer.sensitivity = Sensitivity.from_dict(state_dict["sensitivity"])
+            self.measure_callback.sensitivity = Sensitivity.from_dict(state_dict["sensitivity"])

@@ -17,29 +17,29 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
-from hawq_lightning._plan import Option, Plan
+from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
-    borrowed_step,
     check_namespace,
     draw_batches,
     is_sharded,
+    loss_from_training_step,
     onto_device,
     refuse_sharded,
-    share_of,
+    shard_of,
     shows_progress,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import (
     QuantizerSpec,
     check_bits,
+    fake_quant_disabled,
     loss_check,
+    loss_of_plan,
     options,
-    paused,
-    plan_loss,
     quantizer_named,
     weight_kinds,
 )
@@ -51,7 +51,7 @@ from hawq_lightning.selection import (
     check_selector,
     read_budget,
     select,
-    with_stability,
+    with_bootstrap_stability,
 )
 from hawq_lightning.sensitivity import (
     ESTIMATORS,
@@ -185,7 +185,7 @@ class MeasureTraces(Callback):
         self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
         self.sites: SiteTable | None = None
         self.sensitivity: Sensitivity | None = None
-        self.options: dict[str, tuple[Option, ...]] = {}
+        self.options: dict[str, tuple[Candidate, ...]] = {}
         self.frontier: Frontier | None = None
         self.plan: Plan | None = None
         self.loss_check: list[dict[str, Any]] = []
@@ -217,13 +217,16 @@ class MeasureTraces(Callback):
         refuse_sharded(trainer)
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
 
-    def try_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check_feasible_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets."""
         if is_sharded(trainer):
             return
 
         def look(check: Callable[[], None]) -> None:
-            with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn, check) as loss_fn:
+            with (
+                fake_quant_disabled(pl_module),
+                loss_from_training_step(trainer, pl_module, self.loss_fn, check) as loss_fn,
+            ):
                 batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.seed))
                 preview(self, pl_module, batches[0], loss_fn)
 
@@ -232,7 +235,10 @@ class MeasureTraces(Callback):
     def _analyze(self, trainer: Trainer, pl_module: LightningModule, check: Callable[[], None]) -> Plan:
         folder = self.folder(trainer)
         show = self.progress and shows_progress(trainer)
-        with paused(pl_module), borrowed_step(trainer, pl_module, self.loss_fn, check) as loss_fn:
+        with (
+            fake_quant_disabled(pl_module),
+            loss_from_training_step(trainer, pl_module, self.loss_fn, check) as loss_fn,
+        ):
             drawn = draw_batches(trainer, self.images, self.seed)
             batches = onto_device(trainer, pl_module, drawn)
             table, nominal = preview(self, pl_module, batches[0], loss_fn)
@@ -249,7 +255,7 @@ class MeasureTraces(Callback):
                     pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
                     max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
                     precision=self.precision,
-                    share=share_of(trainer), reuse=traces.find, resume=traces.partial,
+                    share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
                     enough=settled if self.stop == "plan" else None,
                 )  # fmt: skip
                 if self.given is None:
@@ -264,7 +270,7 @@ class MeasureTraces(Callback):
             problem = Problem(table, self.options, self.sensitivity, overhead, **constraints)
             chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
             if self.selector in ("pareto", "monotone") and self.stability_draws:
-                chosen = with_stability(problem, chosen, bootstraps=self.stability_draws)
+                chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
             lifted = list(guarded_mean_traces(self.sensitivity)[1])
             settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed, "lifted": lifted}
             chosen = self._own(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
@@ -292,13 +298,13 @@ class MeasureTraces(Callback):
             wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
             found = top_eigenvalues(
                 pl_module, batches, loss_fn, sites=self.sites, only=wanted, rtol=self.rtol, seed=self.seed,
-                progress=self.progress and shows_progress(trainer), share=share_of(trainer),
+                progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
             )  # fmt: skip
             self.eigenvalues = {n: max(0.0, v) for n, v in found.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
         if self.selector == "accuracy":
-            with plan_loss(pl_module, batches, loss_fn, quantizer=self.quantizer) as measure_loss:
+            with loss_of_plan(pl_module, batches, loss_fn, quantizer=self.quantizer) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._own(plan)))
         return pick()
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from hawq_lightning.callbacks._trainer import borrowed_step, draw_batches, onto_device, shows_progress
+from hawq_lightning.callbacks._trainer import draw_batches, loss_from_training_step, onto_device, shows_progress
 from hawq_lightning.quantization import quantizers
 from hawq_lightning.quantization.post_training import post_training
 
@@ -51,7 +51,7 @@ def improve(
     Returns:
         method -> what it reports of each layer.
     """
-    with borrowed_step(trainer, pl_module, loss_fn) as forward:
+    with loss_from_training_step(trainer, pl_module, loss_fn) as forward:
         batches = onto_device(trainer, pl_module, draw_batches(trainer, images, seed))
         show = progress and shows_progress(trainer)
         found = post_training(pl_module, batches, methods, forward=forward, progress=show)

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from hawq_lightning._errors import HawqError
 
 
-class Moment:
+class ScheduleTime:
     """A point in training from which something holds.
 
     Args:

@@ -3,7 +3,7 @@
 from hawq_lightning.cli._build import make_data, make_task, make_trainer
 from hawq_lightning.cli._collect import main as collect_main
 from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
-from hawq_lightning.cli._entry import check_choices, explain, quiet_down, told_apart
+from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_dirname_overrides
 from hawq_lightning.cli._export_run import export_run
 from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier
 from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
@@ -33,7 +33,7 @@ __all__ = [
     "run",
     "settings_hash",
     "show_frontier",
-    "told_apart",
+    "sweep_dirname_overrides",
     "uniform",
     "write_onnx",
 ]

@@ -62,7 +62,7 @@ def first_look(
     batch = next(iter(data.train_dataloader()), None)
     if batch is None:
         raise HawqError("The training dataloader is empty.")
-    return batch, *preview(callback.measurer, task, batch, _loss)
+    return batch, *preview(callback.measure_callback, task, batch, _loss)
 
 
 def budget_ranges(problem: Problem) -> list[str]:

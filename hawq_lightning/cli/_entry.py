@@ -61,7 +61,7 @@ def _check_launcher(group: str, name: str) -> None:
         raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
 
 
-def told_apart(argv: Sequence[str]) -> list[str]:
+def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
     """What to add to the command line of a sweep over keys that folders are not named after, so that they are then.
 
     Args:
@@ -84,7 +84,7 @@ def run_main(main: Callable[[], Any]) -> None:
     """Run a Hydra main; bad input ends the program with one line and exit code 1."""
     try:
         check_choices(sys.argv[1:])
-        sys.argv += told_apart(sys.argv[1:])
+        sys.argv += sweep_dirname_overrides(sys.argv[1:])
     except HawqError as error:
         stop(error)
     main()

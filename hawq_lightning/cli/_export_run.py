@@ -21,7 +21,7 @@ from hawq_lightning.cli._onnx import Images, write_onnx
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
 from hawq_lightning.export import load_packed, network_of, require, to_program
 from hawq_lightning.export.onnx import check_writable, layer_latencies, write_table
-from hawq_lightning.quantization import import_quantizers, uninstall
+from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
 
 _WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
@@ -129,4 +129,4 @@ def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
             return net.eval(), ""
     net = load_packed(folder / "model.safetensors", _fresh(run))
     note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"
-    return uninstall(net).eval(), note
+    return unquantize(net).eval(), note

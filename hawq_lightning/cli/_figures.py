@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from hawq_lightning._progress import progress_bar
-from hawq_lightning.callbacks import HAWQ, borrowed_step, draw_batches, onto_device, shows_progress
-from hawq_lightning.quantization import paused
+from hawq_lightning.callbacks import HAWQ, draw_batches, loss_from_training_step, onto_device, shows_progress
+from hawq_lightning.quantization import fake_quant_disabled
 
 _IMAGES = 64
 
@@ -31,9 +31,14 @@ class PaperFigures(pl.Callback):
             return
         from hawq_lightning.report import paper_figures
 
-        measurer = self.hawq.measurer
-        with paused(pl_module), borrowed_step(trainer, pl_module, measurer.loss_fn) as loss_fn:
-            drawn = draw_batches(trainer, min(_IMAGES, measurer.images), measurer.seed)
+        measure_callback = self.hawq.measure_callback
+        with (
+            fake_quant_disabled(pl_module),
+            loss_from_training_step(trainer, pl_module, measure_callback.loss_fn) as loss_fn,
+        ):
+            drawn = draw_batches(trainer, min(_IMAGES, measure_callback.images), measure_callback.seed)
             batches = onto_device(trainer, pl_module, drawn)
             with progress_bar(shows_progress(trainer)) as bar:
-                paper_figures(self.folder, pl_module, batches, loss_fn, measured, sites, seed=measurer.seed, bar=bar)
+                paper_figures(
+                    self.folder, pl_module, batches, loss_fn, measured, sites, seed=measure_callback.seed, bar=bar
+                )

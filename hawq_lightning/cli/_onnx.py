@@ -18,7 +18,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import compare, network_of, to_onnx
 from hawq_lightning.models import require
-from hawq_lightning.quantization import uninstall
+from hawq_lightning.quantization import unquantize
 
 
 class Images:
@@ -106,7 +106,7 @@ def write_onnx(
         record["map"] = mean_average_precision(net, folder / "model.onnx", batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
-        whole = uninstall(copy.deepcopy(net)).cpu().eval()
+        whole = unquantize(copy.deepcopy(net)).cpu().eval()
         record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
         show(record)
     write_text(folder / "export.json", json.dumps(record, indent=1))

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.cli._resume import Progress
+from hawq_lightning.cli._resume import RunState
 from hawq_lightning.report import keep_per_image
 
 SCORES = {
@@ -41,7 +41,7 @@ class Recorder(pl.Callback):
         progress: where the record is kept until the run has come to its end.
     """
 
-    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: RunState) -> None:
         self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
         self._clock = time.perf_counter()
 

@@ -35,7 +35,7 @@ def settings_hash(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-class Progress:
+class RunState:
     """What a run folder knows of an earlier run with the same settings.
 
     Args:

@@ -22,7 +22,7 @@ from hawq_lightning.cli._build import check_settings, make_callback, make_data, 
 from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import Recorder, scores
-from hawq_lightning.cli._resume import Progress, settings_hash
+from hawq_lightning.cli._resume import RunState, settings_hash
 from hawq_lightning.export import load_packed, require
 
 
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.onnx:  # found missing now, not after the training
         require("onnx"), require("onnxscript"), require("onnxruntime")
     folder = Path(cfg.paths.output_dir)
-    progress = Progress(folder, settings_hash(cfg))
+    progress = RunState(folder, settings_hash(cfg))
     resume = bool(cfg.resume) and cfg.ckpt_path is None
     if resume and (finished := progress.finished()) is not None:
         print(f"finished already, not repeated (resume=false repeats it): {folder}")
@@ -111,7 +111,7 @@ def train_float(
     task: pl.LightningModule,
     data: pl.LightningDataModule,
     record: dict[str, Any],
-    progress: Progress,
+    progress: RunState,
     hawq: HAWQ,
 ) -> None:
     """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
@@ -123,7 +123,7 @@ def train_float(
     known = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates()]
     if known is None and cfg.hawq.plan is None:
-        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measurer.try_out))
+        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr

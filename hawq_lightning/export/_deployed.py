@@ -25,7 +25,7 @@ from hawq_lightning.quantization import QuantizedLayer, plan_of
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-class StoredWeight(nn.Module):
+class DequantizeWeight(nn.Module):
     """Integer codes with one signed scale a channel, in the place of a weight and its quantizer.
 
     Midrise levels ``(code + 1/2) * scale`` are kept as ``(2 * code + 1) * (scale / 2)``, which is the same number.
@@ -56,7 +56,7 @@ class StoredWeight(nn.Module):
         return run(self.codes, self.scale, self.axis)
 
 
-class StoredGrid(nn.Module):
+class QuantizeActivation(nn.Module):
     """The grid of an activation as constants.
 
     Args:
@@ -145,7 +145,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
 def portable(model: nn.Module) -> nn.Module:
     """Use torch's own operators only, in place: what runs where this package is not installed."""
     for module in model.modules():
-        if isinstance(module, (StoredWeight, StoredGrid)):
+        if isinstance(module, (DequantizeWeight, QuantizeActivation)):
             module.portable = True
     return model
 
@@ -163,13 +163,13 @@ def _store(layer: QuantizedLayer) -> None:
     if w.bits:
         midrise = w.code == "midrise"
         own = 0 if midrise else round(float(w.zero_point))
-        stored = StoredWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
+        stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
         # the weight may be tied to something else, which keeps it
         layer.weight = None  # type: ignore[assignment]
         layer.weight_quantizer = stored  # type: ignore[assignment]
     else:
         layer.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-    layer.input_quantizer = StoredGrid(scale, zero, bits) if bits else nn.Identity()  # type: ignore[assignment]
+    layer.input_quantizer = QuantizeActivation(scale, zero, bits) if bits else nn.Identity()  # type: ignore[assignment]
 
 
 def _named_for(plan: Plan, model: nn.Module) -> Plan:

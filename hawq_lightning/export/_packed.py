@@ -28,8 +28,8 @@ from hawq_lightning.quantization import (
     QuantizedLayer,
     Quantizer,
     QuantizerSpec,
-    make_twin,
     quantizer_named,
+    to_fake_quantized,
 )
 from hawq_lightning.quantization.methods import MOST_BITS, ActivationLQ, WeightLQ
 
@@ -107,9 +107,9 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         if not torch.isfinite(layer.weight).all():
             raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
         numbers = quantizer.codes(layer.weight)
-        narrow = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
-        levels = quantizer.dequantize(numbers).to(narrow)
-        if not torch.equal(levels, quantizer.settled(layer.weight).to(narrow)):
+        pack_low_bit_weights = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
+        levels = quantizer.dequantize(numbers).to(pack_low_bit_weights)
+        if not torch.equal(levels, quantizer.settled(layer.weight).to(pack_low_bit_weights)):
             raise HawqError(
                 f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
                 "network would be another one."
@@ -221,15 +221,15 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
-                module.disarm()
+                module.disable()
         books = {rename(n) for s in file.plan.sites if s.name in file.bases for n in s.layers}
         for site in file.plan.sites:
             for name in site.layers:
                 # the codes as they are: nothing of what learned them is left
                 book = rename(name) in books
-                layer = make_twin(modules[rename(name)], "lq_nets" if book else "uniform")
+                layer = to_fake_quantized(modules[rename(name)], "lq_nets" if book else "uniform")
                 if site.kind == "activation":
-                    layer.input_quantizer.arm(site.bits, site.scale or 1.0, site.zero_point or 0)
+                    layer.input_quantizer.enable(site.bits, site.scale or 1.0, site.zero_point or 0)
                     if isinstance(layer.input_quantizer, ActivationLQ):
                         layer.input_quantizer.arm_basis(file.bases.get(site.name, torch.zeros(1)))
                     continue
@@ -237,7 +237,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
                 if isinstance(layer.weight_quantizer, WeightLQ):
                     layer.weight_quantizer.arm_basis(site.bits, file.bases[site.name])
                 else:
-                    layer.weight_quantizer.arm(site.bits, file.scales[site.name], zero)
+                    layer.weight_quantizer.enable(site.bits, file.scales[site.name], zero)
                 device = layer.weight_quantizer.scale.device
                 layer.weight.copy_(layer.weight_quantizer.dequantize(file.codes[site.name].to(device)))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly

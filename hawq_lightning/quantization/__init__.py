@@ -1,22 +1,22 @@
 """Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
 
-from hawq_lightning.quantization import methods
+from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
-    arm,
-    arm_site,
-    armed_bits,
     check_plan,
-    disarm,
-    install,
-    paused,
+    disable,
+    enable,
+    enable_site,
+    enabled_bits,
+    fake_quant_disabled,
     plan_of,
+    prepare,
     quantize,
     quantized_layers,
     quantizers,
     reestimate,
     refresh,
     share,
-    uninstall,
+    unquantize,
     with_quantizer,
 )
 from hawq_lightning.quantization._candidates import options, weight_kinds, weight_options
@@ -25,8 +25,8 @@ from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake
 from hawq_lightning.quantization._first_order import first_order_term
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._loss_check import loss_check
-from hawq_lightning.quantization._modules import QuantizedLayer, make_twin, must_be_called
-from hawq_lightning.quantization._plan_loss import plan_loss
+from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
+from hawq_lightning.quantization._plan_loss import loss_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -37,7 +37,7 @@ from hawq_lightning.quantization._registry import (
     quantizer_names,
     register,
 )
-from hawq_lightning.quantization._trial import on_trial
+from hawq_lightning.quantization._trial import temporarily_quantized
 from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
@@ -53,29 +53,26 @@ __all__ = [
     "WeightQuantizer",
     "activation_step",
     "along",
-    "arm",
-    "arm_site",
-    "armed_bits",
     "check_bits",
     "check_plan",
-    "disarm",
+    "disable",
     "distance",
+    "enable",
+    "enable_site",
+    "enabled_bits",
+    "fake_quant_disabled",
     "fake_quantize_tensor",
     "find_heads",
     "first_order_term",
     "import_quantizers",
-    "install",
     "loss_check",
-    "make_twin",
-    "methods",
+    "loss_of_plan",
     "must_be_called",
     "named_in",
     "network_inputs",
-    "on_trial",
     "options",
-    "paused",
-    "plan_loss",
     "plan_of",
+    "prepare",
     "quantize",
     "quantized_layers",
     "quantizer_named",
@@ -85,7 +82,9 @@ __all__ = [
     "refresh",
     "register",
     "share",
-    "uninstall",
+    "temporarily_quantized",
+    "to_fake_quantized",
+    "unquantize",
     "weight_kinds",
     "weight_options",
     "weight_step",

@@ -15,7 +15,7 @@ from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._hooked import renew_weight
-from hawq_lightning.quantization._modules import QuantizedLayer, make_float, make_twin
+from hawq_lightning.quantization._modules import QuantizedLayer, to_fake_quantized, to_float
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 
@@ -25,7 +25,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {n: m for n, m in quantizable_layers(model)[0].items() if isinstance(m, QuantizedLayer)}
 
 
-def install(
+def prepare(
     model: nn.Module,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -45,13 +45,15 @@ def install(
     Raises:
         HawqError: no such quantizer, or a pattern that matches no layer.
     """
-    return {n: make_twin(layer, quantizer) for n, layer in quantizable_layers(model, include, exclude)[0].items()}
+    return {
+        n: to_fake_quantized(layer, quantizer) for n, layer in quantizable_layers(model, include, exclude)[0].items()
+    }
 
 
-def uninstall(model: nn.Module) -> nn.Module:
+def unquantize(model: nn.Module) -> nn.Module:
     """Plain layers again, with the float weights that they hold."""
     for layer in quantized_layers(model).values():
-        make_float(layer)
+        to_float(layer)
     return model
 
 
@@ -119,7 +121,7 @@ def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
 
 
 @torch.no_grad()
-def arm(model: nn.Module, plan: Plan) -> None:
+def enable(model: nn.Module, plan: Plan) -> None:
     """Fill the quantizers' buffers from a plan; weight steps are fitted to the present weights.
 
     Layers that the plan leaves out stay float. Parameters are untouched.
@@ -132,16 +134,16 @@ def arm(model: nn.Module, plan: Plan) -> None:
     planned = {name for s in plan.sites for name in s.layers}
     # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
-    layers = {n: make_twin(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
+    layers = {n: to_fake_quantized(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
     norms = norms_to_fold(model, plan.layers)
-    disarm(model)
+    disable(model)
     try:
         for s in plan.sites:
             for name in s.layers:
-                arm_site(layers[name], s, norms.get(name))
+                enable_site(layers[name], s, norms.get(name))
         share(model, plan)
     except HawqError:
-        disarm(model)  # all or nothing
+        disable(model)  # all or nothing
         raise
 
 
@@ -153,18 +155,18 @@ def share(model: nn.Module, plan: Plan) -> None:
         first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
         for quantizer in others:
             if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
-                quantizer.follow(first)
+                quantizer.tie_to(first)
     for name, norm in norms_to_fold(model, plan.layers).items():
         if name in layers and layers[name].weight_quantizer.bits:
             layers[name].weight_quantizer.fold(norm)
 
 
 @torch.no_grad()
-def arm_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = None) -> None:
+def enable_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = None) -> None:
     """Switch on one quantizer of one layer; ``norm`` is the BatchNorm that it can take in."""
     if site.kind == "activation":
         assert site.scale is not None and site.zero_point is not None
-        layer.input_quantizer.arm(site.bits, site.scale, site.zero_point)
+        layer.input_quantizer.enable(site.bits, site.scale, site.zero_point)
         return
     layer.weight_quantizer.fold(norm)
     renew_weight(layer)
@@ -184,15 +186,15 @@ def reestimate(model: nn.Module, step: int) -> None:
     """
     for layer in quantized_layers(model).values():
         q = layer.weight_quantizer
-        if q.bits and q.observing and q.reestimate and step and step % q.reestimate == 0:
+        if q.bits and q.range_updates_enabled and q.reestimate and step and step % q.reestimate == 0:
             renew_weight(layer)
             q.fit(layer.weight, q.bits, q.code)
 
 
-def disarm(model: nn.Module) -> None:
+def disable(model: nn.Module) -> None:
     """Switch every quantizer off."""
     for quantizer in quantizers(model):
-        quantizer.disarm()
+        quantizer.disable()
 
 
 def quantize(model: nn.Module, plan: Plan) -> nn.Module:
@@ -208,7 +210,7 @@ def quantize(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         HawqError: the plan was made for another model.
     """
-    arm(model, plan)
+    enable(model, plan)
     return model
 
 
@@ -218,16 +220,16 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 @contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
+def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     """The float model for a while: every quantizer is the identity inside."""
-    mine = [q for q in quantizers(model) if not q.paused]
+    mine = [q for q in quantizers(model) if not q.fake_quant_disabled]
     for quantizer in mine:
-        quantizer.paused = True
+        quantizer.fake_quant_disabled = True
     try:
         yield
     finally:
         for quantizer in mine:
-            quantizer.paused = False
+            quantizer.fake_quant_disabled = False
 
 
 def refresh(model: nn.Module) -> None:
@@ -236,7 +238,7 @@ def refresh(model: nn.Module) -> None:
         quantizer.refresh()
 
 
-def armed_bits(model: nn.Module) -> dict[str, int]:
+def enabled_bits(model: nn.Module) -> dict[str, int]:
     """``<layer>.weight`` and ``<layer>.input`` -> bits, for quantizers that are on."""
     out: dict[str, int] = {}
     for name, layer in quantized_layers(model).items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
-from hawq_lightning._plan import Option
+from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import channel_axis, quantizable_layers
@@ -19,7 +19,7 @@ from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization._widths import check_bits
-from hawq_lightning.sensitivity import Reads, Sensitivity, guarded_mean_traces, quiet, to_device
+from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_traces, isolated_eval, to_device
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 _SAMPLE_A_BATCH = 16_384
@@ -48,7 +48,7 @@ def weight_options(
     codes: str = "auto",
     quantizer: str | QuantizerSpec = "uniform",
     norm: nn.Module | None = None,
-) -> tuple[Option, ...]:
+) -> tuple[Candidate, ...]:
     """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``.
 
     ``norm`` is the BatchNorm behind the layer, for quantizers that fold it while training.
@@ -66,7 +66,7 @@ def weight_options(
         if not kinds and codes != "auto" and bits > 1:
             raise HawqError(f"Quantizer {spec.name!r} has no {codes} codes of {bits} bits, but {' and '.join(own)}.")
         error, code = min((q.fit(weight, bits, kind), kind) for kind in kinds or own)
-        out.append(Option(bits, code, mean_trace * error, error))
+        out.append(Candidate(bits, code, mean_trace * error, error))
     return tuple(out)
 
 
@@ -82,9 +82,9 @@ def options(
     input_bits: int | None = 8,
     codes: str = "auto",
     quantizer: str | QuantizerSpec = "uniform",
-    images_of: Callable[[Any], int] = batch_images,
+    batch_size_fn: Callable[[Any], int] = batch_images,
     progress: bool | Bar = False,
-) -> dict[str, tuple[Option, ...]]:
+) -> dict[str, tuple[Candidate, ...]]:
     """Weigh every width for every site.
 
     Args:
@@ -98,7 +98,7 @@ def options(
         input_bits: width of what the network itself reads; ``None``: as other activations.
         codes: ``auto``, ``affine`` or ``midrise`` for weights of 2 bits and more.
         quantizer: registered name, or what :func:`quantizer_named` returned: whose errors are weighed.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         progress: show a bar.
 
     Returns:
@@ -112,7 +112,7 @@ def options(
     layers, _ = quantizable_layers(model)
     norms = norms_to_fold(model, sites.layers)
     mean_traces, _ = guarded_mean_traces(sensitivity)
-    out: dict[str, tuple[Option, ...]] = {}
+    out: dict[str, tuple[Candidate, ...]] = {}
     bar = progress_bar(bool(progress))
     with bar as shown:
         task = shown.begin("Weight ranges", len(sites.weights))
@@ -139,7 +139,7 @@ def options(
         kept = [to_device(b, device) for b in kept]
         readers = {x.name: layers[x.name] for x in sites.layers}
         site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
-        with quiet(model):
+        with isolated_eval(model):
             inputs = network_inputs(model, kept[0], loss_fn, sites) if input_bits is not None else frozenset()
             seen = _Seen(spec)
             _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
@@ -147,12 +147,12 @@ def options(
             for site in sites.activations:
                 mine = check_bits(input_bits, "activation") if site.name in inputs else widths
                 steps[site.name] = {bits: seen.step(site.name, bits) for bits in mine}
-            rows = _Perturbations(steps, [images_of(b) for b in kept], sensitivity.row_unit)
+            rows = _Perturbations(steps, [batch_size_fn(b) for b in kept], sensitivity.row_unit)
             _read_all(model, kept, loss_fn, readers, site_of, rows.visit, shown, "Activation perturbations")
         for site in sites.activations:
             lift = _lift(sensitivity, site.name, mean_traces[site.name])
             out[site.name] = tuple(
-                Option(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
+                Candidate(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
                 for bits, (step, zero) in steps[site.name].items()
             )
     return out
@@ -175,7 +175,7 @@ def _read_all(
             look(site, x.detach())
             return x
 
-        with Reads(layers, site_of, visit), torch.no_grad():
+        with InputHooks(layers, site_of, visit), torch.no_grad():
             loss_fn(model, batch)
         bar.advance(task, b + 1)
 

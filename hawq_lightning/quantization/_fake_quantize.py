@@ -61,7 +61,7 @@ def finite(bound: float) -> float:
     return min(max(bound, -3.4e38), 3.4e38)
 
 
-def passed_inside(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool = False) -> torch.Tensor:
+def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool = False) -> torch.Tensor:
     """``grad`` where ``low < x < high``, zero elsewhere.
 
     Args:
@@ -101,7 +101,7 @@ class _Clipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        return passed_inside(grads[0], x, low, high, ctx.alone), None, None, None, None
+        return clipped_grad(grads[0], x, low, high, ctx.alone), None, None, None, None
 
 
 class _Channels(torch.autograd.Function):
@@ -151,6 +151,6 @@ class _Touch(torch.autograd.Function):
         return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
 
 
-def touch(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+def with_zero_grads(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """``x``, with zero gradients for ``parameters``."""
     return _Touch.apply(x, *parameters)

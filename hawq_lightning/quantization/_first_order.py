@@ -13,7 +13,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._sites import channel_axis, quantizable_layers
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._registry import quantizer_named
-from hawq_lightning.sensitivity import quiet, to_device
+from hawq_lightning.sensitivity import isolated_eval, to_device
 
 
 def first_order_term(
@@ -21,7 +21,7 @@ def first_order_term(
     batches: Sequence[Any],
     loss_fn: Callable[[nn.Module, Any], torch.Tensor],
     plan: Plan,
-    images_of: Callable[[Any], int] = batch_images,
+    batch_size_fn: Callable[[Any], int] = batch_images,
 ) -> float:
     """``sum_l <g_l, Q(W_l) - W_l>`` over the weights of a plan, g the gradient of the mean loss over ``batches``."""
     layers, _ = quantizable_layers(model)
@@ -30,7 +30,7 @@ def first_order_term(
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
     total, count = 0.0, 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with quiet(model), torch.enable_grad():
+    with isolated_eval(model), torch.enable_grad():
         shifts = {}
         for s in plan.weights:
             layer = weights[s.name]
@@ -44,7 +44,7 @@ def first_order_term(
             layer.weight.requires_grad_(True)
         for batch in batches:
             batch = to_device(batch, device)
-            n = images_of(batch)
+            n = batch_size_fn(batch)
             loss = loss_fn(model, batch)
             slopes = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)
             total += n * sum(float((g * shifts[k]).sum()) for k, g in zip(weights, slopes) if g is not None)

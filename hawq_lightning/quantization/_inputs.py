@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.sensitivity import Reads
+from hawq_lightning.sensitivity import InputHooks
 
 
 def network_inputs(
@@ -38,7 +38,7 @@ def network_inputs(
     for p in parameters:
         p.requires_grad_(True)
     try:
-        with Reads(readers, site_of, visit), torch.enable_grad():
+        with InputHooks(readers, site_of, visit), torch.enable_grad():
             loss_fn(model, batch)
     finally:
         for p in parameters:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
-from hawq_lightning._plan import Option, PlanSite
+from hawq_lightning._plan import Candidate, PlanSite
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.quantization._apply import arm_site
+from hawq_lightning.quantization._apply import enable_site
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._registry import QuantizerSpec
-from hawq_lightning.quantization._trial import on_trial
-from hawq_lightning.sensitivity import quiet, to_device
+from hawq_lightning.quantization._trial import temporarily_quantized
+from hawq_lightning.sensitivity import isolated_eval, to_device
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -26,10 +26,10 @@ def loss_check(
     batches: Sequence[Any],
     loss_fn: LossFn,
     sites: SiteTable,
-    options: Mapping[str, Sequence[Option]],
+    options: Mapping[str, Sequence[Candidate]],
     *,
     quantizer: str | QuantizerSpec | None = None,
-    images_of: Callable[[Any], int] = batch_images,
+    batch_size_fn: Callable[[Any], int] = batch_images,
     progress: bool | Bar = False,
 ) -> list[dict[str, Any]]:
     """Quantize one site at a time and measure the loss.
@@ -41,7 +41,7 @@ def loss_check(
         sites: the sites.
         options: what to try at each.
         quantizer: registered name; ``None``: the twins' own, ``uniform`` for a float model.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         progress: show a bar.
 
     Returns:
@@ -49,7 +49,7 @@ def loss_check(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = [to_device(b, device) for b in batches]
-    images = [images_of(b) for b in kept]
+    images = [batch_size_fn(b) for b in kept]
     norms = norms_to_fold(model, sites.layers)
     trials = [(s, o) for s in sites for o in options.get(s.name, ())]
     out: list[dict[str, Any]] = []
@@ -59,8 +59,8 @@ def loss_check(
         return sum(values) / sum(images)
 
     with (
-        on_trial(model, quantizer) as layers,
-        quiet(model),
+        temporarily_quantized(model, quantizer) as layers,
+        isolated_eval(model),
         torch.no_grad(),
         progress_bar(bool(progress)) as bar,
     ):
@@ -72,11 +72,11 @@ def loss_check(
                 option.scale, option.zero_point,
             )  # fmt: skip
             for name in site.layers:
-                arm_site(layers[name], trial, norms.get(name))
+                enable_site(layers[name], trial, norms.get(name))
             measured = mean_loss() - base
             for name in site.layers:
                 layer = layers[name]
-                (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disarm()
+                (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disable()
             out.append({
                 "site": site.name, "kind": site.kind, "bits": option.bits,
                 "predicted": option.omega / 2, "measured": measured,

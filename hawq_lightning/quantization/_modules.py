@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hawq_lightning._sites import channel_axis
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
-from hawq_lightning.quantization._recompute import made_again
+from hawq_lightning.quantization._recompute import recompute_in_backward
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 
 
@@ -56,7 +56,7 @@ class QLinear(QuantizedLayer, nn.Linear):
             parts = [self.input_quantizer(t) for t in input.unbind()]
             return F.linear(torch.nested.as_nested_tensor(parts), self.quantized_weight, self.bias)
         x, weight = self.input_quantizer(input), self.quantized_weight
-        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
+        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return F.linear(x, weight, self.bias)
 
 
@@ -64,7 +64,7 @@ class _QConv(QuantizedLayer, nn.modules.conv._ConvNd):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the float convolution."""
         x, weight = self.input_quantizer(input), self.quantized_weight
-        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
+        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
 
 
@@ -107,7 +107,7 @@ class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
         x = self.input_quantizer(input)
         weight = self.quantized_weight
-        with made_again((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
+        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
             return run(x, weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
-def make_twin(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) -> QuantizedLayer:
+def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) -> QuantizedLayer:
     """Turn a layer into its twin in place, quantizers off.
 
     Args:
@@ -164,7 +164,7 @@ def make_twin(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) ->
                     new.load_state_dict(known.state_dict())
                     new._parameters.update(known._parameters)  # an optimizer may know them
             return layer
-        make_float(layer)
+        to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
     layer.__class__ = TWINS[type(layer)]
     assert isinstance(layer, QuantizedLayer)
@@ -186,8 +186,8 @@ def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec) -> None:
     layer.input_quantizer.train(layer.training)
 
 
-def make_float(layer: nn.Module) -> nn.Module:
-    """Undo :func:`make_twin`: the plain layer again, with the weight that it holds."""
+def to_float(layer: nn.Module) -> nn.Module:
+    """Undo :func:`to_fake_quantized`: the plain layer again, with the weight that it holds."""
     if isinstance(layer, QuantizedLayer):
         del layer.weight_quantizer, layer.input_quantizer, layer.quantizer_options
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is must_be_called]:

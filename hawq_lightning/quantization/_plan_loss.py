@@ -11,21 +11,21 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._plan import Plan, PlanSite
-from hawq_lightning.quantization._apply import arm_site, check_plan
+from hawq_lightning.quantization._apply import check_plan, enable_site
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._registry import QuantizerSpec
-from hawq_lightning.quantization._trial import on_trial
-from hawq_lightning.sensitivity import quiet, to_device
+from hawq_lightning.quantization._trial import temporarily_quantized
+from hawq_lightning.sensitivity import isolated_eval, to_device
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @contextmanager
-def plan_loss(
+def loss_of_plan(
     model: nn.Module,
     batches: Sequence[Any],
     loss_fn: LossFn,
-    images_of: Callable[[Any], int] = batch_images,
+    batch_size_fn: Callable[[Any], int] = batch_images,
     quantizer: str | QuantizerSpec | None = None,
 ) -> Iterator[Callable[[Plan], float]]:
     """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
@@ -36,12 +36,12 @@ def plan_loss(
         model: float, or with quantizers in any state; left as it was.
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         quantizer: registered name; ``None``: the twins' own, ``uniform`` for a float model.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = [to_device(b, device) for b in batches]
-    images = [images_of(b) for b in kept]
+    images = [batch_size_fn(b) for b in kept]
     armed: dict[str, PlanSite] = {}
 
     def loss_of(plan: Plan) -> float:
@@ -52,9 +52,9 @@ def plan_loss(
             known = armed.get(site.name)
             if known is None or (known.bits, known.code) != (site.bits, site.code):
                 for name in site.layers:
-                    arm_site(layers[name], site, norms.get(name))
+                    enable_site(layers[name], site, norms.get(name))
                 armed[site.name] = site
         return sum(float(loss_fn(model, b)) * n for b, n in zip(kept, images)) / sum(images)
 
-    with on_trial(model, quantizer) as layers, quiet(model), torch.no_grad():
+    with temporarily_quantized(model, quantizer) as layers, isolated_eval(model), torch.no_grad():
         yield loss_of

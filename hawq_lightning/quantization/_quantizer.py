@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import touch
+from hawq_lightning.quantization._fake_quantize import with_zero_grads
 
 
 class Quantizer(nn.Module):
@@ -37,14 +37,14 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(()))
         self.bits = 0
         self.zero = 0.0
-        self.paused = False
-        self.observing = True
-        self._leader: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
+        self.fake_quant_disabled = False
+        self.range_updates_enabled = True
+        self._tied_to: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
 
     width: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
-    follows_data = False  # whether the grid moves in training without gradients
+    has_dynamic_range = False  # whether the grid moves in training without gradients
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
@@ -55,7 +55,7 @@ class Quantizer(nn.Module):
         self.scale.copy_(scale)
 
     @torch.no_grad()
-    def arm(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
+    def enable(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
         """Switch on, in place.
 
         Args:
@@ -75,16 +75,16 @@ class Quantizer(nn.Module):
         self.set_scale(scale)
         self.refresh()
 
-    def follow(self, leader: Quantizer) -> None:
+    def tie_to(self, leader: Quantizer) -> None:
         """Share a grid that moves in training: from now on ``leader`` quantizes here too, and this one's state follows.
 
         Layers of one site have a quantizer each, since sites are not known yet when optimizers are made.
         """
-        self._leader = (leader,)
+        self._tied_to = (leader,)
 
     @torch.no_grad()
     def _take_state(self) -> None:
-        for leader in self._leader:
+        for leader in self._tied_to:
             for mine, theirs in zip(self._tensors(), leader._tensors()):
                 mine.copy_(theirs)
             self.bits, self.zero = leader.bits, leader.zero
@@ -93,9 +93,9 @@ class Quantizer(nn.Module):
         return [*self.parameters(), *self.buffers()]
 
     @torch.no_grad()
-    def disarm(self) -> None:
+    def disable(self) -> None:
         """Switch off: the identity again."""
-        self._leader = ()
+        self._tied_to = ()
         self.width.zero_()
         self.refresh()
 
@@ -107,21 +107,21 @@ class Quantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize; same shape and dtype. The identity while off or paused."""
-        if self.paused:
+        if self.fake_quant_disabled:
             return self._untouched(x)
-        if self._leader:
+        if self._tied_to:
             self._take_state()
-            return self._leader[0](self._untouched(x))
+            return self._tied_to[0](self._untouched(x))
         return self.quantize(x) if self.bits else self._untouched(x)
 
     def _untouched(self, x: torch.Tensor) -> torch.Tensor:
         learned = [p for p in self.parameters() if p.requires_grad] if self.training else []
-        return touch(x, *learned) if learned and torch.is_grad_enabled() else x
+        return with_zero_grads(x, *learned) if learned and torch.is_grad_enabled() else x
 
     @property
     def moves(self) -> bool:
         """Whether training changes the grid: by gradients, or by watching what passes."""
-        return type(self).follows_data or next(self.parameters(), None) is not None
+        return type(self).has_dynamic_range or next(self.parameters(), None) is not None
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""

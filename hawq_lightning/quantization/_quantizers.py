@@ -16,7 +16,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_channels, fake_quantize_tensor
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
-from hawq_lightning.quantization._recompute import repeatable
+from hawq_lightning.quantization._recompute import deterministic
 from hawq_lightning.quantization._widths import one_of
 
 _DEFAULT = "uniform"
@@ -100,10 +100,10 @@ class WeightQuantizer(Quantizer):
             HawqError: the weight holds NaN or infinity.
         """
         step, error = weight_step(weight, bits, code, self.axis, self.ranges)
-        self.arm(bits, step, MIDRISE_ZERO if code == "midrise" else 0.0)
+        self.enable(bits, step, MIDRISE_ZERO if code == "midrise" else 0.0)
         return error
 
-    @repeatable
+    @deterministic
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
         return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
@@ -111,9 +111,9 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def settled(self, weight: torch.Tensor) -> torch.Tensor:
         """The quantized weight as evaluation sees it: in training mode too, no range moves."""
-        if self._leader:
+        if self._tied_to:
             self.refresh()
-            leader = self._leader[0]
+            leader = self._tied_to[0]
             assert isinstance(leader, WeightQuantizer)
             return leader.settled(weight)
         mode, self.training = self.training, False
@@ -165,7 +165,7 @@ class ActivationQuantizer(Quantizer):
         """
         return activation_step(sample, low, high, bits, self.ranges)
 
-    @repeatable
+    @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
         return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)

@@ -17,18 +17,18 @@ Method = TypeVar("Method", bound=Callable[..., torch.Tensor])
 _NOTHING = contextlib.nullcontext()
 
 
-def repeatable(method: Method) -> Method:
+def deterministic(method: Method) -> Method:
     """Mark a ``quantize`` that gives the same again and changes nothing, so that it may run twice a step."""
-    method.repeatable = True  # type: ignore[attr-defined]
+    method.deterministic = True  # type: ignore[attr-defined]
     return method
 
 
-def made_again(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> contextlib.AbstractContextManager[Any]:
+def recompute_in_backward(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations that would keep a quantized operand for their backward pass keep what it was made of.
 
     Args:
         operands: ``(quantizer(source), source, quantizer)`` each; others keep the source anyway. Quantizers whose
-            ``quantize`` is not marked :func:`repeatable` are left alone.
+            ``quantize`` is not marked :func:`deterministic` are left alone.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
@@ -75,7 +75,7 @@ class _Recipe:
 
 
 def _can_repeat(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> bool:
-    if made is source or not quantizer.bits or quantizer.paused or quantizer._leader:
+    if made is source or not quantizer.bits or quantizer.fake_quant_disabled or quantizer._tied_to:
         return False
     return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "repeatable", False)
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawq_lightning.quantization._apply import disarm, install, quantized_layers, quantizers
-from hawq_lightning.quantization._modules import QuantizedLayer, make_float
+from hawq_lightning.quantization._apply import disable, prepare, quantized_layers, quantizers
+from hawq_lightning.quantization._modules import QuantizedLayer, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec
 
 
 @contextmanager
-def on_trial(model: nn.Module, quantizer: str | QuantizerSpec | None = None) -> Iterator[dict[str, QuantizedLayer]]:
+def temporarily_quantized(
+    model: nn.Module, quantizer: str | QuantizerSpec | None = None
+) -> Iterator[dict[str, QuantizedLayer]]:
     """Inside, every quantizable layer is a twin with its quantizers off; afterwards all is as it was.
 
     Args:
@@ -26,10 +28,10 @@ def on_trial(model: nn.Module, quantizer: str | QuantizerSpec | None = None) -> 
         id(x): (x.weight_quantizer, x.input_quantizer, x.quantizer_options) for x in quantized_layers(model).values()
     }
     states = [(q, [(t, t.detach().clone()) for t in q._tensors()], _plain(q)) for q in quantizers(model)]
-    layers = install(model, quantizer=quantizer)
-    disarm(model)
+    layers = prepare(model, quantizer=quantizer)
+    disable(model)
     for q in quantizers(model):
-        q.paused = False
+        q.fake_quant_disabled = False
     try:
         yield layers
     finally:
@@ -37,7 +39,7 @@ def on_trial(model: nn.Module, quantizer: str | QuantizerSpec | None = None) -> 
             if id(layer) in had:
                 layer.weight_quantizer, layer.input_quantizer, layer.quantizer_options = had[id(layer)]
             else:
-                make_float(layer)
+                to_float(layer)
         with torch.no_grad():
             for q, tensors, plain in states:
                 for tensor, value in tensors:

@@ -12,7 +12,7 @@ from hawq_lightning.report._paired import bootstrap_mean, bootstrap_score
 from hawq_lightning.report._paper import paper_figures
 from hawq_lightning.report._per_image import keep_per_image, read_per_image
 from hawq_lightning.report._run import LossCheck, read_run
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, csv_text, log_scale
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text, log_scale
 from hawq_lightning.report._summary import doubts, headline, settings, size_rows
 from hawq_lightning.report._sweep import read_sweep
 from hawq_lightning.report._sweep_page import collect, mean_table, sweep_facts
@@ -24,9 +24,9 @@ __all__ = [
     "GREEN",
     "ORANGE",
     "SOFT",
-    "Drawing",
     "LossCheck",
     "Matches",
+    "ReportFigure",
     "bootstrap_mean",
     "bootstrap_score",
     "canvas",
@@ -39,7 +39,6 @@ __all__ = [
     "draw_images",
     "draw_landscapes",
     "draw_steps",
-    "facts",
     "headline",
     "keep_per_image",
     "log_scale",

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from hawq_lightning.report._run import LossCheck, Run
 from hawq_lightning.report._site_figures import KINDS
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, Drawing, Hit, canvas, log_scale
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import score
 
 _PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
@@ -22,7 +22,7 @@ _LEVELS = {  # dashed lines
 }
 
 
-def draw_loss_check(run: Run) -> Drawing | None:
+def draw_loss_check(run: Run) -> ReportFigure | None:
     """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
     rows = list(run.loss_check)
     shown = [r for r in rows if r.predicted > 0 and r.measured > 0]
@@ -42,7 +42,7 @@ def draw_loss_check(run: Run) -> Drawing | None:
                 xs, ys = [r.predicted for r in part], [r.measured for r in part]
                 ax.plot(xs, ys, marker, color=colour, markersize=6, alpha=0.8, label=text, zorder=2)
         hits = [
-            Hit(
+            Tooltip(
                 ax,
                 r.predicted,
                 r.measured,
@@ -56,7 +56,7 @@ def draw_loss_check(run: Run) -> Drawing | None:
         ax.legend(loc="upper left")
     hidden = len(rows) - len(shown)
     said = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
-    return Drawing(
+    return ReportFigure(
         "loss_check",
         "Does the prediction hold?",
         f"Predicted against measured loss change for {len(shown)} pairs of site and width, log-log. "
@@ -81,7 +81,7 @@ def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
     return found
 
 
-def draw_training(run: Run) -> Drawing | None:
+def draw_training(run: Run) -> ReportFigure | None:
     """The validation metric by epoch of fine-tuning, between the levels before and after quantizing."""
     history = run.metrics.get("history")
     key = _key(history)
@@ -105,11 +105,11 @@ def draw_training(run: Run) -> Drawing | None:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
-        hits = [Hit(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
+        hits = [Tooltip(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
     shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
     best = (min if loss else max)(points, key=lambda p: p[1])
     beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
-    return Drawing(
+    return ReportFigure(
         "training",
         "Through fine-tuning",
         f"{key} over {len(points)} epoch{'s' * (len(points) != 1)} of fine-tuning, from {shown(points[0][1])} to "

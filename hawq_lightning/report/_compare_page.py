@@ -12,7 +12,7 @@ from hawq_lightning._io import write_text
 from hawq_lightning.report._card import markdown_table
 from hawq_lightning.report._compare import Comparison, Row, read_comparison, widths
 from hawq_lightning.report._paired import Interval
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, csv_text
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text
 from hawq_lightning.report._text import score, size
 
 COLUMNS = ["Method", "w-bits", "a-bits", "before", "after", "against {}", "W-Comp", "A-Comp", "Size", "Perturb. (Ω)",
@@ -141,7 +141,7 @@ def run_numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
     return columns, out
 
 
-def draw(found: Comparison) -> Drawing:
+def draw(found: Comparison) -> ReportFigure:
     """Scores after fine-tuning, a panel a setting; a bar is the interval, a faint mark a seed."""
     scale = 100 if found.metric == "accuracy" else 1
     settings = list(found.rows.items())
@@ -171,7 +171,7 @@ def draw(found: Comparison) -> Drawing:
         + ", ".join(f"{r.first.labels['method']} {score(r.mean('after'), found.metric)}" for r in rows)
         for _, rows in settings
     )
-    return Drawing("compare", "Methods at equal size", told, _legend(found), figure, columns, rows_of)
+    return ReportFigure("compare", "Methods at equal size", told, _legend(found), figure, columns, rows_of)
 
 
 def _cells(metric: str, row: Row) -> list[str]:

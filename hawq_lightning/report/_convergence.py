@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hawq_lightning.report._site_figures import KINDS
-from hawq_lightning.report._style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Drawing, Hit, canvas, log_scale
+from hawq_lightning.report._style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SOFT,
+    ReportFigure,
+    Tooltip,
+    canvas,
+    log_scale,
+)
 from hawq_lightning.sensitivity import Sensitivity
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
@@ -24,7 +35,7 @@ def chosen_sites(sensitivity: Sensitivity, kind: str, most: int = 4) -> list[str
     return [ranked[round(i * (len(ranked) - 1) / (most - 1))].name for i in range(most)]
 
 
-def draw_images(sensitivity: Sensitivity, sites: Sequence[str] | None = None) -> Drawing | None:
+def draw_images(sensitivity: Sensitivity, sites: Sequence[str] | None = None) -> ReportFigure | None:
     """Relative running mean of some traces over the images, with two standard errors of the data (Fig. 5, left)."""
     names = list(sites or chosen_sites(sensitivity, "weight"))
     names = [n for n in names if sensitivity.row_unit.get(n) == "image" and len(sensitivity.rows.get(n, ())) > 2]
@@ -38,7 +49,7 @@ def draw_images(sensitivity: Sensitivity, sites: Sequence[str] | None = None) ->
 
 def draw_steps(
     steps: Mapping[str, Sequence[float]], sites: Sequence[str] | None = None, *, kind: str = "weight"
-) -> Drawing | None:
+) -> ReportFigure | None:
     """Relative running mean over the random vectors of Hutchinson's method, with two standard errors (Fig. 5, 8)."""
     names = [n for n in (sites or steps) if n in steps][: len(_COLOURS)]
     series = {n: np.asarray(steps[n], dtype=float) for n in names}
@@ -50,7 +61,7 @@ def draw_steps(
     )  # fmt: skip
 
 
-def _running(series: Mapping[str, np.ndarray], name: str, title: str, unit: str, caption: str) -> Drawing | None:
+def _running(series: Mapping[str, np.ndarray], name: str, title: str, unit: str, caption: str) -> ReportFigure | None:
     kept = {n: x for n, x in series.items() if len(x) > 2 and x.mean() > 0}
     if not kept:
         return None
@@ -73,12 +84,12 @@ def _running(series: Mapping[str, np.ndarray], name: str, title: str, unit: str,
         ax.set_ylabel("share of the final trace")
         ax.legend(fontsize=9, ncols=2, labelcolor=INK)
         alt = f"Running means over {len(next(iter(kept.values())))} {unit}; two standard errors at the end: "
-        return Drawing(
+        return ReportFigure(
             name, title, alt + ", ".join(ends) + ".", caption, figure, ["site", unit, "mean", "stderr"], rows
         )
 
 
-def draw_eigenvalues(sensitivity: Sensitivity, eigenvalues: Mapping[str, float]) -> Drawing | None:
+def draw_eigenvalues(sensitivity: Sensitivity, eigenvalues: Mapping[str, float]) -> ReportFigure | None:
     """Mean trace against top eigenvalue of every weight (Fig. 6): the order that HAWQ used, and this one."""
     records = [r for r in sensitivity if r.kind == "weight" and r.trace > 0 and eigenvalues.get(r.name, 0.0) > 0]
     if len(records) < 2:
@@ -92,11 +103,11 @@ def draw_eigenvalues(sensitivity: Sensitivity, eigenvalues: Mapping[str, float])
         ax.set_xlabel("top eigenvalue")
         ax.set_ylabel("mean trace")
         hits = [
-            Hit(ax, a, b, f"{r.name}\ntop eigenvalue {a:.3g}\nmean trace {b:.3g}") for r, a, b in zip(records, x, y)
+            Tooltip(ax, a, b, f"{r.name}\ntop eigenvalue {a:.3g}\nmean trace {b:.3g}") for r, a, b in zip(records, x, y)
         ]
         for i in {int(x.argmax()), int(y.argmax()), int(x.argmin()), int(y.argmin())}:
             ax.annotate(records[i].name, (x[i], y[i]), fontsize=9, color=INK, xytext=(5, 5), textcoords="offset points")
-    return Drawing(
+    return ReportFigure(
         "eigenvalues",
         "Mean trace against top eigenvalue",
         f"{len(records)} weights; the two orders have a rank correlation of {agree:.2f}.",

@@ -10,14 +10,14 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from hawq_lightning.report._run import Run
-from hawq_lightning.report._style import GRID, INK, SOFT, Drawing, canvas
+from hawq_lightning.report._style import GRID, INK, SOFT, ReportFigure, canvas
 
 Grid = Sequence[Sequence[float]]
 
 
 def draw_landscapes(
     grids: Mapping[str, Grid], offsets: Sequence[float], eigenvalues: Mapping[str, Sequence[float]]
-) -> Drawing | None:
+) -> ReportFigure | None:
     """Loss surfaces of several layers over the same offsets and the same heights, so that they compare.
 
     Args:
@@ -34,7 +34,7 @@ def draw_landscapes(
         first.remove()
         _surfaces(figure, tables, a, low, high, eigenvalues)
     rises = {n: float(t.max() - t.min()) for n, t in tables.items()}
-    return Drawing(
+    return ReportFigure(
         "landscape",
         "The loss around the trained weights",
         "Loss surfaces over two eigenvectors; the loss rises by "
@@ -53,7 +53,7 @@ def draw_landscapes(
     )
 
 
-def draw_landscape(run: Run) -> Drawing | None:
+def draw_landscape(run: Run) -> ReportFigure | None:
     """The surfaces that an earlier measurement left in the folder (``paper_figures=true``)."""
     found = run.landscape
     return draw_landscapes(found.grids, found.offsets, found.eigenvalues) if found else None

@@ -16,7 +16,7 @@ from hawq_lightning.report._checks import draw_loss_check, draw_training
 from hawq_lightning.report._landscape import draw_landscape
 from hawq_lightning.report._run import Run, read_run
 from hawq_lightning.report._site_figures import draw_bits, draw_traces
-from hawq_lightning.report._style import Drawing
+from hawq_lightning.report._style import ReportFigure
 from hawq_lightning.report._tradeoff import draw_frontier
 
 # figure -> the file that it needs
@@ -76,7 +76,7 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     return path
 
 
-def draw_all(run: Run) -> tuple[list[Drawing], list[tuple[str, str]]]:
+def draw_all(run: Run) -> tuple[list[ReportFigure], list[tuple[str, str]]]:
     """The figures that the run has data for; and title and reason of those that it has not."""
     drawings, absent = [], []
     for draw, needs, title in SECTIONS:
@@ -88,7 +88,7 @@ def draw_all(run: Run) -> tuple[list[Drawing], list[tuple[str, str]]]:
     return drawings, absent
 
 
-def on_page(drawing: Drawing) -> dict[str, object]:
+def on_page(drawing: ReportFigure) -> dict[str, object]:
     rows = [[str(cell) for cell in row] for row in drawing.rows]
     return {
         "name": drawing.name,

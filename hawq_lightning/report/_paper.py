@@ -12,7 +12,7 @@ from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
 from hawq_lightning.report._landscape import draw_landscapes
-from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigenpairs, trace_steps
+from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigenpairs, trace_history
 
 
 def paper_figures(
@@ -49,7 +49,7 @@ def paper_figures(
     few = batches[:1]
     task = bar.begin("Figures of the paper", 4)
     drawings: list[Any] = [draw_images(sensitivity)]
-    series = trace_steps(model, few, loss_fn, steps=steps, sites=sites, seed=seed)
+    series = trace_history(model, few, loss_fn, steps=steps, sites=sites, seed=seed)
     drawings += [draw_steps(series, chosen_sites(sensitivity, k), kind=k) for k in ("weight", "activation")]
     bar.advance(task, 1)
     weights = [s.name for s in sites.weights]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from hawq_lightning._plan import PlanSite
 from hawq_lightning.report._run import Run
-from hawq_lightning.report._style import BLUE, INK, ORANGE, PAPER, SOFT, Drawing, Hit, canvas, log_scale
+from hawq_lightning.report._style import BLUE, INK, ORANGE, PAPER, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import count, names, size
 from hawq_lightning.sensitivity import SiteTrace
 
@@ -18,13 +18,13 @@ _MOST_LABELS = 60
 _MOST_SLANTED = 24
 
 
-def draw_bits(run: Run) -> Drawing | None:
+def draw_bits(run: Run) -> ReportFigure | None:
     """Bits of weights and activations over the layers, first to last."""
     plan = run.plan
     if plan is None:
         return None
     kinds = [k for k in KINDS if any(s.kind == k for s in plan.sites)]
-    hits: list[Hit] = []
+    hits: list[Tooltip] = []
     with canvas(len(kinds), 1.2 + (1.75 + _room(plan.sites)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
             sites = [s for s in plan.sites if s.kind == kind]
@@ -40,11 +40,11 @@ def draw_bits(run: Run) -> Drawing | None:
             ax.set_title(f"{label}: {_spread(bits)}")
             ax.grid(False, axis="x")
             name_layers(ax, [s.name for s in sites])
-            hits += [Hit(ax, i, s.bits / 2, _site_text(s)) for i, s in enumerate(sites)]
+            hits += [Tooltip(ax, i, s.bits / 2, _site_text(s)) for i, s in enumerate(sites)]
     weights = plan.weights
     low = [s.name.removesuffix(".weight") for s in weights if s.bits == min(w.bits for w in weights)]
     mean = sum(s.numel * s.bits for s in weights) / max(1, sum(s.numel for s in weights))
-    return Drawing(
+    return ReportFigure(
         "bits",
         "Bits along the network",
         f"Bars of bit-widths over {len(weights)} weights"
@@ -64,21 +64,21 @@ def draw_bits(run: Run) -> Drawing | None:
     )  # fmt: skip
 
 
-def draw_traces(run: Run) -> Drawing | None:
+def draw_traces(run: Run) -> ReportFigure | None:
     """Mean Hessian trace of every site on a log scale, with two kinds of standard error."""
     records = list(run.sensitivity or ())
     if not records:
         return None
     kinds = [k for k in KINDS if any(r.kind == k for r in records)]
     chosen = run.plan.bits if run.plan else {}
-    hits: list[Hit] = []
+    hits: list[Tooltip] = []
     with canvas(len(kinds), 0.9 + (2.5 + _room(records)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
             hits += _trace_axes(ax, [r for r in records if r.kind == kind], kind, chosen)
     top = sorted(records, key=lambda r: -r.mean_trace)
     positive = [r.mean_trace for r in records if r.mean_trace > 0]
     span = f"They span a factor of {max(positive) / min(positive):,.0f}. " if len(positive) > 1 else ""
-    return Drawing(
+    return ReportFigure(
         "traces",
         "How sensitive each site is",
         f"Mean Hessian trace of {len(records)} sites on a log scale, with error bars. {span}"
@@ -122,7 +122,7 @@ def name_layers(ax: Axes, labels: Sequence[str]) -> None:
     ax.set_xlim(-0.7, len(short) - 0.3)
 
 
-def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mapping[str, int]) -> list[Hit]:
+def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mapping[str, int]) -> list[Tooltip]:
     label, colour, marker = KINDS[kind]
     positive = [r.mean_trace for r in records if r.mean_trace > 0]
     floor = min(positive, default=1.0) / 3
@@ -136,7 +136,7 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
         errors.append((r.stderr * scale, r.stderr_data * scale))
         bits = f"\n{chosen[r.name]} bits chosen" if r.name in chosen else ""
         text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {r.stderr * scale:.1g}\n{count(r.numel)} elements{bits}"
-        hits.append(Hit(ax, i, value, text))
+        hits.append(Tooltip(ax, i, value, text))
     for which, width in ((1, 1.0), (0, 3.0)):
         at = [i for i, r in enumerate(records) if r.mean_trace > 0]
         low = [max(ys[i] - errors[i][which], floor) for i in at]

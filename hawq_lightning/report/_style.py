@@ -44,7 +44,7 @@ _PNG_DPI = 180
 
 
 @dataclass(frozen=True)
-class Hit:
+class Tooltip:
     """A spot that shows a text on hover, in data coordinates of its axes."""
 
     axes: Axes
@@ -55,7 +55,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ReportFigure:
     """A figure with all that belongs to it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Drawing:
     figure: Figure
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    hits: Sequence[Hit] = field(default_factory=list)
+    hits: Sequence[Tooltip] = field(default_factory=list)
 
     def png(self) -> bytes:
         """On white, for slides and papers."""

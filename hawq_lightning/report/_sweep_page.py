@@ -15,7 +15,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning.report._card import markdown_table, markdown_text
 from hawq_lightning.report._page import on_page, resource
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, PURPLE, SOFT, Drawing, Hit, canvas, csv_text
+from hawq_lightning.report._style import BLUE, GREEN, ORANGE, PURPLE, SOFT, ReportFigure, Tooltip, canvas, csv_text
 from hawq_lightning.report._sweep import Row, Sweep, mean_and_spread, read_sweep
 from hawq_lightning.report._text import plain, score, size, times
 
@@ -123,7 +123,7 @@ def mean_table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def draw_sweep(sweep: Sweep) -> Drawing | None:
+def draw_sweep(sweep: Sweep) -> ReportFigure | None:
     """Accuracy against the size of the weights: a faint mark a run, a line through the means of each selector."""
     metric = sweep.rows[0].metric
     runs = [r for r in sweep.rows if r.metric == metric and r.score is not None and r.numbers.get("weight_bytes")]
@@ -131,7 +131,7 @@ def draw_sweep(sweep: Sweep) -> Drawing | None:
         return None
     largest = max(r.numbers["weight_bytes"] for r in runs)
     unit, unit_name = (1024, "KiB") if largest < 4 << 20 else (1 << 20, "MiB")
-    hits: list[Hit] = []
+    hits: list[Tooltip] = []
     with canvas(1, 4.4) as (figure, axes):
         ax = axes[0]
         curves = _curves(sweep, runs)
@@ -142,7 +142,7 @@ def draw_sweep(sweep: Sweep) -> Drawing | None:
                 text = (
                     f"{label}\n{r.budget}, seed {r.seed}\n{size(r.numbers['weight_bytes'])}, {score(r.score, metric)}"
                 )
-                hits.append(Hit(ax, r.numbers["weight_bytes"] / unit, r.score or 0.0, text))
+                hits.append(Tooltip(ax, r.numbers["weight_bytes"] / unit, r.score or 0.0, text))
         floats = [r.scores["float"] for r in runs if "float" in r.scores]
         if floats:
             ax.axhline(mean_and_spread(floats)[0], color=SOFT, linestyle=(0, (6, 3)), linewidth=1.4, label="float")
@@ -154,7 +154,7 @@ def draw_sweep(sweep: Sweep) -> Drawing | None:
     lower = metric == "loss"
     best = (min if lower else max)(runs, key=lambda r: r.score or 0.0)
     smallest = min(r.numbers["weight_bytes"] for r in runs)
-    return Drawing(
+    return ReportFigure(
         "accuracy_size",
         f"{metric[0].upper()}{metric[1:]} against size",
         f"{len(runs)} runs between {size(smallest)} and {size(largest)} of weights; "

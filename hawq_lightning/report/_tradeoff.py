@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from hawq_lightning._plan import Plan
 from hawq_lightning.report._run import FrontierPoint, Run
-from hawq_lightning.report._style import BLUE, GREEN, INK, ORANGE, SOFT, Drawing, Hit, canvas, log_scale
+from hawq_lightning.report._style import BLUE, GREEN, INK, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import size, times
 
 _MOST_SPOTS = 400
 _MOST_ROWS = 1000
 
 
-def draw_frontier(run: Run) -> Drawing | None:
+def draw_frontier(run: Run) -> ReportFigure | None:
     """Omega against the size of the weights: every plan that no other beats, the chosen one, and the uniform ones."""
     points, plan = run.frontier, run.plan
     if not points:
@@ -23,7 +23,7 @@ def draw_frontier(run: Run) -> Drawing | None:
     uniform = uniform_points(plan, _offset(plan, points)) if plan else []
     positive = [p.omega for p in points if p.omega > 0]
     floor = min(positive, default=1e-12) / 2
-    hits = [_spot(p, floats, points) for p in _thin(points)]
+    hits = [_tooltip_at(p, floats, points) for p in _thin(points)]
     unit, unit_name = (1024, "KiB") if points[-1].cost < 4 << 20 else (1 << 20, "MiB")
     with canvas(1, 4.4) as (figure, axes):
         ax = axes[0]
@@ -55,11 +55,11 @@ def draw_frontier(run: Run) -> Drawing | None:
         ax.set_xlabel(f"size of the quantized weights ({unit_name})", color=SOFT)
         ax.set_ylabel("Ω, second-order perturbation", color=SOFT)
         ax.legend(loc="upper right")
-    spots = [Hit(figure.axes[0], x / unit, max(y, floor), text, bits) for x, y, text, bits in hits]
+    spots = [Tooltip(figure.axes[0], x / unit, max(y, floor), text, bits) for x, y, text, bits in hits]
     for b, cost, omega in uniform:
         ratio = f", {times(floats / cost)}" if floats else ""
         spots.append(
-            Hit(
+            Tooltip(
                 figure.axes[0],
                 cost / unit,
                 max(omega, floor),
@@ -69,10 +69,10 @@ def draw_frontier(run: Run) -> Drawing | None:
     if chosen and plan:
         mine = f"the chosen plan\n{size(chosen.cost)}, {times(floats / chosen.cost)}\nΩ {chosen.omega:.4g}"
         bars = [s.bits for s in plan.weights]
-        spots.append(Hit(figure.axes[0], chosen.cost / unit, max(chosen.omega, floor), mine, bars))
+        spots.append(Tooltip(figure.axes[0], chosen.cost / unit, max(chosen.omega, floor), mine, bars))
     thinned = len(points) > _MOST_ROWS
     names = list(dict.fromkeys(n for p in points for n in p.bits))
-    return Drawing(
+    return ReportFigure(
         "frontier",
         "What a smaller file costs",
         f"{len(points)} plans between {size(points[0].cost)} and {size(points[-1].cost)}: omega falls from "
@@ -138,7 +138,9 @@ def _thin(points: Sequence[FrontierPoint], most: int = _MOST_SPOTS) -> Sequence[
     return [*points[:-1:step], points[-1]]
 
 
-def _spot(p: FrontierPoint, floats: float, points: Sequence[FrontierPoint]) -> tuple[float, float, str, list[int]]:
+def _tooltip_at(
+    p: FrontierPoint, floats: float, points: Sequence[FrontierPoint]
+) -> tuple[float, float, str, list[int]]:
     ratio = f", {times(floats / p.cost)}" if floats and p.cost else ""
     bits = [b for n, b in p.bits.items() if n.endswith(".weight")]
     return p.cost, p.omega, f"{size(p.cost)}{ratio}\nΩ {p.omega:.4g}", bits

@@ -1,7 +1,7 @@
 """Traces, perturbations and costs -> frontier -> plan (paper section 2.3). Plain numbers; no Lightning, no Hydra."""
 
 from hawq_lightning.selection._activation_memory import activation_steps
-from hawq_lightning.selection._bootstrap import Stability, stability, with_stability
+from hawq_lightning.selection._bootstrap import Stability, stability, with_bootstrap_stability
 from hawq_lightning.selection._budget import Bound, parse_budget, read_budget
 from hawq_lightning.selection._coupling import group_frontier
 from hawq_lightning.selection._feasible import check_feasible, nominal_problem
@@ -51,5 +51,5 @@ __all__ = [
     "sweep",
     "trace_order",
     "tradeoff",
-    "with_stability",
+    "with_bootstrap_stability",
 ]

@@ -23,7 +23,7 @@ from hawq_lightning._site_table import SiteTable
 FLOAT = "float32"
 
 
-class _Life:
+class _Lifetime:
     """One storage: when it was made and read, and by whom."""
 
     def __init__(self, tensor: torch.Tensor, born: int) -> None:
@@ -37,16 +37,16 @@ class _Watch(TorchDispatchMode):
     def __init__(self, constants: set[int]) -> None:
         super().__init__()
         self.constants = constants
-        self.lives: dict[int, _Life] = {}
+        self.lives: dict[int, _Lifetime] = {}
         self.time = 0
         self.layer: str | None = None
 
-    def life(self, tensor: torch.Tensor, born: int) -> _Life | None:
+    def life(self, tensor: torch.Tensor, born: int) -> _Lifetime | None:
         key = tensor.untyped_storage()._cdata
         if key in self.constants or tensor.numel() == 0:
             return None
         if key not in self.lives:
-            self.lives[key] = _Life(tensor, born)
+            self.lives[key] = _Lifetime(tensor, born)
         return self.lives[key]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,7 +125,7 @@ def activation_steps(
             module.training = mode
     if not entries:
         raise HawqError("The forward pass calls none of the layers in the table, so no time steps can be found.")
-    held = [(life, _holder(life, site_of)) for life in watch.lives.values() if life.reads]
+    held = [(life, _storage_site(life, site_of)) for life in watch.lives.values() if life.reads]
     alive = [[(x, who) for x, who in held if x.born <= t < x.reads[-1][0]] for t in entries]
     steps = []
     for now, then in zip(alive, [*alive[1:], []]):
@@ -136,7 +136,7 @@ def activation_steps(
     return steps
 
 
-def _holder(life: _Life, site_of: Mapping[str, str | None]) -> str:
+def _storage_site(life: _Lifetime, site_of: Mapping[str, str | None]) -> str:
     """The site at whose bits a tensor is held, or :data:`FLOAT`."""
     layers = [(t, name) for t, name in life.reads if name is not None]
     if not layers:

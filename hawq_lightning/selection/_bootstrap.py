@@ -118,7 +118,7 @@ def stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int 
     return Stability(share, tuple(regret), bootstraps)
 
 
-def with_stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int = 0) -> Plan:
+def with_bootstrap_stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int = 0) -> Plan:
     """The plan with :attr:`PlanSite.stability` filled in, and the regret in its settings."""
     found = stability(problem, plan, bootstraps=bootstraps, seed=seed)
     sites = tuple(replace(s, stability=found.share[s.name]) for s in plan.sites)

@@ -33,7 +33,7 @@ class Bound:
     cap: float
     known: float
 
-    def hopeful(self, k: int, cost: Floats, omega: Floats) -> np.ndarray:
+    def can_improve(self, k: int, cost: Floats, omega: Floats) -> np.ndarray:
         """Which partial plans over the first ``k`` blocks can still be as good as the known plan."""
         low = omega.copy()
         for price, rest in zip(self.prices, self.rest[k]):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._plan import Option, check_choice
+from hawq_lightning._plan import Candidate, check_choice
 from hawq_lightning._site_table import Site
 
 
-def check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Option]]) -> None:
+def check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Candidate]]) -> None:
     """Raise HawqError for duplicate, unknown or empty sites, and for weights without options."""
     names = [s.name for s in sites]
     if not names:
@@ -27,7 +27,7 @@ def check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Option]]) 
             raise HawqError(f"Site {site.name!r} has no elements, so its bits cost nothing; exclude it.")
 
 
-def best_by_bits(site: Site, options: Iterable[Option]) -> dict[int, tuple[int, float]]:
+def best_by_bits(site: Site, options: Iterable[Candidate]) -> dict[int, tuple[int, float]]:
     """Bits -> (index of the option with the least Ω, that Ω)."""
     best: dict[int, tuple[int, float]] = {}
     for j, option in enumerate(options):

@@ -10,7 +10,7 @@ import numpy as np
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.selection._costs import Linear
-from hawq_lightning.selection._frontier import Block, Floats, Frontier, sweep, tie_groups
+from hawq_lightning.selection._frontier import Block, Floats, Frontier, connected_groups, sweep
 from hawq_lightning.selection._problem import Problem
 
 MAX_COMBINATIONS = 4096  # of activation bits inside one coupled part
@@ -31,7 +31,7 @@ def group_frontier(
     """
     omega = list(scores if scores is not None else problem.scores())
     couples = {*row.pairs, *problem.masks}
-    parts = tie_groups(len(problem.groups), [list(c) for c in couples])
+    parts = connected_groups(len(problem.groups), [list(c) for c in couples])
     blocks = [_block(problem, part, row, omega) for part in parts]
     for part, block in zip(parts, blocks):
         if not np.isfinite(block.cost + block.omega).any():
@@ -44,7 +44,7 @@ def group_frontier(
 
 def can_sweep(problem: Problem, row: Linear) -> bool:
     """Whether the exact frontier needs few enough combinations."""
-    parts = tie_groups(len(problem.groups), [list(c) for c in {*row.pairs, *problem.masks}])
+    parts = connected_groups(len(problem.groups), [list(c) for c in {*row.pairs, *problem.masks}])
     return all(_combinations(problem, part) <= MAX_COMBINATIONS for part in parts)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hawq_lightning._plan import Option
+from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.quantization import QuantizerSpec, quantizer_named
 from hawq_lightning.selection._budget import parse_budget
@@ -44,10 +44,10 @@ def nominal_problem(
         HawqError: what :class:`Problem` refuses.
     """
     weights = quantizer_named(quantizer).weight_quantizer(1, 0)
-    options = {s.name: tuple(Option(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights}
+    options = {s.name: tuple(Candidate(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights}
     for s in sites.activations if activation_bits is not None else ():
         own = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
-        options[s.name] = tuple(Option(b, "affine", 0.0, 0.0) for b in own)
+        options[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in own)
     return Problem(sites, options, None, file_overhead, **constraints)
 
 

@@ -132,7 +132,7 @@ def frontier(
         if not c[i, usable[i]].any():
             raise HawqError(f"Site {i} costs nothing whatever its option, so there is nothing to trade; leave it out.")
     blocks = []
-    for group in tie_groups(len(o), ties or ()):
+    for group in connected_groups(len(o), ties or ()):
         both = usable[group].all(axis=0)
         if not both.any():
             raise HawqError(f"The tied sites {group} conflict: no option is available to all of them.")
@@ -179,7 +179,7 @@ def sweep(
         o = (block.omega[:, None] + omegas).ravel()
         at = np.arange(len(s)) if cap == math.inf else np.flatnonzero(s <= cap - least[k + 1])
         if limit is not None:
-            at = at[limit.hopeful(k + 1, s[at], o[at])]
+            at = at[limit.can_improve(k + 1, s[at], o[at])]
         at = at[minima(s[at], o[at])]
         at, grown = _thin(at, o, max_points)
         factor *= grown
@@ -191,7 +191,7 @@ def sweep(
     return Frontier(costs, omegas, factor, (*alone, *rest), tuple(stages), sites)
 
 
-def tie_groups(sites: int, ties: Sequence[Sequence[int]]) -> list[list[int]]:
+def connected_groups(sites: int, ties: Sequence[Sequence[int]]) -> list[list[int]]:
     """Merge ties that share a site; untied sites are groups of one. Groups come in the order of their first site."""
     root = list(range(sites))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
-from hawq_lightning._plan import Option, Plan, PlanSite
+from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.selection._costs import COSTS
 from hawq_lightning.selection._coupling import group_frontier
@@ -237,7 +237,7 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
         if s.options:
             options[s.name] = s.options
         else:
-            options[s.name] = (Option(s.bits, s.code, s.omega or 0.0, s.perturbation or 0.0, s.scale, s.zero_point),)
+            options[s.name] = (Candidate(s.bits, s.code, s.omega or 0.0, s.perturbation or 0.0, s.scale, s.zero_point),)
         if s.trace is not None and s.mean_trace is not None:
             traces.append(
                 SiteTrace(s.name, s.kind, s.trace, s.stderr or 0.0, s.stderr_data or 0.0, s.numel, s.mean_trace)
@@ -270,7 +270,7 @@ def _overhead(plan: Plan) -> dict[str, float]:
     return {k: v for k, v in plan.costs.items() if k in ("file_overhead", "weight_scales")}
 
 
-def _option(problem: Problem, site: int, bits: int, code: str | None) -> Option:
+def _option(problem: Problem, site: int, bits: int, code: str | None) -> Candidate:
     options = problem.options[problem.sites[site].name]
     asked = [o for o in options if o.bits == bits and o.code == code and math.isfinite(o.omega)]
     return min(asked, key=lambda o: o.omega) if asked else options[problem.best[site][bits][0]]

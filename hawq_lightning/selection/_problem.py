@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._plan import Option, Plan
+from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import Layer, Site, SiteTable
 from hawq_lightning.selection._checks import best_by_bits, check_sites, extra_cost
 from hawq_lightning.selection._constraints import Pairs, Ties, device_masks, device_pairs, narrowed, tie_indices
 from hawq_lightning.selection._costs import Linear, linear, value
-from hawq_lightning.selection._frontier import MAX_POINTS, Floats, tie_groups
+from hawq_lightning.selection._frontier import MAX_POINTS, Floats, connected_groups
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 
@@ -55,7 +55,7 @@ class Problem:
     def __init__(
         self,
         sites: SiteTable | Sequence[Site],
-        options: Mapping[str, Sequence[Option]],
+        options: Mapping[str, Sequence[Candidate]],
         sensitivity: Sensitivity | None = None,
         file_overhead: int = 0,
         *,
@@ -103,7 +103,7 @@ class Problem:
         self.best = [best_by_bits(s, self.options[s.name]) for s in self.sites]
         self.extra_costs = {k: extra_cost(k, v, self.sites) for k, v in (extra_costs or {}).items()}
         allowed = narrowed([sorted(b) for b in self.best], self.sites, self.layers, fixed, min_bits)
-        self._ties = tie_groups(len(self.sites), tie_indices(ties, self.sites, self.layers))
+        self._ties = connected_groups(len(self.sites), tie_indices(ties, self.sites, self.layers))
         bits = [self._common(members, allowed) for members in self._ties]
         group_of = {i: g for g, members in enumerate(self._ties) for i in members}
         self.group_of = [group_of[i] for i in range(len(self.sites))]
@@ -159,13 +159,13 @@ class Problem:
         for what, length in given.items():
             if length != count:
                 raise HawqError(f"There are {count} names but {length} rows of {what}.")
-        options: dict[str, list[Option]] = {}
+        options: dict[str, list[Candidate]] = {}
         for i, name in enumerate(names):
             if len(widths[i]) != len(rows[i]):
                 raise HawqError(f"Site {name!r} has {len(widths[i])} widths but {len(rows[i])} values of omega.")
             moved = [0.0] * len(rows[i]) if perturbation is None else [float(x) for x in perturbation[i]]
             options[name] = [
-                Option(int(b), "midrise" if b == 1 else "affine", w, p) for b, w, p in zip(widths[i], rows[i], moved)
+                Candidate(int(b), "midrise" if b == 1 else "affine", w, p) for b, w, p in zip(widths[i], rows[i], moved)
             ]
         sites = [Site(n, "weight", (n,), (int(k),), int(k), 0) for n, k in zip(names, numel)]
         measured = None

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hawq_lightning._plan import Option
+from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.selection._bootstrap import stability
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._select import select
 from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces
 
-Options = Mapping[str, Sequence[Option]]
+Options = Mapping[str, Sequence[Candidate]]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class PlanSettled:
         plan = select(problem, self.budget, self.selector)
         return stability(problem, plan, bootstraps=self.bootstraps, seed=self.seed).regret95 <= self.regret
 
-    def _scaled(self, name: str, option: Option, now: Mapping[str, float]) -> Option:
+    def _scaled(self, name: str, option: Candidate, now: Mapping[str, float]) -> Candidate:
         before = self._traces[name]
         # a site without curvature until now: its perturbation times its trace is what there is to say
         omega = option.omega * now[name] / before if before > 0 else option.perturbation * now[name]

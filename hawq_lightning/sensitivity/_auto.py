@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.sensitivity._context import Pass, Setting
-from hawq_lightning.sensitivity._double_backward import Slopes, gaussian, rademacher, slopes_of
-from hawq_lightning.sensitivity._ggn import Signs, probe_batch
+from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
+from hawq_lightning.sensitivity._double_backward import GradGraph, gaussian, rademacher, slopes_of
+from hawq_lightning.sensitivity._ggn import RademacherProbes, probe_batch
 from hawq_lightning.sensitivity._hutchinson import hutchinson_batch
 from hawq_lightning.sensitivity._microbatch import ImagesOf, take
 
@@ -41,9 +41,14 @@ class Linearity:
 
 
 def check_linearity(
-    setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], images_of: ImagesOf, seed: int = 0,
+    setting: MeasureContext,
+    batch: Any,
+    images: int,
+    per_image: Mapping[str, bool],
+    batch_size_fn: ImagesOf,
+    seed: int = 0,
     most: int | None = None,
-) -> Linearity:  # fmt: skip
+) -> Linearity:
     """One double backward on a few images; one a site more only if that does not vanish.
 
     With ``most`` no more than so many sites, spread evenly, are looked at one by one.
@@ -51,34 +56,39 @@ def check_linearity(
     All activations are disturbed at once, weights held: of a piecewise linear network even that has no second
     derivative. A weight that is used in series is looked at alone.
     """
-    batch, images = _few(setting, batch, images, per_image, images_of, _FEW)
+    batch, images = _few(setting, batch, images, per_image, batch_size_fn, _FEW)
     generator = torch.Generator().manual_seed(seed)
     sample = gaussian(generator)
 
     # the direction requires gradients so that kernels without a second derivative say so, instead of seeming constant
     directions: list[torch.Tensor] = []
 
-    def random(step: Pass) -> list[torch.Tensor]:
+    def random(step: ForwardPass) -> list[torch.Tensor]:
         directions[:] = [sample(v).requires_grad_(True) for v in step.hessian.values]
         return directions
 
     try:
         with slopes_of(setting, batch, per_image, random, weights=False) as slopes:
             serial = _in_series(slopes)
-            smooth = not _bends(slopes, list(slopes.points), sample, directions)
+            smooth = not _has_second_derivative(slopes, list(slopes.points), sample, directions)
         if smooth and not serial:
             return Linearity()
         every = [s.name for s in setting.table]
         sites = serial if smooth else every[:: max(1, -(-len(every) // most)) if most else 1]
         with slopes_of(setting, batch, per_image, random, sites=sites) as slopes:
             return Linearity(tuple(s.name for s in setting.table if s.name in slopes.points
-                                   and _bends(slopes, [s.name], sample, directions)))  # fmt: skip
+                                   and _has_second_derivative(slopes, [s.name], sample, directions)))  # fmt: skip
     except (RuntimeError, NotImplementedError) as error:
         return Linearity(failed=str(error).strip().split("\n")[0].rstrip("."))
 
 
 def choose_estimator(
-    setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], images_of: ImagesOf, seed: int = 0
+    setting: MeasureContext,
+    batch: Any,
+    images: int,
+    per_image: Mapping[str, bool],
+    batch_size_fn: ImagesOf,
+    seed: int = 0,
 ) -> tuple[str, tuple[str, ...]]:
     """The rule behind ``estimator='auto'``; what it found and chose goes into the notes.
 
@@ -90,7 +100,7 @@ def choose_estimator(
     Returns:
         the estimator, and the sites at which the network is not piecewise linear.
     """
-    found = check_linearity(setting, batch, images, per_image, images_of, seed, _AFFORDABLE)
+    found = check_linearity(setting, batch, images, per_image, batch_size_fn, seed, _AFFORDABLE)
     if found.failed:
         setting.note(
             f"estimator='auto' could not check whether the network is piecewise linear ({found.failed}); it took "
@@ -101,7 +111,7 @@ def choose_estimator(
         return "ggn", ()
     where = f"The network is not piecewise linear at {named(setting, found.curved)}"
     try:
-        share, site = _missing(setting, batch, images, per_image, images_of, found.curved, seed)
+        share, site = _missing(setting, batch, images, per_image, batch_size_fn, found.curved, seed)
     except (RuntimeError, HawqError):
         share, site = 0.0, ""
     part = f"about {share:.0%} of" if share < 1 else "as much as"
@@ -126,7 +136,7 @@ def choose_estimator(
     return "ggn", found.curved
 
 
-def named(setting: Setting, sites: tuple[str, ...], most: int = 4) -> str:
+def named(setting: MeasureContext, sites: tuple[str, ...], most: int = 4) -> str:
     """The layers of some sites, the first few of them."""
     known = set(sites)
     layers = [x.name for x in setting.table.layers if x.weight in known or x.activation in known]
@@ -134,11 +144,11 @@ def named(setting: Setting, sites: tuple[str, ...], most: int = 4) -> str:
 
 
 def _few(
-    setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], images_of: ImagesOf, most: int
+    setting: MeasureContext, batch: Any, images: int, per_image: Mapping[str, bool], batch_size_fn: ImagesOf, most: int
 ) -> tuple[Any, int]:
     """The first images of the batch, if the loss takes them."""
     if images > most and all(per_image.values()):
-        part = take(batch, images, 0, most, images_of)
+        part = take(batch, images, 0, most, batch_size_fn)
         if part is not None:
             try:
                 with torch.no_grad():
@@ -149,7 +159,7 @@ def _few(
     return batch, images
 
 
-def _bends(slopes: Slopes, sites: list[str], sample: Any, directions: list[torch.Tensor]) -> bool:
+def _has_second_derivative(slopes: GradGraph, sites: list[str], sample: Any, directions: list[torch.Tensor]) -> bool:
     """Whether the gradients at ``sites`` change when all of these are disturbed."""
     pairs = [
         (p, g, sample(p) * _size(p))
@@ -176,7 +186,7 @@ def _size(point: torch.Tensor) -> float:
     return float(point.detach().square().mean().sqrt()) or 1.0
 
 
-def _in_series(slopes: Slopes) -> list[str]:
+def _in_series(slopes: GradGraph) -> list[str]:
     """Weights with a call that reads what an earlier call of theirs made."""
     out = []
     for site, outputs in slopes.step.network.output_nodes().items():
@@ -213,14 +223,19 @@ def _reaches(start: Any, goals: set[Any]) -> bool:
 
 
 def _missing(
-    setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], images_of: ImagesOf,
-    curved: tuple[str, ...], seed: int,
-) -> tuple[float, str]:  # fmt: skip
+    setting: MeasureContext,
+    batch: Any,
+    images: int,
+    per_image: Mapping[str, bool],
+    batch_size_fn: ImagesOf,
+    curved: tuple[str, ...],
+    seed: int,
+) -> tuple[float, str]:
     """The largest share of a trace that Gauss-Newton misses, less two standard errors; and its site."""
-    batch, images = _few(setting, batch, images, per_image, images_of, _SOME)
+    batch, images = _few(setting, batch, images, per_image, batch_size_fn, _SOME)
     generator = torch.Generator().manual_seed(seed + 1)
     missing: list[dict[str, torch.Tensor]] = []
-    known = probe_batch(setting, batch, images, per_image, Signs([(images, seed)]), _SOME).rows
+    known = probe_batch(setting, batch, images, per_image, RademacherProbes([(images, seed)]), _SOME).rows
     weights = {s.name for s in setting.table.weights}
     own = {n: per and n not in weights for n, per in per_image.items()}
     hutchinson_batch(

@@ -24,7 +24,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Cut(torch.autograd.Function):
+class GradientStop(torch.autograd.Function):
     """Identity whose gradient can be blocked: where the loss reads an inner feature as well as what follows it."""
 
     @staticmethod
@@ -47,7 +47,7 @@ class Outputs:
 
     Args:
         model: hooks go on its modules while active.
-        cut: numbers of the outputs to pass through :class:`Cut`.
+        cut: numbers of the outputs to pass through :class:`GradientStop`.
     """
 
     def __init__(self, model: nn.Module, cut: frozenset[int] = frozenset()) -> None:
@@ -110,7 +110,7 @@ class Outputs:
             if not self.recording or not output.requires_grad:
                 return output  # activation checkpointing runs the forward pass again
             if len(self.edges) in self._cut:
-                output = Cut.apply(output, self.blocked)
+                output = GradientStop.apply(output, self.blocked)
             edge = get_gradient_edge(output)
             # an outer module's output is its last layer's
             self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
@@ -141,7 +141,7 @@ def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool
 
     Returns:
         numbers of the outputs on the boundary, in order; whether one of them also feeds another (then gradients of
-        the loss are totals and :class:`Cut` is needed).
+        the loss are totals and :class:`GradientStop` is needed).
     """
     found = outputs.behind(get_gradient_edge(loss))
     return sorted(found), bool(found & outputs.inner)
@@ -209,7 +209,7 @@ class OutputHessian:
         self._tidy()
         return [wide(h) if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
 
-    def let_go(self) -> None:
+    def free_graph(self) -> None:
         """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
         self._slopes = []
         self._tidy()

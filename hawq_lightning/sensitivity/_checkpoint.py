@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hawq_lightning._io import write_bytes
-from hawq_lightning.sensitivity._statistics import Rows
+from hawq_lightning.sensitivity._statistics import TraceStatistics
 
 if TYPE_CHECKING:
-    from hawq_lightning.sensitivity._trace_loop import Share
+    from hawq_lightning.sensitivity._trace_loop import ProcessShard
 
 _EVERY = 5.0  # seconds
 _TABLES = ("mean", "spread", "size")
 
 
-class Partial:
+class MeasurementCheckpoint:
     """The file of an unfinished measurement; without a path nothing is kept.
 
     Args:
@@ -42,7 +42,7 @@ class Partial:
         self._facts, self._notes = {} if facts is None else facts, [] if notes is None else notes
         self._key, self._last = key, time.perf_counter()
 
-    def restore(self, rows: Rows, share: Share) -> tuple[int, int, bool]:
+    def restore(self, rows: TraceStatistics, share: ProcessShard) -> tuple[int, int, bool]:
         """Fill ``rows``.
 
         Returns:
@@ -50,10 +50,10 @@ class Partial:
         """
         state = self._read(rows)
         begun = 0.0 if state is None else float(state["done"])
-        if share.all_sum is not None and self._path is not None:
+        if share.all_reduce_sum is not None and self._path is not None:
             # processes that stopped in different rounds would wait for each other: all begin afresh
             turn = -1.0 if state is None else float(state["turn"])
-            total = share.all_sum(torch.tensor([turn, turn * turn, begun], dtype=torch.float64))
+            total = share.all_reduce_sum(torch.tensor([turn, turn * turn, begun], dtype=torch.float64))
             begun = float(total[2])
             if float(total[1]) * share.world != float(total[0]) ** 2:
                 state = None
@@ -66,7 +66,7 @@ class Partial:
         self._notes.extend(n for n in state["notes"] if n not in self._notes)
         return state["turn"], state["done"], begun > 0
 
-    def _read(self, rows: Rows) -> dict[str, Any] | None:
+    def _read(self, rows: TraceStatistics) -> dict[str, Any] | None:
         if self._path is None or not self._path.is_file():
             return None
         try:
@@ -80,7 +80,7 @@ class Partial:
             return None
         return state if fits else None
 
-    def save(self, rows: Rows, turn: int, done: int) -> None:
+    def save(self, rows: TraceStatistics, turn: int, done: int) -> None:
         """Keep what is known by now, at the end of a round and every few seconds within."""
         if self._path is None or (done and time.perf_counter() - self._last < _EVERY):
             return

@@ -13,14 +13,14 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._grad_capture import Network
-from hawq_lightning.sensitivity._input_hooks import Reads
+from hawq_lightning.sensitivity._grad_capture import GradCapture
+from hawq_lightning.sensitivity._input_hooks import InputHooks
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @dataclass
-class Setting:
+class MeasureContext:
     """What stays the same over all batches of a measurement."""
 
     model: nn.Module
@@ -53,21 +53,21 @@ class Setting:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One batch after its forward pass."""
 
     loss: torch.Tensor | None
-    network: Network
+    network: GradCapture
     hessian: OutputHessian
 
     def let_go_of_loss(self) -> None:
         """Free what lies between the outputs and the loss, once its Hessian is known."""
         self.loss = None
-        self.hessian.let_go()
+        self.hessian.free_graph()
 
 
 @contextmanager
-def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) -> Iterator[Pass]:
+def forward_pass(setting: MeasureContext, batch: Any, per_image: Mapping[str, bool]) -> Iterator[ForwardPass]:
     """Run the loss on ``batch`` with hooks in place; inside, probes may go back through the graph.
 
     Raises:
@@ -75,7 +75,7 @@ def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) ->
     """
     cut: frozenset[int] = frozenset()
     for _ in range(2):
-        network = Network(setting.layers, setting.table, setting.keep_copies)
+        network = GradCapture(setting.layers, setting.table, setting.keep_copies)
         network.per_image = per_image
         with network, Outputs(setting.model, cut) as outputs, torch.enable_grad():
             loss = setting.loss(batch)
@@ -86,20 +86,20 @@ def forward_pass(setting: Setting, batch: Any, per_image: Mapping[str, bool]) ->
                 cut = frozenset(boundary)
                 setting.note("The loss also reads an inner feature; its paths were separated.")
                 continue
-            step = Pass(loss, network, OutputHessian(loss, outputs, boundary))
+            step = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
             del loss  # may be let go of
             yield step
             return
 
 
 @contextmanager
-def outputs_of(setting: Setting, batch: Any) -> Iterator[OutputHessian]:
+def outputs_of(setting: MeasureContext, batch: Any) -> Iterator[OutputHessian]:
     """The loss's Hessian at the outputs of ``batch``, for nothing to be sent back through the network.
 
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
-    with Reads(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
+    with InputHooks(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
         with torch.enable_grad():
             loss = setting.loss(batch)
             boundary, nested = find_boundary(loss, outputs)

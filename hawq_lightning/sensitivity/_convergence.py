@@ -12,14 +12,14 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites
-from hawq_lightning.sensitivity._context import LossFn, Setting
+from hawq_lightning.sensitivity._context import LossFn, MeasureContext
 from hawq_lightning.sensitivity._ggn import independent_images
-from hawq_lightning.sensitivity._isolate import quiet, to_device
+from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
 from hawq_lightning.sensitivity._microbatch import ImagesOf
-from hawq_lightning.sensitivity._probe_runner import PER_ROUND, Probes
+from hawq_lightning.sensitivity._probe_runner import PROBES_PER_STEP, ProbeRunner
 
 
-def trace_steps(
+def trace_history(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFn,
@@ -28,7 +28,7 @@ def trace_steps(
     estimator: str = "hutchinson",
     sites: SiteTable | None = None,
     seed: int = 0,
-    images_of: ImagesOf = batch_images,
+    batch_size_fn: ImagesOf = batch_images,
 ) -> dict[str, list[float]]:
     """One estimate of every trace a step, from the same images each time (paper, Fig. 5 right and Fig. 8).
 
@@ -40,7 +40,7 @@ def trace_steps(
         estimator: ``hutchinson``, as in the paper, or ``ggn``.
         sites: found when not given.
         seed: of the vectors.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
 
     Returns:
         site -> one estimate a step; their running mean is what converges.
@@ -53,17 +53,19 @@ def trace_steps(
     kept = [to_device(b, device) for b in batches]
     if not kept:
         raise HawqError("No batches to measure on: the dataloader or iterable is empty.")
-    images = [images_of(b) for b in kept]
-    with quiet(model, seed):
+    images = [batch_size_fn(b) for b in kept]
+    with isolated_eval(model, seed):
         table = sites or find_sites(model, lambda: loss_fn(model, kept[0]), images[0])
-        setting = Setting(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss_fn)
-        probes = Probes(setting, estimator, independent_images(setting, kept[0], images[0]), images_of, seed=seed)
+        setting = MeasureContext(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+        probes = ProbeRunner(
+            setting, estimator, independent_images(setting, kept[0], images[0]), batch_size_fn, seed=seed
+        )
         out = {s.name: [0.0] * (steps + steps % 2) for s in table}
-        for turn in range((steps + 1) // PER_ROUND):
+        for turn in range((steps + 1) // PROBES_PER_STEP):
             for number, (batch, n) in enumerate(zip(kept, images)):
                 for k, rows in enumerate(probes.of_batch(batch, n, number, turn)[0]):
                     for site, values in rows.items():
-                        out[site][turn * PER_ROUND + k] += float(values.sum()) * n / sum(images)
+                        out[site][turn * PROBES_PER_STEP + k] += float(values.sum()) * n / sum(images)
     return {n: v[:steps] for n, v in out.items()}
 
 
@@ -75,7 +77,7 @@ def landscape(
     directions: tuple[torch.Tensor, torch.Tensor],
     offsets: Sequence[float],
     *,
-    images_of: ImagesOf = batch_images,
+    batch_size_fn: ImagesOf = batch_images,
     tick: Callable[[], None] | None = None,
 ) -> list[list[float]]:
     """The mean loss with ``weight`` moved by ``a * first + b * second`` for all pairs of offsets (paper, Fig. 2 and 7).
@@ -87,17 +89,17 @@ def landscape(
         weight: the parameter to move.
         directions: two tensors of its shape, such as eigenvectors.
         offsets: along both.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         tick: called after every row.
 
     Returns:
         loss[i][j] at ``offsets[i]`` along the first direction and ``offsets[j]`` along the second.
     """
     kept = [to_device(b, weight.device) for b in batches]
-    images = [images_of(b) for b in kept]
+    images = [batch_size_fn(b) for b in kept]
     home = weight.detach().clone()
     out = []
-    with quiet(model), torch.no_grad():
+    with isolated_eval(model), torch.no_grad():
         try:
             for a in offsets:
                 row = []

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hawq_lightning.sensitivity._context import Pass, Setting, forward_pass
+from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, list[torch.Tensor]]
@@ -39,7 +39,7 @@ class _Twice(TorchFunctionMode):
 
 
 @dataclass
-class Slopes:
+class GradGraph:
     """First derivatives with their graph.
 
     Attributes:
@@ -48,7 +48,7 @@ class Slopes:
         gradient: site -> one tensor for each point; ``None`` where the point does not reach the loss.
     """
 
-    step: Pass
+    step: ForwardPass
     points: dict[str, list[torch.Tensor]]
     gradient: dict[str, list[Any]]
 
@@ -66,14 +66,14 @@ class Slopes:
 
 @contextmanager
 def slopes_of(
-    setting: Setting,
+    setting: MeasureContext,
     batch: Any,
     per_image: Mapping[str, bool],
-    direction: Callable[[Pass], list[torch.Tensor]] | None = None,
+    direction: Callable[[ForwardPass], list[torch.Tensor]] | None = None,
     *,
     sites: Iterable[str] | None = None,
     weights: bool = True,
-) -> Iterator[Slopes]:
+) -> Iterator[GradGraph]:
     """Run one batch forwards and once backwards, keeping the graph of the gradients.
 
     Args:
@@ -106,12 +106,12 @@ def slopes_of(
                 vectors = step.hessian.as_sent(direction(step))
                 found = torch.autograd.grad(step.hessian.edges, flat, vectors, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
             slopes = iter(found)
-            yield Slopes(step, points, {site: [next(slopes) for _ in tensors] for site, tensors in points.items()})
+            yield GradGraph(step, points, {site: [next(slopes) for _ in tensors] for site, tensors in points.items()})
     finally:
         for w in leaves:
             w.requires_grad_(False)
 
 
-def loss_slope(step: Pass) -> list[torch.Tensor]:
+def loss_slope(step: ForwardPass) -> list[torch.Tensor]:
     """The loss's gradient at the boundary, as a constant: its linearised loss misses what Gauss-Newton has."""
     return [g.detach() for g in step.hessian.gradient]

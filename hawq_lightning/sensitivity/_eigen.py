@@ -19,12 +19,12 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, find_sites, quantizable_layers
-from hawq_lightning.sensitivity._context import LossFn, Pass, Setting, check_weights
-from hawq_lightning.sensitivity._double_backward import Slopes, slopes_of
+from hawq_lightning.sensitivity._context import ForwardPass, LossFn, MeasureContext, check_weights
+from hawq_lightning.sensitivity._double_backward import GradGraph, slopes_of
 from hawq_lightning.sensitivity._ggn import independent_images
-from hawq_lightning.sensitivity._isolate import quiet, to_device
+from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
 from hawq_lightning.sensitivity._microbatch import ImagesOf
-from hawq_lightning.sensitivity._trace_loop import Share
+from hawq_lightning.sensitivity._trace_loop import ProcessShard
 
 KINDS = ("ggn", "hessian")
 
@@ -64,8 +64,8 @@ def top_eigenpairs(
     max_steps: int = 100,
     seed: int = 0,
     progress: bool | Bar = False,
-    images_of: ImagesOf = batch_images,
-    share: Share | None = None,
+    batch_size_fn: ImagesOf = batch_images,
+    share: ProcessShard | None = None,
 ) -> dict[str, Eigenpairs]:
     """Largest eigenvalues of every site's block of the Hessian (HAWQ, ICCV 2019; compared in the paper's Table 5).
 
@@ -83,7 +83,7 @@ def top_eigenpairs(
         max_steps: products a site at the most.
         seed: of the first vectors.
         progress: show a bar.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         share: for several processes.
 
     Returns:
@@ -100,10 +100,10 @@ def top_eigenpairs(
     kept = [to_device(b, device) for b in batches]
     if not kept:
         raise HawqError("No batches to measure on: the dataloader or iterable is empty.")
-    images = [images_of(b) for b in kept]
-    share = share or Share()
+    images = [batch_size_fn(b) for b in kept]
+    share = share or ProcessShard()
     shown = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
-    with quiet(model, seed), shown as bar:
+    with isolated_eval(model, seed), shown as bar:
         layers, _ = quantizable_layers(model, include, exclude)
         check_weights(layers)
         table = sites or find_sites(model, lambda: loss_fn(model, kept[0]), images[0], include, exclude)
@@ -111,7 +111,7 @@ def top_eigenpairs(
         for name in wanted:
             if name not in {s.name for s in table}:
                 raise HawqError(f"There is no site {name!r}.{nearest(name, [s.name for s in table])}")
-        setting = Setting(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
+        setting = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
         per_image = independent_images(setting, kept[0], images[0])
         work = _Work(setting, kept, images, per_image, kind, share, rtol, max_steps, seed, bar)
         try:
@@ -126,12 +126,12 @@ def top_eigenpairs(
 
 @dataclass
 class _Work:
-    setting: Setting
+    setting: MeasureContext
     kept: Sequence[Any]
     images: Sequence[int]
     per_image: Mapping[str, bool]
     kind: str
-    share: Share
+    share: ProcessShard
     rtol: float
     max_steps: int
     seed: int
@@ -144,7 +144,7 @@ class _Work:
         shapes = {n: (1, owner[n].numel()) for n in names}
         mine = range(self.share.rank, len(self.kept), self.share.world)
         total = sum(self.images)
-        found: dict[str, list[_Climb]] = {n: [] for n in names}
+        found: dict[str, list[_LobpcgState]] = {n: [] for n in names}
         with ExitStack() as stack:
             graphs = {b: stack.enter_context(self._graph(b, names)) for b in mine} if len(mine) == 1 else {}
 
@@ -154,8 +154,8 @@ class _Work:
                     with nullcontext(graphs[b]) if b in graphs else self._graph(b, names) as graph:
                         for n, v in vectors.items():
                             out[n] += self.images[b] / total * graph.product(n, v)
-                if self.share.all_sum is not None:
-                    flat = self.share.all_sum(torch.cat([v.flatten() for v in out.values()]).cpu())
+                if self.share.all_reduce_sum is not None:
+                    flat = self.share.all_reduce_sum(torch.cat([v.flatten() for v in out.values()]).cpu())
                     parts = flat.split([v.numel() for v in out.values()])
                     out = {n: p.reshape(v.shape).to(v.device) for (n, v), p in zip(out.items(), parts)}
                 return out
@@ -192,8 +192,8 @@ class _Work:
                 table[0, i] += weight * float(climbs[n].value.sum())
                 table[1, i] += weight * float((climbs[n].residual * climbs[n].value.abs()).sum())
                 table[2, i] += self.images[b]
-        if self.share.all_sum is not None:
-            table = self.share.all_sum(table.flatten()).reshape(table.shape)
+        if self.share.all_reduce_sum is not None:
+            table = self.share.all_reduce_sum(table.flatten()).reshape(table.shape)
         mean, error = table[0] / table[2], table[1] / table[2]
         return {
             n: Eigenpairs((float(m),), (), (float(e / m.abs().clamp_min(1e-300)),))
@@ -202,13 +202,13 @@ class _Work:
 
     def _climb(
         self, shapes: Mapping[str, tuple[int, int]], apply: Any, known: Mapping[str, torch.Tensor], what: str
-    ) -> dict[str, _Climb]:
+    ) -> dict[str, _LobpcgState]:
         device = next(self.setting.model.parameters()).device
         climbs = {}
         for i, (n, shape) in enumerate(shapes.items()):
             generator = torch.Generator().manual_seed(self.seed + i)
             start = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-            climbs[n] = _Climb(start, known.get(n))
+            climbs[n] = _LobpcgState(start, known.get(n))
         task = self.bar.begin(what, len(climbs))
         for step in range(self.max_steps):
             active = {n: c for n, c in climbs.items() if step == 0 or not c.done(self.rtol)}
@@ -224,7 +224,7 @@ class _Work:
     def _graph(self, number: int, sites: Collection[str]) -> Iterator[_Graph]:
         directions: list[torch.Tensor] = []
 
-        def unknown(step: Pass) -> list[torch.Tensor]:
+        def unknown(step: ForwardPass) -> list[torch.Tensor]:
             directions[:] = [torch.zeros_like(v).requires_grad_(True) for v in step.hessian.values]
             return directions
 
@@ -238,7 +238,7 @@ class _Work:
 class _Graph:
     """Products with the blocks of one batch, vectors flattened to (rows, elements)."""
 
-    slopes: Slopes
+    slopes: GradGraph
     directions: list[torch.Tensor]
     images: int
     per_image: Mapping[str, bool]
@@ -273,7 +273,7 @@ class _Graph:
         return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(found, points)]
 
 
-class _Climb:
+class _LobpcgState:
     """The search for the top eigenvector of several rows at once, fed with one product a step.
 
     Args:

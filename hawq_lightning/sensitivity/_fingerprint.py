@@ -11,11 +11,11 @@ from torch import nn
 
 from hawq_lightning._batches import parts_of
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
-from hawq_lightning.sensitivity._context import Setting
+from hawq_lightning.sensitivity._context import MeasureContext
 
 
 def fingerprint(
-    setting: Setting, batches: Sequence[Any], first: Any, asked: str, seed: int, images: Sequence[int]
+    setting: MeasureContext, batches: Sequence[Any], first: Any, asked: str, seed: int, images: Sequence[int]
 ) -> str:
     """Hash of the weights, of the drawn input tensors, of the loss of ``first`` and of the settings ``asked``."""
     digest = hashlib.sha256(f"{asked} {seed} {list(images)}".encode())
@@ -41,11 +41,11 @@ def _idle_quantizers(model: nn.Module) -> Iterator[str]:
         if hasattr(layer, "float_type"):
             for key in ("weight_quantizer", "input_quantizer"):
                 quantizer = getattr(layer, key)
-                if not quantizer.bits or quantizer.paused:
+                if not quantizer.bits or quantizer.fake_quant_disabled:
                     yield f"{name}.{key}." if name else f"{key}."
 
 
-def check_loss_value(setting: Setting, batch: Any) -> float:
+def check_loss_value(setting: MeasureContext, batch: Any) -> float:
     """The loss of a batch as a number, checked; a penalty on the weights themselves is noted."""
     weights = {id(m.weight): (name, m.weight) for name, m in setting.layers.items()}
     for _, w in weights.values():

@@ -16,17 +16,17 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.sensitivity._boundary import OutputHessian
-from hawq_lightning.sensitivity._context import Pass, Setting, forward_pass, outputs_of
+from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass, outputs_of
 from hawq_lightning.sensitivity._grad_capture import Overwritten
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._loss_hessian import (
     Block,
     Dense,
     Diagonal,
-    Draw,
+    ProbeVectors,
     Softmax,
     draw,
-    recognise,
+    factorize_loss_hessian,
     without_curvature,
 )
 from hawq_lightning.sensitivity._sampling import output_curvature
@@ -35,7 +35,7 @@ MAX_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
-class Signs:
+class RademacherProbes:
     """Random signs (Rademacher) for the outputs; a batch joined of several draws for each of them what it would alone.
 
     Args:
@@ -79,7 +79,7 @@ def columns(values: Sequence[torch.Tensor], images: int, by_image: bool) -> Iter
             yield out
 
 
-def send_back(step: Pass, what: Draw, last: bool = False) -> dict[str, torch.Tensor]:
+def send_back(step: ForwardPass, what: ProbeVectors, last: bool = False) -> dict[str, torch.Tensor]:
     """Rows of every site for one probe; the ``last`` one frees the graph as it goes."""
     rows: dict[str, torch.Tensor] = {}
     network, hessian = step.network, step.hessian
@@ -93,7 +93,7 @@ def send_back(step: Pass, what: Draw, last: bool = False) -> dict[str, torch.Ten
     return rows
 
 
-def independent_images(setting: Setting, batch: Any, images: int) -> dict[str, bool]:
+def independent_images(setting: MeasureContext, batch: Any, images: int) -> dict[str, bool]:
     """Site -> whether image 0's outputs alone reach row 0 alone of what its layers read and return.
 
     Also the loss: whether its Hessian leaks from image 0 to others. Both are tried, not assumed.
@@ -142,11 +142,11 @@ class Probed:
 
 
 def probe_batch(
-    setting: Setting,
+    setting: MeasureContext,
     batch: Any,
     images: int,
     per_image: Mapping[str, bool],
-    signs: Signs,
+    signs: RademacherProbes,
     probes: int,
     *,
     rotate: bool = True,
@@ -206,7 +206,7 @@ def probe_batch(
             setting.keep_copies.add(str(which))
 
 
-def pool_curvature(setting: Setting, batch: Any) -> torch.Tensor | None:
+def pool_curvature(setting: MeasureContext, batch: Any) -> torch.Tensor | None:
     """Curvature of the loss at the outputs, one value an image, from a forward pass alone; see :mod:`.draws`.
 
     Only for losses and networks that do not couple images; ``None`` where the loss has no closed form.
@@ -216,17 +216,17 @@ def pool_curvature(setting: Setting, batch: Any) -> torch.Tensor | None:
         return output_curvature(hessian, blocks, _sloped(setting, hessian, blocks))
 
 
-def concave_share(setting: Setting, batch: Any) -> tuple[float, float]:
+def concave_share(setting: MeasureContext, batch: Any) -> tuple[float, float]:
     """Concave curvature of the loss at the outputs, and all of it; zeros where it has no closed form."""
     with outputs_of(setting, batch) as hessian:
-        blocks = recognise(hessian, torch.Generator().manual_seed(0))
+        blocks = factorize_loss_hessian(hessian, torch.Generator().manual_seed(0))
         if not isinstance(blocks, list):
             return 0.0, 0.0
         curvature = [b.d for b in blocks if isinstance(b, Diagonal)]
         return sum(-float(d.clamp_max(0).sum()) for d in curvature), sum(float(d.abs().sum()) for d in curvature)
 
 
-def _sloped(setting: Setting, hessian: OutputHessian, blocks: list[Block] | Dense | None) -> list[int]:
+def _sloped(setting: MeasureContext, hessian: OutputHessian, blocks: list[Block] | Dense | None) -> list[int]:
     if setting.l1 != "fisher":
         return []
     found = without_curvature(hessian, blocks, torch.Generator().manual_seed(0))
@@ -240,13 +240,13 @@ def _sloped(setting: Setting, hessian: OutputHessian, blocks: list[Block] | Dens
 
 
 def _blocks(
-    setting: Setting, hessian: OutputHessian, by_image: bool, elementwise: bool = False
+    setting: MeasureContext, hessian: OutputHessian, by_image: bool, elementwise: bool = False
 ) -> list[Block] | Dense | None:
     if hessian.linear and setting.l1 == "zero":
         setting.note(
             "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
         )
-    blocks = recognise(hessian, torch.Generator().manual_seed(0), by_image, elementwise)
+    blocks = factorize_loss_hessian(hessian, torch.Generator().manual_seed(0), by_image, elementwise)
     if blocks is None:
         setting.note(
             "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."

@@ -11,8 +11,8 @@ from torch import nn
 
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.sensitivity._grad_norms import inner_products, row_dots
-from hawq_lightning.sensitivity._input_hooks import Reads
-from hawq_lightning.sensitivity._unfold import Use
+from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._unfold import LayerCall
 
 
 class Overwritten(Exception):
@@ -23,7 +23,7 @@ _GONE = torch.empty(0)
 
 
 @dataclass
-class _Call:
+class CallRecord:
     """A layer call, or a tensor read: its site, and the gradients of up to two backward passes."""
 
     site: str
@@ -35,7 +35,7 @@ class _Call:
     node: Any = None
 
 
-class Network:
+class GradCapture:
     """Hooks on the layers of ``table``; active inside ``with``.
 
     Args:
@@ -48,8 +48,8 @@ class Network:
         self._layers, self._table, self._keep = layers, table, keep_copies
         self._reads_of = {x.name: x.activation for x in table.layers if x.activation is not None}
         self._weight_of = {x.name: x.weight for x in table.layers}
-        self._calls: dict[str, list[_Call]] = {}
-        self._reads: dict[str, list[_Call]] = {}
+        self._calls: dict[str, list[CallRecord]] = {}
+        self._reads: dict[str, list[CallRecord]] = {}
         self._slot, self._last, self._coefficient = 0, 0, 1.0
         self._waiting: dict[str, int] = {}
         self._rows: dict[str, torch.Tensor] = {}
@@ -59,9 +59,9 @@ class Network:
         self.leaks: dict[str, bool] | None = None
         self.images = 1
         self._handles: list[Any] = []
-        self._reader = Reads(layers, self._reads_of, self._alias)
+        self._reader = InputHooks(layers, self._reads_of, self._alias)
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> GradCapture:
         self._reader.__enter__()
         for name, module in self._layers.items():
             self._handles.append(module.register_forward_hook(self._called(name), with_kwargs=True))
@@ -117,7 +117,7 @@ class Network:
         if not self.recording or not torch.is_grad_enabled():
             return x  # activation checkpointing runs the forward pass again; a target network has no gradients
         alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
-        call = _Call(site, site, None, alias, alias._version)
+        call = CallRecord(site, site, None, alias, alias._version)
         self._reads.setdefault(site, []).append(call)
         self._handles.append(alias.register_hook(self._arrived(call)))
         return alias
@@ -129,13 +129,13 @@ class Network:
             read = (args[0] if args else kwargs["input"]).detach()
             if name in self._keep:
                 read = read.clone()
-            call = _Call(self._weight_of[name], name, module, read, read._version, node=output.grad_fn)
+            call = CallRecord(self._weight_of[name], name, module, read, read._version, node=output.grad_fn)
             self._calls.setdefault(call.site, []).append(call)
             self._handles.append(output.register_hook(self._arrived(call)))
 
         return record
 
-    def _arrived(self, call: _Call) -> Callable[[torch.Tensor], None]:
+    def _arrived(self, call: CallRecord) -> Callable[[torch.Tensor], None]:
         def hook(grad: torch.Tensor) -> None:
             if self.recording:
                 return  # the user's own gradient, not a probe
@@ -151,7 +151,7 @@ class Network:
 
         return hook
 
-    def _note_leak(self, call: _Call, grad: torch.Tensor) -> None:
+    def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
         own = grad.ndim > 1 and grad.shape[0] == self.images == call.value.shape[0] and not bool(grad[1:].any())
         self.leaks[call.site] = self.leaks.get(call.site, False) or not own
@@ -171,7 +171,7 @@ class Network:
                 if c.value._version != c.version:
                     raise Overwritten(c.name)
             uses = [
-                Use(c.layer, c.value.to(c.grads[0].dtype), c.grads[0], c.grads[1] if two else None)
+                LayerCall(c.layer, c.value.to(c.grads[0].dtype), c.grads[0], c.grads[1] if two else None)
                 for c in live
                 if c.layer is not None and c.grads[0] is not None
             ]

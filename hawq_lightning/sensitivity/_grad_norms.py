@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from hawq_lightning._sites import layer_type
-from hawq_lightning.sensitivity._unfold import TRANSPOSED, Use, positions
+from hawq_lightning.sensitivity._unfold import TRANSPOSED, LayerCall, positions
 from hawq_lightning.sensitivity._weight_gradients import by_kernel, weight_gradients
 
 _CHUNK = 1 << 25  # elements of per-image gradients formed at a time
 
 
-def inner_products(uses: Sequence[Use], per_image: bool) -> torch.Tensor:
+def inner_products(uses: Sequence[LayerCall], per_image: bool) -> torch.Tensor:
     """``<G_n, G'_n>`` for every row n, G the weight gradient from ``grad`` and G' from ``other`` (or ``grad`` again).
 
     Args:
@@ -52,7 +52,7 @@ def row_dots(g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(g, h).double()
 
 
-def _how(uses: Sequence[Use], per_image: bool) -> tuple[bool, bool]:
+def _how(uses: Sequence[LayerCall], per_image: bool) -> tuple[bool, bool]:
     """Whether Gram matrices are less work than gradients, and whether the kernel should make the gradients."""
     layer, weight = uses[0].layer, uses[0].layer.weight
     assert isinstance(weight, torch.Tensor)

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.sensitivity._context import Setting
-from hawq_lightning.sensitivity._double_backward import Sampler, Slopes, loss_slope, rademacher, slopes_of
-from hawq_lightning.sensitivity._ggn import Signs, probe_batch
+from hawq_lightning.sensitivity._context import MeasureContext
+from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, loss_slope, rademacher, slopes_of
+from hawq_lightning.sensitivity._ggn import RademacherProbes, probe_batch
 
 Record = Callable[[dict[str, torch.Tensor]], None]
 
 
 def hutchinson_batch(
-    setting: Setting,
+    setting: MeasureContext,
     batch: Any,
     images: int,
     per_image: Mapping[str, bool],
@@ -57,7 +57,7 @@ def hutchinson_batch(
 
 
 def hessian_batch(
-    setting: Setting,
+    setting: MeasureContext,
     batch: Any,
     images: int,
     per_image: Mapping[str, bool],
@@ -84,7 +84,7 @@ def hessian_batch(
     Returns:
         activation site -> elements of each row.
     """
-    probed = probe_batch(setting, batch, images, per_image, Signs([(images, seed)]), probes, rotate=rotate)
+    probed = probe_batch(setting, batch, images, per_image, RademacherProbes([(images, seed)]), probes, rotate=rotate)
     found = probed.rows
     weights = {s.name for s in setting.table.weights}
     for rows in found:
@@ -105,7 +105,7 @@ def hessian_batch(
     return probed.sizes
 
 
-def _quadratic_form(slopes: Slopes, site: str, sample: Sampler, per_image: bool, images: int) -> torch.Tensor:
+def _quadratic_form(slopes: GradGraph, site: str, sample: Sampler, per_image: bool, images: int) -> torch.Tensor:
     total = torch.zeros(images if per_image else 1, dtype=torch.float64)
     z = [sample(p) for p in slopes.points[site]]
     for v, h in zip(z, slopes.product(site, z)):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.sensitivity._context import Setting
-from hawq_lightning.sensitivity._ggn import Probed, Signs, probe_batch
+from hawq_lightning.sensitivity._context import MeasureContext
+from hawq_lightning.sensitivity._ggn import Probed, RademacherProbes, probe_batch
 from hawq_lightning.sensitivity._isolate import Heap
 from hawq_lightning.sensitivity._microbatch import RAN_OUT, ImagesOf, out_of_memory
-from hawq_lightning.sensitivity._sampling import Chunk, Design, chunks
-from hawq_lightning.sensitivity._statistics import Rows
+from hawq_lightning.sensitivity._sampling import Chunk, SamplingDesign, chunks
+from hawq_lightning.sensitivity._statistics import TraceStatistics
 
 _AGREE = 0.05  # share by which an image's curvature may differ between its batch and a drawn one
 _SOLID = 1e-3  # of the largest curvature: below it rounding rules
@@ -24,13 +24,13 @@ class NotDrawableError(Exception):
 
 
 @dataclass
-class Drawn:
+class ImportanceSampler:
     """One round after another of drawn images; rows of images that were not drawn get zeros.
 
     Args:
         setting: model, loss and sites.
         per_image: all true: rows are images everywhere.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         rotate: rotate the signs onto the softmax factor.
         kept: all batches.
         images: number of images of each.
@@ -41,15 +41,15 @@ class Drawn:
         largest: images at a time.
     """
 
-    setting: Setting
+    setting: MeasureContext
     per_image: dict[str, bool]
-    images_of: ImagesOf
+    batch_size_fn: ImagesOf
     rotate: bool
     kept: Sequence[Any]
     images: Sequence[int]
     mine: Sequence[int]
     curvature: torch.Tensor
-    design: Design
+    design: SamplingDesign
     seed_of: Callable[..., int]
     largest: int
     _kind: str = field(default="", init=False)
@@ -61,7 +61,7 @@ class Drawn:
     def _of(self, batch: int, table: torch.Tensor) -> torch.Tensor:
         return table[self._start[batch] : self._start[batch + 1]]
 
-    def round(self, turn: int, rows: Rows, concave: float = 1.0) -> None:
+    def round(self, turn: int, rows: TraceStatistics, concave: float = 1.0) -> None:
         """Draw images, send one probe back for each, and add what they give to ``rows``.
 
         Args:
@@ -83,7 +83,7 @@ class Drawn:
             b: {s.name: torch.zeros(self.images[b], dtype=torch.float64) for s in self.setting.table} for b in self.mine
         }
         try:
-            work = chunks(self.kept, self.images, chosen, self.largest, self.images_of)
+            work = chunks(self.kept, self.images, chosen, self.largest, self.batch_size_fn)
         except LookupError:
             raise NotDrawableError("it is not clear how to take images out of a batch") from None
         while work:
@@ -96,7 +96,7 @@ class Drawn:
                 probed = None
             if probed is None:  # outside of the handler, so that the graph is gone
                 self.largest = max(1, chunk.images // 2)
-                work = chunks(self.kept, self.images, chunk.segments, self.largest, self.images_of) + work
+                work = chunks(self.kept, self.images, chunk.segments, self.largest, self.batch_size_fn) + work
                 self.setting.note_again(RAN_OUT, f": drawn images were measured {self.largest} at a time.")
                 continue
             self._scatter(chunk, probed, found, rows)
@@ -105,13 +105,15 @@ class Drawn:
             rows.add(b, found[b])
 
     def _probe(self, chunk: Chunk, turn: int, concave: float) -> Probed:
-        signs = Signs([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
+        signs = RademacherProbes([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
         return probe_batch(
             self.setting, chunk.batch, chunk.images, self.per_image, signs, 1,
             rotate=self.rotate, curvature=True, concave=[concave],
         )  # fmt: skip
 
-    def _scatter(self, chunk: Chunk, probed: Probed, found: dict[int, dict[str, torch.Tensor]], rows: Rows) -> None:
+    def _scatter(
+        self, chunk: Chunk, probed: Probed, found: dict[int, dict[str, torch.Tensor]], rows: TraceStatistics
+    ) -> None:
         self._check(chunk, probed)
         at = 0
         for b, ids in chunk.segments:

@@ -15,7 +15,7 @@ from hawq_lightning._sites import version_of
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-class Reads:
+class InputHooks:
     """While active, ``visit(site, tensor)`` sees each tensor that the layers of a site read, and may replace it.
 
     Layers that read the same tensor get the same replacement, so gradients through all of them add up in it. A tensor
@@ -32,7 +32,7 @@ class Reads:
         self._seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Reads:
+    def __enter__(self) -> InputHooks:
         for name, module in self._layers.items():
             if name in self._site_of:
                 hook = self._hook(self._site_of[name])

@@ -71,7 +71,7 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
+def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """Dropout off, BatchNorm on running statistics, no parameter gathers gradients; everything is put back after.
 
     Args:

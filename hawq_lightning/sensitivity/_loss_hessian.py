@@ -102,7 +102,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
     return Dense(eigenvalues.to(values[0]), vectors.to(values[0]))
 
 
-def recognise(
+def factorize_loss_hessian(
     hessian: OutputHessian, generator: torch.Generator, by_image: bool = False, elementwise: bool = False
 ) -> list[Block] | Dense | None:
     """Closed forms for every boundary tensor; the dense Hessian of every image; or ``None``: the general form.
@@ -175,7 +175,7 @@ def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float
 
 
 @dataclass
-class Draw:
+class ProbeVectors:
     """What to send back: ``pairs`` of (coefficient, vectors) whose squared norms add up; or ``two`` vectors z, Hz."""
 
     pairs: list[tuple[float, list[torch.Tensor]]]
@@ -190,7 +190,7 @@ def draw(
     rotate: bool = True,
     sloped: Sequence[int] = (),
     concave: float = 1.0,
-) -> Draw:
+) -> ProbeVectors:
     """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
 
     Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
@@ -210,7 +210,7 @@ def draw(
         laplace[i] = hessian.gradient[i].detach().abs().sqrt() * z[i]
     apart = [(1.0, laplace)] if sloped else []
     if blocks is None:
-        return Draw(apart, (list(z), hessian(z)))
+        return ProbeVectors(apart, (list(z), hessian(z)))
     plus: list[torch.Tensor] = []
     minus: list[torch.Tensor] = []
     if isinstance(blocks, Dense):  # its signs belong to eigenvectors, not to outputs: not independent of the slopes'
@@ -228,4 +228,4 @@ def draw(
     pairs = [(1.0, plus), *apart]
     if any(bool(m.any()) for m in minus):
         pairs.append((-concave, minus))
-    return Draw(pairs)
+    return ProbeVectors(pairs)

@@ -16,20 +16,20 @@ from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, find_sites, quantizable_layers
 from hawq_lightning.sensitivity._auto import check_linearity, choose_estimator, named
-from hawq_lightning.sensitivity._checkpoint import Partial
-from hawq_lightning.sensitivity._context import LossFn, Setting, check_weights
+from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
+from hawq_lightning.sensitivity._context import LossFn, MeasureContext, check_weights
 from hawq_lightning.sensitivity._fingerprint import fingerprint
 from hawq_lightning.sensitivity._ggn import independent_images
-from hawq_lightning.sensitivity._isolate import quiet, to_device
+from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
 from hawq_lightning.sensitivity._microbatch import ImagesOf, out_of_memory, take
 from hawq_lightning.sensitivity._precision import check_precision, settle_precision
-from hawq_lightning.sensitivity._probe_runner import Probes
+from hawq_lightning.sensitivity._probe_runner import ProbeRunner
 from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity._sampling import check_draw
-from hawq_lightning.sensitivity._statistics import Rows
-from hawq_lightning.sensitivity._trace_loop import Rounds, Share
+from hawq_lightning.sensitivity._statistics import TraceStatistics
+from hawq_lightning.sensitivity._trace_loop import ProcessShard, TraceLoop
 
-__all__ = ["ESTIMATORS", "L1", "Share", "measure"]
+__all__ = ["ESTIMATORS", "L1", "ProcessShard", "measure"]
 
 ESTIMATORS = ("auto", "ggn", "hessian", "hutchinson", "exact")
 L1 = ("zero", "fisher")
@@ -54,8 +54,8 @@ def measure(
     precision: str = "float32",
     seed: int = 0,
     progress: bool | Bar = True,
-    images_of: ImagesOf = batch_images,
-    share: Share | None = None,
+    batch_size_fn: ImagesOf = batch_images,
+    share: ProcessShard | None = None,
     reuse: Callable[[str], Sensitivity | None] | None = None,
     resume: str | Path | Callable[[str], str | Path | None] | None = None,
     enough: Callable[[Sensitivity], bool] | None = None,
@@ -91,8 +91,8 @@ def measure(
             and if one of them agrees with float32 within 5% at every site.
         seed: of all random draws; the result does not depend on the number of processes.
         progress: show a bar.
-        images_of: number of images in a batch.
-        share: for several processes, see :class:`Share`.
+        batch_size_fn: number of images in a batch.
+        share: for several processes, see :class:`ProcessShard`.
         reuse: fingerprint -> an earlier measurement of the same weights, data and settings, or ``None``.
         resume: file to keep unfinished rows in, or a function from the fingerprint to it; an interrupted call with the
             same arguments goes on from there.
@@ -123,15 +123,15 @@ def measure(
     kept = [to_device(b, device) for b in batches]
     if not kept:
         raise HawqError("No batches to measure on: the dataloader or iterable is empty.")
-    images = [images_of(b) for b in kept]
-    with quiet(model, seed):
+    images = [batch_size_fn(b) for b in kept]
+    with isolated_eval(model, seed):
         layers, _ = quantizable_layers(model, include, exclude)
         check_weights(layers)
         first, few = kept[0], images[0]
         while True:
             try:
                 table = sites or find_sites(model, lambda x=first: loss_fn(model, x), few, include, exclude)  # type: ignore[misc]
-                setting = Setting(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn, l1=l1)
+                setting = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn, l1=l1)
                 asked = (
                     f"{estimator} {rtol} {max_probes} {distribution} {rotate} {draw} {l1} {getattr(enough, 'key', '')}"
                 ) + (f" {precision}" if precision != "float32" else "")
@@ -139,33 +139,43 @@ def measure(
                 known = reuse(key) if reuse is not None else None
                 if known is not None:
                     return known
-                per_image = _independent(setting, first, few, images_of)
+                per_image = _independent(setting, first, few, batch_size_fn)
                 break
             except Exception as error:
-                half = take(kept[0], images[0], 0, few // 2, images_of) if out_of_memory(error) else None
+                half = take(kept[0], images[0], 0, few // 2, batch_size_fn) if out_of_memory(error) else None
                 if half is None:
                     raise
                 first, few = half, few // 2
-        chosen, curved = _estimator(estimator, setting, first, few, per_image, images_of, seed)
+        chosen, curved = _estimator(estimator, setting, first, few, per_image, batch_size_fn, seed)
         if chosen == "ggn":
             setting.precision = precision
             settle_precision(setting, first, few, per_image, seed)
         elif precision != "float32":
             setting.note(f"precision='{precision}' is for Gauss-Newton probes; float32 was used.")
-        probes = Probes(
-            setting, chosen, per_image, images_of, distribution, rotate, curved, seed, None if few == images[0] else few
+        probes = ProbeRunner(
+            setting,
+            chosen,
+            per_image,
+            batch_size_fn,
+            distribution,
+            rotate,
+            curved,
+            seed,
+            None if few == images[0] else few,
         )
-        rounds = Rounds(
+        rounds = TraceLoop(
             probes, draw,
             None if enough is None else lambda rows: enough(_result(rows, unit, rows.records(), {}, (), key)),
         )  # fmt: skip
         if probes.largest is not None:
             probes.settle(kept[0], images[0], few)
-        share = share or Share()
-        partial = Partial(resume(key) if callable(resume) else resume, key, share.rank, setting.facts, setting.notes)
+        share = share or ProcessShard()
+        partial = MeasurementCheckpoint(
+            resume(key) if callable(resume) else resume, key, share.rank, setting.facts, setting.notes
+        )
         unit = probes.row_unit()
         final = rounds.until(
-            kept, images, Rows(table, images, unit), share, rtol, max_probes, progress, partial
+            kept, images, TraceStatistics(table, images, unit), share, rtol, max_probes, progress, partial
         )  # fmt: skip
         if reuse is None:  # else whoever looks for earlier results removes it once this one is saved
             partial.finish()
@@ -185,9 +195,13 @@ def measure(
 
 
 def _result(
-    rows: Rows, unit: dict[str, bool], records: Sequence[SiteTrace], settings: dict[str, Any], notes: Sequence[str],
+    rows: TraceStatistics,
+    unit: dict[str, bool],
+    records: Sequence[SiteTrace],
+    settings: dict[str, Any],
+    notes: Sequence[str],
     key: str,
-) -> Sensitivity:  # fmt: skip
+) -> Sensitivity:
     return Sensitivity(
         records=tuple(records),
         rows={n: rows.means(n).tolist() for n in rows.mean},
@@ -200,9 +214,9 @@ def _result(
     )
 
 
-def _independent(setting: Setting, batch: Any, images: int, images_of: ImagesOf) -> dict[str, bool]:
+def _independent(setting: MeasureContext, batch: Any, images: int, batch_size_fn: ImagesOf) -> dict[str, bool]:
     """Whether rows are images, site by site; a few images tell as much as the batch."""
-    part = take(batch, images, 0, _FEW, images_of) if images > _FEW else None
+    part = take(batch, images, 0, _FEW, batch_size_fn) if images > _FEW else None
     if part is not None:
         try:
             return independent_images(setting, part, _FEW)
@@ -218,7 +232,13 @@ def _filled(sizes: torch.Tensor) -> torch.Tensor:
 
 
 def _estimator(
-    asked: str, setting: Setting, batch: Any, images: int, per_image: dict[str, bool], images_of: ImagesOf, seed: int
+    asked: str,
+    setting: MeasureContext,
+    batch: Any,
+    images: int,
+    per_image: dict[str, bool],
+    batch_size_fn: ImagesOf,
+    seed: int,
 ) -> tuple[str, tuple[str, ...]]:
     """The estimator to use, and the sites where the network is not piecewise linear if that matters to it.
 
@@ -226,10 +246,10 @@ def _estimator(
         HawqError: ``hessian`` on a network that cannot be differentiated twice.
     """
     if asked == "auto":
-        return choose_estimator(setting, batch, images, per_image, images_of, seed)
+        return choose_estimator(setting, batch, images, per_image, batch_size_fn, seed)
     if asked != "hessian":
         return asked, ()
-    found = check_linearity(setting, batch, images, per_image, images_of, seed)
+    found = check_linearity(setting, batch, images, per_image, batch_size_fn, seed)
     if found.failed:
         raise HawqError(f"estimator='hessian' needs double backward through the network: {found.failed}. Use 'ggn'.")
     if not found.curved:
@@ -242,7 +262,7 @@ def _estimator(
     return "hessian", found.curved
 
 
-def _check_curvature(setting: Setting, records: Sequence[Any]) -> None:
+def _check_curvature(setting: MeasureContext, records: Sequence[Any]) -> None:
     flat = [r.name for r in records if r.trace == 0]
     if len(flat) == len(records):
         raise HawqError(

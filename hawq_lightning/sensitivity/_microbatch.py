@@ -9,7 +9,7 @@ import torch
 
 from hawq_lightning._batches import batch_images, like, parts_of
 from hawq_lightning._errors import HawqError
-from hawq_lightning.sensitivity._context import Setting, forward_pass
+from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 
 ImagesOf = Callable[[Any], int]
 _ENOUGH = 16  # images at a time to tell a mean from a sum by
@@ -17,12 +17,12 @@ _WINDOWS = 8
 RAN_OUT = "Memory ran out"  # how the sentence about it begins
 
 
-def take(batch: Any, images: int, start: int, stop: int, images_of: ImagesOf = batch_images) -> Any | None:
+def take(batch: Any, images: int, start: int, stop: int, batch_size_fn: ImagesOf = batch_images) -> Any | None:
     """Images ``start`` to ``stop`` of a batch; see :func:`pick`."""
-    return pick(batch, images, torch.arange(start, stop), images_of)
+    return pick(batch, images, torch.arange(start, stop), batch_size_fn)
 
 
-def pick(batch: Any, images: int, ids: torch.Tensor, images_of: ImagesOf = batch_images) -> Any | None:
+def pick(batch: Any, images: int, ids: torch.Tensor, batch_size_fn: ImagesOf = batch_images) -> Any | None:
     """The images at positions ``ids`` of a batch of tensors, or of lists with one entry an image.
 
     Returns:
@@ -30,7 +30,7 @@ def pick(batch: Any, images: int, ids: torch.Tensor, images_of: ImagesOf = batch
     """
     try:
         part = _pick(batch, images, ids, top=True)
-        return part if images_of(part) == len(ids) else None
+        return part if batch_size_fn(part) == len(ids) else None
     except (_UnclearError, HawqError):
         return None
 
@@ -64,7 +64,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def scale_of_parts(setting: Setting, batch: Any, images: int, size: int, images_of: ImagesOf) -> str:
+def loss_reduction(setting: MeasureContext, batch: Any, images: int, size: int, batch_size_fn: ImagesOf) -> str:
     """How the loss of a part relates to the loss of the batch: ``mean`` or ``sum`` over images.
 
     The output Hessian of an image is compared in a part of ``size`` images and in half of that part, all along the
@@ -79,7 +79,7 @@ def scale_of_parts(setting: Setting, batch: Any, images: int, size: int, images_
     nothing = {s.name: False for s in setting.table}
 
     def curvature(start: int, stop: int) -> list[torch.Tensor]:
-        part = take(batch, images, start, stop, images_of)
+        part = take(batch, images, start, stop, batch_size_fn)
         if part is None:
             raise HawqError(
                 "Memory ran out, and it is not clear how to take images out of this batch; use smaller ones."

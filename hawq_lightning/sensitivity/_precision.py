@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning.sensitivity._context import Setting
-from hawq_lightning.sensitivity._ggn import Signs, probe_batch
+from hawq_lightning.sensitivity._context import MeasureContext
+from hawq_lightning.sensitivity._ggn import RademacherProbes, probe_batch
 
 PRECISIONS = ("float32", "bf16")
 _AGREE = 0.05
@@ -23,14 +23,16 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-def settle_precision(setting: Setting, batch: Any, images: int, per_image: Mapping[str, bool], seed: int) -> None:
+def settle_precision(
+    setting: MeasureContext, batch: Any, images: int, per_image: Mapping[str, bool], seed: int
+) -> None:
     """Keep ``setting.precision`` if a probe of ``batch`` with the same signs gives the same traces in float32.
 
     Every site's trace must agree within 5%. Otherwise float32 is set, and a note names the site.
     """
     if setting.precision == "float32":
         return
-    signs = Signs([(images, seed)])
+    signs = RademacherProbes([(images, seed)])
     # rotations may turn by themselves from one precision to the other
     plain, cast = (
         probe_batch(dataclasses.replace(setting, precision=p), batch, images, per_image, signs, 1, rotate=False).rows[0]

@@ -1,4 +1,4 @@
-"""``PER_ROUND`` probes of a batch by any estimator; in parts where memory runs out."""
+"""``PROBES_PER_STEP`` probes of a batch by any estimator; in parts where memory runs out."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import torch
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.sensitivity._context import Setting
+from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._double_backward import gaussian, rademacher
-from hawq_lightning.sensitivity._ggn import Signs, concave_share, probe_batch
+from hawq_lightning.sensitivity._ggn import RademacherProbes, concave_share, probe_batch
 from hawq_lightning.sensitivity._hutchinson import hessian_batch, hutchinson_batch
-from hawq_lightning.sensitivity._microbatch import RAN_OUT, ImagesOf, out_of_memory, scale_of_parts, take
+from hawq_lightning.sensitivity._microbatch import RAN_OUT, ImagesOf, loss_reduction, out_of_memory, take
 from hawq_lightning.sensitivity._statistics import AllSum
 
-PER_ROUND = 2
+PROBES_PER_STEP = 2
 _SLIGHT = 0.05  # share of concave curvature up to which it need not be probed every time
-_THIN = 8  # it then counts so often in every eighth probe: one backward pass a probe instead of two
+_CONCAVE_EVERY = 8  # it then counts so often in every eighth probe: one backward pass a probe instead of two
 
 
 @dataclass
-class Probes:
+class ProbeRunner:
     """How to probe a batch.
 
     Args:
         setting: model, loss and sites.
         estimator: ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
         per_image: site -> whether Gauss-Newton rows are images.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
         distribution: of Hutchinson's vectors.
         rotate: rotate the signs onto the softmax factor.
         curved: for ``hessian``: where the network is not piecewise linear.
@@ -41,10 +41,10 @@ class Probes:
         thin: the concave part of the loss goes back with every so many probes.
     """
 
-    setting: Setting
+    setting: MeasureContext
     estimator: str
     per_image: dict[str, bool]
-    images_of: ImagesOf
+    batch_size_fn: ImagesOf
     distribution: str = "rademacher"
     rotate: bool = True
     curved: tuple[str, ...] = ()
@@ -60,10 +60,10 @@ class Probes:
         weights = {s.name for s in self.setting.table.weights}
         return {n: per and not (whole and n in weights) for n, per in self.per_image.items()}
 
-    def thin_concave(self, first: Sequence[Any], all_sum: AllSum | None, max_probes: int) -> None:
+    def thin_concave(self, first: Sequence[Any], all_reduce_sum: AllSum | None, max_probes: int) -> None:
         """Decide how often the concave part goes back, by its share in ``first``: a batch of each process, if any."""
         self.thin = 1
-        if self.estimator != "ggn" or max_probes < 2 * _THIN:
+        if self.estimator != "ggn" or max_probes < 2 * _CONCAVE_EVERY:
             return
         try:
             concave, whole = concave_share(self.setting, first[0]) if first else (0.0, 0.0)
@@ -72,10 +72,10 @@ class Probes:
                 raise
             concave = whole = 1.0
         table = torch.tensor([concave, whole], dtype=torch.float64)
-        if all_sum is not None:
-            table = all_sum(table)
+        if all_reduce_sum is not None:
+            table = all_reduce_sum(table)
         if 0 < float(table[0]) <= _SLIGHT * float(table[1]):
-            self.thin = _THIN
+            self.thin = _CONCAVE_EVERY
 
     def concave(self, probe: int) -> float:
         """How often the concave part counts in a probe."""
@@ -84,7 +84,7 @@ class Probes:
     def of_batch(
         self, batch: Any, images: int, number: int, turn: int
     ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        """``PER_ROUND`` probes of one batch, in as many parts as memory asks for: rows of each, and sizes."""
+        """``PROBES_PER_STEP`` probes of one batch, in as many parts as memory asks for: rows of each, and sizes."""
         while True:
             size = min(images, self.largest or images)
             try:
@@ -111,7 +111,7 @@ class Probes:
             )
         while not self._kind:
             try:
-                self._kind = scale_of_parts(self.setting, batch, images, size, self.images_of)
+                self._kind = loss_reduction(self.setting, batch, images, size, self.batch_size_fn)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -129,7 +129,7 @@ class Probes:
         all_sizes: list[dict[str, torch.Tensor]] = []
         for start in range(0, images, size):
             stop = min(start + size, images)
-            part = take(batch, images, start, stop, self.images_of)
+            part = take(batch, images, start, stop, self.batch_size_fn)
             if part is None:
                 raise HawqError("Memory ran out, and it is not clear how to take images out of this batch.")
             values, sizes = self._probe(part, stop - start, turn, mix(self.seed, number, turn, start))
@@ -153,17 +153,17 @@ class Probes:
         if self.estimator == "hutchinson":
             generator = torch.Generator().manual_seed(seed)
             sample = (rademacher if self.distribution == "rademacher" else gaussian)(generator)
-            sizes = hutchinson_batch(setting, batch, images, self.row_unit(), sample, PER_ROUND, found.append)
+            sizes = hutchinson_batch(setting, batch, images, self.row_unit(), sample, PROBES_PER_STEP, found.append)
         elif self.estimator == "hessian":
             sizes = hessian_batch(
-                setting, batch, images, per_image, seed, PER_ROUND, found.append,
+                setting, batch, images, per_image, seed, PROBES_PER_STEP, found.append,
                 curved=self.curved, rotate=self.rotate,
             )  # fmt: skip
         else:
             probed = probe_batch(
-                setting, batch, images, per_image, Signs([(images, seed)]), PER_ROUND,
+                setting, batch, images, per_image, RademacherProbes([(images, seed)]), PROBES_PER_STEP,
                 rotate=self.rotate, exact=self.estimator == "exact",
-                concave=[self.concave(PER_ROUND * turn + k) for k in range(PER_ROUND)],
+                concave=[self.concave(PROBES_PER_STEP * turn + k) for k in range(PROBES_PER_STEP)],
                 elementwise=whole in self._elementwise,
             )  # fmt: skip
             found, sizes = probed.rows, probed.sizes

@@ -63,7 +63,7 @@ def check_draw(draw: str) -> str:
 
 
 @dataclass(frozen=True)
-class Design:
+class SamplingDesign:
     """How likely every image is in a round.
 
     Attributes:
@@ -75,7 +75,7 @@ class Design:
     gain: float
 
 
-def design(curvature: torch.Tensor) -> Design:
+def design(curvature: torch.Tensor) -> SamplingDesign:
     """Inclusion probabilities that give the least noise for the work, if traces were as ``curvature``.
 
     Noise of a round is ``sum ((1 + k) / pi - 1) t^2`` with ``k`` a probe's noise, its work ``sum pi``; their product
@@ -87,7 +87,7 @@ def design(curvature: torch.Tensor) -> Design:
     h = curvature.double().clamp_min(0)
     count = len(h)
     if count == 0 or not float(h.sum()) > 0:
-        return Design(torch.ones(count, dtype=torch.float64), 1.0)
+        return SamplingDesign(torch.ones(count, dtype=torch.float64), 1.0)
     a = (1 - _FLOOR) * h / h.mean() + _FLOOR
     squares = a.square()
     whole = count * _PROBE_NOISE * float(squares.sum())
@@ -101,10 +101,10 @@ def design(curvature: torch.Tensor) -> Design:
         product = float(pi.sum()) * float((squares * ((1 + _PROBE_NOISE) / pi - 1)).sum())
         if product < least:
             best, least = pi, product
-    return Design(best, whole / least)
+    return SamplingDesign(best, whole / least)
 
 
-def worth(found: Design) -> bool:
+def pays_off(found: SamplingDesign) -> bool:
     """Whether drawing pays."""
     return found.gain >= _WORTH
 
@@ -167,7 +167,7 @@ def chunks(
     images: Sequence[int],
     chosen: Sequence[tuple[int, torch.Tensor]],
     largest: int,
-    images_of: ImagesOf,
+    batch_size_fn: ImagesOf,
 ) -> list[Chunk]:
     """Pack chosen images into batches of at most ``largest``, joining batches that fit together.
 
@@ -176,7 +176,7 @@ def chunks(
         images: number of images of each.
         chosen: (batch, positions) in order.
         largest: images at a time.
-        images_of: number of images in a batch.
+        batch_size_fn: number of images in a batch.
 
     Raises:
         LookupError: it is not clear how to take images out of a batch.
@@ -198,7 +198,7 @@ def chunks(
         for piece in ids.split(largest):
             if not len(piece):
                 continue
-            part = pick(kept[number], images[number], piece, images_of)
+            part = pick(kept[number], images[number], piece, batch_size_fn)
             if part is None:
                 raise LookupError(number)
             if sum(len(w[1]) for w in waiting) + len(piece) > largest:

@@ -13,7 +13,7 @@ from hawq_lightning.sensitivity._result import SiteTrace
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Rows:
+class TraceStatistics:
     """First and second moments over probes, a table of rows for every site.
 
     A row is an image where images can be told apart, otherwise a batch. Its value is the trace of the row's own loss,
@@ -58,18 +58,18 @@ class Rows:
             self.mean[site][place] += before / self.counts[batch]
             self.spread[site][place] += before * (x - self.mean[site][place])
 
-    def fresh(self) -> Rows:
+    def fresh(self) -> TraceStatistics:
         """An empty table for the same rows."""
-        return Rows(self.table, self._images, self.per_image)
+        return TraceStatistics(self.table, self._images, self.per_image)
 
-    def gathered(self, all_sum: AllSum | None) -> Rows:
+    def gathered(self, all_reduce_sum: AllSum | None) -> TraceStatistics:
         """A copy summed over processes (each holds its own batches, zeros elsewhere)."""
-        out = object.__new__(Rows)
+        out = object.__new__(TraceStatistics)
         out.__dict__ = dict(self.__dict__)
-        if all_sum is not None:
+        if all_reduce_sum is not None:
             tables = [self.mean, self.spread, self.size]
             flat = torch.cat([t[n] for t in tables for n in t])
-            parts = iter(all_sum(flat).split([t[n].numel() for t in tables for n in t]))
+            parts = iter(all_reduce_sum(flat).split([t[n].numel() for t in tables for n in t]))
             out.mean, out.spread, out.size = ({n: next(parts) for n in t} for t in tables)
         return out
 

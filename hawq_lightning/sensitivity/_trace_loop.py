@@ -12,31 +12,31 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._progress import Bar, progress_bar
-from hawq_lightning.sensitivity._checkpoint import Partial
+from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
 from hawq_lightning.sensitivity._ggn import pool_curvature
-from hawq_lightning.sensitivity._importance_sampler import Drawn, NotDrawableError
+from hawq_lightning.sensitivity._importance_sampler import ImportanceSampler, NotDrawableError
 from hawq_lightning.sensitivity._isolate import Heap, release_memory
 from hawq_lightning.sensitivity._microbatch import out_of_memory
-from hawq_lightning.sensitivity._probe_runner import PER_ROUND, Probes, mix
-from hawq_lightning.sensitivity._sampling import design, worth
+from hawq_lightning.sensitivity._probe_runner import PROBES_PER_STEP, ProbeRunner, mix
+from hawq_lightning.sensitivity._sampling import design, pays_off
 from hawq_lightning.sensitivity._significance import SIGNIFICANT
-from hawq_lightning.sensitivity._statistics import AllSum, Rows
+from hawq_lightning.sensitivity._statistics import AllSum, TraceStatistics
 
 _MIN_FREEDOM = 20  # below it a standard error is itself a guess
 _SAFETY = 1.15  # stopping at the first small error picks lucky ones
 
 
 @dataclass(frozen=True)
-class Share:
-    """One process's part of a measurement: every ``world``-th batch from ``rank`` on, tables added by ``all_sum``."""
+class ProcessShard:
+    """One process's part of a measurement: every ``world``-th batch from ``rank`` on."""
 
     rank: int = 0
     world: int = 1
-    all_sum: AllSum | None = None
+    all_reduce_sum: AllSum | None = None
 
 
 @dataclass
-class Rounds:
+class TraceLoop:
     """When to stop, and which images each round takes.
 
     Args:
@@ -45,23 +45,30 @@ class Rounds:
         enough: asked after round 4 and every 8th: whether what is known will do.
     """
 
-    probes: Probes
+    probes: ProbeRunner
     draw: str = "all"
-    enough: Callable[[Rows], bool] | None = None
+    enough: Callable[[TraceStatistics], bool] | None = None
     stopped: str = field(default="", init=False)
-    drawn: Drawn | None = field(default=None, init=False)
+    drawn: ImportanceSampler | None = field(default=None, init=False)
     _heap: Heap = field(default_factory=Heap, init=False)
 
     def until(
-        self, kept: Sequence[Any], images: Sequence[int], rows: Rows, share: Share, rtol: float, max_probes: int,
-        progress: bool | Bar, partial: Partial,
-    ) -> Rows:  # fmt: skip
+        self,
+        kept: Sequence[Any],
+        images: Sequence[int],
+        rows: TraceStatistics,
+        share: ProcessShard,
+        rtol: float,
+        max_probes: int,
+        progress: bool | Bar,
+        partial: MeasurementCheckpoint,
+    ) -> TraceStatistics:
         """Fill ``rows`` until every site's standard error is below ``rtol`` of its trace; the sum over processes."""
         mine = range(share.rank, len(kept), share.world)
         bar = nullcontext(progress) if isinstance(progress, Bar) else progress_bar(progress and share.rank == 0)
         with bar as shown:
             empty = rows.fresh()
-            self.probes.thin_concave([kept[mine[0]]] if len(mine) else [], share.all_sum, max_probes)
+            self.probes.thin_concave([kept[mine[0]]] if len(mine) else [], share.all_reduce_sum, max_probes)
             release_memory()  # what it took to get ready
             try:
                 self.drawn = self._drawing(kept, images, mine, share, shown)
@@ -73,11 +80,19 @@ class Rounds:
             return self._until(kept, images, mine, empty, share, rtol, max_probes, shown, partial)
 
     def _until(
-        self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], rows: Rows, share: Share, rtol: float,
-        max_probes: int, shown: Bar, partial: Partial,
-    ) -> Rows:  # fmt: skip
+        self,
+        kept: Sequence[Any],
+        images: Sequence[int],
+        mine: Sequence[int],
+        rows: TraceStatistics,
+        share: ProcessShard,
+        rtol: float,
+        max_probes: int,
+        shown: Bar,
+        partial: MeasurementCheckpoint,
+    ) -> TraceStatistics:
         exact = self.probes.estimator == "exact"
-        each = PER_ROUND if self.drawn is None else 1
+        each = PROBES_PER_STEP if self.drawn is None else 1
         # of each image, on average
         work = float(each if self.drawn is None else self.drawn.design.probability.mean())
         task = shown.begin("Hessian traces", len(mine))
@@ -85,7 +100,7 @@ class Rounds:
         while True:
             if turn and not begun:  # a round has ended, here or before an interruption
                 rows.probes = 1 if exact else each * turn
-                final = rows.gathered(share.all_sum)
+                final = rows.gathered(share.all_reduce_sum)
                 if exact:
                     self.stopped = "exact"
                     return final
@@ -122,7 +137,9 @@ class Rounds:
             partial.save(rows, turn, 0)
 
     @staticmethod
-    def _drawn_round(drawn: Drawn, turn: int, rows: Rows, share: Share, concave: float) -> None:
+    def _drawn_round(
+        drawn: ImportanceSampler, turn: int, rows: TraceStatistics, share: ProcessShard, concave: float
+    ) -> None:
         """A round of drawn images; what one process cannot draw from, all give up together."""
         failed = ""
         try:
@@ -130,14 +147,14 @@ class Rounds:
         except NotDrawableError as reason:
             failed = str(reason)
         count = torch.tensor([float(bool(failed))], dtype=torch.float64)
-        if share.all_sum is not None:
-            count = share.all_sum(count)
+        if share.all_reduce_sum is not None:
+            count = share.all_reduce_sum(count)
         if float(count):
             raise NotDrawableError(failed or "another process found that losses depend on their batch")
 
     def _drawing(
-        self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], share: Share, shown: Bar
-    ) -> Drawn | None:
+        self, kept: Sequence[Any], images: Sequence[int], mine: Sequence[int], share: ProcessShard, shown: Bar
+    ) -> ImportanceSampler | None:
         """A design from the curvature of all images' losses, if drawing is possible and pays; else ``None``.
 
         Raises:
@@ -166,23 +183,23 @@ class Rounds:
             table[start[b] : start[b + 1]] = known
             self._heap.tidy()
             shown.advance(task, done + 1)
-        if share.all_sum is not None:
-            table = share.all_sum(table)
+        if share.all_reduce_sum is not None:
+            table = share.all_reduce_sum(table)
         if float(table[-1]):
             raise NotDrawableError(
                 "the curvature of the loss at the outputs has no closed form, or memory ran out with whole batches"
             )
         weighed = table[:-1] * torch.repeat_interleave(torch.tensor(images), torch.tensor(images))
         found = design(weighed)
-        if self.draw == "auto" and not worth(found):
+        if self.draw == "auto" and not pays_off(found):
             return None
         how = self.probes
-        return Drawn(
-            how.setting, how.per_image, how.images_of, how.rotate, kept, images, mine, table[:-1], found,
+        return ImportanceSampler(
+            how.setting, how.per_image, how.batch_size_fn, how.rotate, kept, images, mine, table[:-1], found,
             lambda *numbers: mix(how.seed, *numbers), max(images),
         )  # fmt: skip
 
-    def _batch(self, batch: Any, images: int, number: int, turn: int, rows: Rows) -> None:
+    def _batch(self, batch: Any, images: int, number: int, turn: int, rows: TraceStatistics) -> None:
         found, sizes = self.probes.of_batch(batch, images, number, turn)
         for values in found:
             rows.add(number, values)
@@ -190,7 +207,7 @@ class Rounds:
             rows.size[site][rows.place(site, number)] = value
 
 
-def _worst(rows: Rows, rtol: float) -> tuple[float, str]:
+def _worst(rows: TraceStatistics, rtol: float) -> tuple[float, str]:
     """The largest standard error as a share of its trace, over the sites that still matter.
 
     A site does not if its upper bound is already below the lowest solid mean trace of its kind: bits are chosen as if

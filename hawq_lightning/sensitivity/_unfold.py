@@ -15,7 +15,7 @@ TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 @dataclass
-class Use:
+class LayerCall:
     """One call of a layer: what it read, and the output gradients of one or two backward passes."""
 
     layer: nn.Module
@@ -24,7 +24,7 @@ class Use:
     other: torch.Tensor | None = None
 
 
-def positions(use: Use, per_image: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def positions(use: LayerCall, per_image: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (rows, groups, K, T), D and D' (rows, groups, C, T) with G = D U^T."""
     layer, kind = use.layer, layer_type(use.layer)
     other = use.grad if use.other is None else use.other

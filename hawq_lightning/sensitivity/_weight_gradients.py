@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning._sites import layer_type
-from hawq_lightning.sensitivity._unfold import TRANSPOSED, Use, batched, paddings
+from hawq_lightning.sensitivity._unfold import TRANSPOSED, LayerCall, batched, paddings
 
 _FEW = 1 << 15  # elements of an unfolded image up to which copying them is cheap
 _LIGHT = 10**7  # multiplications an image below which a call is mostly overhead
@@ -34,7 +34,7 @@ def by_kernel(layer: nn.Module, unfolded: int) -> bool:
     return int(layer.groups) > 1 or not (pointwise or unfolded <= _FEW)  # type: ignore[arg-type]
 
 
-def weight_gradients(uses: Sequence[Use], per_image: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def weight_gradients(uses: Sequence[LayerCall], per_image: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Gradients from ``grad`` and from ``other`` (or the same), summed over ``uses``, some rows each."""
     layer: Any = uses[0].layer
     reads, grads = ([batched(layer, x) for x in xs] for xs in ([u.read for u in uses], [u.grad for u in uses]))

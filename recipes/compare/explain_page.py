@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, Drawing, canvas, log_scale, markdown_table
+from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, log_scale, markdown_table
 
 STAGES = {"quantized": "after quantizing", "norm": "norms restored", "batchnorm": "BatchNorm measured again",
           "trained": "after {} steps"}  # fmt: skip
@@ -57,7 +57,7 @@ def tables(found: Mapping[str, Any], settings: Mapping[str, str], steps: int) ->
     return text
 
 
-def draw(found: Mapping[str, Any], settings: Mapping[str, str], steps: int) -> Drawing:
+def draw(found: Mapping[str, Any], settings: Mapping[str, str], steps: int) -> ReportFigure:
     """Ω against the held-out loss of random plans at each stage."""
     colours = {"quantized": BLUE, "norm": GREEN, "batchnorm": SOFT, "trained": ORANGE}
     rows: list[list[Any]] = []
@@ -74,7 +74,7 @@ def draw(found: Mapping[str, Any], settings: Mapping[str, str], steps: int) -> D
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes[-1].set_xlabel("Ω of the weights", color=SOFT)
     columns = ["setting", "plan", "stage", "omega", "loss"]
-    return Drawing("explain", "Predicted, and what is left of it", "", "", figure, columns, rows)
+    return ReportFigure("explain", "Predicted, and what is left of it", "", "", figure, columns, rows)
 
 
 def _shown(found: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from design import Design
+from design import SamplingDesign
 from jobs import composed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class HeldOut:
         images: how many to score on.
     """
 
-    def __init__(self, design: Design, setting: str, images: int) -> None:
+    def __init__(self, design: SamplingDesign, setting: str, images: int) -> None:
         tuning = [o for o in design.asked["tuning"]["overrides"] if o.startswith("data.evaluate_on=")]
         given = [*design.common, *design.asked["settings"][setting]["overrides"], *tuning, "paths.output_dir=''"]
         self.cfg = composed(given)
@@ -110,7 +110,7 @@ def with_norms(net: LightningModule) -> LightningModule:
             norms = [w.flatten(1).norm(dim=1).clamp_min(1e-30) for w in (layer.weight, rounded)]
             longer = along(norms[0] / norms[1], rounded, 0)
             layer.weight.copy_(rounded * longer)
-            layer.weight_quantizer.disarm()
+            layer.weight_quantizer.disable()
     return net
 
 

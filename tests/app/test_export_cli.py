@@ -20,7 +20,7 @@ from hawq_lightning.export.onnx import layer_latencies, measure_file, write_tabl
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import LatencyTable
 from tests.unit.export.test_export_folding import armed
-from tests.unit.export.test_packed import arm, random_plan
+from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -167,7 +167,7 @@ def test_uniform_keeps_sites_and_ranges():
     for before, after in zip(plan.activations, even.activations):
         assert after.scale * 255 == pytest.approx(before.scale * (2**before.bits - 1))
         assert 0 <= after.zero_point <= 255
-    arm(net, even)
+    enable(net, even)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_detector_is_exported_without_its_surroundings(tmp_path):
     batch = ([torch.rand(3, 60, 80), torch.rand(3, 64, 64)], [{}, {}])
     images = Images(net, [batch]).first()
     plan = random_plan(sites(network_of(net), images), 1)
-    arm(net, plan)
+    enable(net, plan)
     task = nn.Module()
     task.net = net
     record = write_onnx(tmp_path, task, plan, [batch])

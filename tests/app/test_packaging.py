@@ -44,8 +44,8 @@ def test_the_wheel_holds_every_module_config_and_asset(wheel):
 
 def test_the_installed_wheel_runs_outside_the_repository(wheel, tmp_path):
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=200)
+    prepare = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(prepare, check=True, capture_output=True, timeout=200)
     program = (
         f"import sys, hawq_lightning as h; assert h.__file__.startswith({str(target)!r}), h.__file__;"
         "from hawq_lightning.cli._train import main; main()"

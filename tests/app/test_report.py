@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hawq_lightning
-from hawq_lightning import HawqError, Layer, Option, Plan, PlanSite
+from hawq_lightning import Candidate, HawqError, Layer, Plan, PlanSite
 from hawq_lightning.report import (
     LossCheck,
     canvas,
@@ -36,7 +36,7 @@ NASTY = "a<b>&\"'$x_1$.weight"
 
 
 def weight(name: str, numel: int, trace: float, bits: int) -> PlanSite:
-    options = tuple(Option(b, "affine", trace * 4.0**-b, 4.0**-b * numel) for b in WIDTHS)
+    options = tuple(Candidate(b, "affine", trace * 4.0**-b, 4.0**-b * numel) for b in WIDTHS)
     chosen = next(o for o in options if o.bits == bits)
     layers = (name.removesuffix(".weight"),)
     return PlanSite(name, "weight", layers, (numel // 4, 4), numel, bits, "affine", omega=chosen.omega, options=options)

@@ -10,7 +10,7 @@ import torch
 
 from hawq_lightning import HawqError, find_sites, measure
 from hawq_lightning.report import chosen_sites, draw_eigenvalues, draw_images, draw_steps, paper_figures
-from hawq_lightning.sensitivity import landscape, trace_steps
+from hawq_lightning.sensitivity import landscape, trace_history
 from tests.nets import CASES, ConvNet, build
 
 NAMES = ["convergence_images", "convergence_steps_weights", "convergence_steps_activations", "eigenvalues", "landscape"]
@@ -30,7 +30,7 @@ def small():
 def test_steps_average_to_the_trace(small, estimator):
     net, batches, loss_fn, table, _ = small
     exact = measure(net, batches, loss_fn, sites=table, estimator="exact", progress=False)
-    steps = trace_steps(net, batches, loss_fn, steps=61, estimator=estimator, sites=table)
+    steps = trace_history(net, batches, loss_fn, steps=61, estimator=estimator, sites=table)
     assert set(steps) == {s.name for s in table}
     for r in exact:
         values = torch.tensor(steps[r.name], dtype=torch.float64)
@@ -80,6 +80,6 @@ def test_nothing_to_draw_is_no_figure(small):
     assert draw_eigenvalues(found, {}) is None
     assert draw_steps({"a": [0.0, 0.0, 0.0]}) is None
     with pytest.raises(HawqError, match="at least 2"):
-        trace_steps(small[0], small[1], small[2], steps=1)
+        trace_history(small[0], small[1], small[2], steps=1)
     with pytest.raises(HawqError, match="hutchinson"):
-        trace_steps(small[0], small[1], small[2], estimator="exact")
+        trace_history(small[0], small[1], small[2], estimator="exact")

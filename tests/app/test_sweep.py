@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from hawq_lightning import HawqError, Plan, Sensitivity, sites
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
-from hawq_lightning.cli import Recorder, check_choices, make_trainer, run, settings_hash, told_apart
+from hawq_lightning.cli import Recorder, check_choices, make_trainer, run, settings_hash, sweep_dirname_overrides
 from hawq_lightning.models import resnet20
 from hawq_lightning.report import collect
 from hawq_lightning.sensitivity import TraceCache
@@ -155,10 +155,13 @@ def test_the_hash_of_settings_ignores_where_and_sees_what(tmp_path):
 
 def test_sweeps_over_what_folders_are_not_named_after_name_them_after_it():
     several = ["-m", "model.weights=/x/a.pt,/x/b.pt", "seed=1,2", "data.root=/data"]
-    (added,) = told_apart(several)
+    (added,) = sweep_dirname_overrides(several)
     assert "model.weights" not in added and "data.root" in added and added.startswith("hydra.job.config")
-    assert told_apart(several[1:]) == [] and told_apart(["-m", "seed=1,2", "model.weights=/x/a.pt"]) == []
-    assert told_apart([*several, added]) == [] and told_apart(["-m", "trainer=cpu,("]) == []
+    assert (
+        sweep_dirname_overrides(several[1:]) == []
+        and sweep_dirname_overrides(["-m", "seed=1,2", "model.weights=/x/a.pt"]) == []
+    )
+    assert sweep_dirname_overrides([*several, added]) == [] and sweep_dirname_overrides(["-m", "trainer=cpu,("]) == []
 
 
 def test_runs_of_several_float_networks_stay_apart(tmp_path, weights):

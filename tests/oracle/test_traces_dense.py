@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites, measure
 from hawq_lightning.sensitivity import (
-    Setting,
+    MeasureContext,
     draw,
+    factorize_loss_hessian,
     forward_pass,
     hutchinson_batch,
     independent_images,
-    quiet,
-    recognise,
+    isolated_eval,
     send_back,
 )
 from tests.nets import CASES, ConvNet, batch_for, build, dense_activation_traces, dense_weight_traces
@@ -53,14 +53,14 @@ def test_random_probes_agree_within_their_standard_errors(name):
 @pytest.mark.parametrize("rotate", [False, True])
 def test_enumerating_all_sign_vectors_is_exact(name, rotate):
     net, batch, loss_fn, table, truth = prepare(name)
-    with quiet(net):
+    with isolated_eval(net):
         layers = {x.name: net.get_submodule(x.name) for x in table.layers}
-        setting = Setting(net, layers, table, loss_fn)
+        setting = MeasureContext(net, layers, table, loss_fn)
         per_image = independent_images(setting, batch, 4)
         assert all(per_image.values())
         total = {s.name: 0.0 for s in table}
         with forward_pass(setting, batch, per_image) as step:
-            blocks = recognise(step.hessian, torch.Generator().manual_seed(0))
+            blocks = factorize_loss_hessian(step.hessian, torch.Generator().manual_seed(0))
             assert blocks is not None
             (values,) = step.hessian.values
             patterns = list(itertools.product((-1.0, 1.0), repeat=values.shape[1]))
@@ -81,9 +81,9 @@ def test_hutchinson_over_an_orthogonal_sign_set_is_exact():
     wanted = [s.name for s in table if s.numel <= order]
     assert len(wanted) >= 6
     total = dict.fromkeys(wanted, 0.0)
-    with quiet(net):
+    with isolated_eval(net):
         layers = {x.name: net.get_submodule(x.name) for x in table.layers}
-        setting = Setting(net, layers, table, loss_fn)
+        setting = MeasureContext(net, layers, table, loss_fn)
         per_image = {s.name: s.kind == "activation" for s in table}
         for column in range(order):
 

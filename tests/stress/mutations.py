@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from hawq_lightning import HawqError, Plan, load_packed, quantize, save_packed
-from hawq_lightning.callbacks import InstallPlan
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.callbacks import ApplyPlan
+from hawq_lightning.quantization import enabled_bits
 from tests.internals import internal
 from tests.trainers import Classifier, fit, loader
 
@@ -214,12 +214,12 @@ class Loads:
         model = copy.deepcopy(self.start)
         if name == "plan.json":
             plan = Plan.load(self.folder / "loaded")
-            InstallPlan(self.folder / "loaded")
+            ApplyPlan(self.folder / "loaded")
             return quantize(model, plan), plan
         try:
             return load_packed(self.folder / "loaded", model), None
         except HawqError:
-            assert equal(states(model), self.float) and not armed_bits(model), "a refused file changed the model"
+            assert equal(states(model), self.float) and not enabled_bits(model), "a refused file changed the model"
             raise
 
     def judge(self, kind: str, raw: bytes) -> str:

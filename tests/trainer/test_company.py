@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 from hawq_lightning import load_from_checkpoint
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.quantization import enabled_bits
 from tests.trainers import Classifier, assert_mixed, hawq, loader, trainer
 
 ORDERS = pytest.mark.parametrize("first", [True, False], ids=["hawq_first", "hawq_last"])
@@ -47,7 +47,7 @@ class Sanity(Callback):
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 0:
-            self.bits.append(armed_bits(pl_module))
+            self.bits.append(enabled_bits(pl_module))
 
 
 AVERAGES = {
@@ -66,7 +66,7 @@ AVERAGES = {
 def test_weight_averaging(tmp_path, kind, first):
     model, callback, sanity = Classifier(), hawq(), Sanity()
     t = fit(tmp_path, model, callback, [AVERAGES[kind](), sanity], first, num_sanity_val_steps=1)
-    wanted = armed_bits(model)
+    wanted = enabled_bits(model)
     assert sanity.bits and all(bits == wanted for bits in sanity.bits)
     assert all(float(v) == round(float(v)) for k, v in model.state_dict().items() if k.endswith("_quantizer.width")), (
         "widths stay whole numbers"
@@ -82,7 +82,7 @@ def test_averaged_checkpoints_keep_the_plan(tmp_path, first):
     saver = ModelCheckpoint(tmp_path, save_last=True)
     fit(tmp_path, model, callback, [EMAWeightAveraging(decay=0.9), saver], first, enable_checkpointing=True)
     loaded = load_from_checkpoint(Classifier, tmp_path / "last.ckpt")
-    assert armed_bits(loaded) == armed_bits(model)
+    assert enabled_bits(loaded) == enabled_bits(model)
 
 
 @pytest.mark.feature("Other callbacks", "ModelPruning, listed before or after", "works; pruned weights stay 0")
@@ -109,7 +109,7 @@ def test_learning_rate_finder_sees_the_armed_network(tmp_path, first):
             self.lr = 0.02
 
         def training_step(self, batch, batch_idx):
-            seen.append(bool(armed_bits(self)))
+            seen.append(bool(enabled_bits(self)))
             return super().training_step(batch, batch_idx)
 
         def configure_optimizers(self):
@@ -209,7 +209,7 @@ def test_the_fitted_module_copies_and_pickles(tmp_path):
     fit(tmp_path, model, callback, [], True, max_epochs=1)
     model.trainer = None
     twin = copy.deepcopy(model)
-    assert armed_bits(twin) == armed_bits(model)
+    assert enabled_bits(twin) == enabled_bits(model)
     torch.save(model.net, tmp_path / "net.pt")
     net = torch.load(tmp_path / "net.pt", weights_only=False).eval()
     x = torch.randn(5, 12)

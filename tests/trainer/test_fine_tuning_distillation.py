@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import HAWQ, Distillation
-from hawq_lightning.quantization import GraphOutputs, Head, armed_bits, distance, find_heads
+from hawq_lightning.quantization import GraphOutputs, Head, distance, enabled_bits, find_heads
 from tests.nets import ConvNet, SharedHead, _detector, build, image_batch
 from tests.trainers import Classifier, hawq, loader, trainer
 
@@ -111,7 +111,7 @@ def test_the_term_is_in_the_loss_and_logged(tmp_path):
     assert [(h.name, h.distance) for h in callback.distillation.heads] == [("net.6", "kl")]
     assert losses.total[0] > plain.total[0] + 1e-4
     teacher = callback.distillation._teacher
-    assert not armed_bits(teacher) and not any("quantizer" in k for k in teacher.state_dict())
+    assert not enabled_bits(teacher) and not any("quantizer" in k for k in teacher.state_dict())
     assert "train/distillation" in t.logged_metrics
     assert "training_step" not in model.__dict__ and not any("teacher" in k for k in model.state_dict())
     assert not any(p is q for p in model.parameters() for q in teacher.parameters())

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from hawq_lightning import HAWQ, HawqError
-from hawq_lightning.callbacks import BlockwiseOrder, FreezeSchedule, InstallPlan
+from hawq_lightning.callbacks import ApplyPlan, BlockwiseOrder, FreezeSchedule
 from hawq_lightning.quantization import quantizers
 from tests.trainers import Classifier, assert_mixed, hawq, loader, trainer
 
@@ -22,10 +22,10 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         norm = next(m for m in pl_module.modules() if isinstance(m, nn.BatchNorm1d))
         self.means.append(norm.running_mean.clone())
-        self.working.append([n for n, q in named(pl_module).items() if q.bits and not q.paused])
+        self.working.append([n for n, q in named(pl_module).items() if q.bits and not q.fake_quant_disabled])
 
     def on_validation_batch_start(self, trainer, pl_module, *args):
-        self.validated.append(sum(1 for q in quantizers(pl_module) if q.bits and not q.paused))
+        self.validated.append(sum(1 for q in quantizers(pl_module) if q.bits and not q.fake_quant_disabled))
 
 
 def named(model):
@@ -95,12 +95,12 @@ def test_learned_parameters_of_quantizers_are_put_back(tmp_path):
             seen.append(float(pl_module.extra.detach()))
 
         def on_train_batch_start(self, trainer, pl_module, *args):
-            assert all(q.observing == (trainer.current_epoch < 1) for q in quantizers(pl_module))
+            assert all(q.range_updates_enabled == (trainer.current_epoch < 1) for q in quantizers(pl_module))
 
     model = Learns()
     trainer(tmp_path, hawq(freeze_ranges=1), Look(), max_epochs=2).fit(model, loader())
     assert len(set(seen[:4])) == 4 and set(seen[4:]) == {seen[3]}
-    assert all(q.observing for q in quantizers(model))
+    assert all(q.range_updates_enabled for q in quantizers(model))
 
 
 # ------------------------------------------------------------ order
@@ -122,7 +122,7 @@ def test_quantizers_start_in_the_order_of_omega(tmp_path):
     layer, part = first.rsplit(".", 1)
     assert watch.working[0] == [f"{layer}.{part}_quantizer"]
     assert set(watch.validated) == {6}  # validation sees the whole plan
-    assert not any(q.paused for q in quantizers(model))
+    assert not any(q.fake_quant_disabled for q in quantizers(model))
     assert_mixed(model, callback)
 
 
@@ -153,7 +153,7 @@ def test_an_exception_leaves_everything_on(tmp_path):
     model = Classifier()
     with pytest.raises(ValueError, match="stop"):
         trainer(tmp_path, hawq(order="omega"), Stop(), max_epochs=2).fit(model, loader())
-    assert not any(q.paused for q in quantizers(model))
+    assert not any(q.fake_quant_disabled for q in quantizers(model))
 
 
 def test_training_that_ends_early_says_so(tmp_path):
@@ -164,7 +164,7 @@ def test_training_that_ends_early_says_so(tmp_path):
     model = Classifier()
     with pytest.warns(UserWarning, match="never trained with"):
         trainer(tmp_path, hawq(order="omega"), Stop(), max_epochs=4, min_epochs=0).fit(model, loader())
-    assert not any(q.paused for q in quantizers(model))
+    assert not any(q.fake_quant_disabled for q in quantizers(model))
 
 
 def test_bad_orders(tmp_path):
@@ -176,4 +176,4 @@ def test_bad_orders(tmp_path):
     trainer(tmp_path, callback).fit(model, loader())
     bare = callback.plan.replace(sites=tuple(s.__class__(**{**vars(s), "omega": None}) for s in callback.plan.sites))
     with pytest.raises(HawqError, match="sorts by Omega, which the plan lacks"):
-        trainer(tmp_path, InstallPlan(bare), BlockwiseOrder()).fit(Classifier(), loader())
+        trainer(tmp_path, ApplyPlan(bare), BlockwiseOrder()).fit(Classifier(), loader())

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn.utils import weight_norm
 
-from hawq_lightning import HawqError, InstallPlan, MeasureTraces, load_from_checkpoint
+from hawq_lightning import ApplyPlan, HawqError, MeasureTraces, load_from_checkpoint
 from hawq_lightning.callbacks import ChannelsLast, weights_hash
-from hawq_lightning.quantization import armed_bits, plan_of, quantized_layers
+from hawq_lightning.quantization import enabled_bits, plan_of, quantized_layers
 from tests.trainers import Classifier, hawq, loader, mlp, trainer
 
 
@@ -76,7 +76,7 @@ def test_arming_does_not_begin_averages_anew(tmp_path):
 
 
 def test_averages_of_a_module_that_leaves_out_a_part(tmp_path):
-    class Partial(Classifier):
+    class MeasurementCheckpoint(Classifier):
         def __init__(self):
             super().__init__()
             self.judge = nn.Linear(3, 3).requires_grad_(False)
@@ -85,9 +85,9 @@ def test_averages_of_a_module_that_leaves_out_a_part(tmp_path):
         def state_dict(self, *args, **kwargs):
             return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("judge")}
 
-    model = Partial()
+    model = MeasurementCheckpoint()
     trainer(tmp_path, hawq(exclude="judge"), EMAWeightAveraging(decay=0.9)).fit(model, loader())
-    assert armed_bits(model)
+    assert enabled_bits(model)
 
 
 def test_averaged_zero_points_are_whole(tmp_path):
@@ -105,13 +105,13 @@ def test_averaged_zero_points_are_whole(tmp_path):
 def test_measuring_on_an_armed_model_leaves_it_armed(tmp_path):
     model = Classifier()
     trainer(tmp_path, hawq()).fit(model, loader())
-    before = armed_bits(model)
+    before = enabled_bits(model)
     measuring = MeasureTraces(budget="9x", images=32, rtol=0.5, check_loss=True, progress=False, dirpath=tmp_path)
     trainer(tmp_path, measuring).fit(model, loader())
     again = copy.deepcopy(model)
     for layer in quantized_layers(again).values():
         layer.weight_quantizer.refresh(), layer.input_quantizer.refresh()
-    assert armed_bits(again) == armed_bits(model) == before
+    assert enabled_bits(again) == enabled_bits(model) == before
 
 
 def test_a_callback_on_a_model_that_is_armed_otherwise_tells_that_plan(tmp_path):
@@ -132,7 +132,7 @@ def test_a_compiled_network_loads_from_its_checkpoint(tmp_path):
     model, fitted = Compiled(), trainer(tmp_path, hawq())
     fitted.fit(model, loader())
     fitted.save_checkpoint(tmp_path / "x.ckpt")
-    assert armed_bits(load_from_checkpoint(Compiled, tmp_path / "x.ckpt")) == armed_bits(model)
+    assert enabled_bits(load_from_checkpoint(Compiled, tmp_path / "x.ckpt")) == enabled_bits(model)
 
 
 def test_a_checkpoint_brings_its_quantizers_options(tmp_path):
@@ -178,17 +178,19 @@ def test_a_plan_of_processes_that_were_spawned_stays_with_its_model(tmp_path):
     spawned = {"strategy": "ddp_spawn", "devices": 1}
     first = Classifier()
     trainer(tmp_path, callback, **spawned).fit(first, loader())
-    relay = callback.installer._relay
+    relay = callback.applier._handoff_file
     assert relay.is_file()
     never_fitted = Classifier()
-    InstallPlan.prepare(callback.installer, trainer(tmp_path, callback), first, "validate", callback)
-    assert armed_bits(first)
-    InstallPlan.prepare(callback.installer, trainer(tmp_path, callback), never_fitted, "validate", callback)
-    assert not armed_bits(never_fitted)
+    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), first, "validate", callback)
+    assert enabled_bits(first)
+    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), never_fitted, "validate", callback)
+    assert not enabled_bits(never_fitted)
 
 
 def test_what_processes_tell_each_other_by_is_removed_at_the_end():
-    code = "from hawq_lightning import InstallPlan; c = InstallPlan(); c._relay.write_text('x'); print(c._relay)"
+    code = (
+        "from hawq_lightning import ApplyPlan; c = ApplyPlan(); c._handoff_file.write_text('x'); print(c._handoff_file)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     path = Path(done.stdout.strip())
     assert path.name.startswith("hawq_lightning-") and not path.exists()
@@ -234,8 +236,8 @@ def test_layers_may_be_built_while_a_checkpoint_is_loaded(tmp_path):
     fitted = trainer(tmp_path, hawq())
     fitted.fit(Late(), loader())
     fitted.save_checkpoint(tmp_path / "x.ckpt")
-    assert armed_bits(load_from_checkpoint(Later, tmp_path / "x.ckpt"))["head.weight"]
-    assert "head.weight" not in armed_bits(load_from_checkpoint(Classifier, tmp_path / "x.ckpt", strict=False))
+    assert enabled_bits(load_from_checkpoint(Later, tmp_path / "x.ckpt"))["head.weight"]
+    assert "head.weight" not in enabled_bits(load_from_checkpoint(Classifier, tmp_path / "x.ckpt", strict=False))
 
 
 def test_a_models_hash_is_that_of_what_a_hook_makes_its_weights_of():
@@ -258,4 +260,4 @@ def test_a_head_for_objects_may_get_none(tmp_path):
 
     model = Masked()
     trainer(tmp_path, hawq(budget="5x", images=64)).fit(model, loader(batch_size=4))
-    assert armed_bits(model)["mask.weight"]
+    assert enabled_bits(model)["mask.weight"]

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from hawq_lightning import HawqError, InstallPlan, MeasureTraces, Plan, Sensitivity
+from hawq_lightning import ApplyPlan, HawqError, MeasureTraces, Plan, Sensitivity
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.quantization import enabled_bits
 from tests.trainers import (
     CLASSES,
     FEATURES,
@@ -77,7 +77,7 @@ def test_a_loss_without_curvature_is_refused(tmp_path):
     model = DemoModel()
     with pytest.raises(HawqError, match="no curvature"):
         trainer(tmp_path, hawq()).fit(model, DataLoader(RandomDataset(32, 32), 8))
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
 
 
 class MnistStyle(LightningModule):
@@ -191,10 +191,10 @@ def run_observed(folder, *callbacks, **kwargs):
 
 
 def test_measuring_leaves_training_bitwise_alone(tmp_path):
-    measurer = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
+    measure_callback = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
     alone, rows, metrics = run_observed(tmp_path / "alone")
-    beside, rows2, metrics2 = run_observed(tmp_path / "beside", measurer)
-    assert measurer.plan is not None and len({s.bits for s in measurer.plan.weights}) >= 2
+    beside, rows2, metrics2 = run_observed(tmp_path / "beside", measure_callback)
+    assert measure_callback.plan is not None and len({s.bits for s in measure_callback.plan.weights}) >= 2
     assert rows == rows2 and len(rows) > 8
     assert metrics == metrics2
     assert same_states(alone.state_dict(), beside.state_dict())
@@ -350,7 +350,7 @@ def test_layers_built_late(tmp_path, kind):
 def test_patterns_on_layers_built_late(tmp_path):
     model = InSetup()
     fit(tmp_path, model, loader(), exclude="net.0")
-    assert not any(n.startswith("net.0") for n in armed_bits(model))
+    assert not any(n.startswith("net.0") for n in enabled_bits(model))
 
 
 class Lazy(Classifier):
@@ -584,7 +584,7 @@ def test_steps_that_cannot_be_borrowed_ask_for_loss_fn(tmp_path, kind):
     model = kind()
     with pytest.raises(HawqError, match=rf"{kind.__name__}\.training_step.*loss_fn"):
         trainer(tmp_path, hawq()).fit(model, loader())
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
     assert "log" not in model.__dict__ and model._current_fx_name in (None, "on_fit_start")
 
 
@@ -606,7 +606,7 @@ class Epochs(Callback):
         self.armed = []
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.armed.append(bool(armed_bits(pl_module)))
+        self.armed.append(bool(enabled_bits(pl_module)))
 
 
 @pytest.mark.feature("Modules", "float epochs first (`HAWQ(start=n)`)", "works")
@@ -643,7 +643,7 @@ def test_a_given_plan_is_installed_unmeasured(tmp_path, as_file):
     torch.manual_seed(0)
     first = fit(tmp_path / "a", Classifier(), loader())
     plan = tmp_path / "a" / "plan.json" if as_file else first.plan
-    for callback in (hawq(plan=plan), InstallPlan(plan)):
+    for callback in (hawq(plan=plan), ApplyPlan(plan)):
         model = Classifier()
         trainer(tmp_path / "b", callback).fit(model, loader())
         assert_mixed(model, callback)
@@ -683,7 +683,7 @@ def test_budgets_of_the_file(tmp_path, unit, size):
 def test_float_activations(tmp_path):
     model = Classifier()
     fit(tmp_path, model, loader(), activation_bits=None)
-    assert not any(name.endswith(".input") for name in armed_bits(model))
+    assert not any(name.endswith(".input") for name in enabled_bits(model))
 
 
 @pytest.mark.parametrize(
@@ -699,7 +699,7 @@ def test_float_activations(tmp_path):
 def test_patterns(tmp_path, patterns, layers):
     model = Classifier()
     fit(tmp_path, model, loader(), budget="9x", weight_bits=(2, 4, 8), **patterns)
-    assert {name.rpartition(".")[0] for name in armed_bits(model)} == layers
+    assert {name.rpartition(".")[0] for name in enabled_bits(model)} == layers
 
 
 def test_everything_is_saved(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from hawq_lightning import InstallPlan, MeasureTraces, Sensitivity, load_from_checkpoint
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning import ApplyPlan, MeasureTraces, Sensitivity, load_from_checkpoint
+from hawq_lightning.quantization import enabled_bits
 from tests.trainers import (
     Classifier,
     assert_mixed,
@@ -127,14 +127,14 @@ CHECK = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.trainers import *
-from hawq_lightning import InstallPlan
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning import ApplyPlan
+from hawq_lightning.quantization import enabled_bits
 model = Classifier()
-callback = hawq() if sys.argv[2] == "hawq" else InstallPlan()
+callback = hawq() if sys.argv[2] == "hawq" else ApplyPlan()
 run = getattr(trainer(sys.argv[1], callback), sys.argv[3])
 found = run(model, loader(shuffle=False), ckpt_path=sys.argv[1] + "/last.ckpt")
 assert_mixed(model, callback)
-torch.save({"found": found[0], "bits": armed_bits(model)}, sys.argv[4])
+torch.save({"found": found[0], "bits": enabled_bits(model)}, sys.argv[4])
 """
 
 
@@ -251,9 +251,9 @@ def test_a_weights_only_checkpoint(tmp_path):
     found = trainer(tmp_path, fresh).validate(other, loader(shuffle=False), ckpt_path=str(tmp_path / "last.ckpt"))
     assert found == expected
     assert_mixed(other)
-    assert armed_bits(other) == armed_bits(model) and same_states(model.state_dict(), other.state_dict())
+    assert enabled_bits(other) == enabled_bits(model) and same_states(model.state_dict(), other.state_dict())
     loaded = load_from_checkpoint(Classifier, tmp_path / "last.ckpt")
-    assert armed_bits(loaded) == armed_bits(model)
+    assert enabled_bits(loaded) == enabled_bits(model)
 
 
 @pytest.fixture
@@ -283,10 +283,10 @@ class Start(Callback):
 def test_a_float_checkpoint_does_not_disarm_a_quantized_module(tmp_path, float_checkpoint):
     model, callback = Classifier(), hawq()
     trainer(tmp_path, callback).fit(model, loader())
-    before = armed_bits(model)
+    before = enabled_bits(model)
     state = torch.load(float_checkpoint[1], weights_only=True)["state_dict"]
     assert not model.load_state_dict(state, strict=False).unexpected_keys
-    assert armed_bits(model) == before
+    assert enabled_bits(model) == before
     assert_mixed(model, callback)
     assert same_states(model.state_dict(), state)
 
@@ -295,7 +295,7 @@ def test_a_float_checkpoint_tests_float(tmp_path, float_checkpoint):
     model = Classifier()
     found = trainer(tmp_path, hawq()).test(model, loader(shuffle=False), ckpt_path=float_checkpoint[1])
     assert found == trainer(tmp_path).test(float_checkpoint[0], loader(shuffle=False))
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
 
 
 @pytest.mark.feature("Checkpoints", '`ckpt_path="best"`', "works")
@@ -351,12 +351,12 @@ def test_a_damaged_measurement_is_made_again(tmp_path, damage):
 
 def test_a_checkpoint_of_the_measuring_callback_alone(tmp_path, monkeypatch):
     """MeasureTraces has no state of its own: the file is its memory."""
-    measurer = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
-    trainer(tmp_path, measurer).fit(Classifier(), loader())
+    measure_callback = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
+    trainer(tmp_path, measure_callback).fit(Classifier(), loader())
     model = Classifier()
-    trainer(tmp_path, InstallPlan(tmp_path / "plan.json")).fit(model, loader())
+    trainer(tmp_path, ApplyPlan(tmp_path / "plan.json")).fit(model, loader())
     assert_mixed(model)
-    assert armed_bits(model)
+    assert enabled_bits(model)
 
 
 def test_a_checkpoint_and_another_plan(tmp_path, undisturbed):
@@ -370,6 +370,6 @@ def test_a_checkpoint_and_another_plan(tmp_path, undisturbed):
     callback = hawq(plan=plan.plan.replace(sites=sites))
     with pytest.warns(UserWarning, match="another plan"):
         trainer(tmp_path, callback, max_epochs=5).fit(model, loader(), ckpt_path=str(undisturbed[0] / "last.ckpt"))
-    assert {k: v for k, v in armed_bits(model).items() if k.endswith("weight")} == {
+    assert {k: v for k, v in enabled_bits(model).items() if k.endswith("weight")} == {
         s["name"]: s["bits"] for s in undisturbed[1]["plan"]["sites"] if s["kind"] == "weight"
     }

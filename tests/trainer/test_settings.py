@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.quantization import enabled_bits
 from tests.trainers import Classifier, assert_mixed, blobs, hawq, loader, trainer
 
 
@@ -24,10 +24,10 @@ class Seen(Callback):
         self.train, self.val = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.train.append(armed_bits(pl_module))
+        self.train.append(enabled_bits(pl_module))
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        self.val.append(armed_bits(pl_module))
+        self.val.append(enabled_bits(pl_module))
 
 
 def run(folder, model, data, val=None, callback=None, **settings):
@@ -36,7 +36,7 @@ def run(folder, model, data, val=None, callback=None, **settings):
     t = trainer(folder, callback, seen, **({"max_epochs": 2} | settings))
     t.fit(model, data, val)
     assert_mixed(model, callback)
-    wanted = armed_bits(model)
+    wanted = enabled_bits(model)
     assert seen.train and all(bits == wanted for bits in seen.train + seen.val)
     return t, seen
 

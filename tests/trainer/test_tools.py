@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from hawq_lightning import HawqError
-from hawq_lightning.callbacks import HAWQ, InstallPlan, MeasureTraces
+from hawq_lightning.callbacks import HAWQ, ApplyPlan, MeasureTraces
 from tests.trainers import Classifier, assert_mixed, hawq, loader, trainer
 
 
@@ -57,7 +57,10 @@ def test_lightning_cli(tmp_path, monkeypatch):
     args = ["fit", "--config", "run.yaml", "--trainer.max_epochs", "2"]
     cli = LightningCLI(Classifier, LightningDataModule, subclass_mode_data=True, args=args)
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, HAWQ))
-    assert callback.measurer.budget == {"weights": "9x", "bops": "60%"} and callback.measurer.weight_bits == (2, 4, 8)
+    assert callback.measure_callback.budget == {
+        "weights": "9x",
+        "bops": "60%",
+    } and callback.measure_callback.weight_bits == (2, 4, 8)
     assert cli.trainer.current_epoch == 2
     assert_mixed(cli.model, callback)
     assert not any(s.name.startswith("net.0") for s in callback.plan.sites)
@@ -109,7 +112,7 @@ def test_rich(tmp_path, first, capsys):
 @pytest.mark.feature(
     "Modules", "the namespace `pytorch_lightning`", "refused in one sentence: import `lightning.pytorch`, which works"
 )
-@pytest.mark.parametrize("make", [hawq, MeasureTraces, InstallPlan])
+@pytest.mark.parametrize("make", [hawq, MeasureTraces, ApplyPlan])
 def test_the_other_namespace_is_told(tmp_path, make):
     other = pytest.importorskip("pytorch_lightning")
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from hawq_lightning import HawqError, InstallPlan, Plan, Sensitivity, load_packed, measure, save_packed
+from hawq_lightning import ApplyPlan, HawqError, Plan, Sensitivity, load_packed, measure, save_packed
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.quantization import armed_bits, quantized_layers
+from hawq_lightning.quantization import enabled_bits, quantized_layers
 from tests.trainers import CLASSES, FEATURES, Classifier, assert_mixed, blobs, fit, hawq, loader, same_states, trainer
 
 
@@ -46,7 +46,7 @@ def refused(folder, model, data, match, callback=None, **settings):
         trainer(folder, callback or hawq(), **settings).fit(model, data)
     assert str(caught.value).count("\n") == 0
     assert steps.taken == 0
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
     after = model.state_dict()
     own = {k: v for k, v in after.items() if "_quantizer." not in k}
     assert own.keys() == before.keys()
@@ -287,7 +287,7 @@ def test_a_plan_for_another_model_says_which_sites_differ(tmp_path, finished):
             super().__init__()
             self.net[6] = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, CLASSES))
 
-    for callback in (hawq(plan=plan), InstallPlan(plan)):
+    for callback in (hawq(plan=plan), ApplyPlan(plan)):
         message = refused(tmp_path, Other(), loader(), "made for another model", callback)
         assert "only in the plan: net.6.weight" in message and "only in the model: net.6.0.weight" in message
 
@@ -303,7 +303,7 @@ def test_layers_that_a_plan_leaves_out_stay_float_with_a_warning(tmp_path, finis
     with pytest.warns(UserWarning, match=r"says nothing of net\.8"):
         trainer(tmp_path, callback).fit(model, loader())
     assert_mixed(model, callback)
-    assert "net.8.weight" not in armed_bits(model)
+    assert "net.8.weight" not in enabled_bits(model)
 
 
 def test_traces_of_another_model(tmp_path, finished):
@@ -383,13 +383,13 @@ def test_a_packed_file_into_another_precision(tmp_path):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(HawqError, match=rf"net\.0\.weight F32 against {name}"):
             load_packed(path, model)
-        assert same_states(before, model.state_dict()) and not armed_bits(model)
+        assert same_states(before, model.state_dict()) and not enabled_bits(model)
     trained.trainer = None
     half = copy.deepcopy(trained).bfloat16()
     save_packed(half, callback.plan, path)
     loaded = load_packed(path, NoBias().bfloat16())
     x = torch.randn(8, FEATURES).bfloat16()
-    assert torch.equal(loaded.eval()(x), half.eval()(x)) and armed_bits(loaded) == armed_bits(half)
+    assert torch.equal(loaded.eval()(x), half.eval()(x)) and enabled_bits(loaded) == enabled_bits(half)
     with pytest.raises(HawqError, match="BF16 against F32"):
         load_packed(path, NoBias())
 
@@ -403,7 +403,7 @@ def test_the_undamaged_files_load(tmp_path, finished):
         assert_mixed(model, other)
     model = Classifier()
     load_packed(folder / "model.safetensors", model)
-    assert armed_bits(model) == armed_bits(trained)
+    assert enabled_bits(model) == enabled_bits(trained)
 
 
 def test_after_a_refusal_the_same_model_trains(tmp_path):
@@ -413,7 +413,7 @@ def test_after_a_refusal_the_same_model_trains(tmp_path):
 
 
 def test_install_plan_without_a_plan(tmp_path):
-    refused(tmp_path, Classifier(), loader(), "InstallPlan has no plan", InstallPlan())
+    refused(tmp_path, Classifier(), loader(), "ApplyPlan has no plan", ApplyPlan())
 
 
 def test_measuring_under_sharded_strategies_is_refused():

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import hawq_lightning as hl
 from hawq_lightning import HawqError, batch_images
-from hawq_lightning.callbacks import HAWQ, InstallPlan
-from hawq_lightning.quantization import armed_bits
+from hawq_lightning.callbacks import HAWQ, ApplyPlan
+from hawq_lightning.quantization import enabled_bits
 from tests.trainers import Classifier, assert_mixed, fit, hawq, loader, mlp, trainer
 
 
@@ -62,7 +62,7 @@ def test_unusual_layers_in_every_precision(dtype, tmp_path):
     model, fresh = Small().to(dtype), Small().to(dtype)
     plan = small_plan(model, dtype)
     hl.quantize(model, plan)
-    assert len(set(armed_bits(model).values())) >= 2
+    assert len(set(enabled_bits(model).values())) >= 2
     cross_entropy(model, images(dtype)).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     hl.save_packed(model, plan, tmp_path / "model.safetensors")
@@ -142,8 +142,8 @@ def test_edited_bits_bring_their_own_grid_and_code():
         )
         assert option.scale != site.scale
     assert all(layers[s.layers[0]].weight_quantizer.code == "affine" for s in changed.weights)
-    installer = InstallPlan(changed)
-    assert installer._given.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
+    applier = ApplyPlan(changed)
+    assert applier._given.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
     assert plan.settled() is plan
 
 
@@ -186,7 +186,7 @@ def test_plans_that_cannot_be_installed_say_so(change, message):
     model = Small()
     with pytest.raises(HawqError, match=message):
         hl.quantize(model, edited(plan, change))
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
 
 
 def test_another_plan_replaces_the_first():
@@ -195,7 +195,7 @@ def test_another_plan_replaces_the_first():
     hl.quantize(model, first)
     fewer = first.replace(sites=tuple(s for s in first.sites if s.layers != ("head",)))
     hl.quantize(model, fewer)
-    assert armed_bits(model) == fewer.bits
+    assert enabled_bits(model) == fewer.bits
     fresh = hl.quantize(Small(), fewer)
     assert type(fresh.head) is nn.Linear and not any("head" in k for k in fresh.state_dict() if "quantizer" in k)
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_a_network_with_an_excluded_layer_loads(tmp_path):
         resumed, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=False
     )
     assert_mixed(resumed, callback)
-    assert armed_bits(model) == armed_bits(again) == armed_bits(resumed) and type(again.net[6]) is nn.Linear
+    assert enabled_bits(model) == enabled_bits(again) == enabled_bits(resumed) and type(again.net[6]) is nn.Linear
 
 
 def test_a_callback_used_again_quantizes_the_second_model(tmp_path):
@@ -232,16 +232,16 @@ def test_a_start_that_is_never_reached_is_told(tmp_path):
     model = Classifier()
     with pytest.warns(UserWarning, match="before start=3"):
         trainer(tmp_path, hawq(start=3), max_epochs=5, max_steps=4).fit(model, loader())
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
 
 
 def test_a_model_that_is_armed_already_keeps_its_bits_and_says_so(tmp_path):
     model = Classifier()
     fit(tmp_path, model, loader())
-    known = armed_bits(model)
+    known = enabled_bits(model)
     with pytest.warns(UserWarning, match="keeps their bits"):
         trainer(tmp_path, hawq(budget="5x")).fit(model, loader())
-    assert armed_bits(model) == known
+    assert enabled_bits(model) == known
 
 
 class Late(Classifier):
@@ -294,7 +294,7 @@ class Distilled(Classifier):
 def test_a_teacher_stays_float(tmp_path):
     model = Distilled()
     callback = fit(tmp_path, model, loader())
-    assert armed_bits(model) and all(name.startswith("net.") for name in armed_bits(model))
+    assert enabled_bits(model) and all(name.startswith("net.") for name in enabled_bits(model))
     reasons = {f.name: f.reason for f in callback.sites.floats}
     assert reasons["teacher.0"] == "run without gradients, as teachers are"
     assert not any(p.requires_grad for p in model.teacher.parameters()) and model.net[0].weight.requires_grad

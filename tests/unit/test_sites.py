@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, batch_images, sites
-from hawq_lightning.quantization import install, must_be_called
+from hawq_lightning.quantization import must_be_called, prepare
 from tests.nets import ConvNet, SharedHead, Tied
 
 
@@ -133,7 +133,7 @@ def test_the_model_is_left_alone_and_twins_count_as_layers():
     net, x = ConvNet(), torch.randn(2, 2, 8, 8)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     one = sites(net, x)
-    install(net)
+    prepare(net)
     two = sites(net, x)
     assert one.sites == two.sites and one.layers == two.layers and net.training
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())

@@ -43,7 +43,7 @@ def float_copy(pl_module: LightningModule) -> LightningModule:
 _STEP = "_hawq_lightning_step"
 
 
-def replaced_step(pl_module: LightningModule, around: Callable[..., Any]) -> None:
+def patch_training_step(pl_module: LightningModule, around: Callable[..., Any]) -> None:
     """Let ``around(step, pl_module, *args)`` run in the place of ``training_step``; doing it twice is no harm."""
     if _STEP in pl_module.__dict__:
         return
@@ -58,8 +58,8 @@ def replaced_step(pl_module: LightningModule, around: Callable[..., Any]) -> Non
     pl_module.__dict__["training_step"] = replacement
 
 
-def restored_step(pl_module: LightningModule) -> None:
-    """Undo :func:`replaced_step`."""
+def restore_training_step(pl_module: LightningModule) -> None:
+    """Undo :func:`patch_training_step`."""
     if _STEP not in pl_module.__dict__:
         return
     own = pl_module.__dict__.pop(_STEP)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.sensitivity import Share
+from hawq_lightning.sensitivity import ProcessShard
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -53,17 +53,17 @@ def refuse_sharded(trainer: Trainer) -> None:
         )
 
 
-def share_of(trainer: Trainer) -> Share:
+def shard_of(trainer: Trainer) -> ProcessShard:
     """This process's part of a measurement; tables are added over processes."""
     if trainer.world_size == 1:
-        return Share()
+        return ProcessShard()
 
-    def all_sum(table: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(table: torch.Tensor) -> torch.Tensor:
         total = table.to(trainer.strategy.root_device)
         total = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
         return total.cpu()
 
-    return Share(trainer.global_rank, trainer.world_size, all_sum)
+    return ProcessShard(trainer.global_rank, trainer.world_size, all_reduce_sum)
 
 
 def builds_later(pl_module: LightningModule) -> bool:
@@ -71,7 +71,7 @@ def builds_later(pl_module: LightningModule) -> bool:
     return any(is_overridden(name, pl_module) for name in ("setup", "configure_model"))
 
 
-def after_layers_exist(pl_module: LightningModule, install: Callable[[], Any]) -> None:
+def after_layers_exist(pl_module: LightningModule, prepare: Callable[[], Any]) -> None:
     """Call ``install`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
     for name in ("setup", "configure_model"):
         if not is_overridden(name, pl_module) or name in pl_module.__dict__:
@@ -81,13 +81,13 @@ def after_layers_exist(pl_module: LightningModule, install: Callable[[], Any]) -
         def once(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             pl_module.__dict__.pop(_name, None)
             out = _original(*args, **kwargs)
-            install()
+            prepare()
             return out
 
         pl_module.__dict__[name] = functools.wraps(original)(once)
 
 
-def go_first(trainer: Trainer, callback: Callback) -> list[Callback]:
+def move_to_front(trainer: Trainer, callback: Callback) -> list[Callback]:
     """Move ``callback`` to the front, so that tuners see the quantized model; returns who stood before it."""
     listed = trainer.callbacks  # type: ignore[attr-defined]
     before = list(itertools.takewhile(lambda c: c is not callback, listed))
@@ -95,7 +95,7 @@ def go_first(trainer: Trainer, callback: Callback) -> list[Callback]:
     return before
 
 
-def copy_again(before: list[Callback], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+def rerun_setup(before: list[Callback], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     """Averaging callbacks that copied the model before it had quantizers copy it again."""
     for callback in before:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -182,8 +182,8 @@ def runs_script_again(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
-def beside(trainer: Trainer, callback: Callback, companions: list[Callback]) -> None:
+def insert_after(trainer: Trainer, callback: Callback, extra_callbacks: list[Callback]) -> None:
     """List ``companions`` right behind ``callback`` in the Trainer, once."""
-    listed = [c for c in trainer.callbacks if not any(c is other for other in companions)]  # type: ignore[attr-defined]
+    listed = [c for c in trainer.callbacks if not any(c is other for other in extra_callbacks)]  # type: ignore[attr-defined]
     place = next((i + 1 for i, c in enumerate(listed) if c is callback), 0)
-    trainer.callbacks = [*listed[:place], *companions, *listed[place:]]  # type: ignore[attr-defined]
+    trainer.callbacks = [*listed[:place], *extra_callbacks, *listed[place:]]  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from hawq_lightning._errors import HawqError
 
 
-class _LossFound(BaseException):
+class _LossCaptured(BaseException):
     """Carries the loss out of a step that optimizes by hand."""
 
     def __init__(self, loss: torch.Tensor) -> None:
@@ -26,7 +26,7 @@ class _LossFound(BaseException):
 
 
 @contextmanager
-def borrowed_step(
+def loss_from_training_step(
     trainer: Trainer,
     pl_module: LightningModule,
     loss_fn: Callable[..., Any] | None = None,
@@ -72,7 +72,7 @@ def borrowed_step(
 
 
 def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    raise _LossFound(loss)
+    raise _LossCaptured(loss)
 
 
 def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module
     needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
     try:
         out = step(*args)
-    except _LossFound as found:
+    except _LossCaptured as found:
         return found.loss
     except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
         raise HawqError(

@@ -112,7 +112,7 @@ class ResumedStates:
 
 
 class KeepRandomStates(Callback):
-    """Fits without a plan resume with the random states that they stopped with, as :class:`InstallPlan` does."""
+    """Fits without a plan resume with the random states that they stopped with, as :class:`ApplyPlan` does."""
 
     def __init__(self) -> None:
         self._resumed = ResumedStates()

@@ -30,7 +30,7 @@ from hawq_lightning.export import _operators  # noqa: F401  registers the operat
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._extra import require
 from hawq_lightning.export.onnx._float_bias import split_bias
-from hawq_lightning.export.onnx._low_bits import narrow
+from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
 OPSET = 21
 _UINT8_TOP = 255
@@ -69,7 +69,7 @@ def to_onnx(
     deployed = deploy(model, plan, example_input, fold=fold)
     proto = _translate(deployed.model, deployed.inputs)
     _strip(proto)
-    types = narrow(proto)
+    types = pack_low_bit_weights(proto)
     split_bias(proto, [name for name, kind in types.items() if exact or kind in ("INT2", "INT4")])
     _describe(proto, deployed)
     _write(proto, Path(path))

@@ -17,7 +17,7 @@ _WIDTHS = (2, 4, 8, 16)
 _IR = {21: 10, 25: 13}
 
 
-def narrow(proto: Any) -> dict[str, str]:
+def pack_low_bit_weights(proto: Any) -> dict[str, str]:
     """Store every weight behind a DequantizeLinear in INT2, INT4, INT8 or INT16, in place.
 
     Two bits of a layer with a single channel become INT4: nothing stops onnxruntime 1.32 from making a QLinearConv of

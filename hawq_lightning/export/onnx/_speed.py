@@ -26,7 +26,7 @@ from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
 from hawq_lightning.export._extra import require
 from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
-from hawq_lightning.export.onnx._low_bits import narrow
+from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
 _PROCESS = Path(__file__).with_name("speed_process.py")
 _FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
@@ -213,7 +213,7 @@ def _milliseconds(
         values,
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    narrow(proto)
+    pack_low_bit_weights(proto)
     run = session(proto.SerializeToString(), threads)
     feed = {"x": rng.standard_normal(size, dtype=np.float32)}
     run.run(None, feed)

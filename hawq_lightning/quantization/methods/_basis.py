@@ -27,7 +27,7 @@ def spanned(basis: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def middles(ascending: torch.Tensor) -> torch.Tensor:
+def decision_thresholds(ascending: torch.Tensor) -> torch.Tensor:
     """Where the nearest level changes, along the last axis; halves are added, so that nothing overflows."""
     return ascending[..., :-1] / 2 + ascending[..., 1:] / 2
 

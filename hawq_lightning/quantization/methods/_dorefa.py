@@ -81,7 +81,7 @@ class WeightDoReFa(WeightQuantizer):
         check_finite(weight)
         weight = weight.detach().float()
         self.gain.fill_(1.0)
-        self.arm(bits, 2.0 / max(1, (1 << bits) - 1) * torch.ones_like(self.scale), MIDRISE_ZERO)
+        self.enable(bits, 2.0 / max(1, (1 << bits) - 1) * torch.ones_like(self.scale), MIDRISE_ZERO)
         if bits > 1:
             peak = weight.abs().max().clamp_min(TINY)
             levels = self.quantize(weight)

@@ -25,7 +25,7 @@ class ActivationEMA(ActivationQuantizer):
         momentum: share of each batch's extremes.
     """
 
-    follows_data = True
+    has_dynamic_range = True
     low: torch.Tensor
     high: torch.Tensor
 
@@ -38,15 +38,15 @@ class ActivationEMA(ActivationQuantizer):
         self.register_buffer("high", torch.zeros(()))
 
     @torch.no_grad()
-    def arm(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
-        """See :meth:`Quantizer.arm`."""
-        super().arm(bits, scale, zero_point)
+    def enable(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
+        """See :meth:`Quantizer.enable`."""
+        super().enable(bits, scale, zero_point)
         self.low.copy_(-self.zero_point * self.scale)
         self.high.copy_(((1 << bits) - 1 - self.zero_point) * self.scale)
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range moves first."""
-        if self.training and self.observing and x.numel():
+        if self.training and self.range_updates_enabled and x.numel():
             with torch.no_grad():
                 low, high = torch.aminmax(x.detach())
                 self.low.lerp_(low.float().clamp(-HUGE, 0.0), self.momentum)
@@ -83,7 +83,7 @@ class WeightIntOnly(WeightQuantizer):
         step: s.
     """
 
-    zero_points = follows_data = True
+    zero_points = has_dynamic_range = True
     factor: torch.Tensor
     step: torch.Tensor
 
@@ -111,9 +111,9 @@ class WeightIntOnly(WeightQuantizer):
         self._take_state()
 
     @torch.no_grad()
-    def disarm(self) -> None:
-        """See :meth:`Quantizer.disarm`."""
-        super().disarm()
+    def disable(self) -> None:
+        """See :meth:`Quantizer.disable`."""
+        super().disable()
         self.fold(None)
 
     @torch.no_grad()
@@ -123,13 +123,13 @@ class WeightIntOnly(WeightQuantizer):
             return super().fit(weight, bits, code)
         check_finite(weight)
         self._take_state()
-        self.arm(bits, *self._range(weight, bits))
+        self.enable(bits, *self._range(weight, bits))
         return float((self.settled(weight.detach()).double() - weight.double()).square().sum())
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range is the present weights' own."""
         self._take_state()
-        if self.training and self.observing and self.bits > 1:
+        if self.training and self.range_updates_enabled and self.bits > 1:
             with torch.no_grad():
                 scale, zero = self._range(weight, self.bits)
                 self.scale.copy_(scale)

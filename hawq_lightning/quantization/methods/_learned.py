@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.quantization._fake_quantize import eager, passed_inside
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 
 
 def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:
@@ -84,7 +84,7 @@ class _LearnedStep(torch.autograd.Function):
         if ctx.fast:
             s = float(step.detach())
             moved = torch.dot(g.reshape(-1), levels.reshape(-1))
-            passed = passed_inside(g, x, low * s, high * s, ctx.alone)
+            passed = clipped_grad(g, x, low * s, high * s, ctx.alone)
             moved = moved - torch.dot(passed.reshape(-1), x.reshape(-1))
         else:
             v = x * step.reciprocal()
@@ -113,7 +113,7 @@ class _LearnedRange(torch.autograd.Function):
         if ctx.shares[0]:
             moved = moved + (g * (x <= low)).sum() * ctx.shares[0]
         if ctx.fast:
-            passed = passed_inside(g, x, float(low.detach()), float(high.detach()))
+            passed = clipped_grad(g, x, float(low.detach()), float(high.detach()))
         else:
             passed = g * ((x > low) & (x < high))
         return passed, moved, None, None, None

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 
-from hawq_lightning.quantization._fake_quantize import eager, passed_inside
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY
-from hawq_lightning.quantization.methods._basis import AVERAGE, members, middles, spanned, step_to_least_squares
+from hawq_lightning.quantization.methods._basis import (
+    AVERAGE,
+    decision_thresholds,
+    members,
+    spanned,
+    step_to_least_squares,
+)
 
 MOST_BITS = 4
 _SAMPLE = 1 << 14
@@ -32,7 +38,7 @@ class ActivationLQ(ActivationQuantizer):
         basis: v; zeros where steps are even.
     """
 
-    follows_data = True
+    has_dynamic_range = True
     basis: torch.Tensor
 
     def __init__(self, *, ranges: str = "mse") -> None:
@@ -41,9 +47,9 @@ class ActivationLQ(ActivationQuantizer):
         self.learned = False
 
     @torch.no_grad()
-    def arm(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
-        """See :meth:`Quantizer.arm`."""
-        super().arm(bits, scale, zero_point)
+    def enable(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
+        """See :meth:`Quantizer.enable`."""
+        super().enable(bits, scale, zero_point)
         basis = torch.zeros_like(self.basis)
         if bits <= MOST_BITS and zero_point == 0:
             basis[:bits] = self.scale * 2.0 ** torch.arange(bits, device=basis.device)
@@ -69,7 +75,7 @@ class ActivationLQ(ActivationQuantizer):
         """The nearest level; in training the basis moves first."""
         if not self.learned:
             return super().quantize(x)
-        if self.training and self.observing and x.numel():
+        if self.training and self.range_updates_enabled and x.numel():
             self._refit(x)
         return _Nearest.apply(x, self.levels())
 
@@ -84,7 +90,7 @@ class ActivationLQ(ActivationQuantizer):
         peak = values.abs().amax().clamp_min(TINY).double()
         table, levels = self._table(), self.levels()
         ascending, order = levels.sort()
-        codes = order[torch.bucketize(values, middles(ascending))]
+        codes = order[torch.bucketize(values, decision_thresholds(ascending))]
         residual = values.double() / peak - levels[codes].double() / peak
         change = step_to_least_squares(residual[None], codes[None], table)[0] * peak
         moved = self.basis[: self.bits] + AVERAGE * change
@@ -102,7 +108,7 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         wide, ascending = x.float(), levels.sort().values
-        between = middles(ascending)
+        between = decision_thresholds(ascending)
         if not eager(wide):
             return ascending[torch.bucketize(wide, between)].to(x.dtype)
         # whole passes are ten times faster here than a search for every value
@@ -122,5 +128,5 @@ class _Nearest(torch.autograd.Function):
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):
-            return passed_inside(grads[0], x, float(low.detach()), float(high.detach())), None
+            return clipped_grad(grads[0], x, float(low.detach()), float(high.detach())), None
         return grads[0] * ((x > low) & (x < high)), None

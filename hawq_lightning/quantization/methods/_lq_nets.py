@@ -8,7 +8,13 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._quantizers import WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization._registry import register
-from hawq_lightning.quantization.methods._basis import AVERAGE, members, middles, spanned, step_to_least_squares
+from hawq_lightning.quantization.methods._basis import (
+    AVERAGE,
+    decision_thresholds,
+    members,
+    spanned,
+    step_to_least_squares,
+)
 from hawq_lightning.quantization.methods._learned import passed_through
 from hawq_lightning.quantization.methods._lq_activations import ActivationLQ
 
@@ -28,7 +34,7 @@ class WeightLQ(WeightQuantizer):
         axis: channel axis of the weight.
     """
 
-    follows_data = True
+    has_dynamic_range = True
     basis: torch.Tensor
 
     def __init__(self, channels: int, axis: int = 0) -> None:
@@ -57,7 +63,7 @@ class WeightLQ(WeightQuantizer):
         """
         if not bool(torch.isfinite(basis).all()):
             raise HawqError("A basis of levels must be finite.")
-        self.arm(bits, torch.ones_like(self.scale))
+        self.enable(bits, torch.ones_like(self.scale))
         self.basis.zero_()
         self.basis[:, :bits] = basis.to(self.basis)
 
@@ -87,7 +93,7 @@ class WeightLQ(WeightQuantizer):
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest level; the gradient passes through."""
-        if self.training and self.observing:
+        if self.training and self.range_updates_enabled:
             with torch.no_grad():
                 self.basis.copy_(self._refit(self._rows(weight), AVERAGE))
         return passed_through(weight, self._levels_of(weight))
@@ -118,7 +124,7 @@ class WeightLQ(WeightQuantizer):
 
     def _nearest(self, rows: torch.Tensor) -> torch.Tensor:
         ascending, order = self.levels().sort(dim=1, stable=True)
-        return order.gather(1, torch.searchsorted(middles(ascending).contiguous(), rows))
+        return order.gather(1, torch.searchsorted(decision_thresholds(ascending).contiguous(), rows))
 
     @torch.no_grad()
     def _levels_of(self, weight: torch.Tensor) -> torch.Tensor:

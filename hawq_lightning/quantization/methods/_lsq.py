@@ -11,7 +11,7 @@ from hawq_lightning.quantization._fake_quantize import along
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY
-from hawq_lightning.quantization._recompute import repeatable
+from hawq_lightning.quantization._recompute import deterministic
 from hawq_lightning.quantization._registry import register
 from hawq_lightning.quantization.methods._learned import learned_step
 
@@ -48,7 +48,7 @@ class ActivationLSQ(_LearnedStep, ActivationQuantizer):
         ranges: where the step starts from: ``mse``, ``minmax`` or ``percentile``.
     """
 
-    @repeatable
+    @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper."""
         top, zero = (1 << self.bits) - 1, round(self.zero)
@@ -75,7 +75,7 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
     def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse") -> None:
         super().__init__(channels, axis, ranges=ranges)
 
-    @repeatable
+    @deterministic
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper, per channel."""
         half, zero = 1 << (self.bits - 1), -0.5 if self.code == "midrise" else 0.0

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._apply import paused, quantized_layers, quantizers
+from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
 from hawq_lightning.quantization._modules import QuantizedLayer
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
 
@@ -34,7 +34,7 @@ class FloatReference:
     def in_place(self) -> Iterator[None]:
         """Inside, the model is the float network that it was."""
         present = [(t, t.data) for t, _ in self._kept]
-        with paused(self._model):
+        with fake_quant_disabled(self._model):
             try:
                 for t, value in self._kept:
                     t.data = value

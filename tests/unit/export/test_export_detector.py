@@ -18,7 +18,7 @@ from hawq_lightning.export.onnx import (  # noqa: E402
     session,
 )
 from hawq_lightning.models import retinanet_resnet18  # noqa: E402
-from tests.unit.export.test_packed import arm, random_plan  # noqa: E402
+from tests.unit.export.test_packed import enable, random_plan  # noqa: E402
 
 
 def small():
@@ -65,7 +65,7 @@ def usual(tmp_path_factory):
     inner = network_of(model)
     plan = random_plan(sites(inner, images), 1)
     plan = plan.replace(sites=plan.weights)
-    arm(inner, plan)
+    enable(inner, plan)
     to_onnx(inner, plan, images, path)
     return model, path
 

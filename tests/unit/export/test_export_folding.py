@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, load_packed, save_packed, sites
 from hawq_lightning.export import deploy, portable, stored_layers
-from tests.unit.export.test_packed import arm, random_plan
+from tests.unit.export.test_packed import enable, random_plan
 
 
 class Norms(nn.Module):
@@ -83,7 +83,7 @@ def armed(seed: int = 0, signs: bool = True) -> tuple[nn.Module, torch.Tensor, o
     net.eval()
     x = torch.randn(4, 3, 7, 7)
     plan = random_plan(sites(net, x), seed)
-    return arm(net, plan).eval(), x, plan
+    return enable(net, plan).eval(), x, plan
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -131,7 +131,7 @@ def test_folding_changes_nothing_but_rounding():
     net, x, plan = armed(3)
     for module in net.modules():
         if hasattr(module, "input_quantizer"):
-            module.input_quantizer.disarm()
+            module.input_quantizer.disable()
     plan = plan.replace(sites=plan.weights)
     with torch.no_grad():
         assert torch.equal(deploy(net, plan, x, fold=False).model(x), net(x))
@@ -152,9 +152,9 @@ def test_float_layers_fold_into_their_weights():
     net, x, _ = armed(2)
     for module in net.modules():
         if hasattr(module, "weight_quantizer"):
-            module.weight_quantizer.disarm()
-            module.input_quantizer.disarm()
-    net.fc.weight_quantizer.arm(8, 0.01)
+            module.weight_quantizer.disable()
+            module.input_quantizer.disable()
+    net.fc.weight_quantizer.enable(8, 0.01)
     with torch.no_grad():
         deployed = deploy(net, None, x)
         assert dict(deployed.folding.folded) == FOLDED
@@ -168,7 +168,7 @@ def test_frozen_batch_norm_of_torchvision_folds():
     net[1].weight.uniform_(-1, 1)
     x = torch.randn(3, 3, 6, 6)
     plan = random_plan(sites(net, x), 0)
-    assert dict(deploy(arm(net, plan), plan, x).folding.folded) == {"1": ("0",)}
+    assert dict(deploy(enable(net, plan), plan, x).folding.folded) == {"1": ("0",)}
 
 
 def test_layers_sharing_a_weight_fold_into_scales_of_their_own():
@@ -186,7 +186,7 @@ def test_layers_sharing_a_weight_fold_into_scales_of_their_own():
 
     net, x = Shared().eval(), torch.randn(2, 3, 4, 4)
     plan = random_plan(sites(net, x), 0)
-    deployed = deploy(arm(net, plan), plan, x)
+    deployed = deploy(enable(net, plan), plan, x)
     a, b = deployed.model.a.weight_quantizer, deployed.model.b.weight_quantizer
     assert torch.equal(a.codes, b.codes)
     torch.testing.assert_close(b.scale, -1.5 * a.scale)
@@ -221,7 +221,7 @@ def test_models_that_cannot_be_deployed():
         deploy(net, other, x)
     for module in net.modules():
         if hasattr(module, "weight_quantizer"):
-            module.weight_quantizer.disarm()
-            module.input_quantizer.disarm()
+            module.weight_quantizer.disable()
+            module.input_quantizer.disable()
     with pytest.raises(HawqError, match="never armed"):
         deploy(net, plan, x)

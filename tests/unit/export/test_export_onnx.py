@@ -30,7 +30,7 @@ from hawq_lightning.export.onnx import float_onnx, session
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import Problem
 from tests.unit.export.test_export_folding import armed
-from tests.unit.export.test_packed import arm, random_plan
+from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -455,7 +455,7 @@ def test_the_papers_models(tmp_path, name):
     table = sites(net, x)
     assert len(table.weights) > 50
     plan = random_plan(table, 0)
-    arm(net, plan)
+    enable(net, plan)
     deployed = to_onnx(net, plan, x, tmp_path / "a.onnx")
     assert deployed.folding.folded and set(deployed.folding.kept.values()) <= {"the forward pass does not call it"}
     proto = onnx.load(str(tmp_path / "a.onnx"))

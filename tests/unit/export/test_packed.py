@@ -13,7 +13,7 @@ from torch import nn
 
 from hawq_lightning import HawqError, Plan, PlanSite, SiteTable, sites
 from hawq_lightning.export import Index, load_packed, packed_overhead, read_packed, save_packed
-from hawq_lightning.quantization import QuantizedLayer, make_twin
+from hawq_lightning.quantization import QuantizedLayer, to_fake_quantized
 from tests.internals import internal
 
 
@@ -63,19 +63,21 @@ def random_plan(table: SiteTable, seed: int) -> Plan:
     return Plan(tuple(chosen), table.layers)
 
 
-def arm(model: nn.Module, plan: Plan) -> nn.Module:
+def enable(model: nn.Module, plan: Plan) -> nn.Module:
     for s in plan.sites:
         for name in s.layers:
-            twin = make_twin(model.get_submodule(name))
+            twin = to_fake_quantized(model.get_submodule(name))
             if s.kind == "activation":
-                twin.input_quantizer.arm(s.bits, s.scale, s.zero_point)
+                twin.input_quantizer.enable(s.bits, s.scale, s.zero_point)
             else:
                 peak = (
                     twin.weight.detach()
                     .abs()
                     .amax([d for d in range(twin.weight.ndim) if d != twin.weight_quantizer.axis])
                 )
-                twin.weight_quantizer.arm(s.bits, peak / 2 ** (s.bits - 1) + 1e-4, -0.5 if s.code == "midrise" else 0.0)
+                twin.weight_quantizer.enable(
+                    s.bits, peak / 2 ** (s.bits - 1) + 1e-4, -0.5 if s.code == "midrise" else 0.0
+                )
     return model
 
 
@@ -90,7 +92,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Plan, P
     net = built()
     plan = random_plan(sites(net, torch.randn(2, 3, 8, 8)), 1)
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
-    save_packed(arm(net, plan), plan, path)
+    save_packed(enable(net, plan), plan, path)
     return net, plan, path
 
 
@@ -102,7 +104,7 @@ def test_size_is_predicted_for_every_plan(tmp_path: Path) -> None:
     sizes = set()
     for seed in range(25):
         plan = random_plan(table, seed)
-        armed = arm(copy.deepcopy(net), plan)
+        armed = enable(copy.deepcopy(net), plan)
         path = tmp_path / f"{seed}.safetensors"
         size = save_packed(armed, plan, path)
         assert size == os.stat(path).st_size == predicted(net, table, plan)
@@ -118,7 +120,7 @@ def test_digits_of_the_offsets_do_not_show(tmp_path: Path) -> None:
     for bits in range(1, 9):
         s = table.weights[0]
         plan = Plan((PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, "midrise"),))
-        size = save_packed(arm(copy.deepcopy(net), plan), plan, tmp_path / "x")
+        size = save_packed(enable(copy.deepcopy(net), plan), plan, tmp_path / "x")
         assert size == packed_overhead(net, plan.sites) + 150 * bits + 160 == os.stat(tmp_path / "x").st_size
 
 
@@ -161,7 +163,7 @@ def test_everything_else_is_exact(packed: tuple[nn.Module, Plan, Path]) -> None:
 def test_twinned_model_and_wrappers_load_too(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
     net, plan, path = packed
     x = torch.randn(4, 3, 8, 8)
-    armed_otherwise = arm(built(), random_plan(sites(net, x), 7))
+    armed_otherwise = enable(built(), random_plan(sites(net, x), 7))
     assert torch.equal(load_packed(path, armed_otherwise)(x), net(x))
     wrapper = nn.Module()
     wrapper.net = built()
@@ -199,7 +201,7 @@ def test_a_weights_only_plan(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     full = random_plan(sites(net, torch.randn(1, 6)), 3)
     plan = Plan(full.weights)
-    arm(net, plan)
+    enable(net, plan)
     save_packed(net, plan, tmp_path / "w")
     other = load_packed(tmp_path / "w", nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)))
     x = torch.randn(9, 6)
@@ -288,7 +290,7 @@ def test_refusals_before_anything_is_written(packed: tuple[nn.Module, Plan, Path
         save_packed(built(), plan, tmp_path / "a")
     twins = built()
     for s in plan.weights:
-        make_twin(twins.get_submodule(s.layers[0]))
+        to_fake_quantized(twins.get_submodule(s.layers[0]))
     with pytest.raises(HawqError, match="never armed"):
         save_packed(twins, plan, tmp_path / "a")
     with pytest.raises(HawqError, match="another plan"):

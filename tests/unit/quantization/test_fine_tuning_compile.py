@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from hawq_lightning import Plan, PlanSite, sites
-from hawq_lightning.quantization import disarm, quantize, quantized_layers, quantizer_named, with_quantizer
+from hawq_lightning.quantization import disable, quantize, quantized_layers, quantizer_named, with_quantizer
 from tests.nets import ConvNet, build, image_batch
 from tests.unit.quantization.test_post_training import weight_plan
 
@@ -48,7 +48,7 @@ def check(backend, quantizer="uniform", tolerance=0.0):
     assert torch.allclose(out, eager, rtol=0, atol=tolerance)
     for name, grad in grads.items():
         assert torch.allclose(grad, slopes[name], rtol=1e-4, atol=1e-6), name
-    disarm(model)  # bits are state: compiled code must notice
+    disable(model)  # bits are state: compiled code must notice
     assert torch.allclose(compiled(x), build(ConvNet).float()(x), rtol=0, atol=max(tolerance, 1e-6))
     assert quantized_layers(compiled).keys() == quantized_layers(model).keys()
 

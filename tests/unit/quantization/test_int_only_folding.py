@@ -12,8 +12,8 @@ from hawq_lightning import HAWQ, Plan, PlanSite, load_from_checkpoint, load_pack
 from hawq_lightning.export import deploy, stored_layers
 from hawq_lightning.export.onnx import to_onnx
 from hawq_lightning.quantization import (
-    install,
     plan_of,
+    prepare,
     quantized_layers,
     quantizer_named,
     share,
@@ -185,7 +185,7 @@ def test_state_dicts_come_back_exactly_whether_norms_are_known_or_not():
     net, plan, x = trained(4)
     state = copy.deepcopy(net.state_dict())
     alone, tied = Net(), Net()
-    install(alone, quantizer="int_only")
+    prepare(alone, quantizer="int_only")
     alone.load_state_dict(state)
     quantize(tied, plan)
     tied.load_state_dict(state)

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, Plan, PlanSite, load_packed, quantize, save_packed, sites
 from hawq_lightning.export import deploy, packed_overhead, read_packed
-from hawq_lightning.quantization import fake_quantize_tensor, install, quantized_layers, quantizer_named, with_quantizer
+from hawq_lightning.quantization import fake_quantize_tensor, prepare, quantized_layers, quantizer_named, with_quantizer
 from hawq_lightning.quantization.methods import ActivationLQ
 from tests.internals import internal
 
 
 def armed(bits: int, scale: float = 0.5, zero: int = 0) -> ActivationLQ:
     q = ActivationLQ().eval()
-    q.arm(bits, scale, zero)
+    q.enable(bits, scale, zero)
     return q
 
 
@@ -79,7 +79,7 @@ def test_the_basis_follows_the_batches_of_training_by_a_moving_average():
     held = q.basis.clone()
     q.eval()
     q(5 * x)
-    q.train().observing = False
+    q.train().range_updates_enabled = False
     q(5 * x)
     assert torch.equal(q.basis, held)
 
@@ -90,7 +90,7 @@ def test_a_learned_basis_beats_even_steps_on_what_a_relu_gives():
         x = torch.randn(64, 8, 8, 8).relu() ** 1.5
         q = ActivationLQ().eval()
         scale, zero = q.calibrate(x.flatten()[:4096], 0.0, float(x.max()), bits)
-        q.arm(bits, scale, zero)
+        q.enable(bits, scale, zero)
         before = float((q(x) - x).square().mean())
         q.train()
         for _ in range(150):
@@ -153,7 +153,7 @@ def test_states_come_back_and_layers_of_one_tensor_share_a_basis():
     net(x)
     state = copy.deepcopy(net.state_dict())
     fresh = net_and_plan(3)[0]
-    install(fresh, quantizer="lq_nets")
+    prepare(fresh, quantizer="lq_nets")
     fresh.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(fresh.eval()(x), net.eval()(x))
@@ -161,7 +161,7 @@ def test_states_come_back_and_layers_of_one_tensor_share_a_basis():
     fresh.load_state_dict(old)  # of a version with even steps
     assert not any(m.input_quantizer.learned for m in quantized_layers(fresh).values())
     leader, other = armed(3).train(), armed(3).train()
-    other.follow(leader)
+    other.tie_to(leader)
     leader(torch.rand(100)), other(torch.rand(100))
     other.refresh()
     assert torch.equal(other.basis, leader.basis) and other.learned
@@ -198,8 +198,8 @@ def test_files_of_an_earlier_version_have_even_steps_and_damage_is_told(tmp_path
 def test_onnx_is_refused_in_one_sentence():
     net, plan, x = net_and_plan(3)
     plan = plan.replace(sites=plan.activations)
-    layers = install(net, quantizer="lq_nets")
+    layers = prepare(net, quantizer="lq_nets")
     for s in plan.sites:
-        layers[s.layers[0]].input_quantizer.arm(s.bits, s.scale, s.zero_point)
+        layers[s.layers[0]].input_quantizer.enable(s.bits, s.scale, s.zero_point)
     with pytest.raises(HawqError, match="'2' reads an activation on a learned basis, for which ONNX"):
         deploy(net.eval(), plan, x)

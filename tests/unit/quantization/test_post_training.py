@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, Plan, PlanSite, load_packed, quantizable_layers, save_packed
-from hawq_lightning.quantization import armed_bits, quantize, quantized_layers
+from hawq_lightning.quantization import enabled_bits, quantize, quantized_layers
 from hawq_lightning.quantization.post_training import (
     FloatReference,
     Moments,
@@ -357,7 +357,7 @@ def test_fit_starts_from_the_improved_network(tmp_path):
 def test_without_post_training_validate_leaves_the_network_float(tmp_path):
     model = Classifier()
     trainer(tmp_path, hawq()).validate(model, loader(shuffle=False), verbose=False)
-    assert not armed_bits(model)
+    assert not enabled_bits(model)
     with pytest.warns(UserWarning, match="the network is float here"):
         trainer(tmp_path, hawq(post_training=True)).test(model, loader(shuffle=False), verbose=False)
 

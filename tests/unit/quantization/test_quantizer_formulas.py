@@ -32,7 +32,7 @@ def weights(name, weight, bits, code=None, axis=0, **options):
 
 def activations(name, bits, sample, **options):
     q = quantizer_named(name, options).activation_quantizer().eval()
-    q.arm(bits, *q.calibrate(sample.flatten(), float(sample.min()), float(sample.max()), bits))
+    q.enable(bits, *q.calibrate(sample.flatten(), float(sample.min()), float(sample.max()), bits))
     return q
 
 
@@ -152,7 +152,7 @@ def test_uniform_reestimates_after_so_many_steps():
     assert torch.equal(q.scale, before)
     reestimate(net, 4)
     assert torch.allclose(q.scale, 2 * before, rtol=1e-5)
-    q.observing = False
+    q.range_updates_enabled = False
     with torch.no_grad():
         net[0].weight.mul_(2)
     reestimate(net, 6)
@@ -189,7 +189,7 @@ def test_lsq_at_one_bit_and_with_midrise_codes():
 
 def test_lsq_activations_by_hand():
     q = quantizer_named("lsq").activation_quantizer()
-    q.arm(2, 0.5, 0)
+    q.enable(2, 0.5, 0)
     x = torch.tensor([[-1.0, 0.2, 0.6, 5.0]], requires_grad=True)
     out = q(x)
     assert out.tolist() == [[0.0, 0.0, 0.5, 1.5]]
@@ -266,7 +266,7 @@ def test_dorefa_at_one_bit_follows_the_weights():
 
 def test_pact_by_hand():
     q = quantizer_named("pact").activation_quantizer()
-    q.arm(2, 0.5, 0)  # alpha = 1.5
+    q.enable(2, 0.5, 0)  # alpha = 1.5
     assert q.alpha.item() == pytest.approx(1.5)
     x = torch.tensor([[-1.0, 0.3, 1.2, 1.6, 9.0]], requires_grad=True)
     out = q(x)
@@ -278,7 +278,7 @@ def test_pact_by_hand():
     assert x.grad.tolist() == [[0.0, 2.0, 3.0, 0.0, 0.0]]
     assert q.alpha.grad.item() == 9.0  # what lies above alpha, and nothing else
     signed = quantizer_named("pact").activation_quantizer()
-    signed.arm(2, 0.5, 1)  # levels -0.5, 0, 0.5, 1: two thirds of the range above zero
+    signed.enable(2, 0.5, 1)  # levels -0.5, 0, 0.5, 1: two thirds of the range above zero
     y = torch.tensor([-3.0, 0.1, 3.0], requires_grad=True)
     assert signed(y).tolist() == pytest.approx([-0.5, 0.0, 1.0])
     signed(y).backward(torch.tensor([1.0, 1.0, 1.0]))
@@ -330,7 +330,7 @@ def test_lq_nets_basis_follows_in_training_only_and_gradients_pass_through():
     for _ in range(200):
         q(x)
     assert torch.allclose(q.basis, 2 * before, rtol=0.1)
-    q.observing = False
+    q.range_updates_enabled = False
     held = q.basis.clone()
     q(w)
     assert torch.equal(q.basis, held)
@@ -360,6 +360,6 @@ def test_int_only_activations_follow_the_batches_of_training():
     q(torch.tensor([-1.0, 3.0]))
     assert (q.low.item(), q.high.item()) == pytest.approx((-0.5, 2.0))
     assert q.scale.item() == pytest.approx(2.5 / 255) and q.zero_point.item() == 51
-    q.observing = False
+    q.range_updates_enabled = False
     q(torch.tensor([9.0]))
     assert q.scale.item() == pytest.approx(2.5 / 255)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hawq_lightning import (
+    ApplyPlan,
     HawqError,
-    InstallPlan,
     Plan,
     PlanSite,
     load_from_checkpoint,
@@ -23,14 +23,14 @@ from hawq_lightning import (
 from hawq_lightning.export import deploy, packed_overhead, read_packed
 from hawq_lightning.quantization import (
     WeightQuantizer,
-    armed_bits,
+    enabled_bits,
     import_quantizers,
-    install,
     plan_of,
+    prepare,
     quantized_layers,
     quantizer_named,
     register,
-    uninstall,
+    unquantize,
     with_quantizer,
 )
 from tests.trainers import Classifier, hawq, loader, trainer
@@ -146,7 +146,7 @@ def test_fit_checkpoint_and_resume_with_each(tmp_path, name):
     run = trainer(tmp_path, callback, max_epochs=1)
     run.fit(model, loader(), loader(shuffle=False))
     assert callback.plan.quantizer == name and Plan.load(tmp_path / "plan.json").quantizer == name
-    assert set(armed_bits(model).values()) == {4, 8}
+    assert set(enabled_bits(model).values()) == {4, 8}
     learned = [p for layer in quantized_layers(model).values() for p in layer.input_quantizer.parameters()]
     assert bool(learned) == (name in LEARNED)
     if name in LEARNED:
@@ -164,11 +164,11 @@ def test_fit_checkpoint_and_resume_with_each(tmp_path, name):
     fresh = Classifier()
     again = trainer(tmp_path, hawq(quantizer=name), max_epochs=2)
     again.fit(fresh, loader(), ckpt_path=tmp_path / "last.ckpt")
-    assert armed_bits(fresh) == armed_bits(model)
+    assert enabled_bits(fresh) == enabled_bits(model)
     if name != "uniform":
         with pytest.raises(HawqError, match=f"trained with quantizer {name!r}.*has 'uniform'"):
             other = Classifier()
-            install(other)
+            prepare(other)
             other.load_state_dict(model.state_dict())
 
 
@@ -202,7 +202,7 @@ def test_layers_of_one_site_keep_one_grid(tmp_path, name):
     chosen = [PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 4, "affine") for s in table.weights]
     chosen += [PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 4, "affine", 0.3, 7) for s in table.activations]
     plan = with_quantizer(Plan(tuple(chosen)), quantizer_named(name))
-    install(net, quantizer=name)
+    prepare(net, quantizer=name)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     quantize(net, plan)
     net.train()
@@ -218,7 +218,7 @@ def test_layers_of_one_site_keep_one_grid(tmp_path, name):
     net.eval()
     back = load_packed(tmp_path / "net", Branches()).eval()
     fresh = Branches()
-    install(fresh, quantizer=name)
+    prepare(fresh, quantizer=name)
     fresh.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(back(x), net(x)) and torch.equal(fresh.eval()(x), net(x)) and size
@@ -229,10 +229,10 @@ def test_layers_of_one_site_keep_one_grid(tmp_path, name):
 
 def test_learned_steps_off_are_touched_and_weight_decay_spares_them():
     net = Branches()
-    install(net, quantizer="lsq")
+    prepare(net, quantizer="lsq")
     x = torch.randn(5, 4)
     plain = copy.deepcopy(net)
-    uninstall(plain)
+    unquantize(plain)
     net.train()
     out = net(x)
     assert torch.equal(out, plain(x))
@@ -308,8 +308,8 @@ def test_plans_move_between_quantizers_and_versions(tmp_path):
     for name in PAPERS:
         moved = with_quantizer(plan, quantizer_named(name))
         assert moved.bits == plan.bits and moved.quantizer == name
-        assert InstallPlan(plan, quantizer=name)._given.quantizer == name
-        assert InstallPlan(moved).quantizer.name == name  # the plan's own, unless told otherwise
+        assert ApplyPlan(plan, quantizer=name)._given.quantizer == name
+        assert ApplyPlan(moved).quantizer.name == name  # the plan's own, unless told otherwise
         moved.save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json") == moved
     old = plan.to_dict()

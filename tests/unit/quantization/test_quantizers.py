@@ -8,18 +8,18 @@ import pickle
 import pytest
 import torch
 
-from hawq_lightning import HawqError, Option, Plan, PlanSite, quantize
+from hawq_lightning import Candidate, HawqError, Plan, PlanSite, quantize
 from hawq_lightning.quantization import (
     ActivationQuantizer,
     QuantizedLayer,
     WeightQuantizer,
     activation_step,
-    armed_bits,
     check_bits,
-    disarm,
-    install,
-    paused,
-    uninstall,
+    disable,
+    enabled_bits,
+    fake_quant_disabled,
+    prepare,
+    unquantize,
     weight_step,
 )
 from tests.nets import ConvNet, Sequence1d, Volume, batch_for
@@ -30,7 +30,7 @@ KINDS = [(1, "midrise"), *((b, k) for b in range(2, 9) for k in ("affine", "midr
 def armed(weight, bits, code, axis=0):
     q = WeightQuantizer(weight.shape[axis], axis)
     step, error = weight_step(weight, bits, code, axis)
-    q.arm(bits, step, -0.5 if code == "midrise" else 0.0)
+    q.enable(bits, step, -0.5 if code == "midrise" else 0.0)
     return q, error
 
 
@@ -114,12 +114,12 @@ def test_nan_weights_are_refused():
 def test_straight_through_gradients_are_clipped_to_the_range():
     w = torch.tensor([[-9.0, -0.3, 0.2, 9.0]], requires_grad=True)
     q = WeightQuantizer(1)
-    q.arm(2, 0.5)  # levels -1, -.5, 0, .5
+    q.enable(2, 0.5)  # levels -1, -.5, 0, .5
     q(w).sum().backward()
     assert w.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]]
     x = torch.tensor([-0.4, 0.1, 0.9, 5.0], requires_grad=True)
     a = ActivationQuantizer()
-    a.arm(2, 0.5, 0)
+    a.enable(2, 0.5, 0)
     a(x).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
@@ -131,12 +131,12 @@ def test_activation_ranges(bits):
     step, zero = activation_step(relu, 0.0, float(relu.max()), bits)
     assert zero == 0
     q = ActivationQuantizer()
-    q.arm(bits, step, zero)
+    q.enable(bits, step, zero)
     assert q(relu).unique().numel() <= 2**bits and q(torch.zeros(1)).item() == 0
     shifted = torch.randn(20_000) + 0.5
     step, zero = activation_step(shifted, float(shifted.min()), float(shifted.max()), bits)
     assert 0 < zero < 2**bits
-    q.arm(bits, step, zero)
+    q.enable(bits, step, zero)
     assert q(torch.zeros(1)).item() == 0
     wide = (float(shifted.max()) - float(shifted.min())) / (2**bits - 1)
     naive = torch.fake_quantize_per_tensor_affine(
@@ -157,21 +157,21 @@ def test_twins_off_are_the_float_model_and_keep_everything(kind):
     net = kind().eval()
     x = batch_for(kind)[0].float()
     want, parameters, keys = net(x), list(net.parameters()), set(net.state_dict())
-    twins = install(net)
+    twins = prepare(net)
     assert all(isinstance(m, QuantizedLayer) and isinstance(m, m.float_type) for m in twins.values())
     assert torch.equal(net(x), want)
     assert all(a is b for a, b in zip(parameters, net.parameters()))
     assert keys < set(net.state_dict())
-    assert install(net).keys() == twins.keys()  # again: nothing happens
+    assert prepare(net).keys() == twins.keys()  # again: nothing happens
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x), want)
-    uninstall(net)
+    unquantize(net)
     assert set(net.state_dict()) == keys and torch.equal(net(x), want)
 
 
 def plan_for(net, bits=3, act=4):
     out = []
-    for name, m in install(net).items():
+    for name, m in prepare(net).items():
         out.append(
             PlanSite(f"{name}.weight", "weight", (name,), tuple(m.weight.shape), m.weight.numel(), bits, "affine")
         )
@@ -189,24 +189,24 @@ def test_quantize_state_dict_round_trip(kind):
     quantize(net, plan)
     got = net(x)
     assert not torch.equal(got, want)
-    assert set(armed_bits(net).values()) == {3, 4}
+    assert set(enabled_bits(net).values()) == {3, 4}
     state = net.state_dict()
-    install(fresh)
+    prepare(fresh)
     fresh.load_state_dict(state)
     assert torch.equal(fresh(x), got)
-    with paused(net):
+    with fake_quant_disabled(net):
         assert torch.equal(net(x), want)
     assert torch.equal(net(x), got)
     float_state = {k: v for k, v in state.items() if "_quantizer." not in k}
     fresh.load_state_dict(float_state, strict=False)
     assert torch.equal(fresh(x), got)  # a float checkpoint does not disarm
-    disarm(net)
+    disable(net)
     assert torch.equal(net(x), want)
 
 
 def test_quantizer_state_stays_float32_and_survives_averaging():
     q = WeightQuantizer(4)
-    q.arm(5, torch.full((4,), 0.1234567))
+    q.enable(5, torch.full((4,), 0.1234567))
     q.to(torch.bfloat16)
     assert q.scale.dtype == torch.float32 and q.scale[0].item() == pytest.approx(0.1234567, rel=1e-6)
     q.width.mul_(0.999).add_(0.001 * 5 - 0.0003)
@@ -221,7 +221,7 @@ def test_other_models_plans_are_refused_with_the_sites_that_differ():
         quantize(net, plan)
     with pytest.raises(HawqError, match=r"only in the plan: .*conv"):
         quantize(net, plan_for(Sequence1d()))
-    assert not armed_bits(net)
+    assert not enabled_bits(net)
 
 
 def test_plans_from_files_are_checked(tmp_path):
@@ -262,5 +262,5 @@ def test_options_hold_the_numbers_of_eq_10():
     w = torch.randn(3, 50)
     options = weight_options(w, 0, (1, 2, 4), 2.0)
     assert [o.bits for o in options] == [1, 2, 4]
-    assert all(isinstance(o, Option) and o.omega == pytest.approx(2 * o.perturbation) for o in options)
+    assert all(isinstance(o, Candidate) and o.omega == pytest.approx(2 * o.perturbation) for o in options)
     assert options[0].omega > options[1].omega > options[2].omega

@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from hawq_lightning import HawqError, Option, Plan, PlanSite, layer_type, quantize, sites
+from hawq_lightning import Candidate, HawqError, Plan, PlanSite, layer_type, quantize, sites
 from hawq_lightning.quantization import (
-    armed_bits,
     check_bits,
+    enabled_bits,
     import_quantizers,
     loss_check,
+    loss_of_plan,
     must_be_called,
-    on_trial,
-    plan_loss,
     plan_of,
     quantized_layers,
     quantizer_named,
     quantizers,
-    uninstall,
+    temporarily_quantized,
+    unquantize,
     with_quantizer,
 )
 
@@ -58,7 +58,7 @@ def test_a_fused_transformer_layer_does_not_read_past_the_twin(layers):
     again = torch.load(whole, weights_only=False)
     with torch.no_grad():
         assert torch.equal(again(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
-        uninstall(model)
+        unquantize(model)
         assert torch.equal(model(x), before[0])
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -125,8 +125,8 @@ def test_a_trial_leaves_an_armed_model_as_it_was():
     quantize(model, plan)
     x = torch.randn(16, 6)
     before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
-    table = sites(nn.Sequential(*[copy.deepcopy(m) for m in uninstall(copy.deepcopy(model))]), x)
-    options = {s.name: (Option(2, "affine", 1.0, 1.0, 0.25, 1),) for s in table}
+    table = sites(nn.Sequential(*[copy.deepcopy(m) for m in unquantize(copy.deepcopy(model))]), x)
+    options = {s.name: (Candidate(2, "affine", 1.0, 1.0, 0.25, 1),) for s in table}
 
     def loss_fn(m, batch):
         return m(batch).square().mean()
@@ -134,10 +134,10 @@ def test_a_trial_leaves_an_armed_model_as_it_was():
     for quantizer in (None, "uniform"):
         rows = loss_check(model, [x], loss_fn, table, options, quantizer=quantizer)
         assert len(rows) == len(table) and max(abs(r["measured"]) for r in rows) > 0
-        with plan_loss(model, [x], loss_fn, quantizer=quantizer) as loss_of:
-            assert loss_of(plan_for(uninstall(copy.deepcopy(model)), 2)) > 0
-    with pytest.raises(RuntimeError), on_trial(model):
-        assert not armed_bits(model)
+        with loss_of_plan(model, [x], loss_fn, quantizer=quantizer) as loss_of:
+            assert loss_of(plan_for(unquantize(copy.deepcopy(model)), 2)) > 0
+    with pytest.raises(RuntimeError), temporarily_quantized(model):
+        assert not enabled_bits(model)
         raise RuntimeError
     assert set(quantized_layers(model)) == {"0", "2"} and type(model[3]) is nn.Linear
     assert torch.equal(model(x), before)
@@ -155,9 +155,9 @@ def test_a_trial_leaves_what_a_quantizer_knows_beside_its_tensors(name):
     spec, table = quantizer_named(name), sites(model, x)
     plan = Plan(sites=plan_for(model, 3).sites, layers=table.layers)
     quantize(model, with_quantizer(plan, spec))
-    known = [{k: v for k, v in q.__dict__.items() if not k.startswith("_") or k in ("_norm", "_leader")}
+    known = [{k: v for k, v in q.__dict__.items() if not k.startswith("_") or k in ("_norm", "_tied_to")}
              for q in quantizers(model)]  # fmt: skip
-    options = {s.name: (Option(8, "affine", 1.0, 1.0, 0.1, 1),) for s in table}
+    options = {s.name: (Candidate(8, "affine", 1.0, 1.0, 0.1, 1),) for s in table}
     loss_check(model, [x], lambda m, b: m(b).square().mean(), table, options)
     assert [{k: q.__dict__[k] for k in had} for q, had in zip(quantizers(model), known)] == known
 

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hawq_lightning import HawqError, Layer, Option, Plan, Site, SiteTable
+from hawq_lightning import Candidate, HawqError, Layer, Plan, Site, SiteTable
 from hawq_lightning.selection import (
     SELECTORS,
     LatencyTable,
@@ -30,7 +30,7 @@ from hawq_lightning.selection import (
     set_b_size,
     stability,
     tradeoff,
-    with_stability,
+    with_bootstrap_stability,
 )
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 from tests.selection_networks import random_network
@@ -53,7 +53,7 @@ def small(weight_bits=(2, 4, 8), activation_bits=(4, 8), **given):
         bits = weight_bits if s.kind == "weight" else activation_bits
         scales = [0.1 * b if s.kind == "activation" else None for b in bits]
         moved = [s.numel * 4.0**-b for b in bits]
-        options[s.name] = [Option(b, "affine", traces[s.name] * m, m, z) for b, m, z in zip(bits, moved, scales)]
+        options[s.name] = [Candidate(b, "affine", traces[s.name] * m, m, z) for b, m, z in zip(bits, moved, scales)]
     records = [
         SiteTrace(
             s.name, s.kind, traces[s.name] * s.numel, 0.1, 0.3 * traces[s.name] * s.numel, s.numel, traces[s.name]
@@ -212,7 +212,7 @@ def test_device_pairs():
 
 
 def option(bits, omega):
-    return Option(bits, "affine", omega, 1.0)
+    return Candidate(bits, "affine", omega, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,9 @@ def test_a_plan_edited_by_hand_is_recosted_and_checked(tmp_path):
     path.write_text(json.dumps(raw))
     edited = recost(Plan.load(path))
     assert recost(edited).sites == edited.sites
-    steady = with_stability(small(), plan, bootstraps=5).replace(costs=dict(plan.costs) | {"act_peak_bytes": 7.0})
+    steady = with_bootstrap_stability(small(), plan, bootstraps=5).replace(
+        costs=dict(plan.costs) | {"act_peak_bytes": 7.0}
+    )
     assert recost(steady) == steady
     expected = select(small(), selector="manual", bits=plan.bits | {"a.weight": 2, "b.input": 4})
     assert edited.sites == expected.sites and edited.selector == "manual"
@@ -465,7 +467,11 @@ def test_members_of_set_b_are_drawn_evenly():
 def test_of_equal_widths_the_code_with_the_least_omega_counts():
     sites = [Site("a.weight", "weight", ("a",), (8,), 8, 1)]
     options = {
-        "a.weight": [Option(2, "affine", 3.0, 3.0), Option(2, "midrise", 2.0, 2.0), Option(8, "affine", 1.0, 1.0)]
+        "a.weight": [
+            Candidate(2, "affine", 3.0, 3.0),
+            Candidate(2, "midrise", 2.0, 2.0),
+            Candidate(8, "affine", 1.0, 1.0),
+        ]
     }
     front = Problem(sites, options).frontier()
     assert list(front.omega) == [2, 1] and front.options(0) == [1] and front.plan(0)["a.weight"].code == "midrise"
@@ -564,7 +570,7 @@ def bootstrapped(noise, count=40):
 
 def test_stability_counts_bootstraps_that_pick_the_same_bits():
     calm, wild = bootstrapped(0.0), bootstrapped(1.0)
-    plan = with_stability(calm, select(calm, "6x"), bootstraps=50)
+    plan = with_bootstrap_stability(calm, select(calm, "6x"), bootstraps=50)
     assert all(s.stability == 1.0 for s in plan.sites) and plan.settings["bootstrap_regret95"] == pytest.approx(
         0, abs=1e-12
     )

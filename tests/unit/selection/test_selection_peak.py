@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawq_lightning import HawqError, Option, sites
+from hawq_lightning import Candidate, HawqError, sites
 from hawq_lightning.selection import Problem, activation_steps, select
 from tests.trainers import Classifier, hawq, loader, trainer
 
@@ -44,7 +44,7 @@ def test_a_chain_needs_input_and_output_at_their_own_bits():
     table = sites(model, batch)
     steps = activation_steps(model, batch, table)
     assert steps == [{"0.input": 16, "2.input": 32}, {"2.input": 32, "4.input": 48}, {"4.input": 48}]
-    options = {s.name: [Option(b, "affine", 4.0**-b * s.numel, 1.0) for b in (2, 4, 8)] for s in table}
+    options = {s.name: [Candidate(b, "affine", 4.0**-b * s.numel, 1.0) for b in (2, 4, 8)] for s in table}
     plan = select(Problem(table, options, steps=steps), {"act_peak": "32B"})
     assert (
         max(
@@ -60,7 +60,7 @@ def test_percent_is_of_the_8_bit_network():
     model, batch = Residual(False).eval(), torch.randn(2, 3, 6, 6)
     table = sites(model, batch)
     steps = activation_steps(model, batch, table)
-    options = {s.name: [Option(b, "affine", 4.0**-b * s.numel, 1.0) for b in (4, 8)] for s in table}
+    options = {s.name: [Candidate(b, "affine", 4.0**-b * s.numel, 1.0) for b in (4, 8)] for s in table}
     plan = select(Problem(table, options, steps=steps), {"act_peak": "100%"})
     assert {s.bits for s in plan.activations} == {8}
     assert plan.costs["act_peak_bytes"] == 4 * 36 * 4 + 8 * 36 + 4

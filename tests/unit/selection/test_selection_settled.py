@@ -68,7 +68,7 @@ def test_the_key_is_that_of_the_question(case):
         {"constraints": {"latency": LatencyTable(rows)}, "asked": "(2, 8) lsq"},
     ):
         assert PlanSettled(table, weigh, "8x", **other).key != key
-    a, b = (HAWQ(bits, quantizer=q).measurer._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
+    a, b = (HAWQ(bits, quantizer=q).measure_callback._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
     assert a != b
 
 

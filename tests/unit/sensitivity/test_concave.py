@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hawq_lightning import find_sites, measure
-from hawq_lightning.sensitivity import OutputHessian, Setting, concave_share, quiet
+from hawq_lightning.sensitivity import MeasureContext, OutputHessian, concave_share, isolated_eval
 from tests.nets import ConvNet, build, focal, image_batch, labels
 
 
@@ -27,9 +27,9 @@ def _batches():
 
 def _share(model, loss) -> float:
     batch = _batches()[0]
-    with quiet(model, 0):
+    with isolated_eval(model, 0):
         table = find_sites(model, lambda: loss(model, batch), 4)
-        setting = Setting(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss)
+        setting = MeasureContext(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss)
         concave, whole = concave_share(setting, batch)
     return concave / whole
 

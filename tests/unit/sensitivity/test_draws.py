@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import Share, chunks, design, join, pick
+from hawq_lightning.sensitivity import ProcessShard, chunks, design, join, pick
 from tests.nets import CASES, ConvNet, build
 
 
@@ -155,14 +155,16 @@ def _one_of_two(rank: int, address: str, folder: str, coupled: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
 
-    def all_sum(table: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(table: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(table)
         return table
 
     batches = _second_has_class_2() if coupled else _halves()
     loss_fn = _coupled_in_one if coupled else CASES["cross_entropy"][1]
     draw = "auto" if coupled else "curvature"
-    found = measure(sure_net(), batches, loss_fn, draw=draw, share=Share(rank, 2, all_sum), progress=False)
+    found = measure(
+        sure_net(), batches, loss_fn, draw=draw, share=ProcessShard(rank, 2, all_reduce_sum), progress=False
+    )
     found.save(f"{folder}/{rank}.json")
     torch.distributed.destroy_process_group()
 

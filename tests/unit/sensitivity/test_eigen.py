@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites
-from hawq_lightning.sensitivity import Reads, top_eigenpairs, top_eigenvalues
+from hawq_lightning.sensitivity import InputHooks, top_eigenpairs, top_eigenvalues
 from tests.nets import CASES, ConvNet, batch_for, build, image_batch
 from tests.unit.sensitivity.test_estimators import Smooth
 
@@ -82,7 +82,7 @@ def test_activations_are_means_over_images():
                 shifts.append(torch.zeros_like(x, requires_grad=True))
                 return x + shifts[-1]
 
-            with Reads(layers, site_of, visit):
+            with InputHooks(layers, site_of, visit):
                 loss = loss_fn(net, one)
             (slope,) = torch.autograd.grad(loss, shifts, create_graph=True)
             tops.append(float(torch.linalg.eigvalsh(dense(slope, shifts[0]))[-1]))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import Setting, hutchinson_batch, independent_images, quiet
+from hawq_lightning.sensitivity import MeasureContext, hutchinson_batch, independent_images, isolated_eval
 from tests.nets import (
     CASES,
     ConvNet,
@@ -112,8 +112,8 @@ def test_the_missing_part_over_an_orthogonal_sign_set_is_exact(kind):
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     wanted = [s.name for s in table.weights if s.numel <= order]
     total = dict.fromkeys(wanted, 0.0)
-    with quiet(net):
-        setting = Setting(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+    with isolated_eval(net):
+        setting = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
         for column in range(order):
             hutchinson_batch(
                 setting, batch, 4, dict.fromkeys(wanted, False),
@@ -167,8 +167,8 @@ def test_only_the_layers_behind_which_something_bends_are_named(kind, layers):
     from hawq_lightning.sensitivity import check_linearity
 
     net, batch, table, _ = prepare(kind)
-    with quiet(net):
-        setting = Setting(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+    with isolated_eval(net):
+        setting = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
         found = check_linearity(setting, batch, 4, independent_images(setting, batch, 4), batch_images)
     assert {n.removesuffix(".weight") for n in found.curved if n.endswith(".weight")} == layers
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity import Use, by_kernel, inner_products
+from hawq_lightning.sensitivity import LayerCall, by_kernel, inner_products
 from tests.internals import internal
 
 LAYERS = {
@@ -28,7 +28,9 @@ LAYERS = {
 KERNEL = [n for n in LAYERS if n != "linear"]
 
 
-def _uses(name: str, images: int, calls: int, two: bool) -> tuple[list[Use], list[torch.Tensor], list[torch.Tensor]]:
+def _uses(
+    name: str, images: int, calls: int, two: bool
+) -> tuple[list[LayerCall], list[torch.Tensor], list[torch.Tensor]]:
     make, size = LAYERS[name]
     layer = make().double()
     generator = torch.Generator().manual_seed(3)
@@ -41,7 +43,7 @@ def _uses(name: str, images: int, calls: int, two: bool) -> tuple[list[Use], lis
         for kept, grad in zip((first, second), grads):
             alone = [torch.autograd.grad(layer(x[n : n + 1]), layer.weight, grad[n : n + 1])[0] for n in range(images)]
             kept.append(torch.stack(alone))
-        uses.append(Use(layer, x, grads[0], grads[1] if two else None))
+        uses.append(LayerCall(layer, x, grads[0], grads[1] if two else None))
     return uses, first, second
 
 
@@ -78,16 +80,18 @@ def test_channels_last_and_layers_called_without_a_batch():
     x = torch.randn(4, 8, 40, 40, dtype=torch.float64)
     grad = torch.randn(4, 8, 40, 40, dtype=torch.float64)
     assert by_kernel(layer, 8 * 9 * 1600)
-    plain = inner_products([Use(layer, x, grad)], True)
+    plain = inner_products([LayerCall(layer, x, grad)], True)
     last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     x_last, grad_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    assert torch.allclose(inner_products([Use(last, x_last, grad_last)], True), plain, rtol=1e-11)
-    assert torch.allclose(inner_products([Use(layer, x[0], grad[0])], False), plain[:1], rtol=1e-11)
+    assert torch.allclose(inner_products([LayerCall(last, x_last, grad_last)], True), plain, rtol=1e-11)
+    assert torch.allclose(inner_products([LayerCall(layer, x[0], grad[0])], False), plain[:1], rtol=1e-11)
 
 
 def test_calls_without_images_count_for_nothing():
     torch.manual_seed(0)
     layer, x, g = nn.Linear(5, 3), torch.randn(4, 5), torch.randn(4, 3)
-    none = Use(layer, x[:0], g[:0])
-    assert torch.equal(inner_products([Use(layer, x, g), none], False), inner_products([Use(layer, x, g)], False))
+    none = LayerCall(layer, x[:0], g[:0])
+    assert torch.equal(
+        inner_products([LayerCall(layer, x, g), none], False), inner_products([LayerCall(layer, x, g)], False)
+    )
     assert inner_products([none], False).tolist() == [0.0] and inner_products([none], True).tolist() == []

@@ -9,7 +9,7 @@ import torch
 from hawq_lightning import HAWQ, HawqError, quantize
 from hawq_lightning.data import DigitsDataModule
 from hawq_lightning.models import resnet20
-from hawq_lightning.quantization import plan_loss
+from hawq_lightning.quantization import loss_of_plan
 from hawq_lightning.tasks import ClassificationTask
 
 
@@ -74,7 +74,7 @@ def test_the_loss_of_a_plan_is_that_of_the_quantized_network(tmp_path):
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
     with torch.no_grad():
         float_loss = sum(float(loss_fn(fresh, b)) * len(b[1]) for b in batches) / 10
-    with plan_loss(fresh, batches, loss_fn) as loss_of:
+    with loss_of_plan(fresh, batches, loss_fn) as loss_of:
         first = loss_of(plan)
         assert loss_of(plan) == first
     assert first == pytest.approx(expected, rel=1e-5)

@@ -199,7 +199,7 @@ def test_files_of_traces_come_back_and_damage_is_told(tmp_path):
 
 
 def test_a_share_of_the_batches_adds_up_to_the_whole():
-    from hawq_lightning.sensitivity import Share
+    from hawq_lightning.sensitivity import ProcessShard
 
     net = build(ConvNet)
     g = torch.Generator().manual_seed(0)
@@ -211,11 +211,11 @@ def test_a_share_of_the_batches_adds_up_to_the_whole():
     for rank in range(2):  # two processes, one after the other: the tables they would add
         measure(
             copy.deepcopy(net), batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
-            share=Share(rank, 2, lambda t: tables.append(t.clone()) or t),
+            share=ProcessShard(rank, 2, lambda t: tables.append(t.clone()) or t),
         )  # fmt: skip
     both = measure(
         net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
-        share=Share(0, 2, lambda t: tables[0] + tables[1]),
+        share=ProcessShard(0, 2, lambda t: tables[0] + tables[1]),
     )  # fmt: skip
     two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2)
     assert [r.trace for r in both] == pytest.approx([r.trace for r in two], rel=1e-12)
