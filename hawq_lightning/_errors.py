@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class HawqError(ValueError):
@@ -14,3 +14,19 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """Return ``" Did you mean 'a', 'b'?"`` for the closest choices, or an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.4)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def choice(what: str, value: object, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Args:
+        what: the argument's name, for the message.
+        value: what the user gave.
+        choices: what there is.
+
+    Raises:
+        HawqError: it is none of them; the message lists them and suggests the nearest.
+    """
+    if value not in choices:
+        raise HawqError(f"Unknown {what} {value!r}; use one of {', '.join(choices)}.{nearest(str(value), choices)}")
+    return str(value)

@@ -1,0 +1,140 @@
+"""Every setting of the method, its one default, and its check: what to quantize, how to measure, how to choose.
+
+Callback, functions and shell take these objects, so that they measure and choose alike. They are checked when made.
+Names of estimators, quantizers, selectors and scores are looked up in their registries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hawq_lightning._errors import HawqError, choice
+from hawq_lightning._registry import check_registered
+from hawq_lightning._sites import Patterns
+from hawq_lightning._types import LossFn
+
+CodeFormat = Literal["auto", "affine", "midrise"]
+Sampling = Literal["auto", "all", "curvature"]
+L1Curvature = Literal["fisher", "zero"]
+Precision = Literal["float32", "bf16"]
+StopWhen = Literal["rtol", "stable_plan"]
+Distribution = Literal["rademacher", "gaussian"]
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """What gets quantizers, of which kind, and which bit-widths there are to choose from.
+
+    Raises:
+        HawqError: a value out of range, or an unknown quantizer or option; the nearest valid choice is named.
+    """
+
+    name: str = "uniform"
+    """Registered name, see :func:`hawq_lightning.quantization.quantizer_names`."""
+    weight_bits: int | Sequence[int] = (2, 4, 8)
+    """Widths that weights may take, 1 to 8."""
+    activation_bits: int | Sequence[int] | None = 8
+    """Widths that activations may take, 2 to 8; ``None`` leaves activations float."""
+    input_bits: int | None = 8
+    """Width of what the network itself reads; ``None``: as other activations."""
+    code_format: CodeFormat = "auto"
+    """Codes of weights of 2 bits and more: ``affine`` has zero on its grid, ``midrise`` has levels at odd halves."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the quantizer's classes, such as ``{"ranges": "percentile"}``."""
+    include: Patterns = None
+    """Glob on layer names, layer type, or ``f(name, module) -> bool``; several mean any of them. ``None``: all."""
+    exclude: Patterns = None
+    """The same forms as ``include``, over which it wins."""
+
+    def __post_init__(self) -> None:
+        choice("code_format", self.code_format, get_args(CodeFormat))
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How Hessian traces are measured (paper sections 2.1, 2.2 and 3.1).
+
+    Raises:
+        HawqError: a value out of range or an unknown name; the nearest valid choice is named.
+    """
+
+    estimator: str = "auto"
+    """Registered name: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``."""
+    images: int = 512
+    """How many samples of the train data the callback measures on."""
+    rtol: float = 0.05
+    """Standard error to reach, as a share of each trace."""
+    max_probes: int = 64
+    """Random vectors a batch at the most."""
+    distribution: Distribution = "rademacher"
+    """Of Hutchinson's vectors."""
+    rotate: bool = True
+    """Rotate the signs onto the softmax factor's singular vectors: unbiased, less noise."""
+    sampling: Sampling = "auto"
+    """Samples that a step of probes sends back: ``all``, drawn in proportion to ``curvature``, or what pays (``auto``)."""
+    l1_curvature: L1Curvature = "fisher"
+    """What L1 losses, which have no curvature, count as: the Fisher information of a Laplace distribution, or ``zero``."""
+    precision: Precision = "float32"
+    """Of the passes that measure; ``bf16`` is used only where a probe agrees with float32 within 5%."""
+    stop_when: StopWhen = "rtol"
+    """``stable_plan``: also as soon as the plan no longer changes."""
+    loss_per_site: bool = False
+    """Also measure the loss change of every site and width."""
+    loss_fn: LossFn | None = None
+    """``loss_fn(module, batch) -> scalar`` in the place of ``training_step``."""
+    seed: int = 0
+    """Of all random draws."""
+    cache: str | Path | None = None
+    """Folder of measurements that runs share: the same weights, data and settings are measured once."""
+
+    def __post_init__(self) -> None:
+        check_registered("estimator", self.estimator)
+        whole("images", self.images, 1)
+        whole("max_probes", self.max_probes, 1)
+        if isinstance(self.rtol, bool) or not isinstance(self.rtol, Real) or not 0 < self.rtol < math.inf:
+            raise HawqError(f"rtol is {self.rtol!r}; it is a share of each trace such as 0.05.")
+        choice("distribution", self.distribution, get_args(Distribution))
+        choice("sampling", self.sampling, get_args(Sampling))
+        choice("l1_curvature", self.l1_curvature, get_args(L1Curvature))
+        choice("precision", self.precision, get_args(Precision))
+        choice("stop_when", self.stop_when, get_args(StopWhen))
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """How bit-widths are chosen (paper section 2.3).
+
+    Raises:
+        HawqError: a budget that cannot be read, or an unknown selector, score or constraint; the nearest is named.
+    """
+
+    budget: Any = "8x"
+    """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several; or ``None``."""
+    selector: str = "pareto"
+    """Registered name: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ..."""
+    score: str = "omega"
+    """Registered name of what selection minimises."""
+    constraints: Mapping[str, Any] | None = None
+    """Keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ..."""
+    bits: Mapping[str, int] | str | Path | None = None
+    """Of ``selector="manual"``: site or glob -> bits, or a file of them."""
+    latency: str | Path | None = None
+    """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
+    seed: int | None = None
+    """Of random selectors; ``None``: that of the measurement."""
+
+
+def whole(what: str, value: object, least: int) -> int:
+    """Return ``value`` if it is a whole number of ``least`` or more.
+
+    Raises:
+        HawqError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise HawqError(f"{what} is {value!r}; it is a whole number, {least} or more.")
+    return value
