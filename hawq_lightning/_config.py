@@ -76,9 +76,9 @@ class MeasureConfig:
     rotate: bool = True
     """Rotate the signs onto the softmax factor's singular vectors: unbiased, less noise."""
     sampling: Sampling = "auto"
-    """Samples that a step of probes sends back: ``all``, drawn in proportion to ``curvature``, or what pays (``auto``)."""
+    """Samples that a step sends back: ``all``, drawn in proportion to ``curvature``, or what pays: ``auto``."""
     l1_curvature: L1Curvature = "fisher"
-    """What L1 losses, which have no curvature, count as: the Fisher information of a Laplace distribution, or ``zero``."""
+    """What L1 losses count as, which have no curvature: ``fisher`` of a Laplace distribution, or ``zero``."""
     precision: Precision = "float32"
     """Of the passes that measure; ``bf16`` is used only where a probe agrees with float32 within 5%."""
     stop_when: StopWhen = "rtol"
@@ -114,7 +114,7 @@ class SelectConfig:
     """
 
     budget: Any = "8x"
-    """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several; or ``None``."""
+    """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}``, several, ``None``."""
     selector: str = "pareto"
     """Registered name: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ..."""
     score: str = "omega"
