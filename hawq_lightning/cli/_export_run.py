@@ -93,7 +93,7 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     run = OmegaConf.load(path)
     assert isinstance(run, DictConfig)
     OmegaConf.set_struct(run, False)
-    import_quantizers(run.quantizer.get("imports") or ())
+    import_quantizers(run.get("imports") or ())
     run.paths.output_dir = str(folder)
     for key in _NO_DOWNLOAD:
         if key in run.model:

@@ -1,5 +1,6 @@
 """Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
 
+from hawq_lightning._config import check_bits
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -35,10 +36,10 @@ from hawq_lightning.quantization._registry import (
     import_quantizers,
     quantizer_named,
     quantizer_names,
+    quantizer_of,
     register,
 )
 from hawq_lightning.quantization._trial import temporarily_quantized
-from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
     "MIDRISE_ZERO",
@@ -77,6 +78,7 @@ __all__ = [
     "quantized_layers",
     "quantizer_named",
     "quantizer_names",
+    "quantizer_of",
     "quantizers",
     "reestimate",
     "refresh",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
+from hawq_lightning._config import check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
@@ -18,7 +19,6 @@ from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
-from hawq_lightning.quantization._widths import check_bits
 from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_traces, isolated_eval, to_device
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -145,7 +145,7 @@ def options(
             _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
             steps: dict[str, dict[int, tuple[float, int]]] = {}
             for site in sites.activations:
-                mine = check_bits(input_bits, "activation") if site.name in inputs else widths
+                mine = check_bits(input_bits, "input") if site.name in inputs and input_bits is not None else widths
                 steps[site.name] = {bits: seen.step(site.name, bits) for bits in mine}
             rows = _Perturbations(steps, [batch_size_fn(b) for b in kept], sensitivity.row_unit)
             _read_all(model, kept, loss_fn, readers, site_of, rows.visit, shown, "Activation perturbations")

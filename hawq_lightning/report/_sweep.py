@@ -13,7 +13,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning.report._run import Run, read_run
 from hawq_lightning.report._text import plain
 
-_OWN = ("seed", "selector", "selector.budget", "selector.name")  # overrides that have columns of their own
+_OWN = ("seed", "select", "select.budget", "select.selector")  # overrides that have columns of their own
 
 
 @dataclass(frozen=True)

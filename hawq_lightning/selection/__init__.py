@@ -14,6 +14,7 @@ from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import shown
 from hawq_lightning.selection._select import select
 from hawq_lightning.selection._selectors import SELECTORS, check_selector
+from hawq_lightning.selection._settings import constraints_of
 from hawq_lightning.selection._stable_plan import PlanSettled
 from hawq_lightning.selection._tradeoff import sample_set_b, save_tradeoff, set_b_count, tradeoff
 
@@ -31,6 +32,7 @@ __all__ = [
     "available_costs",
     "check_feasible",
     "check_selector",
+    "constraints_of",
     "frontier",
     "group_frontier",
     "monotone_frontier",

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
-from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._config import MeasureConfig, config_check
+from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, find_sites, quantizable_layers
@@ -33,6 +34,18 @@ __all__ = ["ESTIMATORS", "L1", "ProcessShard", "measure"]
 
 ESTIMATORS = ("auto", "ggn", "hessian", "hutchinson", "exact")
 L1 = ("zero", "fisher")
+
+
+@config_check(MeasureConfig)
+def check_estimator(config: MeasureConfig) -> None:
+    """Refuse an unknown estimator.
+
+    Raises:
+        HawqError: it is none of :data:`ESTIMATORS`.
+    """
+    choice("estimator", config.estimator, ESTIMATORS)
+
+
 _FEW = 16  # images that tell whether rows are images
 
 

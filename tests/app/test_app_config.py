@@ -85,11 +85,11 @@ def test_configs_say_what_they_are_for():
 
 def test_saved_configs_keep_interpolations():
     text = OmegaConf.to_yaml(compose("train"))
-    assert "budget: ${selector.budget}" in text and "output_dir: ${hydra:runtime.output_dir}" in text
+    assert "budget: ${select.budget}" in text and "output_dir: ${hydra:runtime.output_dir}" in text
 
 
 def test_one_setting_reaches_the_callback():
-    overrides = ["selector.budget={bops: 50%}", "quantizer.weight_bits=[3,5]", "seed=9", "sensitivity=hutchinson"]
+    overrides = ["select.budget={bops: 50%}", "quantizer.weight_bits=[3,5]", "seed=9", "measure=hutchinson"]
     node: DictConfig = settings("train", overrides).hawq
     assert OmegaConf.to_container(node.budget) == {"bops": "50%"}
     assert (list(node.weight_bits), node.selection_seed, node.estimator) == ([3, 5], 9, "hutchinson")

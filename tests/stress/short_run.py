@@ -32,7 +32,7 @@ def short_run(folder: Path) -> None:
     TraceLoop._batch = logged
     seed_everything(7, verbose=False)
     model = Classifier()
-    callback = hawq(start=1, images=16 * BATCHES, rtol=0.02, check_loss=True)
+    callback = hawq(start_epoch=1, images=16 * BATCHES, rtol=0.02, loss_per_site=True)
     saver = ModelCheckpoint(folder, monitor="val_loss", save_last=True)
     fitting = trainer(
         folder, callback, saver, max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]

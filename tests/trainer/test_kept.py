@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn.utils import weight_norm
 
-from hawq_lightning import ApplyPlan, HawqError, MeasureTraces, load_from_checkpoint
+from hawq_lightning import Distillation, FreezeSchedule, HawqError, load_from_checkpoint
 from hawq_lightning.callbacks import ChannelsLast, weights_hash
 from hawq_lightning.quantization import enabled_bits, plan_of, quantized_layers
-from tests.trainers import Classifier, hawq, loader, mlp, trainer
+from tests.trainers import Classifier, hawq, loader, measuring, mlp, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def steps_of(pl_module):
 
 def test_ranges_frozen_before_they_exist_are_those_of_arming(tmp_path):
     watch = Watch(lambda t, m: (t.current_epoch, steps_of(m)))
-    trainer(tmp_path, hawq(quantizer="lsq", start=1, freeze_ranges=0), watch, max_epochs=2).fit(Classifier(), loader())
+    callbacks = hawq(quantizer="lsq", start_epoch=1), FreezeSchedule(ranges=0), watch
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(Classifier(), loader())
     late = [s for epoch, s in watch.seen if epoch == 1]
     assert all(s == late[0] for s in late) and all(0 < v < 0.9 for v in late[0])
 
@@ -49,10 +50,10 @@ def test_ranges_frozen_before_they_exist_are_those_of_arming(tmp_path):
 def test_a_fit_that_goes_on_within_an_epoch_distils_at_once(tmp_path):
     keep = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
     saving = {"enable_checkpointing": True}
-    trainer(tmp_path, hawq(distill=1.0), keep, max_epochs=2, max_steps=3, **saving).fit(Classifier(), loader())
+    trainer(tmp_path, hawq(), Distillation(), keep, max_epochs=2, max_steps=3, **saving).fit(Classifier(), loader())
     (middle,) = (tmp_path / "c").glob("*step=2*")
     watch = Watch(lambda t, m: "train/distillation" in t.callback_metrics)
-    trainer(tmp_path, hawq(distill=1.0), watch, max_epochs=1).fit(Classifier(), loader(), ckpt_path=middle)
+    trainer(tmp_path, hawq(), Distillation(), watch, max_epochs=1).fit(Classifier(), loader(), ckpt_path=middle)
     assert watch.seen and all(watch.seen)
 
 
@@ -66,7 +67,7 @@ def test_arming_does_not_begin_averages_anew(tmp_path):
         torch.manual_seed(0)
         watch = Watch(apart)
         fitted = trainer(
-            tmp_path, hawq(start=start), EMAWeightAveraging(decay=0.99), watch, max_epochs=6 if start == 5 else 2
+            tmp_path, hawq(start_epoch=start), EMAWeightAveraging(decay=0.99), watch, max_epochs=6 if start == 5 else 2
         )
         fitted.fit(Classifier(), loader(shuffle=False))
         gaps.append(watch.seen)
@@ -106,8 +107,7 @@ def test_measuring_on_an_armed_model_leaves_it_armed(tmp_path):
     model = Classifier()
     trainer(tmp_path, hawq()).fit(model, loader())
     before = enabled_bits(model)
-    measuring = MeasureTraces(budget="9x", images=32, rtol=0.5, check_loss=True, progress=False, dirpath=tmp_path)
-    trainer(tmp_path, measuring).fit(model, loader())
+    trainer(tmp_path, measuring(loss_per_site=True, dirpath=tmp_path)).fit(model, loader())
     again = copy.deepcopy(model)
     for layer in quantized_layers(again).values():
         layer.weight_quantizer.refresh(), layer.input_quantizer.refresh()
@@ -137,9 +137,7 @@ def test_a_compiled_network_loads_from_its_checkpoint(tmp_path):
 
 def test_a_checkpoint_brings_its_quantizers_options(tmp_path):
     model = Classifier()
-    fitted = trainer(
-        tmp_path, hawq(quantizer="int_only", quantizer_options={"momentum": 0.5}, weight_bits=8, budget="3x")
-    )
+    fitted = trainer(tmp_path, hawq(quantizer="int_only", options={"momentum": 0.5}, weight_bits=8, budget="3x"))
     fitted.fit(model, loader())
     fitted.save_checkpoint(tmp_path / "x.ckpt")
     again = load_from_checkpoint(Classifier, tmp_path / "x.ckpt")
@@ -159,7 +157,7 @@ def test_re_estimated_ranges_survive_a_restart_and_count_optimizer_steps(tmp_pat
         torch.manual_seed(0)
         model = Classifier()
         moved = Watch(lambda t, m: steps_of(m))
-        callback = hawq(quantizer_options={"reestimate": 3})
+        callback = hawq(options={"reestimate": 3})
         keep = ModelCheckpoint(folder, save_last=True)
         trainer(
             tmp_path, callback, keep, moved, max_epochs=epochs, enable_checkpointing=True, accumulate_grad_batches=2
@@ -178,12 +176,12 @@ def test_a_plan_of_processes_that_were_spawned_stays_with_its_model(tmp_path):
     spawned = {"strategy": "ddp_spawn", "devices": 1}
     first = Classifier()
     trainer(tmp_path, callback, **spawned).fit(first, loader())
-    relay = callback.applier._handoff_file
+    relay = callback._handoff_file
     assert relay.is_file()
     never_fitted = Classifier()
-    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), first, "validate", callback)
+    callback.setup(trainer(tmp_path, callback), first, "validate")
     assert enabled_bits(first)
-    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), never_fitted, "validate", callback)
+    callback.setup(trainer(tmp_path, callback), never_fitted, "validate")
     assert not enabled_bits(never_fitted)
 
 
@@ -216,7 +214,9 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
     device = {"ties": [["*.weight"]], "pairs": [(2, 4), (4, 4), (4, 8), (8, 8)]}
     callback = hawq(activation_bits=(4, 8), constraints=device, budget="8x", dirpath=tmp_path)
     trainer(tmp_path, callback).fit(Deep(), loader())
-    assert callback.frontier is None and len({s.bits for s in callback.plan.weights}) == 1
+    with pytest.raises(HawqError, match="There is no frontier: "):
+        callback.frontier  # noqa: B018
+    assert len({s.bits for s in callback.plan.weights}) == 1
     assert (tmp_path / "plan.json").is_file() and not (tmp_path / "frontier.csv").exists()
 
 

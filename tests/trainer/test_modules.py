@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from hawq_lightning import ApplyPlan, HawqError, MeasureTraces, Plan, Sensitivity
-from hawq_lightning.callbacks import HAWQ
+from hawq_lightning import ApplyPlan, HawqError, Plan, Sensitivity
 from hawq_lightning.quantization import enabled_bits
 from tests.trainers import (
     CLASSES,
@@ -31,6 +30,7 @@ from tests.trainers import (
     fit,
     hawq,
     loader,
+    measuring,
     mlp,
     same_states,
     trainer,
@@ -191,7 +191,7 @@ def run_observed(folder, *callbacks, **kwargs):
 
 
 def test_measuring_leaves_training_bitwise_alone(tmp_path):
-    measure_callback = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
+    measure_callback = measuring()
     alone, rows, metrics = run_observed(tmp_path / "alone")
     beside, rows2, metrics2 = run_observed(tmp_path / "beside", measure_callback)
     assert measure_callback.plan is not None and len({s.bits for s in measure_callback.plan.weights}) >= 2
@@ -289,7 +289,7 @@ def test_measuring_takes_no_manual_step(tmp_path):
     for name in ("alone", "beside"):
         torch.manual_seed(1)
         model = Gan()
-        extra = [MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)] if name == "beside" else []
+        extra = [measuring()] if name == "beside" else []
         trainer(tmp_path / name, *extra).fit(model, loader())
         results.append(model.state_dict())
     assert extra[0].plan is not None
@@ -443,7 +443,7 @@ def test_loaders_are_left_as_they_were(tmp_path, form):
         random.seed(2)
         model = FromHooks()
         data = LOADERS[form]()
-        extra = [MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)] if name == "beside" else []
+        extra = [measuring()] if name == "beside" else []
         trainer(tmp_path / name, *extra, max_epochs=2).fit(model, data)
         results.append(model.state_dict())
     assert len({s.bits for s in extra[0].plan.weights}) >= 2
@@ -591,7 +591,7 @@ def test_steps_that_cannot_be_borrowed_ask_for_loss_fn(tmp_path, kind):
 @pytest.mark.feature(
     "Modules",
     "`training_step(dataloader_iter)`, or one that needs a later hook",
-    "one sentence asks for `HAWQ(loss_fn=...)`, which works",
+    "one sentence asks for `MeasureConfig(loss_fn=...)`, which works",
 )
 @pytest.mark.parametrize("kind", [Iterates, NeedsEarlierHook])
 def test_loss_fn_is_the_way_out(tmp_path, kind):
@@ -609,9 +609,9 @@ class Epochs(Callback):
         self.armed.append(bool(enabled_bits(pl_module)))
 
 
-@pytest.mark.feature("Modules", "float epochs first (`HAWQ(start=n)`)", "works")
+@pytest.mark.feature("Modules", "float epochs first (`HAWQ(start_epoch=n)`)", "works")
 def test_start_after_an_epoch(tmp_path):
-    model, callback, epochs = Classifier(), hawq(start=1), Epochs()
+    model, callback, epochs = Classifier(), hawq(start_epoch=1), Epochs()
     trainer(tmp_path, callback, epochs, max_epochs=3).fit(model, loader())
     assert epochs.armed == [False, True, True]
     assert_mixed(model, callback)
@@ -619,7 +619,7 @@ def test_start_after_an_epoch(tmp_path):
 
 def test_float_epochs_before_start_are_those_without_the_callback(tmp_path):
     states = []
-    for extra in ([], [hawq(start=1)]):
+    for extra in ([], [hawq(start_epoch=1)]):
         torch.manual_seed(4)
         model = Classifier()
         kept = Keep()
@@ -703,17 +703,17 @@ def test_patterns(tmp_path, patterns, layers):
 
 
 def test_everything_is_saved(tmp_path):
-    callback = fit(tmp_path, Classifier(), loader(), check_loss=True)
+    callback = fit(tmp_path, Classifier(), loader(), loss_per_site=True)
     assert Plan.load(tmp_path / "plan.json").bits == callback.plan.bits
     assert Sensitivity.load(tmp_path / "sensitivity.json").fingerprint == callback.plan.fingerprint
     assert (tmp_path / "frontier.csv").read_text().count("\n") > 3
-    assert len(callback.loss_check) >= 3 * len(callback.plan.weights)
+    assert len(callback.loss_per_site) >= 3 * len(callback.plan.weights)
 
 
 @pytest.mark.feature("Loggers", "CSVLogger", "works")
 def test_traces_and_bits_reach_the_loggers(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
-    callback = HAWQ(budget="9x", images=32, rtol=0.5, progress=False)
+    callback = hawq()
     model = Classifier()
     trainer(tmp_path, callback, logger=logger).fit(model, loader())
     assert_mixed(model, callback)

@@ -143,7 +143,7 @@ def test_edited_bits_bring_their_own_grid_and_code():
         assert option.scale != site.scale
     assert all(layers[s.layers[0]].weight_quantizer.code == "affine" for s in changed.weights)
     applier = ApplyPlan(changed)
-    assert applier._given.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
+    assert applier.given_plan.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
     assert plan.settled() is plan
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_a_network_with_an_excluded_layer_loads(tmp_path):
 
 
 def test_a_callback_used_again_quantizes_the_second_model(tmp_path):
-    callback = hawq(start=1)
+    callback = hawq(start_epoch=1)
     for width in (16, 20):
         model = Classifier(width)
         trainer(tmp_path, callback, max_epochs=2).fit(model, loader())
@@ -230,8 +230,8 @@ def test_a_callback_used_again_quantizes_the_second_model(tmp_path):
 
 def test_a_start_that_is_never_reached_is_told(tmp_path):
     model = Classifier()
-    with pytest.warns(UserWarning, match="before start=3"):
-        trainer(tmp_path, hawq(start=3), max_epochs=5, max_steps=4).fit(model, loader())
+    with pytest.warns(UserWarning, match="before start_epoch=3"):
+        trainer(tmp_path, hawq(start_epoch=3), max_epochs=5, max_steps=4).fit(model, loader())
     assert not enabled_bits(model)
 
 

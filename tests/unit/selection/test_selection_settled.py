@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hawq_lightning import HAWQ, HawqError, Plan, find_sites, measure, select
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, Plan, SelectConfig, find_sites, measure, select
 from hawq_lightning.quantization import options
 from hawq_lightning.selection import PlanSettled, Problem
 from tests.nets import CASES
@@ -68,16 +68,16 @@ def test_the_key_is_that_of_the_question(case):
         {"constraints": {"latency": LatencyTable(rows)}, "asked": "(2, 8) lsq"},
     ):
         assert PlanSettled(table, weigh, "8x", **other).key != key
-    a, b = (HAWQ(bits, quantizer=q).measure_callback._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
+    a, b = (HAWQ(bits, quantizer=q).measure_callback._question for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
     assert a != b
 
 
 def test_the_callback_stops_with_the_plan(tmp_path):
     model = Classifier()
-    fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop="plan", dirpath=tmp_path)
+    fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop_when="stable_plan", dirpath=tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.settings["stopped"] == "enough" and plan.settings["probes"] < 400
-    with pytest.raises(HawqError, match=r"Unknown stop 'plann'.*plan"):
-        HAWQ(stop="plann")
+    with pytest.raises(HawqError, match=r"Unknown stop_when 'stable_pan'.*stable_plan"):
+        MeasureConfig(stop_when="stable_pan")
     with pytest.raises(HawqError, match="not by 'uniform'"):
-        HAWQ(stop="plan", selector="uniform")
+        HAWQ(measure=MeasureConfig(stop_when="stable_plan"), select=SelectConfig(selector="uniform"))
