@@ -19,7 +19,7 @@ from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import LatencyTable
-from tests.unit.export.test_export_folding import armed
+from tests.unit.export.test_folding import armed
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
