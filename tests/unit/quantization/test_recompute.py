@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning.quantization import quantize, quantizer_named, with_quantizer
+from tests.cases import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
 from tests.internals import internal
-from tests.nets import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
-from tests.unit.quantization.test_fine_tuning_compile import plan_for
+from tests.unit.quantization.test_compile import plan_for
 from tests.unit.quantization.test_post_training import inputs
 
 
@@ -46,7 +46,7 @@ def test_no_quantized_copy_outlives_the_forward_pass(quantizer):
         watch.append(weakref.ref(out))
         return out
 
-    spy.repeatable = True
+    spy.deterministic = True
     kind = type(model[2].input_quantizer)
     kind.quantize = spy
     try:
