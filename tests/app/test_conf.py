@@ -144,12 +144,12 @@ def test_fine_tuning_is_a_list_of_callbacks(choice, expected):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("select.budget=12x", "select.budget=12x"), ("select=l2", "select=l2"),
-     ("measure.rtol=0.1", "measure.rtol=0.1"), ("measure=ggn", "measure=ggn"),
-     ("measure.rtol=0.1", "measure.rtol=0.1"),
-     ("measure.sampling=all", "measure.sampling=all"), ("measure.l1_curvature=zero", "measure.l1_curvature=zero"),
-     ("hawq.start_epoch=2", "hawq.start_epoch=2"), ("measure.loss_per_site=false", "measure.loss_per_site=false"),
-     ("imports=[a.py]", "imports=[a.py]"), ("+quantizer.exclude=[head]", "+quantizer.exclude=[head]"),
+    [("selector.budget=12x", "select.budget=12x"), ("selector=l2", "select=l2"),
+     ("sensitivity.rtol=0.1", "measure.rtol=0.1"), ("sensitivity=ggn", "measure=ggn"),
+     ("hawq.rtol=0.1", "measure.rtol=0.1"), ("sensitivity.draw=all", "measure.sampling=all"),
+     ("hawq.l1=zero", "measure.l1_curvature=zero"), ("hawq.start=2", "hawq.start_epoch=2"),
+     ("hawq.check_loss=false", "measure.loss_per_site=false"), ("quantizer.imports=[a.py]", "imports=[a.py]"),
+     ("+hawq.exclude=[head]", "+quantizer.exclude=[head]"),
      ("fine_tuning.distill=1", "fine_tuning=distillation fine_tuning.distillation.weight=1")],
 )  # fmt: skip
 def test_a_key_of_release_0_1_0_names_the_new_one(old, new):
