@@ -39,7 +39,11 @@ def array(values: Any) -> dict[str, Any]:
     if a.size > WHOLE:
         wide = a.astype(np.float64).reshape(-1)
         entry["sha256"] = hashlib.sha256(a.tobytes()).hexdigest()
-        entry |= {"sum": float(wide.sum()), "norm": float(np.sqrt(wide @ wide)), "largest": float(np.abs(wide).max())}
+        entry |= {
+            "sum": float(wide.sum()),
+            "norm": float(np.sqrt(np.square(wide).sum())),
+            "largest": float(np.abs(wide).max()),
+        }
     return entry
 
 

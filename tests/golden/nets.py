@@ -173,7 +173,7 @@ def two_losses(model: nn.Module, batch: Any) -> torch.Tensor:
 class Learner(LightningModule):
     """Trains a network by SGD."""
 
-    def __init__(self, net: nn.Module, lr: float = 0.05) -> None:
+    def __init__(self, net: nn.Module, lr: float = 0.02) -> None:
         super().__init__()
         self.net, self.lr = net, lr
 

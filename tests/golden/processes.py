@@ -22,10 +22,7 @@ class Report(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         record: facts.Record = {}
-        if trainer.is_global_zero:
-            runs.described(record, self.callback)
-        else:  # files and frontier are the first process's; numbers are not
-            runs.described(record, self.callback)
+        runs.described(record, self.callback)
         facts.of_state(record, pl_module)
         record["training.losses"] = facts.array(self.losses.seen)
         torch.save(record, self.folder / f"rank{trainer.global_rank}.pt")
