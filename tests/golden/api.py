@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,61 @@ from torch import nn
 
 import hawq_lightning
 
-NEW = hasattr(hawq_lightning, "MeasureConfig")
 FACES = ("", "callbacks", "quantization", "sensitivity", "selection", "export", "models", "tasks", "data")
 
-# keyword of 0.1.0 -> what a field of a config, or an argument of a callback, may be called instead
-ALIASES = {
-    "start": ("start_epoch",),
-    "quantizer": ("name", "method"),
-    "quantizer_options": ("options", "keywords"),
-    "distill": ("weight",),
-    "distill_temperature": ("temperature",),
-    "freeze_batchnorm": ("batchnorm",),
-    "freeze_ranges": ("ranges",),
-    "order": ("by",),
-    "order_until": ("until",),
-    "post_training": ("methods",),
+# keyword of 0.1.0 -> the config that has it now ("": the callback itself), and what it may be called there
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "weight_bits": ("quantizer", "weight_bits"),
+    "activation_bits": ("quantizer", "activation_bits"),
+    "input_bits": ("quantizer", "input_bits"),
+    "codes": ("quantizer", "code_format", "codes"),
+    "include": ("quantizer", "include"),
+    "exclude": ("quantizer", "exclude"),
+    "quantizer": ("quantizer", "name"),
+    "quantizer_options": ("quantizer", "options"),
+    "estimator": ("measure", "estimator"),
+    "images": ("measure", "images"),
+    "rtol": ("measure", "rtol"),
+    "max_probes": ("measure", "max_probes"),
+    "distribution": ("measure", "distribution"),
+    "rotate": ("measure", "rotate"),
+    "draw": ("measure", "sampling", "draw"),
+    "l1": ("measure", "l1_curvature", "l1"),
+    "precision": ("measure", "precision"),
+    "stop": ("measure", "stop_when", "stop"),
+    "check_loss": ("measure", "loss_per_site", "check_loss"),
+    "loss_fn": ("measure", "loss_fn"),
+    "seed": ("measure", "seed"),
+    "cache": ("measure", "cache"),
+    "budget": ("select", "budget"),
+    "selector": ("select", "selector"),
+    "constraints": ("select", "constraints"),
+    "bits": ("select", "bits"),
+    "latency": ("select", "latency"),
+    "selection_seed": ("select", "seed"),
+    "start": ("", "start_epoch", "start"),
+    "plan": ("", "plan"),
+    "sensitivity": ("", "sensitivity"),
+    "dirpath": ("", "dirpath"),
+    "progress": ("", "progress"),
 }
-COMPANIONS = {
-    "Distillation": ("distill", "distill_temperature"),
-    "FreezeSchedule": ("freeze_batchnorm", "freeze_ranges"),
-    "BlockwiseOrder": ("order", "order_until"),
-    "PostTraining": ("post_training",),
+VALUES = {"stop_when": {"error": "rtol", "plan": "stable_plan"}}
+CONFIGS = {"quantizer": "QuantizerConfig", "measure": "MeasureConfig", "select": "SelectConfig"}
+# callback of its own -> keywords of 0.1.0 with the names of its arguments; the first one switches it on
+COMPANIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Distillation": {"distill": ("weight",), "distill_temperature": ("temperature",)},
+    "FreezeSchedule": {"freeze_batchnorm": ("batchnorm",), "freeze_ranges": ("ranges",)},
+    "BlockwiseOrder": {"order": ("by", "order"), "order_until": ("until",)},
+    "PostTraining": {"post_training": ("methods",)},
 }
-# last part of a state-dict key: new -> old
+# new -> old: last part of a state-dict key; a setting or a cost; what a setting says
 BUFFERS = {"num_bits": "width"}
-# a settings key, a cost, a field: new -> old
-SETTINGS: dict[str, str] = {}
+SETTINGS = {"sampling": "draw", "l1_curvature": "l1"}
+SAID = {"stopped": {"rtol": "error", "stable_plan": "enough"}}
+# old -> new: attributes
+ATTRIBUTES = {
+    "code": ("code_format",), "options": ("candidates",), "bits": ("num_bits",), "loss_check": ("loss_per_site",),
+}  # fmt: skip
 
 
 def find(name: str, *places: str) -> Any:
@@ -61,12 +89,12 @@ def find(name: str, *places: str) -> Any:
     raise LookupError(f"tests/golden/api.py finds no {name!r} in hawq_lightning's {', '.join(filter(None, FACES))}")
 
 
-def attribute(thing: Any, *names: str) -> Any:
-    """The first of several attributes that is there."""
-    for name in names:
-        if hasattr(thing, name):
-            return getattr(thing, name)
-    raise LookupError(f"tests/golden/api.py: {type(thing).__name__} has none of {', '.join(names)}")
+def attribute(thing: Any, name: str) -> Any:
+    """An attribute by its old name."""
+    for known in (name, *ATTRIBUTES.get(name, ())):
+        if hasattr(thing, known):
+            return getattr(thing, known)
+    raise LookupError(f"tests/golden/api.py: {type(thing).__name__} has no {name!r} by any name that it knows")
 
 
 # ---------------------------------------------------------------------------------------------------- callbacks
@@ -74,57 +102,56 @@ def attribute(thing: Any, *names: str) -> Any:
 
 def hawq(**flat: Any) -> tuple[Any, list[Any]]:
     """The callback HAWQ and the list that goes to the Trainer, from the flat keywords of release 0.1.0."""
-    if not NEW:
-        callback = find("HAWQ")(**flat)
+    kind = find("HAWQ")
+    if "measure" not in inspect.signature(kind).parameters:
+        callback = kind(**flat)
         return callback, [callback]
-    flat = dict(flat)
     companions = []
-    for kind, keywords in COMPANIONS.items():
+    for name, keywords in COMPANIONS.items():
         given = {k: flat.pop(k) for k in keywords if k in flat}
-        if given.get(keywords[0]) or (kind == "FreezeSchedule" and given):
-            companions.append(_call(find(kind), given, optional={"start": flat.get("start", 0)}))
-    callback = _configured(find("HAWQ"), flat)
+        if any(v not in (None, False, 0.0) or k.startswith("freeze") for k, v in given.items()):
+            companions.append(_companion(find(name), {keywords[k]: v for k, v in given.items()}, flat.get("start", 0)))
+    arguments, parts = _sorted(flat, set(inspect.signature(kind).parameters))
+    callback = kind(
+        **arguments, **{part: find(CONFIGS[part], "_config")(**settings) for part, settings in parts.items()}
+    )
     return callback, [callback, *companions]
 
 
-def _configured(kind: Any, flat: Mapping[str, Any]) -> Any:
-    """Call a class that takes ``quantizer``, ``measure`` and ``select`` configs with flat keywords."""
-    direct = set(inspect.signature(kind).parameters) - {"self", "quantizer", "measure", "select"}
-    parts: dict[str, dict[str, Any]] = {"quantizer": {}, "measure": {}, "select": {}}
-    fields = {p: _fields(f"{p.capitalize()}Config") for p in parts}
-    arguments = {}
+def _sorted(flat: Mapping[str, Any], direct: set[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Flat keywords as the callback's own arguments, and those of each config."""
+    arguments: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
-        if (spelled := _spelled(key, direct)) is not None:
-            arguments[spelled] = value
-            continue
-        part = next((p for p in parts if _spelled(key, fields[p]) is not None), None)
-        if part is None and key == "constraints":
-            for inner, number in value.items():
-                parts["select"][inner] = number
-            continue
-        if part is None:
-            raise LookupError(f"tests/golden/api.py does not know where {key!r} went in the new API")
-        parts[part][_spelled(key, fields[part])] = value  # type: ignore[index]
-    for part, settings in parts.items():
-        if settings:
-            arguments[part] = find(f"{part.capitalize()}Config")(**settings)
-    return kind(**arguments)
+        part, *names = KEYWORDS[key]
+        known = _fields(part) if part else direct
+        spelled = next((n for n in names if n in known), None)
+        if spelled is not None:
+            (parts.setdefault(part, {}) if part else arguments)[spelled] = _said(spelled, value)
+        elif key == "constraints":
+            parts.setdefault(part, {}).update(value or {})
+        else:
+            raise LookupError(
+                f"tests/golden/api.py does not know what became of {key!r} in {CONFIGS.get(part, 'HAWQ')}"
+            )
+    return arguments, parts
 
 
-def _fields(config: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(find(config))}
+def _fields(part: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(find(CONFIGS[part], "_config"))}
 
 
-def _spelled(key: str, known: Iterable[str]) -> str | None:
-    names = (key, *ALIASES.get(key, ()))
-    return next((n for n in names if n in set(known)), None)
+def _said(name: str, value: Any) -> Any:
+    return VALUES[name].get(value, value) if name in VALUES else value
 
 
-def _call(kind: Any, given: Mapping[str, Any], optional: Mapping[str, Any]) -> Any:
+def _companion(kind: Any, given: Mapping[tuple[str, ...], Any], start: int) -> Any:
     known = set(inspect.signature(kind).parameters)
-    arguments = {_spelled(k, known) or k: v for k, v in given.items()}
-    arguments |= {spelled: v for k, v in optional.items() if (spelled := _spelled(k, known)) is not None}
-    return kind(**{k: v for k, v in arguments.items() if v is not None})
+    arguments = {next((n for n in names if n in known), names[0]): v for names, v in given.items()}
+    arguments |= {n: start for n in ("start", "start_epoch") if n in known}
+    if kind.__name__ == "PostTraining" and arguments.get("methods") is True:
+        del arguments["methods"]
+    return kind(**arguments)
 
 
 # --------------------------------------------------------------------------------------------------- plain verbs
@@ -135,16 +162,23 @@ def measure(model: nn.Module, batches: Iterable[Any], loss_fn: Any, **keywords: 
     for needed in ("max_probes", "l1", "rtol", "draw", "estimator", "seed"):
         if needed not in keywords:
             raise TypeError(f"a golden run must give {needed}=, so that a new default does not move its numbers")
-    return hawq_lightning.measure(model, batches, loss_fn, progress=False, **keywords)
+    known = set(inspect.signature(hawq_lightning.measure).parameters)
+    if "config" in known:
+        known |= _fields("measure")
+    spelled = {next((n for n in (k, *KEYWORDS.get(k, ())[1:]) if n in known), k): v for k, v in keywords.items()}
+    return hawq_lightning.measure(model, batches, loss_fn, progress=False, **spelled)
 
 
 def options(model: nn.Module, batches: Iterable[Any], sensitivity: Any, sites: Any, loss_fn: Any, **flat: Any) -> Any:
     """What was weighed for every site."""
-    if not NEW:
-        return find("options")(model, batches, sensitivity, sites, loss_fn, **flat)
-    known = _fields("QuantizerConfig")
-    config = find("QuantizerConfig")(**{_spelled(k, known) or k: v for k, v in flat.items()})
-    return find("candidates")(model, batches, sensitivity, sites, loss_fn, config=config)
+    try:
+        weigh = find("candidates")
+    except LookupError:
+        weigh = find("options")
+    if "config" not in inspect.signature(weigh).parameters:
+        return weigh(model, batches, sensitivity, sites, loss_fn, **flat)
+    config = find("QuantizerConfig", "_config")(**_sorted(flat, set())[1]["quantizer"])
+    return weigh(model, batches, sensitivity, sites, loss_fn, config=config)
 
 
 def problem(sites: Any, weighed: Any, sensitivity: Any, **constraints: Any) -> Any:
@@ -160,11 +194,6 @@ def sites(model: nn.Module, example: Any) -> Any:
 def quantize(model: nn.Module, plan: Any) -> nn.Module:
     """Put a plan into a model."""
     return find("quantize")(model, plan)
-
-
-def unquantize(model: nn.Module) -> nn.Module:
-    """Float layers again."""
-    return find("unquantize" if NEW else "uninstall")(model)
 
 
 def top_eigenvalues(model: nn.Module, batches: Iterable[Any], loss_fn: Any, **keywords: Any) -> dict[str, float]:
@@ -185,12 +214,12 @@ def options_by_site(weighed: Any) -> dict[str, Sequence[Any]]:
 
 def options_of(callback: Any) -> dict[str, Sequence[Any]]:
     """Likewise, from a callback that has chosen."""
-    return options_by_site(attribute(callback, "options", "candidates"))
+    return options_by_site(attribute(callback, "options"))
 
 
 def options_of_site(planned: Any) -> Sequence[Any]:
     """What a plan says was weighed for a site."""
-    return attribute(planned, "options", "candidates")
+    return attribute(planned, "options")
 
 
 def quantized(model: nn.Module) -> dict[str, nn.Module]:
@@ -216,7 +245,7 @@ def codes(layer: nn.Module) -> torch.Tensor:
 
 def bits(quantizer: nn.Module) -> int:
     """Code width; 0: off."""
-    return int(attribute(quantizer, "bits", "num_bits"))
+    return int(attribute(quantizer, "bits"))
 
 
 def state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -231,9 +260,10 @@ def state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from sorted(renamed.items())
 
 
-def setting(name: str) -> str:
-    """The old name of a setting or a cost."""
-    return SETTINGS.get(name, name)
+def settings(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings or costs under their old names, saying what they used to."""
+    old = {SETTINGS.get(key, key): value for key, value in known.items()}
+    return {k: SAID.get(k, {}).get(v, v) if isinstance(v, str) else v for k, v in old.items()}
 
 
 def packed(model: nn.Module, plan: Any, path: Path, fresh: nn.Module) -> nn.Module:
@@ -243,19 +273,15 @@ def packed(model: nn.Module, plan: Any, path: Path, fresh: nn.Module) -> nn.Modu
 
 
 def export_onnx(model: nn.Module, plan: Any, example: torch.Tensor, path: Path) -> None:
-    """An ONNX file of an armed model, with BatchNorm folded."""
-    if not NEW:
-        find("to_onnx")(model, plan, example, path)
-        return
+    """An ONNX file of a quantized model, with BatchNorm folded."""
     try:
-        find("to_onnx")(model, plan, example, path)
+        write = find("to_onnx", "export.onnx")
     except LookupError:
-        find("export")(model, plan, path, example_input=example, format="onnx")
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a number of a record is one."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+        export = find("export", "export")
+        examples = {p: example for p in inspect.signature(export).parameters if p.startswith("example")}
+        export(model, plan, path, format="onnx", **examples)
+        return
+    write(model, plan, example, path)
 
 
 # ------------------------------------------------------------------------------------- an application's own parts

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tests.golden import api
+from tests.golden.api import attribute
 
 Record = dict[str, Any]
 WHOLE = 64  # elements up to which an array is kept as it is
@@ -89,10 +90,11 @@ def of_plan(record: Record, plan: Any, section: str = "plan", weighed: bool = Tr
     """Bits, grids, Omega of every site and option; costs but that of the file, whose layout may change."""
     for s in plan.sites:
         for field in SITE:
-            record[f"{section}.{field}[{s.name}]"] = plain(getattr(s, field))
+            record[f"{section}.{field}[{s.name}]"] = plain(attribute(s, field))
         if weighed:
             of_options(record, s.name, api.options_of_site(s), f"{section}.option")
-    put(record, f"{section}.cost", {api.setting(k): float(v) for k, v in plan.costs.items() if k != "file_bytes"})
+    costs = {k: float(v) for k, v in api.settings(plan.costs).items() if k != "file_bytes"}
+    put(record, f"{section}.cost", costs)
     record[f"{section}.omega_of_all"] = float(plan.omega)
     record[f"{section}.selector"], record[f"{section}.budget"] = plan.selector, str(plan.budget)
     record[f"{section}.quantizer"] = plan.quantizer
@@ -103,7 +105,7 @@ def of_options(record: Record, site: str, options: Sequence[Any], name: str = "o
     """Every width and code that was weighed for a site."""
     for o in options:
         for field in ("omega", "perturbation", "scale", "zero_point"):
-            record[f"{name}_{field}[{site} {o.bits} {o.code}]"] = plain(getattr(o, field))
+            record[f"{name}_{field}[{site} {attribute(o, 'bits')} {attribute(o, 'code')}]"] = plain(attribute(o, field))
 
 
 def of_frontier(record: Record, frontier: Any, section: str = "frontier") -> None:
@@ -161,10 +163,10 @@ def _kind(key: str) -> str:
 
 
 def _settings(record: Record, name: str, settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
+    for key, value in api.settings(settings).items():
         if any(part in key for part in LEFT_OUT):
             continue
         if isinstance(value, Mapping):
-            put(record, f"{name}_{api.setting(key)}", value)
+            put(record, f"{name}_{key}", value)
         else:
-            record[f"{name}[{api.setting(key)}]"] = plain(value)
+            record[f"{name}[{key}]"] = plain(value)

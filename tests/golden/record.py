@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME")
     parser.add_argument("--into", type=Path, help="keep the other runs of this record, such as the stored one")
     asked = parser.parse_args(arguments)
-    runs = read(asked.into)["runs"] if asked.into else {}
+    here, kept = machine(), read(asked.into) if asked.into else None
+    runs = kept["runs"] if kept else {}
+    if kept and kept["machine"] != here:
+        differ = {k: (v, here.get(k)) for k, v in kept["machine"].items() if here.get(k) != v}
+        parser.error(f"{asked.into} is of another machine: {differ}")
     for name in asked.only:
         if RUNS[name].shared and SHARED is None:
             print(f"{name:24} left out: needs shared/data beside the checkout", flush=True)
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         runs[name] = record_of(name)
         print(f"{name:24} {len(runs[name]):5} values {time.perf_counter() - began:6.1f} s", flush=True)
-    write(asked.out, {"machine": machine(), "commit": commit(), "runs": runs})
+    write(asked.out, {"machine": here, "commit": commit(), "runs": runs})
     return 0
 
 
