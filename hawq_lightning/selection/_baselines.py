@@ -68,10 +68,10 @@ def hawq(request: Request) -> list[int]:
         return choice
     used = _used(request)
     if used.pairs or len(request.limits) > 1 or problem.allowed_pairs:
-        choice = solve(problem, request.limits, objective=used, order=order, maximize=True)
-        if choice is None:
+        largest = solve(problem, request.limits, objective=used, order=order, maximize=True)
+        if largest is None:
             raise HawqError(infeasible(request, order))
-        return choice
+        return largest
     # the sweep looks for the least score: how much smaller than the largest plan
     return request.argmin([u.max() - u for u in used.unary], order)
 

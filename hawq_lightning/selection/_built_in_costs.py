@@ -147,7 +147,7 @@ class PeakActivationBytes(SiteCost):
 
     def float32(self, problem: Problem) -> float:
         """All that is alive, as float32."""
-        return max(sum(step.values()) for step in problem.steps or ()) * FLOAT_BITS / 8
+        return max(sum(step.values()) for step in problem.steps) * FLOAT_BITS / 8
 
     def eight_bit(self, problem: Problem) -> float:
         """What waits as float32 stays so."""
@@ -183,6 +183,6 @@ class Latency(LayerCost):
 def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
     """Of every time step the elements held at a site's bits, by site, and those that wait as float32."""
     quantized = {s.name for s in problem.sites if s.kind == "activation"}
-    for step in problem.steps or ():
+    for step in problem.steps:
         live = {k: n for k, n in step.items() if k in quantized}
         yield live, sum(n for k, n in step.items() if k not in live)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +80,7 @@ class Problem:
     """(weight bits, activation bits) that the device has; for all layers, or by layer name, type or glob."""
     latency: LatencyTable | str | Path | None = field(default=None, kw_only=True)
     """Milliseconds a layer and width: a table, or the path of its CSV."""
-    steps: Sequence[Mapping[str, int]] | None = field(default=None, kw_only=True)
+    steps: Sequence[Mapping[str, int]] = field(default=(), kw_only=True)
     """Elements alive at every time step, by activation site name; other names count as float32."""
     tables: Mapping[str, object] = field(default_factory=dict, kw_only=True)
     """Cost name -> what a registered cost of the user's own needs beside sites and layers."""
@@ -127,9 +126,8 @@ class Problem:
         """
         count = len(names)
         rows = [[float(x) for x in row] for row in omega]
-        widths = [[int(b) for b in row] if isinstance(row, Sequence) else [] for row in bits]
-        if not any(widths):  # one list for all
-            widths = [[int(b) for b in bits if isinstance(b, Real)]] * count
+        shared = [int(b) for b in bits if not isinstance(b, Sequence)]  # one list for all sites
+        widths = [shared] * count if shared else [[int(b) for b in row] for row in bits if isinstance(row, Sequence)]
         lengths = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
         if mean_trace is not None:
             lengths["mean_trace"] = len(mean_trace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,7 +67,7 @@ SELECTORS: Registry[Selector] = Registry("selector")
 
 
 def register_selector(
-    name: str, *, needs: Collection[Need] = ("budget",), offers: Collection[Offer] = ()
+    name: str, *, needs: tuple[Need, ...] = ("budget",), offers: tuple[Offer, ...] = ()
 ) -> Callable[[Choose], Choose]:
     """Decorator: make a function from a :class:`Request` to a choice known by name.
 

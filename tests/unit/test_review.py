@@ -144,7 +144,7 @@ def test_edited_bits_bring_their_own_grid_and_code():
     assert all(layers[s.layers[0]].weight_quantizer.code == "affine" for s in changed.weights)
     applier = ApplyPlan(changed)
     assert applier._given.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
-    assert plan.settled() is plan
+    assert plan.reconciled() is plan
 
 
 def test_a_grid_of_ones_own_stays():
@@ -175,7 +175,7 @@ def test_edited_to_one_bit_is_midrise_and_packs(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(code="codebook"), "code kind 'codebook'"),
+        (lambda s: s.update(code="codebook"), "code format 'codebook'"),
         (lambda s: s.update(zero_point="a") if s["kind"] == "activation" else None, "zero_point is 'a'"),
         (lambda s: s.update(zero_point=20, scale=0.5, bits=4) if s["kind"] == "activation" else None, "cannot hold"),
         (lambda s: s.update(bits=5) if s["kind"] == "activation" else None, "the nearest is 4"),
