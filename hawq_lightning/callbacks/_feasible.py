@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -17,7 +17,14 @@ from hawq_lightning._sites import Pattern, Patterns, find_sites
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.quantization import first_order_term, network_inputs, quantizer_of
-from hawq_lightning.selection import Problem, activation_steps, check_feasible, constraints_of, nominal_problem
+from hawq_lightning.selection import (
+    Problem,
+    activation_steps,
+    check_feasible,
+    constraints_of,
+    nominal_problem,
+    tables_of_budget,
+)
 from hawq_lightning.sensitivity import Sensitivity, isolated_eval
 
 _CHANCE = 0.8  # of ln(classes)
@@ -58,7 +65,8 @@ def preview(
         separate_input = activation_bits is not None and quantizer.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if separate_input else frozenset()
         constraints = constraints_of(select)
-        if isinstance(budget, Mapping) and {"act_peak", "act_peak_bytes"} & set(budget):
+        constraints.pop("score", None)  # no score is known yet, and none matters to what is feasible
+        if "steps" in tables_of_budget(budget, constraints.get("extra_costs") or ()):
             constraints.setdefault("steps", activation_steps(module, batch, table, forward=loss_fn, evaluate=False))
     quantized = [s for s in table if s.kind == "weight" or activation_bits is not None]
     problem = nominal_problem(

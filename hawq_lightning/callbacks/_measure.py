@@ -34,10 +34,12 @@ from hawq_lightning.callbacks._trainer import (
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import fake_quant_disabled, loss_check, loss_of_plan, options, quantizer_of
 from hawq_lightning.selection import (
+    SELECTORS,
     Frontier,
-    PlanSettled,
     Problem,
+    StablePlan,
     constraints_of,
+    plan_frontier,
     select,
     with_bootstrap_stability,
 )
@@ -84,10 +86,11 @@ class MeasureTraces(Callback):
     ) -> None:
         self.quantizer = QuantizerConfig(quantizer) if isinstance(quantizer, str) else quantizer
         self.measure, self.select = measure or MeasureConfig(), select or SelectConfig()
-        if self.measure.stop_when == "stable_plan" and self.select.selector not in ("pareto", "monotone"):
+        self._selector = SELECTORS[self.select.selector]
+        if self.measure.stop_when == "stable_plan" and "stable_plan" not in self._selector.offers:
+            able = " or ".join(n for n in SELECTORS if "stable_plan" in SELECTORS[n].offers)
             raise HawqError(
-                "stop_when='stable_plan' selects again and again, by pareto or monotone; not by "
-                f"{self.select.selector!r}."
+                f"stop_when='stable_plan' selects again and again, by {able}; not by {self.select.selector!r}."
             )
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.dirpath, self.progress = dirpath, progress
@@ -177,14 +180,14 @@ class MeasureTraces(Callback):
             batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
             table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
             self._sites, overhead = table, nominal.file_overhead
-            constraints = {**constraints_of(self.select), "steps": nominal.steps}
+            constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
             with shared_traces(trainer, folder, config.cache, table) as traces:
                 weigh = partial(
                     options, pl_module, batches, sites=table, loss_fn=loss_fn, quantizer=quantizer,
                     weight_bits=self.quantizer.weight_bits, activation_bits=self.quantizer.activation_bits,
                     input_bits=self.quantizer.input_bits, codes=self.quantizer.code_format,
                 )  # fmt: skip
-                settled = PlanSettled(
+                stable = StablePlan(
                     table, weigh, self.select.budget, self.select.selector, overhead, constraints, self._question
                 )
                 sensitivity = self.given or measure(
@@ -192,7 +195,7 @@ class MeasureTraces(Callback):
                     max_probes=config.max_probes, distribution=config.distribution, rotate=config.rotate,
                     draw=config.sampling, l1=config.l1_curvature, seed=config.seed, progress=show,
                     precision=config.precision, share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    enough=settled if config.stop_when == "stable_plan" else None,
+                    enough=stable if config.stop_when == "stable_plan" else None,
                 )  # fmt: skip
                 if self.given is None:
                     traces.store(sensitivity)
@@ -223,7 +226,7 @@ class MeasureTraces(Callback):
     ) -> Plan:
         """The plan, the same on every process, with what it came from."""
         chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
-        if self.select.selector in ("pareto", "monotone") and self.stability_draws:
+        if "bootstrap" in self._selector.offers and self.stability_draws:
             chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
         floored = list(guarded_mean_traces(self.sensitivity)[1])
         settings = {
@@ -238,8 +241,8 @@ class MeasureTraces(Callback):
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
         config, seed = self.select, self.measure.seed if self.select.seed is None else self.select.seed
         pick = partial(select, problem, config.budget, config.selector, seed=seed, bits=config.bits)
-        if config.selector in ("top_eigenvalue", "hawq"):
-            names = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
+        if "eigenvalues" in self._selector.needs:
+            names = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
             eigenvalues = top_eigenvalues(
                 pl_module, batches, loss_fn, sites=self._sites, only=names, rtol=self.measure.rtol,
                 seed=self.measure.seed, progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
@@ -247,7 +250,7 @@ class MeasureTraces(Callback):
             self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
-        if config.selector == "accuracy":
+        if "loss" in self._selector.needs:
             quantizer = quantizer_of(self.quantizer)
             with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
@@ -258,7 +261,7 @@ class MeasureTraces(Callback):
 
     def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
         try:
-            frontier = problem.frontier("weight_bytes")
+            frontier = plan_frontier(problem)
         except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
             self._frontier, self._no_frontier = None, str(error)
             rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")
