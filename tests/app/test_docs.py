@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
+REFERENCE = re.compile(r"^::: (\S+)$", re.M)
+# on the face for the package's own other parts
+FOR_NEIGHBOURS = {"__version__", "find_sites", "layer_type", "nearest", "quantizable_layers", "write_text"}
 COMMAND = re.compile(r"^hawq-lightning(-analyze|-export)? .*$", re.M)
 
 
@@ -106,6 +109,24 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     pages = [str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")]
     assert len(pages) > 15 and not [p for p in pages if p not in text]
+
+
+def names_of_the_api_pages() -> list[str]:
+    return [
+        m[1] for p in sorted((ROOT / "docs" / "api").glob("*.md")) for m in REFERENCE.finditer(p.read_text("utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("name", names_of_the_api_pages())
+def test_a_documented_name_exists_and_is_public(name):
+    module, _, attribute = name.rpartition(".")
+    assert not any(part.startswith("_") for part in name.split(".")), "a private module on an API page"
+    assert hasattr(importlib.import_module(module), attribute)
+
+
+def test_every_public_name_is_on_an_api_page():
+    written = {name.rpartition(".")[2] for name in names_of_the_api_pages()}
+    assert not set(hawq_lightning.__all__) - written - FOR_NEIGHBOURS
 
 
 def documented_callables():
