@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from hawq_lightning import Candidate, PlanSite, Site, SiteTable, measure, sites
 from hawq_lightning.data import ImageFolderDataModule
 from hawq_lightning.models import resnet20
-from hawq_lightning.quantization import enable_site, loss_per_site, prepare, unquantize, weight_candidates
+from hawq_lightning.quantization import candidates, enable_site, loss_per_site, prepare, unquantize, weight_candidates
 from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, log_scale
 from hawq_lightning.sensitivity import Sensitivity, top_eigenvalues
 
