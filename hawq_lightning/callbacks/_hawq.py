@@ -98,7 +98,7 @@ class HAWQ(ApplyPlan):
         return self.measure_callback.sites
 
     @property
-    def candidates(self) -> dict[str, tuple[Candidate, ...]]:
+    def candidates(self) -> Mapping[str, tuple[Candidate, ...]]:
         """Bit-widths weighed for every site, by its name."""
         return self.measure_callback.candidates
 

@@ -32,7 +32,7 @@ from hawq_lightning.callbacks._trainer import (
     shows_progress,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
-from hawq_lightning.quantization import fake_quant_disabled, loss_check, loss_of_plan, options, quantizer_of
+from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
 from hawq_lightning.selection import (
     SELECTORS,
     Frontier,
@@ -94,7 +94,7 @@ class MeasureTraces(Callback):
             )
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.dirpath, self.progress = dirpath, progress
-        self.candidates: dict[str, tuple[Candidate, ...]] = {}
+        self.candidates: Mapping[str, tuple[Candidate, ...]] = {}
         self.loss_per_site: list[dict[str, Any]] = []
         self.eigenvalues: dict[str, float] = {}
         self._sites: SiteTable | None = None
@@ -183,9 +183,7 @@ class MeasureTraces(Callback):
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
             with shared_traces(trainer, folder, config.cache, table) as traces:
                 weigh = partial(
-                    options, pl_module, batches, sites=table, loss_fn=loss_fn, quantizer=quantizer,
-                    weight_bits=self.quantizer.weight_bits, activation_bits=self.quantizer.activation_bits,
-                    input_bits=self.quantizer.input_bits, codes=self.quantizer.code_format,
+                    candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
                 )  # fmt: skip
                 stable = StablePlan(
                     table, weigh, self.select.budget, self.select.selector, overhead, constraints, self._question
@@ -213,7 +211,7 @@ class MeasureTraces(Callback):
             self._draw_frontier(problem, folder if trainer.is_global_zero else None)
             warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
-                self.loss_per_site = loss_check(
+                self.loss_per_site = loss_per_site(
                     pl_module, batches, loss_fn, table, self.candidates, quantizer=quantizer, progress=show
                 )
                 if trainer.is_global_zero:
