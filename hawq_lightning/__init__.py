@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hawq_lightning._batches import batch_images
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
@@ -12,7 +13,15 @@ from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, si
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.quantization import candidates, quantize
-from hawq_lightning.selection import Frontier, Problem, frontier, select
+from hawq_lightning.selection import (
+    Frontier,
+    Problem,
+    frontier,
+    register_cost,
+    register_score,
+    register_selector,
+    select,
+)
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
@@ -46,6 +55,7 @@ __all__ = [
     "ApplyPlan",
     "BlockwiseOrder",
     "Candidate",
+    "Candidates",
     "Distillation",
     "FreezeSchedule",
     "Frontier",
@@ -74,6 +84,9 @@ __all__ = [
     "nearest",
     "quantizable_layers",
     "quantize",
+    "register_cost",
+    "register_score",
+    "register_selector",
     "save_packed",
     "select",
     "sites",
