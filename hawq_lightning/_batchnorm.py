@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hawq_lightning.layers import kind_of
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -81,8 +83,8 @@ class NormReads(TorchDispatchMode):
         for layer in self.sources[key]:
             if self.readers[id(layer)] != {key}:
                 return "something else reads the output of the layer before it"
-            if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
-                return "the groups of a transposed convolution share their scales"
+            if reason := kind_of(layer).why_not_folded(layer):
+                return reason
         return None
 
     def pairs(self) -> dict[int, nn.Module]:
@@ -98,13 +100,13 @@ class NormReads(TorchDispatchMode):
         def enter(module: nn.Module, args: Any) -> None:
             if key in self.norms:
                 source = self._source(args[0]) if args else None
-                if source is None or args[0].ndim != _axes(self.layers[source]):
+                if source is None or args[0].ndim != self._axes(source):
                     self.strays.add(key)  # or unbatched, or a sequence: axis 1 is then not the channels
                 else:
                     self.readers[source].add(key)
-                    known = self.sources.setdefault(key, [])
-                    if self.layers[source] not in known:
-                        known.append(self.layers[source])
+                    sources = self.sources.setdefault(key, [])
+                    if self.layers[source] not in sources:
+                        sources.append(self.layers[source])
             self._inside.append(key)
 
         return enter
@@ -116,6 +118,9 @@ class NormReads(TorchDispatchMode):
                 self.made[id(output)] = (weakref.ref(output), key)
 
         return leave
+
+    def _axes(self, key: int) -> int:
+        return kind_of(self.layers[key]).output_axes(self.layers[key])
 
     def _source(self, tensor: Any) -> int | None:
         made = self.made.get(id(tensor))
@@ -151,10 +156,5 @@ def norms_behind(
         return {}
     reads = NormReads(layers.values(), (m for m in model.modules() if id(m) in norms))
     reads.run(run)
-    found = reads.pairs()
-    return {n: norms[id(found[id(m)])] for n, m in layers.items() if id(m) in found}
-
-
-def _axes(layer: Any) -> int:
-    """Axes of a layer's output when axis 1 holds its channels."""
-    return 2 + len(getattr(layer, "kernel_size", ()))
+    pairs = reads.pairs()
+    return {n: norms[id(pairs[id(m)])] for n, m in layers.items() if id(m) in pairs}

@@ -17,12 +17,12 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import QUANTIZABLE, layer_type
 from hawq_lightning.export import _container as container
 from hawq_lightning.export._bits import pack, packed_bytes, unpack
 from hawq_lightning.export._extras import most_extras, read_bases, read_extras
 from hawq_lightning.export._index import TORCH_TYPES, Index
 from hawq_lightning.export._inventory import check_same, index_of, owning, plain, renaming, rest_of
+from hawq_lightning.layers import FakeQuantLayer, find_kind
 from hawq_lightning.quantization import (
     MIDRISE_ZERO,
     QuantizedLayer,
@@ -213,7 +213,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """
     file = read_packed(path)
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
+    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if find_kind(m) is not None])
     owned = {id(modules[rename(n)]) for w in file.index.weights for n in w.layers if rename(n) in modules}
     targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
     stored = {rename.keys(t.keys): t for t in file.index.rest if rename.keys(t.keys)}
@@ -251,7 +251,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
 def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> None:
     """Where a tied float weight does not round to the codes (DoReFa squashes first), the layers get their own."""
     for layer in layers:
-        assert isinstance(layer, QuantizedLayer)
+        assert isinstance(layer, FakeQuantLayer)
         quantizer = layer.weight_quantizer
         levels = quantizer.dequantize(file.codes[site.name].to(quantizer.width.device)).to(layer.weight.dtype)
         if not torch.equal(quantizer.settled(layer.weight), levels):
@@ -260,7 +260,7 @@ def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> Non
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     found = model.named_modules(remove_duplicate=False)
-    return {plain(n): m for n, m in found if isinstance(m, QuantizedLayer)}
+    return {plain(n): m for n, m in found if isinstance(m, FakeQuantLayer)}
 
 
 def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:

@@ -25,7 +25,7 @@ from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake
 from hawq_lightning.quantization._first_order import first_order_term
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._loss_check import loss_check
-from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
+from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
 from hawq_lightning.quantization._plan_loss import loss_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
@@ -48,6 +48,7 @@ __all__ = [
     "Head",
     "HeadOutputs",
     "QuantizedLayer",
+    "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
     "WeightQuantizer",
@@ -67,7 +68,6 @@ __all__ = [
     "import_quantizers",
     "loss_check",
     "loss_of_plan",
-    "must_be_called",
     "named_in",
     "network_inputs",
     "options",
@@ -78,6 +78,7 @@ __all__ = [
     "quantizer_named",
     "quantizer_names",
     "quantizers",
+    "quantizers_in",
     "reestimate",
     "refresh",
     "register",

@@ -13,7 +13,8 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
+from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
@@ -121,7 +122,7 @@ def options(
             try:
                 out[site.name] = weight_options(
                     layer.weight.detach(),
-                    channel_axis(layer),
+                    layer.channel_axis,
                     weight_widths,
                     mean_traces[site.name],
                     codes,
@@ -164,7 +165,7 @@ def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
 
 
 def _read_all(
-    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, layers: Mapping[str, nn.Module],
+    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, layers: Mapping[str, WeightReader],
     site_of: Mapping[str, str], visitor: Callable[[int], Callable[[str, torch.Tensor], None]], bar: Bar, what: str,
 ) -> None:  # fmt: skip
     task = bar.begin(what, len(batches))

@@ -61,7 +61,7 @@ def finite(bound: float) -> float:
     return min(max(bound, -3.4e38), 3.4e38)
 
 
-def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool = False) -> torch.Tensor:
+def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, exclusive: bool = False) -> torch.Tensor:
     """``grad`` where ``low < x < high``, zero elsewhere.
 
     Args:
@@ -69,10 +69,11 @@ def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, a
         x: float32 or bfloat16.
         low: any number.
         high: any number.
-        alone: nobody else reads ``grad``, so that it may be overwritten: fresh memory costs more than the arithmetic.
+        exclusive: nobody else reads ``grad``, so that it may be overwritten: fresh memory costs more than the
+            arithmetic.
     """
     bounds = finite(low), finite(high)
-    if alone and not torch.is_grad_enabled():
+    if exclusive and not torch.is_grad_enabled():
         return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=grad)  # type: ignore[no-any-return]
     return torch.ops.aten.hardtanh_backward(grad, x, *bounds)  # type: ignore[no-any-return]
 
@@ -96,12 +97,12 @@ class _Clipped(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, step, low, high, margin = inputs
         ctx.save_for_backward(x)
-        ctx.bounds, ctx.alone = ((low - margin) * step, (high + margin) * step), False
+        ctx.bounds, ctx.grad_is_exclusive = ((low - margin) * step, (high + margin) * step), False
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        return clipped_grad(grads[0], x, low, high, ctx.alone), None, None, None, None
+        return clipped_grad(grads[0], x, low, high, ctx.grad_is_exclusive), None, None, None, None
 
 
 class _Channels(torch.autograd.Function):

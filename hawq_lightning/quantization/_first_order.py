@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._registry import quantizer_named
 from hawq_lightning.sensitivity import isolated_eval, to_device
@@ -35,7 +35,7 @@ def first_order_term(
         for s in plan.weights:
             layer = weights[s.name]
             w = layer.weight.detach()
-            axis = channel_axis(layer)
+            axis = layer.channel_axis
             quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
             quantizer.fold(norms.get(s.layers[0]))
             quantizer.fit(w, s.bits, s.code)

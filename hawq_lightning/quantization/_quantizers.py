@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.layers import deterministic
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_channels, fake_quantize_tensor
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
-from hawq_lightning.quantization._recompute import deterministic
 from hawq_lightning.quantization._widths import one_of
 
 _DEFAULT = "uniform"

@@ -15,6 +15,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Site
+from hawq_lightning.layers import channel_axis_of
 from hawq_lightning.selection._costs import COSTS
 from hawq_lightning.selection._coupling import group_frontier
 from hawq_lightning.selection._frontier import Floats, Frontier, Ints
@@ -231,7 +232,7 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
     types = {x.name: x.type for x in plan.layers}
     sites, options, traces = [], {}, []
     for s in plan.sites:
-        axis = 1 if types.get(s.layers[0] if s.layers else "", "").startswith("ConvTranspose") else 0
+        axis = channel_axis_of(types.get(s.layers[0] if s.layers else "", ""))
         channels = s.shape[axis] if s.kind == "weight" and len(s.shape) > axis else 1
         sites.append(Site(s.name, s.kind, s.layers, s.shape, s.numel, channels))
         if s.options:

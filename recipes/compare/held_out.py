@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from hawq_lightning import Plan, SiteTable, quantize
 from hawq_lightning.cli import make_data, make_task
-from hawq_lightning.quantization import QuantizedLayer, along, loss_check
+from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.quantization import along, loss_check
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import Problem
 from hawq_lightning.tasks import make_optimizer
@@ -105,7 +106,7 @@ class HeldOut:
 def with_norms(net: LightningModule) -> LightningModule:
     """Weights as quantized, but as long as they were, channel by channel; activations stay quantized."""
     for layer in net.modules():
-        if isinstance(layer, QuantizedLayer):
+        if isinstance(layer, FakeQuantLayer):
             rounded = layer.quantized_weight
             norms = [w.flatten(1).norm(dim=1).clamp_min(1e-30) for w in (layer.weight, rounded)]
             longer = along(norms[0] / norms[1], rounded, 0)

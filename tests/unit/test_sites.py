@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, batch_images, sites
-from hawq_lightning.quantization import must_be_called, prepare
+from hawq_lightning.layers import must_be_called
+from hawq_lightning.quantization import prepare
 from tests.nets import ConvNet, SharedHead, Tied
 
 

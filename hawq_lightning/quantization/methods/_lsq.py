@@ -7,11 +7,11 @@ import math
 import torch
 from torch import nn
 
+from hawq_lightning.layers import deterministic
 from hawq_lightning.quantization._fake_quantize import along
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY
-from hawq_lightning.quantization._recompute import deterministic
 from hawq_lightning.quantization._registry import register
 from hawq_lightning.quantization.methods._learned import learned_step
 

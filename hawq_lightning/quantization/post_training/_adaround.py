@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._progress import Bar, progress_bar
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
     FloatReference,
     Forward,
@@ -20,7 +20,7 @@ from hawq_lightning.quantization.post_training._reference import (
     still,
 )
 from hawq_lightning.quantization.post_training._rounding import learn_rounding
-from hawq_lightning.quantization.post_training._second_moments import Moments, groups_of, patches, supports
+from hawq_lightning.quantization.post_training._second_moments import Moments, patches
 
 
 def adaround(
@@ -73,7 +73,12 @@ def adaround(
 
 
 def _moments(
-    model: nn.Module, layer: QuantizedLayer, calls: int, batches: list[Any], forward: Forward, reference: FloatReference
+    model: nn.Module,
+    layer: QuantizedWeight,
+    calls: int,
+    batches: list[Any],
+    forward: Forward,
+    reference: FloatReference,
 ) -> Moments:
     moments = Moments(_rows(layer))
     for batch in batches:
@@ -91,11 +96,11 @@ def _moments(
     return moments
 
 
-def _rows(layer: QuantizedLayer) -> torch.Tensor:
-    return layer.weight.detach().float().reshape(groups_of(layer), -1, layer.weight[0].numel())
+def _rows(layer: QuantizedWeight) -> torch.Tensor:
+    return layer.weight.detach().float().reshape(layer.kind.groups(layer.module), -1, layer.weight[0].numel())
 
 
-def _round(layer: QuantizedLayer, moments: Moments, ridge: float) -> dict[str, float]:
+def _round(layer: QuantizedWeight, moments: Moments, ridge: float) -> dict[str, float]:
     quantizer, rows = layer.weight_quantizer, _rows(layer)
     own, mixed, power = moments.mean()
     half, zero = 1 << (quantizer.bits - 1), float(quantizer.zero_point)
@@ -126,10 +131,10 @@ def _error(
     return float(((v @ own - 2 * rows @ mixed) * v).sum() + power.sum())
 
 
-def _on_even_grid(layer: QuantizedLayer) -> bool:
+def _on_even_grid(layer: QuantizedWeight) -> bool:
     """Whether codes can be chosen freely: a weight put on any grid point is quantized to that very point."""
     quantizer = layer.weight_quantizer
-    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not supports(layer):
+    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not layer.kind.reconstructs:
         return False
     half = 1 << (quantizer.bits - 1)
     codes = (
@@ -139,5 +144,5 @@ def _on_even_grid(layer: QuantizedLayer) -> bool:
     return torch.equal(quantizer.codes(points), codes.to(torch.int32))
 
 
-def _shared(layer: QuantizedLayer, model: nn.Module) -> bool:
+def _shared(layer: QuantizedWeight, model: nn.Module) -> bool:
     return sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) > 1

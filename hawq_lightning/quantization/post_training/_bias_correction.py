@@ -12,7 +12,8 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._progress import Bar, progress_bar
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.layers import WeightReader
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
     FloatReference,
     Forward,
@@ -63,14 +64,15 @@ def bias_correction(
             float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
         task = bar.begin("Bias correction", len(order))
         for done, (name, calls) in enumerate(order.items()):
-            layer: Any = layers[name]
-            if layer.bias is not None or name in norms:
+            layer = layers[name]
+            bias = getattr(layer.module, "bias", None)
+            if bias is not None or name in norms:
                 mean = ChannelMean()
                 for batch in kept:
                     look_at(model, layer, calls, batch, forward, _mean_into(mean, _channels(layer)))
                 shift = targets[name].value - mean.value
-                if layer.bias is not None:
-                    layer.bias.add_(shift.to(layer.bias.dtype))
+                if bias is not None:
+                    bias.add_(shift.to(bias.dtype))
                 else:
                     running: Any = norms[name].running_mean
                     running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
@@ -106,16 +108,17 @@ class ChannelMean:
 
 
 def _own_norms(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Any, forward: Forward
 ) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """Layer -> the BatchNorm that reads its outputs, all of them and nothing else, and no other layer's."""
-    found = norms_behind(model, dict(model.named_modules()), layers, lambda: forward(model, batch))
-    readers = Counter(found.values())
-    return {n: model.get_submodule(norm) for n, norm in found.items() if readers[norm] == 1}  # type: ignore[misc]
+    modules = {n: layer.module for n, layer in layers.items()}
+    norm_of = norms_behind(model, dict(model.named_modules()), modules, lambda: forward(model, batch))
+    readers = Counter(norm_of.values())
+    return {n: model.get_submodule(norm) for n, norm in norm_of.items() if readers[norm] == 1}  # type: ignore[misc]
 
 
-def _channels(layer: Any) -> int:
-    return 1 - int(layer.weight.ndim)  # from the end: there may be no batch axis
+def _channels(layer: WeightReader) -> int:
+    return layer.kind.channels_from_end(layer.module)
 
 
 def _mean_into(mean: ChannelMean, axis: int) -> Callable[[Any, torch.Tensor], None]:
@@ -123,13 +126,10 @@ def _mean_into(mean: ChannelMean, axis: int) -> Callable[[Any, torch.Tensor], No
 
 
 def _means_of_all(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any], forward: Forward,
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: list[Any], forward: Forward,
     into: Mapping[str, ChannelMean],
 ) -> None:  # fmt: skip
-    def hook(name: str, axis: int) -> Any:
-        return lambda module, args, y: into[name].add(y, axis)
-
-    handles = [layers[n].register_forward_hook(hook(n, _channels(layers[n]))) for n in into]
+    handles = [layers[n].on_call(_mean_into(into[n], _channels(layers[n]))) for n in into]
     try:
         for batch in batches:
             forward(model, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -58,7 +59,7 @@ def still(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedLayer], list[Any]]:
+def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedWeight], list[Any]]:
     """The armed layers, and the batches on the model's device.
 
     Raises:
@@ -74,14 +75,16 @@ def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedLayer],
     return layers, kept
 
 
-def calls_in_order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward) -> dict[str, int]:
+def calls_in_order(
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Any, forward: Forward
+) -> dict[str, int]:
     """Layers in the order of their first call, and how often each is called in a pass."""
     counts: dict[str, int] = {}
 
     def hook(name: str) -> Any:
         return lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1)
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    handles = [layer.on_call(hook(n)) for n, layer in layers.items()]
     try:
         forward(model, batch)
     finally:
@@ -96,7 +99,7 @@ class _Reached(BaseException):
 
 def look_at(
     model: nn.Module,
-    layer: nn.Module,
+    layer: WeightReader,
     calls: int,
     batch: Any,
     forward: Forward,
@@ -105,14 +108,14 @@ def look_at(
     """Run a batch until ``layer`` was called ``calls`` times; ``look(input, output)`` at every call."""
     seen = 0
 
-    def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+    def record(x: torch.Tensor, output: torch.Tensor) -> None:
         nonlocal seen
-        look(args[0] if args else kwargs["input"], output)
+        look(x, output)
         seen += 1
         if seen >= calls:
             raise _Reached
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handle = layer.on_call(record)
     try:
         with contextlib.suppress(_Reached):
             forward(model, batch)
