@@ -1,4 +1,4 @@
-"""A plan: which bit-width and code kind every site gets, and the numbers that led there (paper, Fig. 1)."""
+"""A plan: which bit-width and code format every site gets, and the numbers that led there (paper, Fig. 1)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Candidate:
 
     Attributes:
         bits: code width, 1 to 8 for weights and 2 to 8 for activations.
-        code: code kind: ``affine``, ``midrise`` or ``codebook``.
+        code: code format: ``affine``, ``midrise`` or ``codebook``.
         omega: second-order perturbation, twice the predicted loss change (paper eq. 10).
         perturbation: ``||Q(W) - W||^2``; for activations the mean over images of ``||Q(a) - a||^2``.
         scale: activations only: the step of the grid.
@@ -68,7 +68,7 @@ class PlanSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """Site -> bits and code kind, with traces, costs, settings and the fingerprint that they came from.
+    """Site -> bits and code format, with traces, costs, settings and the fingerprint that they came from.
 
     Attributes:
         sites: one entry a site, in network order, weights before activations.
@@ -188,7 +188,7 @@ class Plan:
         return plan
 
     def settled(self) -> Plan:
-        """The plan with the code kinds, grids and Ω that belong to its bits, where bits were edited by hand.
+        """The plan with the code formats, grids and Ω that belong to its bits, where bits were edited by hand.
 
         A site was edited if what it carries is that of another width among its options. Costs are not touched: see
         :func:`hawq_lightning.selection.recost`.
@@ -337,4 +337,4 @@ def check_choice(name: str, kind: str, bits: Any, code: Any) -> None:
             f"({allowed[0]} to {allowed[-1]}); the nearest is {close}."
         )
     if code not in CODES:
-        raise HawqError(f"Site {name!r}: code kind {code!r} is unknown; use one of {', '.join(CODES)}.")
+        raise HawqError(f"Site {name!r}: code format {code!r} is unknown; use one of {', '.join(CODES)}.")

@@ -42,7 +42,7 @@ from hawq_lightning.quantization import (
     quantizers_in,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -150,11 +150,11 @@ class ApplyPlan(Callback):
             if not _agrees(self._given, pl_module):
                 rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
                 self._plan = _sized(plan_of(pl_module))
-                share(pl_module, self._plan)
+                tie_scales(pl_module, self._plan)
                 return True
         if self._plan is None or not _agrees(self._plan, pl_module):
             self._plan = self._given or _sized(plan_of(pl_module))
-        share(pl_module, self._plan)
+        tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 

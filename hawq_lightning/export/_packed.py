@@ -76,7 +76,7 @@ def packed_overhead(
     most = sum(w.numel for w in index.weights)
     spec = quantizer_named(quantizer)
     weights, learned = spec.weight_quantizer(1), isinstance(spec.activation_quantizer(), ActivationLQ)
-    extras = most_extras(index, "codebook" in weights.kinds(8), weights.zero_points, learned)
+    extras = most_extras(index, "codebook" in weights.code_formats(8), weights.zero_points, learned)
     fixed = (b for b in index.blobs(0, extras) if b[0] not in ("codes", "scales", "basis"))
     return container.header_bound(index, most, extras) + sum(n * TORCH_TYPES[dtype].itemsize for _, dtype, n in fixed)
 
@@ -109,7 +109,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         numbers = quantizer.codes(layer.weight)
         pack_low_bit_weights = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
         levels = quantizer.dequantize(numbers).to(pack_low_bit_weights)
-        if not torch.equal(levels, quantizer.settled(layer.weight).to(pack_low_bit_weights)):
+        if not torch.equal(levels, quantizer.eval_weight(layer.weight).to(pack_low_bit_weights)):
             raise HawqError(
                 f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
                 "network would be another one."
@@ -254,7 +254,7 @@ def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> Non
         assert isinstance(layer, FakeQuantLayer)
         quantizer = layer.weight_quantizer
         levels = quantizer.dequantize(file.codes[site.name].to(quantizer.width.device)).to(layer.weight.dtype)
-        if not torch.equal(quantizer.settled(layer.weight), levels):
+        if not torch.equal(quantizer.eval_weight(layer.weight), levels):
             layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
 
 
@@ -277,7 +277,7 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
             if site.kind == "activation" and float(quantizer.scale) != float(reads.scale):
                 raise HawqError(
                     f"The layers of {site.name!r} read one tensor by different grids, {site.layers[0]!r} and {name!r}; "
-                    "call hawq_lightning.quantization.share(model, plan) before training goes on."
+                    "call hawq_lightning.quantization.tie_scales(model, plan) before training goes on."
                 )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never armed: call quantize(model, plan) first.")

@@ -15,13 +15,13 @@ from hawq_lightning.quantization._apply import (
     quantizers,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     unquantize,
     with_quantizer,
 )
 from hawq_lightning.quantization._candidates import options, weight_kinds, weight_options
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
-from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_tensor
+from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._first_order import first_order_term
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._loss_check import loss_check
@@ -35,7 +35,7 @@ from hawq_lightning.quantization._registry import (
     import_quantizers,
     quantizer_named,
     quantizer_names,
-    register,
+    register_quantizer,
 )
 from hawq_lightning.quantization._trial import temporarily_quantized
 from hawq_lightning.quantization._widths import check_bits
@@ -53,7 +53,6 @@ __all__ = [
     "QuantizerSpec",
     "WeightQuantizer",
     "activation_step",
-    "along",
     "check_bits",
     "check_plan",
     "disable",
@@ -71,6 +70,7 @@ __all__ = [
     "named_in",
     "network_inputs",
     "options",
+    "per_channel_view",
     "plan_of",
     "prepare",
     "quantize",
@@ -81,9 +81,9 @@ __all__ = [
     "quantizers_in",
     "reestimate",
     "refresh",
-    "register",
-    "share",
+    "register_quantizer",
     "temporarily_quantized",
+    "tie_scales",
     "to_fake_quantized",
     "unquantize",
     "weight_kinds",

@@ -64,7 +64,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Compare a plan with the layers of a model.
 
     Raises:
-        HawqError: it was made for another model (says which sites differ), a code kind that cannot be installed, or
+        HawqError: it was made for another model (says which sites differ), a code format that cannot be installed, or
             an activation without a grid for its bits.
     """
     layers, _ = quantizable_layers(model)
@@ -82,11 +82,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     plan.check_fits(have)
     weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
     for s in plan.settled().sites:
-        kinds = weights.kinds(s.bits) if s.kind == "weight" else ("affine",)
-        if s.code not in kinds:
+        formats = weights.code_formats(s.bits) if s.kind == "weight" else ("affine",)
+        if s.code not in formats:
             raise HawqError(
-                f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s of {s.bits} bits can be "
-                f"{' or '.join(map(repr, kinds))} with quantizer {plan.quantizer!r}."
+                f"Site {s.name!r} of the plan has code format {s.code!r}; {s.kind}s of {s.bits} bits can be "
+                f"{' or '.join(map(repr, formats))} with quantizer {plan.quantizer!r}."
             )
         if s.kind == "weight":
             continue
@@ -102,7 +102,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
-    """The same bits for another quantizer: code kinds that it has, and no Omega where its error is another one."""
+    """The same bits for another quantizer: code formats that it has, and no Omega where its error is another one."""
     if (plan.quantizer, dict(plan.quantizer_options)) == (quantizer.name, dict(quantizer.options)):
         return plan
     weights = quantizer.weight_quantizer(1)
@@ -112,8 +112,8 @@ def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
     def moved(site: PlanSite) -> PlanSite:
         if site.kind == "activation":
             return site
-        kinds = weights.kinds(site.bits)
-        code = site.code if site.code in kinds else kinds[0]
+        formats = weights.code_formats(site.bits)
+        code = site.code if site.code in formats else formats[0]
         if alike and code == site.code:
             return site
         return replace(site, code=code, omega=None, perturbation=None, options=())
@@ -145,20 +145,20 @@ def enable(model: nn.Module, plan: Plan) -> None:
         for s in plan.sites:
             for name in s.layers:
                 enable_site(layers[name], s, norms.get(name))
-        share(model, plan)
+        tie_scales(model, plan)
     except HawqError:
         disable(model)  # all or nothing
         raise
 
 
-def share(model: nn.Module, plan: Plan) -> None:
+def tie_scales(model: nn.Module, plan: Plan) -> None:
     """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
     layers = quantized_layers(model)
     for s in plan.sites:
         part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
         first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
         for quantizer in others:
-            if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
+            if quantizer.has_dynamic_range and quantizer is not first and type(quantizer) is type(first):
                 quantizer.tie_to(first)
     for name, norm in norms_to_fold(model, plan.layers).items():
         if name in layers and layers[name].weight_quantizer.bits:

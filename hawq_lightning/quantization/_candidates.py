@@ -62,7 +62,7 @@ def weight_options(
     q.fold(norm)
     out = []
     for bits in widths:
-        own = q.kinds(bits)
+        own = q.code_formats(bits)
         kinds = [k for k in weight_kinds(bits, codes) if k in own]
         if not kinds and codes != "auto" and bits > 1:
             raise HawqError(f"Quantizer {spec.name!r} has no {codes} codes of {bits} bits, but {' and '.join(own)}.")

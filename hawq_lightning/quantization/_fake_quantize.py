@@ -44,12 +44,12 @@ def fake_quantize_channels(
         half: half the number of levels, rounded up.
     """
     if eager(weight) and weight.dtype == torch.float32:
-        return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)[0]
+        return _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)[0]
     zeros = zero.expand(scale.shape).contiguous()
     return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
 
 
-def along(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
+def per_channel_view(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
     """One value a channel, shaped so that it broadcasts against ``like``."""
     shape = [1] * like.ndim
     shape[axis] = -1

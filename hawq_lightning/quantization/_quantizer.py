@@ -44,7 +44,7 @@ class Quantizer(nn.Module):
     width: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
-    has_dynamic_range = False  # whether the grid moves in training without gradients
+    updates_range = False  # whether passes in training move the grid, by what they see
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
@@ -119,9 +119,9 @@ class Quantizer(nn.Module):
         return with_zero_grads(x, *learned) if learned and torch.is_grad_enabled() else x
 
     @property
-    def moves(self) -> bool:
-        """Whether training changes the grid: by gradients, or by watching what passes."""
-        return type(self).has_dynamic_range or next(self.parameters(), None) is not None
+    def has_dynamic_range(self) -> bool:
+        """Whether training changes the grid: by gradients, or by what passes see."""
+        return type(self).updates_range or next(self.parameters(), None) is not None
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""

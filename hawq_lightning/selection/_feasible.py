@@ -44,7 +44,9 @@ def nominal_problem(
         HawqError: what :class:`Problem` refuses.
     """
     weights = quantizer_named(quantizer).weight_quantizer(1, 0)
-    options = {s.name: tuple(Candidate(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights}
+    options = {
+        s.name: tuple(Candidate(b, weights.code_formats(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights
+    }
     for s in sites.activations if activation_bits is not None else ():
         own = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
         options[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in own)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hawq_lightning import Plan, SiteTable, quantize
 from hawq_lightning.cli import make_data, make_task
 from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.quantization import along, loss_check
+from hawq_lightning.quantization import loss_check, per_channel_view
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import Problem
 from hawq_lightning.tasks import make_optimizer
@@ -109,7 +109,7 @@ def with_norms(net: LightningModule) -> LightningModule:
         if isinstance(layer, FakeQuantLayer):
             rounded = layer.quantized_weight
             norms = [w.flatten(1).norm(dim=1).clamp_min(1e-30) for w in (layer.weight, rounded)]
-            longer = along(norms[0] / norms[1], rounded, 0)
+            longer = per_channel_view(norms[0] / norms[1], rounded, 0)
             layer.weight.copy_(rounded * longer)
             layer.weight_quantizer.disable()
     return net

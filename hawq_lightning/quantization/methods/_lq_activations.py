@@ -11,9 +11,9 @@ from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
+    basis_levels,
+    bit_table,
     decision_thresholds,
-    members,
-    spanned,
     step_to_least_squares,
 )
 
@@ -38,7 +38,7 @@ class ActivationLQ(ActivationQuantizer):
         basis: v; zeros where steps are even.
     """
 
-    has_dynamic_range = True
+    updates_range = True
     basis: torch.Tensor
 
     def __init__(self, *, ranges: str = "mse") -> None:
@@ -69,7 +69,7 @@ class ActivationLQ(ActivationQuantizer):
 
     def levels(self) -> torch.Tensor:
         """Level of every code, ``[2^b]``."""
-        return spanned(self.basis, self._table())
+        return basis_levels(self.basis, self._table())
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """The nearest level; in training the basis moves first."""
@@ -80,7 +80,7 @@ class ActivationLQ(ActivationQuantizer):
         return _Nearest.apply(x, self.levels())
 
     def _table(self) -> torch.Tensor:
-        return members(self.bits, 0.0, self.basis.device)
+        return bit_table(self.bits, 0.0, self.basis.device)
 
     @torch.no_grad()
     def _refit(self, x: torch.Tensor) -> None:

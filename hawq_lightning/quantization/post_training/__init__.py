@@ -6,7 +6,7 @@ from hawq_lightning.quantization.post_training._batchnorm import reestimate_batc
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference
 from hawq_lightning.quantization.post_training._rounding import learn_rounding
-from hawq_lightning.quantization.post_training._second_moments import Moments, patches
+from hawq_lightning.quantization.post_training._second_moments import Moments
 
 __all__ = [
     "METHODS",
@@ -16,7 +16,6 @@ __all__ = [
     "bias_correction",
     "check_methods",
     "learn_rounding",
-    "patches",
     "post_training",
     "reestimate_batchnorm",
 ]

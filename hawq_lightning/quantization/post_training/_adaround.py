@@ -20,7 +20,9 @@ from hawq_lightning.quantization.post_training._reference import (
     still,
 )
 from hawq_lightning.quantization.post_training._rounding import learn_rounding
-from hawq_lightning.quantization.post_training._second_moments import Moments, patches
+from hawq_lightning.quantization.post_training._second_moments import Moments
+
+_POSITIONS = 32_768  # a call, about
 
 
 def adaround(
@@ -85,15 +87,19 @@ def _moments(
         floating: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor, _: torch.Tensor, into: list[torch.Tensor] = floating) -> None:
-            into.append(patches(layer, x))
+            into.append(_patches(layer, x))
 
         def add(x: torch.Tensor, _: torch.Tensor, rest: list[torch.Tensor] = floating) -> None:
-            moments.add(rest.pop(0), patches(layer, layer.input_quantizer(x)))
+            moments.add(rest.pop(0), _patches(layer, layer.input_quantizer(x)))
 
         with reference.in_place():
             look_at(model, layer, calls, batch, forward, keep)
         look_at(model, layer, calls, batch, forward, add)
     return moments
+
+
+def _patches(layer: QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+    return layer.kind.patches(layer.module, x, _POSITIONS)
 
 
 def _rows(layer: QuantizedWeight) -> torch.Tensor:

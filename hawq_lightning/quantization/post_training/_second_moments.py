@@ -4,20 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hawq_lightning.layers import WeightReader
-
-_POSITIONS = 32_768  # a call, about
-
-
-def patches(layer: WeightReader, x: torch.Tensor) -> torch.Tensor:
-    """What each output position multiplies with the weight, ``[groups, positions, weights of one output channel]``.
-
-    Args:
-        layer: of a kind that reconstructs.
-        x: its input; of every so many samples where there are very many positions.
-    """
-    return layer.kind.patches(layer.module, x, _POSITIONS)
-
 
 class Moments:
     """``E[q q^T]`` and ``E[x q^T]`` of quantized (q) and float (x) patches, a matrix a group, and ``E[(w x)^2]``.

@@ -158,9 +158,8 @@ def test_twins_off_are_the_float_model_and_keep_everything(kind):
     x = batch_for(kind)[0].float()
     want, parameters, keys = net(x), list(net.parameters()), set(net.state_dict())
     twins = prepare(net)
-    assert all(
-        isinstance(m.module, FakeQuantLayer) and isinstance(m.module, m.module.float_type) for m in twins.values()
-    )
+    modules = [layer.module for layer in twins.values()]
+    assert all(isinstance(m, FakeQuantLayer) and isinstance(m, m.float_type) for m in modules)
     assert torch.equal(net(x), want)
     assert all(a is b for a, b in zip(parameters, net.parameters()))
     assert keys < set(net.state_dict())
@@ -234,7 +233,7 @@ def test_plans_from_files_are_checked(tmp_path):
     for old, new, say in (
         ('"bits": 3', '"bits": 11', "out of range"),
         ('"kind": "weight"', '"kind": "wight"', "kind is 'wight'"),
-        ('"code": "affine"', '"code": "os.system"', "code kind"),
+        ('"code": "affine"', '"code": "os.system"', "code format"),
         ('"scale": 0.05', '"scale": -1', "positive"),
         ('"version": 2', '"version": 9', "version 9 is newer"),
         ('"format": "hawq_lightning.plan"', '"format": "x"', "not a plan"),
