@@ -18,6 +18,7 @@ from hawq_lightning.layers._gradients import Pairs, row_dots
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Record = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ class LayerKind:
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def on_call(
-        self, module: nn.Module, parameter: str, record: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> RemovableHandle:
-        """After each call show what was read and the product with ``parameter``."""
+    def on_call(self, module: nn.Module, parameter: str, record: Record) -> RemovableHandle:
+        """After each call show what was read and the product with ``parameter``; a tensor that ``record`` returns takes
+        the product's place.
+        """
 
-        def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> None:
-            record(self.input(args, kwargs), output)
+        def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor | None:
+            return record(self.input(args, kwargs), output)
 
         return module.register_forward_hook(hook, with_kwargs=True)
 

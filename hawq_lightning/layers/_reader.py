@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning.layers._fake_quant import layer_type, quantizer_attribute
-from hawq_lightning.layers._kind import LayerKind, WeightRead, kind_of, weight_of
+from hawq_lightning.layers._kind import LayerKind, Record, WeightRead, kind_of, weight_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,8 @@ class WeightReader:
         """Before each call show the tensor that the weight will be multiplied with; ``visit`` may return another."""
         return self.kind.on_read(self.module, self.parameter, visit)
 
-    def on_call(self, record: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:
-        """After each call show what was read and the product."""
+    def on_call(self, record: Record) -> RemovableHandle:
+        """After each call show what was read and the product; ``record`` may return another product."""
         return self.kind.on_call(self.module, self.parameter, record)
 
     def set_weight(self, weight: nn.Parameter | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.layers import WeightReader
+from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -100,7 +100,8 @@ def outputs_of(setting: MeasureContext, batch: Any) -> Iterator[OutputHessian]:
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
-    with InputHooks(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
+    readers = {n: n for n, layer in setting.layers.items() if as_reader(layer).read.reads_activation}
+    with InputHooks(setting.layers, readers, _in_graph), Outputs(setting.model) as outputs:
         with torch.enable_grad():
             loss = setting.loss(batch)
             boundary, nested = find_boundary(loss, outputs)

@@ -122,16 +122,22 @@ class GradCapture:
         self._handles.append(alias.register_hook(self._arrived(call)))
         return alias
 
-    def _called(self, name: str) -> Callable[..., None]:
-        def record(x: torch.Tensor, output: torch.Tensor) -> None:
+    def _called(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        def record(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             if not self.recording or not torch.is_grad_enabled():
-                return
-            read = x.detach()
+                return None
+            read, product = x.detach(), output
+            if not output.requires_grad:  # a look-up by indices, which have no gradient
+                leaf = output.detach().requires_grad_(True)
+                product = leaf.view_as(leaf)
             if name in self._keep:
                 read = read.clone()
-            call = CallRecord(self._weight_of[name], name, self._layers[name], read, read._version, node=output.grad_fn)
+            call = CallRecord(
+                self._weight_of[name], name, self._layers[name], read, read._version, node=product.grad_fn
+            )
             self._calls.setdefault(call.site, []).append(call)
-            self._handles.append(output.register_hook(self._arrived(call)))
+            self._handles.append(product.register_hook(self._arrived(call)))
+            return None if product is output else product
 
         return record
 
