@@ -105,8 +105,9 @@ class LayerKind:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def on_call(self, module: nn.Module, parameter: str, record: Record) -> RemovableHandle:
-        """After each call show what was read and the product with ``parameter``; a tensor that ``record`` returns takes
-        the product's place.
+        """After each call show what was read and the product with ``parameter``.
+
+        A tensor that ``record`` returns takes the product's place.
         """
 
         def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor | None:

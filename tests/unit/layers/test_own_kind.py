@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -131,7 +131,7 @@ class PairKind(LayerKind):
     """Both products are calls of a function."""
 
     float_type, fake_quant_type = Pair, QPair
-    shown: dict[int, dict[str, list[Any]]] = {}
+    shown: ClassVar[dict[int, dict[str, list[Any]]]] = {}
 
     def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
         return {"up": WeightRead(0), "holder.down": WeightRead(0)}
