@@ -35,7 +35,7 @@ class DequantizeWeight(nn.Module):
         codes: integers, the weight's shape.
         scale: float32, one a channel.
         axis: channel axis.
-        midrise: code kind.
+        midrise: code format.
         zero: the code of 0, of affine codes.
     """
 
