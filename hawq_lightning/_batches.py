@@ -62,10 +62,10 @@ def like(batch: Any, parts: Sequence[Any]) -> Any:
         return type(batch)(named)  # type: ignore[call-arg]
     if isinstance(batch, (list, tuple)):
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    own = copy.copy(batch)
+    copied = copy.copy(batch)
     for f, part in zip(fields(batch), parts):
-        object.__setattr__(own, f.name, part)  # frozen ones, too
-    return own
+        object.__setattr__(copied, f.name, part)  # frozen ones, too
+    return copied
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
+"""Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (

@@ -80,8 +80,8 @@ def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, e
 
 def eager(x: torch.Tensor) -> bool:
     """Whether plain float32 passes on the CPU are what will run."""
-    wanted = x.dtype in (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and wanted and not torch.compiler.is_compiling()
+    exact = x.dtype in (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and exact and not torch.compiler.is_compiling()
 
 
 class _Clipped(torch.autograd.Function):

@@ -26,8 +26,8 @@ class Quantizer(nn.Module):
     Attributes:
         bits: code width; 0 means the identity.
         zero: ``zero_point`` as a Python number, as of the last :meth:`refresh`.
-        paused: the identity for a while, whatever the bits.
-        observing: whether ranges that follow the data may move in training; a schedule may switch it off.
+        fake_quant_disabled: the identity for a while, whatever the bits.
+        range_updates_enabled: whether ranges that follow the data may move in training; a schedule may switch it off.
     """
 
     def __init__(self, channels: int | None = None) -> None:
@@ -85,8 +85,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _take_state(self) -> None:
         for leader in self._tied_to:
-            for mine, theirs in zip(self._tensors(), leader._tensors()):
-                mine.copy_(theirs)
+            for tensor, leading in zip(self._tensors(), leader._tensors()):
+                tensor.copy_(leading)
             self.bits, self.zero = leader.bits, leader.zero
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -133,7 +133,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
-            return  # a float checkpoint says nothing about quantizers; it must not disarm them
+            return  # a float checkpoint says nothing about quantizers; it must not disable them
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh()
 

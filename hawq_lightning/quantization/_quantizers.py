@@ -32,7 +32,7 @@ class WeightQuantizer(Quantizer):
     """Symmetric, one step a channel; levels ``(code - zero_point) * scale`` with ``code`` in [-2^(b-1), 2^(b-1)-1].
 
     Code format ``affine`` has zero_point 0; ``midrise`` has -1/2, so that all 2^b levels are symmetric about zero
-    (at one bit: sign times scale, as in DoReFa). Steps are fitted when armed and then stay.
+    (at one bit: sign times scale, as in DoReFa). Steps are fitted when the quantizer is enabled and then stay.
 
     Args:
         channels: length of the channel axis.

@@ -157,8 +157,8 @@ class WeightIntOnly(WeightQuantizer):
         step, zero = nudged(*torch.aminmax(folded), lowest, half - 1)
         self.step.copy_(step)
         peak = weight.transpose(0, self.axis).flatten(1).abs().amax(1)
-        own = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
-        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), own), float(zero)
+        alone = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
+        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), alone), float(zero)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}scale" in state_dict and f"{prefix}factor" not in state_dict:  # of a version that did not fold

@@ -115,8 +115,8 @@ class _Nearest(torch.autograd.Function):
         passed, count = torch.empty_like(wide), torch.zeros_like(wide)
         for middle in between.tolist():
             count.add_(torch.gt(wide, middle, out=passed))
-        found = ascending.index_select(0, count.reshape(-1).to(torch.int32)).view(count.shape)
-        return found.to(x.dtype)
+        nearest = ascending.index_select(0, count.reshape(-1).to(torch.int32)).view(count.shape)
+        return nearest.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ def adaround(
     packed files hold the learned codes without knowing of it.
 
     Args:
-        model: armed; its weights are changed in place.
+        model: with quantizers enabled; its weights are changed in place.
         batches: a few hundred images; labels are not used unless ``forward`` does.
         forward: runs the model on a batch.
         reference: the float network; default: the model's own present weights.
@@ -57,21 +57,21 @@ def adaround(
         no even grid.
 
     Raises:
-        HawqError: nothing is armed, or no batches.
+        HawqError: no quantizer is enabled, or no batches.
     """
-    layers, kept = prepared(model, batches)
+    layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
-    found: dict[str, dict[str, float]] = {}
+    report: dict[str, dict[str, float]] = {}
     with still(model), progress_bar(bool(progress)) as bar:
-        order = calls_in_order(model, layers, kept[0], forward)
+        order = calls_in_order(model, layers, calibration[0], forward)
         task = bar.begin("Rounding", len(order))
         for done, (name, calls) in enumerate(order.items()):
             layer = layers[name]
             if _on_even_grid(layer) and not _shared(layer, model):
-                moments = _moments(model, layer, calls, kept, forward, reference)
-                found[name] = _round(layer, moments, ridge)
+                moments = _moments(model, layer, calls, calibration, forward, reference)
+                report[name] = _round(layer, moments, ridge)
             bar.advance(task, done + 1)
-    return found
+    return report
 
 
 def _moments(
@@ -108,17 +108,17 @@ def _rows(layer: QuantizedWeight) -> torch.Tensor:
 
 def _round(layer: QuantizedWeight, moments: Moments, ridge: float) -> dict[str, float]:
     quantizer, rows = layer.weight_quantizer, _rows(layer)
-    own, mixed, power = moments.mean()
+    gram, mixed, power = moments.mean()
     half, zero = 1 << (quantizer.bits - 1), float(quantizer.zero_point)
     steps = quantizer.scale.detach().expand(layer.weight.shape[0]).reshape(rows.shape[:2])
     nearest = quantizer.codes(layer.weight).reshape(rows.shape)
     codes, after, before = [], 0.0, 0.0
     for g in range(len(rows)):
-        damp = ridge * own[g].diagonal().mean().clamp_min(1e-30) * torch.eye(len(own[g]), device=own.device)
-        best, *_ = learn_rounding(rows[g], steps[g], -half, half - 1, zero, own[g] + damp, mixed[g] + damp)
+        damp = ridge * gram[g].diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram[g]), device=gram.device)
+        best, *_ = learn_rounding(rows[g], steps[g], -half, half - 1, zero, gram[g] + damp, mixed[g] + damp)
         codes.append(best)
-        after += _error(best, steps[g], zero, rows[g], own[g], mixed[g], power[g])
-        before += _error(nearest[g], steps[g], zero, rows[g], own[g], mixed[g], power[g])
+        after += _error(best, steps[g], zero, rows[g], gram[g], mixed[g], power[g])
+        before += _error(nearest[g], steps[g], zero, rows[g], gram[g], mixed[g], power[g])
     learned = torch.stack(codes)
     layer.weight.copy_(quantizer.dequantize(learned.reshape(layer.weight.shape)).to(layer.weight.dtype))
     total = float(power.sum())
@@ -130,11 +130,11 @@ def _round(layer: QuantizedWeight, moments: Moments, ridge: float) -> dict[str, 
 
 
 def _error(
-    codes: torch.Tensor, step: torch.Tensor, zero: float, rows: torch.Tensor, own: torch.Tensor, mixed: torch.Tensor,
+    codes: torch.Tensor, step: torch.Tensor, zero: float, rows: torch.Tensor, gram: torch.Tensor, mixed: torch.Tensor,
     power: torch.Tensor,
 ) -> float:  # fmt: skip
     v = (codes.float() - zero) * step[:, None]
-    return float(((v @ own - 2 * rows @ mixed) * v).sum() + power.sum())
+    return float(((v @ gram - 2 * rows @ mixed) * v).sum() + power.sum())
 
 
 def _on_even_grid(layer: QuantizedWeight) -> bool:

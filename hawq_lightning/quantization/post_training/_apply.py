@@ -48,10 +48,10 @@ def post_training(
     forward: Forward = default_forward,
     progress: bool | Bar = False,
 ) -> dict[str, dict[str, Any]]:
-    """Improve an armed model without training it.
+    """Improve a quantized model without training it.
 
     Args:
-        model: armed (:func:`hawq_lightning.quantize`); changed in place.
+        model: with quantizers enabled (:func:`hawq_lightning.quantize`); changed in place.
         batches: a few hundred images, inputs first; labels are not used unless ``forward`` does.
         methods: of :data:`METHODS`, in this order; ``True``: rounding, then bias correction, and between them
             BatchNorm's statistics if no layer's rounding can be learned (codebooks), where they are what helps most;
@@ -63,18 +63,18 @@ def post_training(
         method -> what it reports of each layer.
 
     Raises:
-        HawqError: an unknown method, nothing is armed, or no batches.
+        HawqError: an unknown method, no quantizer is enabled, or no batches.
     """
     names = check_methods(methods)
-    kept = list(batches)
+    calibration = list(batches)
     reference = FloatReference(model)
-    found: dict[str, dict[str, Any]] = {}
+    reports: dict[str, dict[str, Any]] = {}
 
     def run(name: str) -> None:
-        found[name] = METHODS[name](model, kept, forward=forward, reference=reference, progress=progress)
+        reports[name] = METHODS[name](model, calibration, forward=forward, reference=reference, progress=progress)
 
     for name in names:
-        if methods is True and name == "bias_correction" and not found["adaround"]:
+        if methods is True and name == "bias_correction" and not reports["adaround"]:
             run("batchnorm")
         run(name)
-    return found
+    return reports

@@ -39,7 +39,7 @@ def bias_correction(
     has none, into the running mean of the BatchNorm that follows.
 
     Args:
-        model: armed; biases and running means are changed in place.
+        model: with quantizers enabled; biases and running means are changed in place.
         batches: a few hundred images.
         forward: runs the model on a batch.
         reference: the float network; default: the model's own present weights.
@@ -50,17 +50,17 @@ def bias_correction(
         nor a BatchNorm of their own do not appear.
 
     Raises:
-        HawqError: nothing is armed, or no batches.
+        HawqError: no quantizer is enabled, or no batches.
     """
-    layers, kept = prepared(model, batches)
+    layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
-    found: dict[str, float] = {}
+    shifts: dict[str, float] = {}
     with still(model), progress_bar(bool(progress)) as bar:
-        order = calls_in_order(model, layers, kept[0], forward)
-        norms = _own_norms(model, layers, kept[0], forward)
+        order = calls_in_order(model, layers, calibration[0], forward)
+        norms = _own_norms(model, layers, calibration[0], forward)
         targets = {n: ChannelMean() for n in order}
         with reference.in_place():
-            _means_of_all(model, layers, kept, forward, targets)
+            _means_of_all(model, layers, calibration, forward, targets)
             float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
         task = bar.begin("Bias correction", len(order))
         for done, (name, calls) in enumerate(order.items()):
@@ -68,7 +68,7 @@ def bias_correction(
             bias = getattr(layer.module, "bias", None)
             if bias is not None or name in norms:
                 mean = ChannelMean()
-                for batch in kept:
+                for batch in calibration:
                     look_at(model, layer, calls, batch, forward, _mean_into(mean, _channels(layer)))
                 shift = targets[name].value - mean.value
                 if bias is not None:
@@ -76,9 +76,9 @@ def bias_correction(
                 else:
                     running: Any = norms[name].running_mean
                     running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
-                found[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
+                shifts[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
             bar.advance(task, done + 1)
-    return found
+    return shifts
 
 
 class ChannelMean:

@@ -23,13 +23,15 @@ class FloatReference:
     """Remembers a network's weights, biases and statistics, so that it can be run as it was later.
 
     Args:
-        model: armed; what is changed in it afterwards does not change the reference.
+        model: with quantizers enabled; what is changed in it afterwards does not change the reference.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        mine = {id(t) for q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
-        self._kept = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if id(t) not in mine]
+        of_quantizers = {id(t) for q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+        self._kept = [
+            (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if id(t) not in of_quantizers
+        ]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -60,19 +62,19 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedWeight], list[Any]]:
-    """The armed layers, and the batches on the model's device.
+    """The layers whose quantizers are enabled, and the batches on the model's device.
 
     Raises:
-        HawqError: nothing is armed, or there are no batches.
+        HawqError: no quantizer is enabled, or there are no batches.
     """
     layers = {n: m for n, m in quantized_layers(model).items() if m.weight_quantizer.bits or m.input_quantizer.bits}
     if not layers:
-        raise HawqError("No quantizer of this model is armed: call hawq_lightning.quantize(model, plan) first.")
+        raise HawqError("No quantizer of this model is enabled: call hawq_lightning.quantize(model, plan) first.")
     device = next(m.weight.device for m in layers.values())
-    kept = [to_device(b, device) for b in batches]
-    if not kept:
+    calibration = [to_device(b, device) for b in batches]
+    if not calibration:
         raise HawqError("There are no batches to calibrate on.")
-    return layers, kept
+    return layers, calibration
 
 
 def calls_in_order(

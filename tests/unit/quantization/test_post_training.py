@@ -246,7 +246,7 @@ def test_all_together_and_modes(tmp_path):
 
 def test_refused():
     model = build(ConvNet).float()
-    with pytest.raises(HawqError, match="No quantizer of this model is armed"):
+    with pytest.raises(HawqError, match="No quantizer of this model is enabled"):
         post_training(model, inputs(ConvNet))
     quantize(model, weight_plan(model, 2))
     with pytest.raises(HawqError, match="no batches"):
