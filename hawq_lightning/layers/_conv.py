@@ -8,7 +8,7 @@ of the time of unfolding and multiplying for a 3 x 3 convolution, and a twentiet
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from hawq_lightning.layers._gradients import (
     row_dots,
 )
 from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
-from hawq_lightning.layers._unfold import paddings, patch_counts, patch_view, unfold, with_batch_axis
+from hawq_lightning.layers._unfold import Conv, as_conv, paddings, patch_counts, patch_view, unfold, with_batch_axis
 
 _FEW = 1 << 15  # elements of an unfolded sample up to which copying them is cheap
 _LIGHT = 10**7  # multiplications a sample below which a call is mostly overhead
@@ -61,16 +61,12 @@ class QConv3d(_QConv[WeightQ, ActivationQ], nn.Conv3d):
 
 class _QConvTranspose(FakeQuantLayer[WeightQ, ActivationQ], nn.modules.conv._ConvTransposeNd):
     product: ClassVar[Callable[..., torch.Tensor]]
-    stride: Any
-    padding: Any
-    kernel_size: Any
-    dilation: Any
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """As the float transposed convolution."""
         padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        )
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation  # type: ignore[arg-type]
+        )  # fmt: skip
         return self.quantized_product(
             type(self).product, input, self.weight, self.bias, self.stride, self.padding, padding, self.groups,
             self.dilation,
@@ -113,7 +109,7 @@ class ConvKind(LayerKind):
 
     def inner_products(self, calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
         """By Gram matrices, products of unfolded inputs, or the convolution's backward kernel: what is least work."""
-        layer: Any = calls[0].layer
+        layer = as_conv(calls[0].layer)
         weight, groups = layer.weight, int(layer.groups)
         rows, columns = weight.shape[0] // groups, weight[0].numel()
         positions = sum((c.read if self.transposed else c.grad).numel() // weight.shape[0] for c in calls)
@@ -131,16 +127,16 @@ class ConvKind(LayerKind):
 
     def output_axes(self, module: nn.Module) -> int:
         """Samples, channels and the spatial axes."""
-        return 2 + len(module.kernel_size)  # type: ignore[arg-type]
+        return 2 + len(as_conv(module).kernel_size)
 
     def channels_from_end(self, module: nn.Module) -> int:
         """Before the spatial axes."""
-        return -1 - len(module.kernel_size)  # type: ignore[arg-type]
+        return -1 - len(as_conv(module).kernel_size)
 
-    def onnx_attributes(self, module: nn.Module) -> dict[str, Any]:
+    def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """Strides, dilations, groups and padding."""
-        layer: Any = module
-        attributes: dict[str, Any] = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
+        layer = as_conv(module)
+        attributes: dict[str, object] = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
         if isinstance(layer.padding, str):
             attributes["auto_pad"] = "SAME_UPPER" if layer.padding == "same" else "VALID"
         else:
@@ -149,11 +145,11 @@ class ConvKind(LayerKind):
 
     def groups(self, module: nn.Module) -> int:
         """Of the convolution."""
-        return int(module.groups)  # type: ignore[arg-type]
+        return int(as_conv(module).groups)
 
     def patches(self, module: nn.Module, x: torch.Tensor, most: int) -> torch.Tensor:
         """See :meth:`LayerKind.patches`."""
-        layer: Any = module
+        layer = as_conv(module)
         x = with_batch_axis(layer, x)
         counts = patch_counts(layer, x)
         positions, columns = int(torch.Size(counts).numel()), layer.weight[0, 0].numel()
@@ -166,7 +162,7 @@ class ConvKind(LayerKind):
         return view.permute(1, 0, 3, 2, 4).reshape(layer.groups, n * positions, layer.weight[0].numel())
 
     def _factors(self, call: LayerCall, per_sample: bool) -> Factors:
-        layer, other = call.layer, call.grad if call.other is None else call.other
+        layer, other = as_conv(call.layer), call.grad if call.other is None else call.other
         if self.transposed:
             # the gradient of a transposed convolution is that of a convolution with input and output in each other's
             # place; G = read . unfold(grad)^T: the roles of C and K are swapped, the inner product is the same
@@ -179,14 +175,14 @@ class ConvKind(LayerKind):
         return (u, d, e) if per_sample else as_one_row((u, d, e))
 
     def _kernel_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Pairs:
-        layers: list[Any] = [call.layer for call in calls]
+        layers = [as_conv(call.layer) for call in calls]
         reads, grads = (
             [with_batch_axis(layer, x) for layer, x in zip(layers, xs)]
             for xs in ([c.read for c in calls], [c.grad for c in calls])
         )
         others = None
         if any(call.other is not None for call in calls):
-            others = [with_batch_axis(c.layer, c.grad if c.other is None else c.other) for c in calls]
+            others = [with_batch_axis(x, c.grad if c.other is None else c.other) for x, c in zip(layers, calls)]
         rows = reads[0].shape[0]
         at_once = self._side_by_side(layers[0], grads[0]) if per_sample else rows
         for start in range(0, rows, at_once):
@@ -200,7 +196,7 @@ class ConvKind(LayerKind):
             g = total(grads)
             yield g, g if others is None else total(others)
 
-    def _side_by_side(self, layer: Any, grad: torch.Tensor) -> int:
+    def _side_by_side(self, layer: Conv, grad: torch.Tensor) -> int:
         """Samples in one call, as groups of a grouped convolution."""
         if self.transposed:
             return 1
@@ -225,9 +221,9 @@ class ConvTransposeKind(ConvKind):
         """One scale an index of the channel axis serves every group."""
         return "the groups of a transposed convolution share their scales" if self.groups(module) > 1 else None
 
-    def onnx_attributes(self, module: nn.Module) -> dict[str, Any]:
+    def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """As of a convolution, and the output padding."""
-        return super().onnx_attributes(module) | {"output_padding": module.output_padding}
+        return super().onnx_attributes(module) | {"output_padding": as_conv(module).output_padding}
 
     def onnx_channels(self, shape: Sequence[int], groups: int) -> int:
         """Those of every group."""
@@ -283,19 +279,19 @@ def by_kernel(layer: nn.Module, unfolded: int) -> bool:
         layer: a convolution.
         unfolded: elements of an unfolded row.
     """
-    conv: Any = layer
+    conv = as_conv(layer)
     if conv.weight.device.type != "cpu":
         return False  # on accelerators one product of all samples keeps the device busy, many small calls do not
     pointwise = all(k == 1 for k in conv.kernel_size)
     return int(conv.groups) > 1 or not (pointwise or unfolded <= _FEW)
 
 
-def _grouped(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _grouped(layer: Conv, x: torch.Tensor) -> torch.Tensor:
     x = with_batch_axis(layer, x)
     return x.reshape(x.shape[0], layer.groups, x.shape[1] // layer.groups, -1)
 
 
-def _gradient(layer: Any, read: torch.Tensor, grad: torch.Tensor, per_sample: bool, transposed: bool) -> torch.Tensor:
+def _gradient(layer: Conv, read: torch.Tensor, grad: torch.Tensor, per_sample: bool, transposed: bool) -> torch.Tensor:
     """``[samples, *weight.shape]``, or ``[1, *weight.shape]`` of all samples together."""
     pads, dims, samples = paddings(layer, transposed), len(layer.kernel_size), read.shape[0]
     even = all(pads[2 * i] == pads[2 * i + 1] for i in range(dims))

@@ -51,7 +51,7 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
         product: Callable[..., torch.Tensor],
         input: torch.Tensor,
         weight: torch.Tensor,
-        *rest: Any,
+        *rest: object,
         parameter: str = "weight",
     ) -> torch.Tensor:
         """``product(Q(input), Q(weight), *rest)``, keeping for the backward pass what the operands were made of.

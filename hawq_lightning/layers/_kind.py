@@ -83,7 +83,7 @@ class LayerKind:
         """
         return {"weight": WeightRead(self.channel_axis)}
 
-    def input(self, args: Args, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def input(self, args: Args, kwargs: Kwargs) -> torch.Tensor:
         """The tensor that a call reads, positional or by keyword."""
         return args[0] if args else kwargs[self.input_name]  # type: ignore[no-any-return]
 
@@ -147,7 +147,7 @@ class LayerKind:
         """Why a BatchNorm behind this layer has to stay; ``None``: it need not."""
         return None if self.foldable else "it is no factor of the layer's weights"
 
-    def onnx_attributes(self, module: nn.Module) -> dict[str, Any]:
+    def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """Attributes of the ONNX node, as far as time depends on them."""
         return {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +60,7 @@ class LinearKind(LayerKind):
             return gram_products(*factors)
         return torch.cat([row_dots(g, h) for g, h in self._products(calls, factors)])
 
-    def onnx_attributes(self, module: nn.Module) -> dict[str, Any]:
+    def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """See :meth:`LayerKind.onnx_attributes`."""
         return {"transB": 1}
 

@@ -8,7 +8,7 @@ backward pass need memory: the layer alone has the gradient that comes to it, wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,8 +23,8 @@ class Recomputable(Protocol):
 
     bits: int
     fake_quant_disabled: bool
-    _tied_to: tuple[Any, ...]
-    _forward_hooks: Any
+    _tied_to: tuple[object, ...]
+    _forward_hooks: Mapping[int, Callable[..., object]]
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid."""

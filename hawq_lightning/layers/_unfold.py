@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+Conv: TypeAlias = nn.modules.conv._ConvNd
 
-def with_batch_axis(layer: Any, x: torch.Tensor) -> torch.Tensor:
+
+def as_conv(layer: nn.Module) -> Conv:
+    """The layer, which is a convolution, as one."""
+    return cast(Conv, layer)
+
+
+def with_batch_axis(layer: Conv, x: torch.Tensor) -> torch.Tensor:
     """``x`` with an axis of samples, if the convolution was called without."""
     return x if x.ndim == len(layer.kernel_size) + 2 else x.unsqueeze(0)
 
 
-def paddings(layer: Any, transposed: bool = False) -> list[int]:
+def paddings(layer: Conv, transposed: bool = False) -> list[int]:
     """What ``F.pad`` takes, last axis first."""
     if isinstance(layer.padding, str) or (layer.padding_mode != "zeros" and not transposed):
         return list(layer._reversed_padding_repeated_twice)
-    return [p for p in reversed(layer.padding) for _ in (0, 1)]
+    return [int(p) for p in reversed(layer.padding) for _ in (0, 1)]
 
 
-def patch_view(layer: Any, x: torch.Tensor, positions: Sequence[int], transposed: bool = False) -> torch.Tensor:
+def patch_view(layer: Conv, x: torch.Tensor, positions: Sequence[int], transposed: bool = False) -> torch.Tensor:
     """Patches of ``x``, without a copy where there is no padding.
 
     Args:
@@ -52,7 +60,7 @@ def patch_view(layer: Any, x: torch.Tensor, positions: Sequence[int], transposed
     )
 
 
-def patch_counts(layer: Any, x: torch.Tensor) -> list[int]:
+def patch_counts(layer: Conv, x: torch.Tensor) -> list[int]:
     """Output positions of a convolution along each spatial axis of ``x``, ``[N, C, *spatial]``."""
     pads, dims = paddings(layer), len(layer.kernel_size)
     return [
@@ -62,7 +70,7 @@ def patch_counts(layer: Any, x: torch.Tensor) -> list[int]:
     ]  # fmt: skip
 
 
-def unfold(layer: Any, x: torch.Tensor, like: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+def unfold(layer: Conv, x: torch.Tensor, like: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     """Patches of ``x`` at the positions of ``like``: ``[N, groups, C / groups * kernel, T]``."""
     x, like = with_batch_axis(layer, x), with_batch_axis(layer, like)
     positions = like.shape[2:]
