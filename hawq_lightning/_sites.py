@@ -11,7 +11,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from hawq_lightning._batches import batch_images, default_forward
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
+from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
@@ -36,6 +36,7 @@ from hawq_lightning.layers import (
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern] | None
+_Node = str | tuple[int, int]  # of the graph of layers and tensors
 _Read = tuple[str, torch.Tensor, tuple[int, int]]  # layer, what it read, and the tensor's id and version
 
 
@@ -151,9 +152,9 @@ def find_sites(
 
 def sites(
     model: nn.Module,
-    example_batch: Any = None,
+    example_batch: Batch = None,
     *,
-    forward: Callable[[nn.Module, Any], Any] = default_forward,
+    forward: Callable[[nn.Module, Batch], Outputs] = default_forward,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> SiteTable:
@@ -255,9 +256,9 @@ def _assemble(
 
 
 def _components(reads: Sequence[_Read]) -> list[tuple[list[str], list[torch.Tensor]]]:
-    parent: dict[Any, Any] = {}
+    parent: dict[_Node, _Node] = {}
 
-    def root(x: Any) -> Any:
+    def root(x: _Node) -> _Node:
         parent.setdefault(x, x)
         while parent[x] != x:
             parent[x] = parent[parent[x]]
@@ -266,7 +267,7 @@ def _components(reads: Sequence[_Read]) -> list[tuple[list[str], list[torch.Tens
 
     for name, _, key in reads:
         parent[root(name)] = root(key)
-    groups: dict[Any, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
+    groups: dict[_Node, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
     for name, tensor, key in reads:
         readers, tensors = groups.setdefault(root(name), ([], {}))
         if name not in readers:

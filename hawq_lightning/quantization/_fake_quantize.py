@@ -100,7 +100,7 @@ class _Clipped(torch.autograd.Function):
         ctx.bounds, ctx.grad_is_exclusive = ((low - margin) * step, (high + margin) * step), False
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (low, high) = ctx.saved_tensors, ctx.bounds
         return clipped_grad(grads[0], x, low, high, ctx.grad_is_exclusive), None, None, None, None
 
@@ -126,7 +126,7 @@ class _Channels(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
 
@@ -148,7 +148,7 @@ class _Touch(torch.autograd.Function):
         ctx.like = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
 
 

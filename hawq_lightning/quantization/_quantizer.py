@@ -8,7 +8,6 @@ whenever a state dict is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -127,11 +126,11 @@ class Quantizer(nn.Module):
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, *args: object) -> None:
         self._take_state()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a float checkpoint says nothing about quantizers; it must not disable them
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -7,7 +7,6 @@ name that :func:`hawq_lightning.quantization.register_quantizer` gives it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +72,7 @@ class WeightQuantizer(Quantizer):
         """Code formats that this quantizer has at a width; where several do, the first is tried first."""
         return ("midrise",) if bits == 1 else ("affine", "midrise")
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if own and (trained := named_in(own)) != self.name:
             raise HawqError(

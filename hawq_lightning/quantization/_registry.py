@@ -33,7 +33,7 @@ class QuantizerSpec:
     weight: type[WeightQuantizer]
     activation: type[ActivationQuantizer]
     freezes_norms: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def weight_quantizer(self, channels: int, axis: int = 0) -> WeightQuantizer:
         """A new weight quantizer, off.
@@ -87,7 +87,7 @@ def quantizer_names() -> tuple[str, ...]:
     return QUANTIZERS.names
 
 
-def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, Any] | None = None) -> QuantizerSpec:
+def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, object] | None = None) -> QuantizerSpec:
     """A quantizer by name, its options checked.
 
     Args:

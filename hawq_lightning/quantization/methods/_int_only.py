@@ -160,7 +160,7 @@ class WeightIntOnly(WeightQuantizer):
         alone = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
         return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), alone), float(zero)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if f"{prefix}scale" in state_dict and f"{prefix}factor" not in state_dict:  # of a version that did not fold
             state_dict[f"{prefix}factor"] = torch.ones_like(self.factor)
             state_dict[f"{prefix}step"] = state_dict[f"{prefix}scale"].flatten()[0]

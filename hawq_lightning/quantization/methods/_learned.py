@@ -77,7 +77,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, step), (zero, low, high) = grads, ctx.saved_tensors, ctx.grid
         levels = _levels(x, step, zero, low, high)
         low, high = low - zero, high - zero
@@ -106,7 +106,7 @@ class _LearnedRange(torch.autograd.Function):
         ctx.save_for_backward(x, width)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, width) = grads, ctx.saved_tensors
         low, high = (width * share for share in ctx.shares)
         moved = (g * (x >= high)).sum() * ctx.shares[1]
@@ -129,5 +129,5 @@ class _Through(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], None

@@ -96,7 +96,7 @@ class ActivationLQ(ActivationQuantizer):
         moved = self.basis[: self.bits] + AVERAGE * change
         self.basis[: self.bits] = moved.clamp(-HUGE / 16, HUGE / 16).float()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if f"{prefix}scale" in state_dict:  # a version without it had even steps
             state_dict.setdefault(f"{prefix}basis", torch.zeros_like(self.basis))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -124,7 +124,7 @@ class _Nearest(torch.autograd.Function):
         ctx.save_for_backward(x, levels)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._types import Batch
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
     FloatReference,
@@ -27,7 +27,7 @@ _POSITIONS = 32_768  # a call, about
 
 def adaround(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
@@ -78,7 +78,7 @@ def _moments(
     model: nn.Module,
     layer: QuantizedWeight,
     calls: int,
-    batches: list[Any],
+    batches: list[Batch],
     forward: Forward,
     reference: FloatReference,
 ) -> Moments:

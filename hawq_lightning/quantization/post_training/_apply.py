@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._progress import Bar
+from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.quantization.post_training._adaround import adaround
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward
 
-METHODS: dict[str, Callable[..., dict[str, Any]]] = {
+METHODS: dict[str, Callable[..., JsonObject]] = {
     "adaround": adaround,
     "bias_correction": bias_correction,
     "batchnorm": reestimate_batchnorm,
@@ -42,12 +42,12 @@ def check_methods(methods: bool | str | Sequence[str] | None) -> tuple[str, ...]
 
 def post_training(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     methods: bool | str | Sequence[str] = True,
     *,
     forward: Forward = default_forward,
     progress: bool | Bar = False,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """Improve a quantized model without training it.
 
     Args:
@@ -68,7 +68,7 @@ def post_training(
     names = check_methods(methods)
     calibration = list(batches)
     reference = FloatReference(model)
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, JsonObject] = {}
 
     def run(name: str) -> None:
         reports[name] = METHODS[name](model, calibration, forward=forward, reference=reference, progress=progress)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from hawq_lightning._batches import default_forward
+from hawq_lightning._types import Batch
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward, prepared, still
 
 _MOMENTUM = 0.1
@@ -16,7 +16,7 @@ _UPDATES = 32
 
 def reestimate_batchnorm(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,

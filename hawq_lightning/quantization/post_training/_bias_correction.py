@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._types import Batch
 from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
@@ -26,7 +27,7 @@ from hawq_lightning.quantization.post_training._reference import (
 
 def bias_correction(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
@@ -85,8 +86,7 @@ class ChannelMean:
     """Mean and variance of each channel over batches."""
 
     def __init__(self) -> None:
-        self._sum: Any = 0.0
-        self._square: Any = 0.0
+        self._sum = self._square = torch.zeros((), dtype=torch.float64)
         self._count = 0
 
     def add(self, y: torch.Tensor, axis: int) -> None:
@@ -99,7 +99,7 @@ class ChannelMean:
     @property
     def value(self) -> torch.Tensor:
         """Mean of each channel."""
-        return self._sum / self._count  # type: ignore[no-any-return]
+        return self._sum / self._count
 
     @property
     def variance(self) -> torch.Tensor:
@@ -108,7 +108,7 @@ class ChannelMean:
 
 
 def _own_norms(
-    model: nn.Module, layers: Mapping[str, WeightReader], batch: Any, forward: Forward
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Batch, forward: Forward
 ) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """Layer -> the BatchNorm that reads its outputs, all of them and nothing else, and no other layer's."""
     modules = {n: layer.module for n, layer in layers.items()}
@@ -121,12 +121,12 @@ def _channels(layer: WeightReader) -> int:
     return layer.kind.channels_from_end(layer.module)
 
 
-def _mean_into(mean: ChannelMean, axis: int) -> Callable[[Any, torch.Tensor], None]:
+def _mean_into(mean: ChannelMean, axis: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
     return lambda _, y: mean.add(y, axis)
 
 
 def _means_of_all(
-    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: list[Any], forward: Forward,
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: list[Batch], forward: Forward,
     into: Mapping[str, ChannelMean],
 ) -> None:  # fmt: skip
     handles = [layers[n].on_call(_mean_into(into[n], _channels(layers[n]))) for n in into]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
 
-Forward = Callable[[nn.Module, Any], Any]
+Forward = Callable[[nn.Module, Batch], Outputs]
 
 
 class FloatReference:
@@ -61,7 +61,7 @@ def still(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedWeight], list[Any]]:
+def prepared(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, QuantizedWeight], list[Batch]]:
     """The layers whose quantizers are enabled, and the batches on the model's device.
 
     Raises:
@@ -78,12 +78,12 @@ def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedWeight]
 
 
 def calls_in_order(
-    model: nn.Module, layers: Mapping[str, WeightReader], batch: Any, forward: Forward
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Batch, forward: Forward
 ) -> dict[str, int]:
     """Layers in the order of their first call, and how often each is called in a pass."""
     counts: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[..., None]:
         return lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1)
 
     handles = [layer.on_call(hook(n)) for n, layer in layers.items()]
@@ -103,7 +103,7 @@ def look_at(
     model: nn.Module,
     layer: WeightReader,
     calls: int,
-    batch: Any,
+    batch: Batch,
     forward: Forward,
     look: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
