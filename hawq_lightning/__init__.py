@@ -11,7 +11,7 @@ from hawq_lightning._sites import find_sites, quantizable_layers, sites
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.layers import register_layer
-from hawq_lightning.quantization import options, quantize, register_quantizer, unquantize
+from hawq_lightning.quantization import candidates, quantize, register_quantizer, unquantize
 from hawq_lightning.selection import Frontier, Problem, frontier, select
 from hawq_lightning.sensitivity import Sensitivity, measure
 
@@ -46,13 +46,13 @@ __all__ = [
     "SiteTable",
     "__version__",
     "batch_images",
+    "candidates",
     "find_sites",
     "frontier",
     "load_from_checkpoint",
     "load_packed",
     "measure",
     "nearest",
-    "options",
     "quantizable_layers",
     "quantize",
     "register_layer",

@@ -19,14 +19,11 @@ from hawq_lightning.quantization._apply import (
     unquantize,
     with_quantizer,
 )
-from hawq_lightning.quantization._candidates import options, weight_kinds, weight_options
+from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
-from hawq_lightning.quantization._first_order import first_order_term
 from hawq_lightning.quantization._inputs import network_inputs
-from hawq_lightning.quantization._loss_check import loss_check
 from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
-from hawq_lightning.quantization._plan_loss import loss_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -37,7 +34,12 @@ from hawq_lightning.quantization._registry import (
     quantizer_names,
     register_quantizer,
 )
-from hawq_lightning.quantization._trial import temporarily_quantized
+from hawq_lightning.quantization._trial import (
+    first_order_term,
+    loss_of_plan,
+    loss_per_site,
+    temporarily_quantized,
+)
 from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "QuantizerSpec",
     "WeightQuantizer",
     "activation_step",
+    "candidates",
     "check_bits",
     "check_plan",
     "disable",
@@ -65,11 +68,10 @@ __all__ = [
     "find_heads",
     "first_order_term",
     "import_quantizers",
-    "loss_check",
     "loss_of_plan",
+    "loss_per_site",
     "named_in",
     "network_inputs",
-    "options",
     "per_channel_view",
     "plan_of",
     "prepare",
@@ -86,8 +88,8 @@ __all__ = [
     "tie_scales",
     "to_fake_quantized",
     "unquantize",
-    "weight_kinds",
-    "weight_options",
+    "weight_candidates",
+    "weight_code_formats",
     "weight_step",
     "with_quantizer",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, Plan, find_sites, load_packed, measure, options, quantize, save_packed, select
+from hawq_lightning import HawqError, Plan, candidates, find_sites, load_packed, measure, quantize, save_packed, select
 from hawq_lightning.layers import (
     FakeQuantLayer,
     LayerCall,
@@ -192,7 +192,7 @@ def test_a_plan_is_installed_and_taken_out_again(kind):
     net, batch = net.float(), (batch[0].float(), batch[1])
     table = find_sites(net, lambda: _loss(net, batch), 4)
     traces = measure(net, [batch], _loss, sites=table, rtol=0.5, progress=False)
-    choices = options(net, [batch], traces, table, _loss)
+    choices = candidates(net, [batch], traces, table, _loss)
     plan = Plan.from_dict(select(Problem(table, choices, traces), budget="8x").to_dict())
     before, keys = net(batch[0]).detach(), list(net.state_dict())
     quantize(net, plan)
@@ -213,7 +213,7 @@ def test_a_packed_file_brings_back_a_weight_of_three_axes(tmp_path):
     net, batch = net.float(), (batch[0].float(), batch[1])
     table = find_sites(net, lambda: _loss(net, batch), 4)
     traces = measure(net, [batch], _loss, sites=table, rtol=0.5, progress=False)
-    plan = select(Problem(table, options(net, [batch], traces, table, _loss), traces), budget="8x")
+    plan = select(Problem(table, candidates(net, [batch], traces, table, _loss), traces), budget="8x")
     save_packed(quantize(net, plan), plan, tmp_path / "net")
     assert torch.equal(load_packed(tmp_path / "net", Mixture().eval())(batch[0]), net(batch[0]))
 
