@@ -54,7 +54,14 @@ def prepare(
 
 
 def unquantize(model: nn.Module) -> nn.Module:
-    """Plain layers again, with the float weights that they hold."""
+    """Plain layers again, with the float weights that they hold.
+
+    Args:
+        model: with fake-quant layers; changed in place.
+
+    Returns:
+        ``model``.
+    """
     for layer in quantized_layers(model).values():
         to_float(layer.module)
     return model
