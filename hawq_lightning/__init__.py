@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hawq_lightning._batches import batch_images
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
@@ -12,7 +13,15 @@ from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.layers import register_layer
 from hawq_lightning.quantization import candidates, quantize, register_quantizer, unquantize
-from hawq_lightning.selection import Frontier, Problem, frontier, select
+from hawq_lightning.selection import (
+    Frontier,
+    Problem,
+    frontier,
+    register_cost,
+    register_score,
+    register_selector,
+    select,
+)
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
@@ -34,6 +43,7 @@ __all__ = [
     "HAWQ",
     "ApplyPlan",
     "Candidate",
+    "Candidates",
     "Frontier",
     "HawqError",
     "Layer",
@@ -55,8 +65,11 @@ __all__ = [
     "nearest",
     "quantizable_layers",
     "quantize",
+    "register_cost",
     "register_layer",
     "register_quantizer",
+    "register_score",
+    "register_selector",
     "save_packed",
     "select",
     "sites",
