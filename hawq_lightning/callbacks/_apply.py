@@ -34,7 +34,7 @@ from hawq_lightning.callbacks._trainer import (
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
 from hawq_lightning.quantization import (
-    QuantizedLayer,
+    QuantizedWeight,
     check_plan,
     enable,
     enabled_bits,
@@ -42,9 +42,10 @@ from hawq_lightning.quantization import (
     prepare,
     quantized_layers,
     quantizer_of,
+    quantizers_in,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -174,11 +175,11 @@ class ApplyPlan(Callback):
             if not _agrees(self.given_plan, pl_module):
                 rank_zero_warn("HAWQ: the model has other bits than the plan that was given; it keeps its own.")
                 self._plan = _sized(plan_of(pl_module))
-                share(pl_module, self._plan)
+                tie_scales(pl_module, self._plan)
                 return True
         if self._plan is None or not _agrees(self._plan, pl_module):
             self._plan = self.given_plan or _sized(plan_of(pl_module))
-        share(pl_module, self._plan)
+        tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
@@ -226,10 +227,10 @@ class ApplyPlan(Callback):
             return
         if self._plan is not None:
             buffers = {
-                f"{name}.{part}.{key}": value.detach().cpu()
-                for name, layer in quantized_layers(pl_module).items()
-                for part in ("weight_quantizer", "input_quantizer")
-                for key, value in getattr(layer, part).state_dict().items()
+                f"{layer.prefix}{part}.{key}": value.detach().cpu()
+                for layer in quantized_layers(pl_module).values()
+                for part, quantizer in quantizers_in(layer.module).items()
+                for key, value in quantizer.state_dict().items()
             }
             message = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
             torch.save(message, self._handoff_file)
@@ -280,7 +281,7 @@ def quantizing_callback(trainer: Trainer) -> ApplyPlan | None:
     return next((c for c in trainer.callbacks if isinstance(c, ApplyPlan)), None)  # type: ignore[attr-defined]
 
 
-def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
+def learned_of(layer: QuantizedWeight) -> list[torch.nn.Parameter]:
     """Parameters of a fake-quant layer's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
 
@@ -296,7 +297,7 @@ def weights_hash(module: torch.nn.Module) -> str:
     """Hash of the quantizable layers' own parameters, from which a hook may make the weight."""
     digest = hashlib.sha256()
     for name, layer in quantizable_layers(module)[0].items():
-        for part, p in layer.named_parameters(recurse=False):
+        for part, p in layer.module.named_parameters(recurse=False):
             digest.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from hawq_lightning._types import Batch
 from hawq_lightning.callbacks._apply import quantizing_callback
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._schedule_time import ScheduleTime, training_share
-from hawq_lightning.quantization import QuantizedLayer, Quantizer, enabled_bits, quantized_layers, quantizers
+from hawq_lightning.quantization import QuantizedWeight, Quantizer, enabled_bits, quantized_layers, quantizers
 
 Order = Literal["omega", "omega_ascending"]
 
@@ -129,6 +129,6 @@ class BlockwiseOrder(Companion):
         return [[q for s in ranked[a:b] for q in _quantizers_of(s, layers)] for a, b in itertools.pairwise(bounds)]
 
 
-def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> list[Quantizer]:
+def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedWeight]) -> list[Quantizer]:
     quantized = [layers[name] for name in site.layers if name in layers]
     return [m.weight_quantizer if site.kind == "weight" else m.input_quantizer for m in quantized]
