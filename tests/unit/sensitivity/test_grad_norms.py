@@ -47,6 +47,7 @@ def _uses(
     return uses, first, second
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("calls", [1, 2])
