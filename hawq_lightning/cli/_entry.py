@@ -114,6 +114,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.full_key} is not set; add {error.full_key}=..."
     if isinstance(error, (InstantiationException, OmegaConfBaseException, MisconfigurationException)):
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error}: pip install it, or hawq-lightning with its extra."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename2 or error.filename}: {error.strerror}."
     return None

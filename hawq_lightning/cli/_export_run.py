@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
 
 _WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
+# 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
+_TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
@@ -95,6 +98,9 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     OmegaConf.set_struct(run, False)
     import_quantizers(run.quantizer.get("imports") or ())
     run.paths.output_dir = str(folder)
+    for part in (run.model, run.data):
+        if match := _TARGET_OF_0_1_0.fullmatch(part.get("_target_", "")):
+            part._target_ = f"hawq_lightning.{match[1]}.{match['name']}"
     for key in _NO_DOWNLOAD:
         if key in run.model:
             run.model[key] = _NO_DOWNLOAD[key]

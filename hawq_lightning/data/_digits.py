@@ -54,8 +54,11 @@ class DigitsDataModule(pl.LightningDataModule):
         """Read, scale to mean 0 and standard deviation 1 over the training pixels, and split."""
         if self._sets:
             return
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise HawqError(f"The digits come with scikit-learn ({error}): pip install scikit-learn.") from error
 
         raw = load_digits()
         images = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1)
