@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError, nearest
 
+T = TypeVar("T")
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
@@ -80,7 +81,7 @@ def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
     return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]
 
 
-def run_main(main: Callable[[], Any]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Run a Hydra main; bad input ends the program with one line and exit code 1."""
     try:
         check_choices(sys.argv[1:])
@@ -90,7 +91,7 @@ def run_main(main: Callable[[], Any]) -> None:
     main()
 
 
-def run_job(job: Callable[[], Any]) -> Any:
+def run_job(job: Callable[[], T]) -> T:
     """Run the body of a Hydra main; bad input ends it with one line unless ``HYDRA_FULL_ERROR=1``."""
     quiet_down()
     try:

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -17,6 +16,7 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
 from hawq_lightning.cli._onnx import Images, write_onnx
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
@@ -31,7 +31,7 @@ _TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<n
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
-def export_run(cfg: DictConfig) -> dict[str, Any]:
+def export_run(cfg: DictConfig) -> JsonObject:
     """Write ``model.onnx``, ``model.pt2``, ``latency.csv`` and ``export.json`` into a run folder; print what they take.
 
     Returns:
@@ -112,14 +112,16 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
 
 
 def _fresh(run: DictConfig) -> nn.Module:
-    return instantiate(run.model, _convert_="all")
+    net: nn.Module = instantiate(run.model, _convert_="all")
+    return net
 
 
-def _batches(run: DictConfig) -> Iterable[Any]:
+def _batches(run: DictConfig) -> Iterable[Batch]:
     data = make_data(run)
     data.prepare_data()
     data.setup("validate")
-    return data.val_dataloader()
+    batches: Iterable[Batch] = data.val_dataloader()
+    return batches
 
 
 def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
+from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._resume import RunState
@@ -25,7 +27,7 @@ SCORES = {
 }
 
 
-def scores(metrics: Any) -> dict[str, float]:
+def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The validation scores among Lightning's metrics under their names in metrics.json, finite ones only."""
     found = {name: float(metrics[key]) for key, name in SCORES.items() if key in metrics}
     return {k: v for k, v in found.items() if math.isfinite(v)}
@@ -41,7 +43,7 @@ class Recorder(pl.Callback):
         progress: where the record is kept until the run has come to its end.
     """
 
-    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: RunState) -> None:
+    def __init__(self, hawq: HAWQ, folder: Path, record: JsonObject, progress: RunState) -> None:
         self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
         self._clock = time.perf_counter()
 

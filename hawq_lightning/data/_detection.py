@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from hawq_lightning._errors import HawqError
 from hawq_lightning.data._coco import Annotations, CocoDataset, random_flips, read_coco
 
+Sample = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
 
 
@@ -74,15 +74,15 @@ class CocoData(LightningDataModule):
         if self.val_set is None:
             self.val_set = CocoDataset(self._read(self.val).pictures[: self.subset], None, self.longest)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, augmented."""
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Sample]:
         """In order, not augmented."""
         return self._loader(self.val_set, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Sample]:
         """The validation split: COCO's test boxes are not public."""
         return self.val_dataloader()
 
@@ -100,7 +100,7 @@ class CocoData(LightningDataModule):
         self.classes = found.classes
         return found
 
-    def _loader(self, data: Dataset[Any] | None, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, data: Dataset[Sample] | None, shuffle: bool) -> DataLoader[Sample]:
         if data is None:
             raise HawqError("Call setup() before asking for batches.")
         return DataLoader(
@@ -114,6 +114,6 @@ class CocoData(LightningDataModule):
         )
 
 
-def collate(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
     """A list of images and a list of targets: images of several sizes make no tensor."""
     return [image for image, _ in samples], [target for _, target in samples]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -74,16 +72,16 @@ class DigitsDataModule(pl.LightningDataModule):
             "val": TensorImages(images[val], labels[val]),
         }
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Shuffled batches ``([B, 1, 8, 8], [B])``."""
         # a last batch of one or two images would spoil BatchNorm's statistics
         whole = len(self._sets["train"]) > self.batch_size  # type: ignore[arg-type]
         return DataLoader(self._sets["train"], self.batch_size, shuffle=True, drop_last=whole)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return DataLoader(self._sets["val"], 270)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self.val_dataloader()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -135,19 +134,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
         labels = torch.tensor([label for _, label in files])
         return TensorImages(images, labels, self.shift if moving else 0, moving, mean=self.mean, std=self.std)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Shuffled, augmented batches ``([B, 3, size, size], [B])``."""
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self._loader("val", shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self.val_dataloader()
 
-    def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, split: str, shuffle: bool) -> DataLoader[tuple[Tensor, int]]:
         images = self._sets[split]
         return DataLoader(
             images,

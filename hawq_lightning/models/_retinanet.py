@@ -197,9 +197,10 @@ def assemble(
     per_place = anchors.num_anchors_per_location()[0]
     head = detection.RetinaNetHead(channels, per_place, num_classes)
     head.regression_head.compute_loss = BoxLoss(head.regression_head.box_coder, 0.0 if box_loss == "l1" else BETA)
-    return detection.RetinaNet(
+    net: nn.Module = detection.RetinaNet(
         backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors, head=head
     )
+    return net
 
 
 class BoxLoss:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
 from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
-from hawq_lightning.report._run import LossCheck, Run
+from hawq_lightning.report._run import LossCheck, Run, finite
 from hawq_lightning.report._site_figures import KINDS
 from hawq_lightning.report._text import score
 
@@ -84,10 +83,9 @@ def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
 def draw_training(run: Run) -> ReportFigure | None:
     """The validation metric by epoch of fine-tuning, between the levels before and after quantizing."""
     history = run.metrics.get("history")
-    key = _key(history)
-    if key is None:
+    key, points = next(((k, p) for k in _PREFERRED if (p := _points(history, k))), ("", []))
+    if not points:
         return None
-    points = [(float(h["epoch"]), float(h[key])) for h in history if _is_point(h, key)]  # type: ignore[union-attr]
     metric, stages = run.metric
     loss = "loss" in key
     levels = {} if loss else {s: stages[s] for s in _LEVELS if s in stages}
@@ -106,7 +104,10 @@ def draw_training(run: Run) -> ReportFigure | None:
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         tooltips = [Tooltip(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
-    shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
+
+    def shown(value: float) -> str:
+        return f"{value:.4f}" if loss else score(value, metric)
+
     best = (min if loss else max)(points, key=lambda p: p[1])
     beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
     return ReportFigure(
@@ -122,18 +123,12 @@ def draw_training(run: Run) -> ReportFigure | None:
     )
 
 
-def _key(history: Any) -> str | None:
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        return None
-    for key in _PREFERRED:
-        if sum(_is_point(h, key) for h in history) >= 1:
-            return key
-    return None
-
-
-def _is_point(entry: Any, key: str) -> bool:
-    if not isinstance(entry, Mapping):
-        return False
-    if entry.get("phase", "fine_tuning") != "fine_tuning":
-        return False
-    return all(isinstance(entry.get(k), (int, float)) and not isinstance(entry.get(k), bool) for k in ("epoch", key))
+def _points(history: object, key: str) -> list[tuple[float, float]]:
+    """Epoch and value of the entries of fine-tuning that hold both as numbers; whatever else is there is left out."""
+    points = []
+    for entry in history if isinstance(history, list) else []:
+        if isinstance(entry, Mapping) and entry.get("phase", "fine_tuning") == "fine_tuning":
+            epoch, value = (finite(entry.get(k)) for k in ("epoch", key))
+            if epoch is not None and value is not None:
+                points.append((epoch, value))
+    return points

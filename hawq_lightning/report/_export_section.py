@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hawq_lightning.report import _text as text
 from hawq_lightning.report._run import Run, finite
@@ -86,7 +85,7 @@ def doubts(run: Run) -> list[str]:
     return found
 
 
-def _agreement(agreement: Mapping[str, Any]) -> list[str]:
+def _agreement(agreement: Mapping[str, object]) -> list[str]:
     images, same = finite(agreement.get("images")), finite(agreement.get("same_top1"))
     found = []
     if images and same is not None:
@@ -111,12 +110,12 @@ def _agreement(agreement: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _two(row: Any) -> bool:
+def _two(row: object) -> bool:
     keys = ("mean_difference", "largest_difference")
     return isinstance(row, Mapping) and all(finite(row.get(k)) is not None for k in keys)
 
 
-def _disagreements(agreement: Mapping[str, Any]) -> list[tuple[float, float]]:
+def _disagreements(agreement: Mapping[str, object]) -> list[tuple[float, float]]:
     """Margin and movement of every image with another class."""
     listed = agreement.get("disagreements")
     pairs = [

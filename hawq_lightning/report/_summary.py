@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hawq_lightning.report import _export_section as export_section
 from hawq_lightning.report import _text as text
@@ -160,7 +159,7 @@ def settings(run: Run) -> dict[str, str]:
 
 def _costs(run: Run, measured: bool = True) -> dict[str, float]:
     """Costs of the plan, completed from metrics.json; the real file's size where it lies there."""
-    cost: dict[str, Any] = {}
+    cost: dict[str, float] = {}
     for key in (
         "float_bytes",
         "weight_bytes",

@@ -65,13 +65,14 @@ class DetectionTask(LightningModule):
         self.val_map = MeanAveragePrecision(backend="faster_coco_eval")
         self.test_map = MeanAveragePrecision(backend="faster_coco_eval")
         self.per_image: dict[str, torch.Tensor] = {}
-        self._matches: list[Any] = []
+        self._matches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         for metric in (self.val_map, self.test_map):
             metric.warn_on_many_detections = False
 
-    def forward(self, images: list[torch.Tensor]) -> Any:
+    def forward(self, images: list[torch.Tensor]) -> _Dicts:
         """Detections of each image in evaluation mode."""
-        return self.net(images)
+        detections: _Dicts = self.net(images)
+        return detections
 
     def train(self, mode: bool = True) -> DetectionTask:
         """Switch the mode; a frozen BatchNorm stays in evaluation mode."""

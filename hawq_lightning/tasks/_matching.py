@@ -25,7 +25,7 @@ def match_image(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     """
     crowd = wanted.get("iscrowd", torch.zeros_like(wanted["labels"])).bool()
     labels, scores, flags = [], [], []
-    for label in found["labels"].unique().tolist():
+    for label in torch.unique(found["labels"]).tolist():
         mine = (found["labels"] == label).nonzero()[:, 0]
         mine = mine[found["scores"][mine].argsort(descending=True, stable=True)][:_MOST]
         theirs = (wanted["labels"] == label).nonzero()[:, 0]
@@ -61,7 +61,7 @@ def join(matches: Sequence[Mapping[str, Tensor]], objects: Sequence[Tensor]) -> 
 def _overlap(mine: Tensor, theirs: Tensor, crowd: Tensor) -> Tensor:
     from torchvision.ops import box_iou
 
-    iou = box_iou(mine, theirs)
+    iou: Tensor = box_iou(mine, theirs)
     if bool(crowd.any()):  # the share of the detection that lies in the crowd
         low, high = torch.maximum(mine[:, None, :2], theirs[:, :2]), torch.minimum(mine[:, None, 2:], theirs[:, 2:])
         area = (mine[:, 2:] - mine[:, :2]).prod(1, keepdim=True)
