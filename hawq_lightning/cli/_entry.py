@@ -49,10 +49,10 @@ def check_choices(argv: Sequence[str]) -> None:
         folder = conf.joinpath(match["group"]) if match else conf
         if match is None or not folder.is_dir():
             continue
-        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+        options = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
         for name in match["names"].split(","):
-            if name.strip() not in (*known, "null"):
-                hint = nearest(name.strip(), known) or f" Known: {', '.join(known)}."
+            if name.strip() not in (*options, "null"):
+                hint = nearest(name.strip(), options) or f" Known: {', '.join(options)}."
                 raise HawqError(f"There is no {match['group']}={name.strip()}.{hint}")
 
 
@@ -77,8 +77,8 @@ def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
         return []  # Hydra will say what is wrong
     conf: Any = OmegaConf.load(str(files("hawq_lightning.conf").joinpath("hydra/default.yaml")))
     without = list(conf.job.config.override_dirname.exclude_keys)
-    kept = [key for key in without if key not in swept]
-    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]
+    still_excluded = [key for key in without if key not in swept]
+    return [] if len(still_excluded) == len(without) else [f"{_EXCLUDED}=[{','.join(still_excluded)}]"]
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -97,10 +97,10 @@ def run_job(job: Callable[[], T]) -> T:
     try:
         return job()
     except Exception as error:
-        known = explain(error)
-        if known is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        sentence = explain(error)
+        if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        stop(known)
+        stop(sentence)
 
 
 def explain(error: BaseException) -> str | None:

@@ -62,9 +62,9 @@ def export_run(cfg: DictConfig) -> JsonObject:
         )  # fmt: skip
         show(record, note)
     if cfg.table:
-        own = inner(plan, net)
-        rows = layer_latencies(network_of(net), own, (first[:1],), threads=cfg.threads)
-        if own is not plan:  # the run reads the table under its own names
+        inner_plan = inner(plan, net)
+        rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads)
+        if inner_plan is not plan:  # the run reads the table under its own names
             rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
         write_table(rows, folder / "latency.csv")
     write_text(folder / "export.json", json.dumps(record, indent=1))
@@ -130,10 +130,10 @@ def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
     if path.is_file():
         state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
         net = _fresh(run)
-        own = net.state_dict()
-        given = {k.removeprefix(TASK): v for k, v in state.items()}
-        if set(own) <= set(given):
-            net.load_state_dict({k: given[k] for k in own})
+        fresh_state = net.state_dict()
+        trained_state = {k.removeprefix(TASK): v for k, v in state.items()}
+        if set(fresh_state) <= set(trained_state):
+            net.load_state_dict({k: trained_state[k] for k in fresh_state})
             return net.eval(), ""
     net = load_packed(folder / "model.safetensors", _fresh(run))
     note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"

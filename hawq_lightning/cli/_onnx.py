@@ -96,9 +96,9 @@ def write_onnx(
     }
     text = f"model.onnx: {record['onnx_bytes']:,} bytes"
     if images != 0:
-        found = compare(inner, folder / "model.onnx", real, images=images)
-        record["agreement"] = found.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
-        text += f"; {found}"
+        agreement = compare(inner, folder / "model.onnx", real, images=images)
+        record["agreement"] = agreement.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
+        text += f"; {agreement}"
         if real.left_out:
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
@@ -141,8 +141,8 @@ def mean_average_precision(
         left = len(pictures) if images is None else images - count
         for k, run in runs.items():
             metrics[k].warn_on_many_detections = False
-            wanted = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
-            metrics[k].update(run(list(pictures[:left])), wanted)
+            objects = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
+            metrics[k].update(run(list(pictures[:left])), objects)
         count += min(left, len(pictures))
         if images is not None and count >= images:
             break

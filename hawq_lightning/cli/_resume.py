@@ -32,8 +32,8 @@ def settings_hash(cfg: DictConfig) -> str:
         plain: Any = OmegaConf.to_container(copy, resolve=True)
     except OmegaConfBaseException:  # an environment variable that nothing else needs, for example
         plain = OmegaConf.to_container(copy, resolve=False)
-    kept = {k: v for k, v in plain.items() if k not in _SAME}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    relevant = {k: v for k, v in plain.items() if k not in _SAME}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 class RunState:

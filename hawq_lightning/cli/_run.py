@@ -121,18 +121,18 @@ def train_float(
     """
     start = time.perf_counter()
     fine_tuning_lr = task.lr
-    known = progress.checkpoint("float") if cfg.resume else None
+    float_checkpoint = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates()]
-    if known is None and cfg.hawq.plan is None:
+    if float_checkpoint is None and cfg.hawq.plan is None:
         extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr
-        trainer.fit(task, datamodule=data, ckpt_path=known)
+        trainer.fit(task, datamodule=data, ckpt_path=float_checkpoint)
         task.lr = fine_tuning_lr
-    wanted = trainer.limit_val_batches and cfg.float_validation
-    found: Any = trainer.validate(task, datamodule=data, verbose=False) if wanted else []
-    for name, value in scores(found[0] if found else {}).items():
+    validates = trainer.limit_val_batches and cfg.float_validation
+    results: Any = trainer.validate(task, datamodule=data, verbose=False) if validates else []
+    for name, value in scores(results[0] if results else {}).items():
         record.setdefault(name, {})["float"] = value
     label = "float_training" if cfg.float_epochs else "float_validation"
     record["seconds"][label] = record["seconds"].get(label, 0.0) + time.perf_counter() - start
@@ -151,14 +151,14 @@ def show(record: JsonObject, folder: Path) -> None:
     ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
     for key, label in (("float", "float"), ("quantized", "quantized"), ("fine_tuned", "fine-tuned")):
         value = record.get(metric, {}).get(key)
-        shown = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
+        cell = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
         if key == "float":
             cells = [_bytes(sizes["float_weight_bytes"]), _bytes(sizes["float_bytes"])]
         elif key == "fine_tuned" and value is None:
             continue
         else:
             cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
-        table.add_row(label, shown, *cells)
+        table.add_row(label, cell, *cells)
     console.print(table)
     seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
     console.print(seconds, highlight=False)

@@ -54,14 +54,14 @@ def speeds(
         float_onnx(whole, first, Path(folder) / "float.onnx")
         even = uniform(inner(plan, whole), 8)
         to_onnx(quantize(whole, even), even, first, Path(folder) / "uniform.onnx", fold=fold, exact=exact)
-        found = {
+        measured = {
             "float": measure(Path(folder) / "float.onnx"),
             "uniform 8": measure(Path(folder) / "uniform.onnx"),
             "plan": measure(path),
         }
     version = require("onnxruntime").__version__
     return {
-        "speed": {k: asdict(v) for k, v in found.items()},
+        "speed": {k: asdict(v) for k, v in measured.items()},
         "speed_settings": {"onnxruntime": version, "threads": threads, "batch_size": batch_size},
     }
 

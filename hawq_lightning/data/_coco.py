@@ -68,9 +68,9 @@ def read_coco(
     Raises:
         HawqError: not COCO's layout, an unknown image or category, a bad box, or a missing image file; each by name.
     """
-    for value, known, what in ((labels, LABELS, "labels"), (bad_boxes, BAD_BOXES, "bad_boxes")):
-        if value not in known:
-            raise HawqError(f"{what} is {value!r}; use one of {', '.join(known)}.")
+    for value, options, what in ((labels, LABELS, "labels"), (bad_boxes, BAD_BOXES, "bad_boxes")):
+        if value not in options:
+            raise HawqError(f"{what} is {value!r}; use one of {', '.join(options)}.")
     path, folder = Path(path), Path(folder)
     if not folder.is_dir():
         raise HawqError(f"No image folder at {folder}.")
@@ -191,8 +191,8 @@ def random_flips(
     """Mirror an image and its boxes along either axis, each with probability one half."""
 
     def flip(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for wanted, axis in ((horizontal, 2), (vertical, 1)):
-            if wanted and torch.rand(()) < 0.5:
+        for enabled, axis in ((horizontal, 2), (vertical, 1)):
+            if enabled and torch.rand(()) < 0.5:
                 image = image.flip(axis)
                 low, high = (0, 2) if axis == 2 else (1, 3)
                 boxes = boxes.clone()

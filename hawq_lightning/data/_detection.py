@@ -65,9 +65,9 @@ class CocoData(LightningDataModule):
         if not self.root.is_dir():
             raise HawqError(f"No COCO folder at {self.root}; set data.root=/path/to/it.")
         if stage in (None, "fit") and self.train_set is None:
-            found = self._read(self.train)
+            annotations = self._read(self.train)
             # an image without boxes trains on background alone; COCO's reference trainings leave it out
-            pictures = [p for p in found.pictures if bool((~p.crowd).any())]
+            pictures = [p for p in annotations.pictures if bool((~p.crowd).any())]
             if not pictures:
                 raise HawqError(f"Split {self.train!r} of {self.root} has no image with a box.")
             self.train_set = CocoDataset(pictures[: self.subset], self.augment, self.longest, crowd=False)
@@ -88,17 +88,17 @@ class CocoData(LightningDataModule):
 
     def _read(self, split: str) -> Annotations:
         path = self.root / "annotations" / f"instances_{split}.json"
-        found = read_coco(path, self.root / split, self.labels, self.bad_boxes)
-        if self.num_classes is not None and max(found.classes) >= self.num_classes:
-            last = max(found.classes)
+        annotations = read_coco(path, self.root / split, self.labels, self.bad_boxes)
+        if self.num_classes is not None and max(annotations.classes) >= self.num_classes:
+            last = max(annotations.classes)
             raise HawqError(
-                f"{path} needs {last + 1} outputs: label {last} is {found.classes[last]!r} with labels={self.labels}; "
-                f"the model's head has {self.num_classes}."
+                f"{path} needs {last + 1} outputs: label {last} is {annotations.classes[last]!r} with "
+                f"labels={self.labels}; the model's head has {self.num_classes}."
             )
-        if self.classes and found.classes != self.classes:
+        if self.classes and annotations.classes != self.classes:
             raise HawqError(f"Splits {self.train!r} and {self.val!r} of {self.root} have different categories.")
-        self.classes = found.classes
-        return found
+        self.classes = annotations.classes
+        return annotations
 
     def _loader(self, data: Dataset[Sample] | None, shuffle: bool) -> DataLoader[Sample]:
         if data is None:

@@ -24,18 +24,18 @@ _LEVELS = {  # dashed lines
 def draw_loss_check(run: Run) -> ReportFigure | None:
     """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
     rows = list(run.loss_check)
-    shown = [r for r in rows if r.predicted > 0 and r.measured > 0]
-    if len(shown) < 2:
+    drawn = [r for r in rows if r.predicted > 0 and r.measured > 0]
+    if len(drawn) < 2:
         return None
     ranks = rank_correlations(rows)
     tooltips = []
     with canvas(1, 5.2) as (figure, axes):
         ax = axes[0]
-        low = min(min(r.predicted, r.measured) for r in shown) / 2
-        high = max(max(r.predicted, r.measured) for r in shown) * 2
+        low = min(min(r.predicted, r.measured) for r in drawn) / 2
+        high = max(max(r.predicted, r.measured) for r in drawn) * 2
         ax.plot([low, high], [low, high], "--", color=SOFT, linewidth=1, zorder=1, label="as predicted")
         for kind, (label, colour, marker) in KINDS.items():
-            part = [r for r in shown if r.kind == kind]
+            part = [r for r in drawn if r.kind == kind]
             if part:
                 text = f"{label}, rank correlation {ranks[kind]:.2f}" if kind in ranks else label
                 xs, ys = [r.predicted for r in part], [r.measured for r in part]
@@ -47,21 +47,21 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
                 r.measured,
                 f"{r.site}\n{r.bits} bits\npredicted {r.predicted:.3g}\nmeasured {r.measured:.3g}",
             )
-            for r in shown
+            for r in drawn
         ]
         log_scale(ax, "x", "y")
         ax.set_xlabel("predicted rise of the loss, ½Ω", color=SOFT)
         ax.set_ylabel("measured rise of the loss", color=SOFT)
         ax.legend(loc="upper left")
-    hidden = len(rows) - len(shown)
-    said = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
+    hidden = len(rows) - len(drawn)
+    correlations = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
     return ReportFigure(
         "loss_check",
         "Does the prediction hold?",
-        f"Predicted against measured loss change for {len(shown)} pairs of site and width, log-log. "
-        f"Spearman's rank correlation: {said or 'not defined'}.",
+        f"Predicted against measured loss change for {len(drawn)} pairs of site and width, log-log. "
+        f"Spearman's rank correlation: {correlations or 'not defined'}.",
         f"Every site quantized alone, at every width, before any fine-tuning. Spearman's rank correlation over all "
-        f"{len(rows)}: {said or 'not defined'}."
+        f"{len(rows)}: {correlations or 'not defined'}."
         + (f" {hidden} with a measured change at or below zero cannot be drawn on a log scale." if hidden else ""),
         figure,
         ["site", "kind", "bits", "predicted", "measured"],
@@ -72,12 +72,12 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
 
 def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
     """Spearman's rank correlation of prediction and measurement, for all sites and for each kind."""
-    found = {}
+    correlations = {}
     for kind in ("all", *KINDS):
         part = [r for r in rows if kind in ("all", r.kind)]
         if len({r.predicted for r in part}) > 1 and len({r.measured for r in part}) > 1:
-            found[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
-    return found
+            correlations[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
+    return correlations
 
 
 def draw_training(run: Run) -> ReportFigure | None:

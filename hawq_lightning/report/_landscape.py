@@ -55,8 +55,8 @@ def draw_landscapes(
 
 def draw_landscape(run: Run) -> ReportFigure | None:
     """The surfaces that an earlier measurement left in the folder (``paper_figures=true``)."""
-    found = run.landscape
-    return draw_landscapes(found.grids, found.offsets, found.eigenvalues) if found else None
+    landscape = run.landscape
+    return draw_landscapes(landscape.grids, landscape.offsets, landscape.eigenvalues) if landscape else None
 
 
 def _two(values: Sequence[float]) -> list[float | str]:

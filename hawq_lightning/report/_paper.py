@@ -71,7 +71,7 @@ def paper_figures(
         }
         drawings.append(draw_landscapes(grids, offsets, {n: e.values for n, e in pairs.items()}))
     bar.advance(task, 4)
-    found = [d for d in drawings if d is not None]
-    for d in found:
+    figures = [d for d in drawings if d is not None]
+    for d in figures:
         d.save(folder)
-    return [d.name for d in found]
+    return [d.name for d in figures]

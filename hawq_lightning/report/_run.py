@@ -102,8 +102,8 @@ class Run:
         for key, name in METRICS.items():
             table = self.metrics.get(key)
             if isinstance(table, Mapping):
-                found = {stage: _first(table, names) for stage, names in STAGES.items()}
-                if values := {k: v for k, v in found.items() if v is not None}:
+                stages = {stage: _first(table, names) for stage, names in STAGES.items()}
+                if values := {k: v for k, v in stages.items() if v is not None}:
                     return name, values
         return "accuracy", {}
 

@@ -51,7 +51,7 @@ builtins.__import__ = watch
 """
 
 
-def test_the_five_lines_need_nothing_of_the_application():
+def test_the_five_lines_need_nothing_of_the_application(tmp_path):
     """Lightning imports some of these packages itself: what counts is who imports them, not whether they are there."""
     code = f"""
 APPLICATION_ONLY = ("matplotlib", "jinja2", "markupsafe", "sklearn", "PIL", "rich", "torchvision", "hydra", "omegaconf")
@@ -79,7 +79,7 @@ application = {APPLICATION!r}
 loaded = [part for part in application if f"hawq_lightning.{{part}}" in sys.modules]
 assert not seen and not loaded, (seen, loaded)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=tmp_path)
 
 
 def test_imports_point_up_the_list():
