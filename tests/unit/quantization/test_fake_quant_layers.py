@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from hawq_lightning import Candidate, HawqError, Plan, PlanSite, layer_type, quantize, sites
+from hawq_lightning import Candidate, HawqError, Plan, PlanSite, quantize, sites
+from hawq_lightning.layers import layer_type, must_be_called
 from hawq_lightning.quantization import (
     check_bits,
     enabled_bits,
     import_quantizers,
     loss_of_plan,
     loss_per_site,
-    must_be_called,
     plan_of,
     quantized_layers,
     quantizer_named,
@@ -66,6 +66,7 @@ def test_a_fused_transformer_layer_does_not_read_past_the_twin(layers):
 HOOKS = {"weight norm": weight_norm, "spectral norm": spectral_norm, "pruning": lambda m: prune.identity(m, "weight")}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")  # but in use
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_steps_are_fitted_to_the_weight_that_a_hook_will_make(hook):
     torch.manual_seed(0)
