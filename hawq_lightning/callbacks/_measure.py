@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._plan import Candidate, Plan
@@ -55,10 +56,7 @@ from hawq_lightning.selection import (
 )
 from hawq_lightning.sensitivity import (
     ESTIMATORS,
-    L1,
     Sensitivity,
-    check_draw,
-    check_precision,
     guarded_mean_traces,
     measure,
     top_eigenvalues,
@@ -167,16 +165,16 @@ class MeasureTraces(Callback):
             self.constraints["latency"] = LatencyTable.load(latency)
         if isinstance(budget, Mapping) and "latency" in budget and self.constraints.get("latency") is None:
             raise HawqError("A latency budget needs a latency table: give latency=latency.csv (selector.latency=...).")
-        if l1 not in L1:
-            raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
-        self.l1 = l1
+        self.measure_config = MeasureConfig(
+            estimator=estimator, images=images, rtol=rtol, max_probes=max_probes, sampling=draw, l1_curvature=l1,  # type: ignore[arg-type]
+            precision=precision, loss_fn=loss_fn, seed=seed, cache=cache,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
         if stop not in STOPS:
             raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
         if stop == "plan" and selector not in ("pareto", "monotone"):
             raise HawqError(f"stop='plan' selects again and again, by pareto or monotone; not by {selector!r}.")
         self.max_probes, self.stop = max_probes, stop
-        self.draw, self.precision = check_draw(draw), check_precision(precision)
         self.selection_seed = seed if selection_seed is None else selection_seed
         self.cache = cache
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
@@ -252,11 +250,9 @@ class MeasureTraces(Callback):
                 )  # fmt: skip
                 settled = PlanSettled(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
                 self.sensitivity = self.given or measure(
-                    pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                    max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
-                    precision=self.precision,
-                    share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    enough=settled if self.stop == "plan" else None,
+                    pl_module, batches, loss_fn, config=self.measure_config, sites=table, progress=show,
+                    shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
+                    stop=settled if self.stop == "plan" else None,
                 )  # fmt: skip
                 if self.given is None:
                     traces.store(self.sensitivity)
@@ -298,7 +294,7 @@ class MeasureTraces(Callback):
             wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
             found = top_eigenvalues(
                 pl_module, batches, loss_fn, sites=self.sites, only=wanted, rtol=self.rtol, seed=self.seed,
-                progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
+                progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
             self.eigenvalues = {n: max(0.0, v) for n, v in found.items()}
             chosen = pick(eigenvalues=self.eigenvalues)

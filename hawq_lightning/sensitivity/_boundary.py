@@ -184,9 +184,9 @@ class OutputHessian:
             found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
         finally:
             outputs.blocked["on"] = False
-        self._slopes = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, kept)]
-        self.gradient = [wide(g.detach()) for g in self._slopes]
-        self.linear = not any(g.requires_grad for g in self._slopes)
+        self._gradients = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, kept)]
+        self.gradient = [wide(g.detach()) for g in self._gradients]
+        self.linear = not any(g.requires_grad for g in self._gradients)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -196,7 +196,7 @@ class OutputHessian:
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """H v."""
-        curved = [(g, v.to(g.dtype)) for g, v in zip(self._slopes, vectors) if g.requires_grad]
+        curved = [(g, v.to(g.dtype)) for g, v in zip(self._gradients, vectors) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(v) for v in self.values]
         self._outputs.blocked["on"] = True
@@ -211,13 +211,13 @@ class OutputHessian:
 
     def free_graph(self) -> None:
         """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
-        self._slopes = []
+        self._gradients = []
         self._tidy()
 
     def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""
-        torch.autograd.backward(self.edges, self.as_sent(vectors), retain_graph=not last)
+        torch.autograd.backward(self.edges, self.in_output_dtypes(vectors), retain_graph=not last)
 
-    def as_sent(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def in_output_dtypes(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """In the precisions of the outputs."""
         return [v.to(dtype) for v, dtype in zip(vectors, self._dtypes)]
