@@ -63,7 +63,7 @@ def measure(
             ``estimator="exact"``, and what is no setting: ``include`` and ``exclude`` (which layers, see
             :func:`hawq_lightning.sites`), ``batch_size_fn`` (samples in a batch), and ``stop``, a function from the
             :class:`Sensitivity` measured so far to whether it will do, such as
-            :class:`hawq_lightning.selection.PlanSettled`; its ``key``, if it has one, goes into the fingerprint.
+            :class:`hawq_lightning.selection.StablePlan`; its ``key``, if it has one, goes into the fingerprint.
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their samples.
