@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,23 @@ from hawq_lightning.sensitivity._unfold import LayerCall
 
 class Overwritten(Exception):
     """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
+
+
+Result = TypeVar("Result")
+
+
+def with_copies(overwritten: set[str], run: Callable[[], Result]) -> Result:
+    """The result of ``run``, again for every layer that turns out to read what is overwritten later.
+
+    Args:
+        overwritten: gets the layer.
+        run: probes with hooks that keep copies for these layers.
+    """
+    while True:
+        try:
+            return run()
+        except Overwritten as layer:
+            overwritten.add(str(layer))
 
 
 _GONE = torch.empty(0)
