@@ -70,7 +70,7 @@ class MeasureSettings:
                 raise HawqError(f"measure() takes no {name!r}; it takes {', '.join(known)}.{nearest(name, known)}")
         beside = {k: v for k, v in overrides.items() if k in cls.__dataclass_fields__}
         fields = {k: v for k, v in overrides.items() if k not in beside}
-        return cls(replace(config or MeasureConfig(max_probes=200, l1_curvature="zero"), **fields), **beside)  # type: ignore[arg-type]
+        return cls(replace(config or MeasureConfig(), **fields), **beside)  # type: ignore[arg-type]
 
     def text(self) -> str:
         """What the traces depend on, for the fingerprint; the order and form are those of release 0.1.0."""
