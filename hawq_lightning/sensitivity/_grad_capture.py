@@ -170,8 +170,8 @@ class GradCapture:
 
     def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
-        own = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
-        self.leaks[call.site] = self.leaks.get(call.site, False) or not own
+        apart = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
+        self.leaks[call.site] = self.leaks.get(call.site, False) or not apart
 
     def _finish(self) -> None:
         for site, missing in self._waiting.items():
