@@ -31,7 +31,7 @@ from hawq_lightning.sensitivity._isolate import (
     to_device,
 )
 from hawq_lightning.sensitivity._linearity import check_linearity
-from hawq_lightning.sensitivity._loss_hessian import factor_probe, factorize_loss_hessian
+from hawq_lightning.sensitivity._loss_hessian import ProbeVectors, factor_probe, factorize_loss_hessian
 from hawq_lightning.sensitivity._measure import measure
 from hawq_lightning.sensitivity._microbatch import pick
 from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
@@ -77,6 +77,7 @@ __all__ = [
     "Pilot",
     "ProbeRequest",
     "ProbeRunner",
+    "ProbeVectors",
     "Probes",
     "ProcessShard",
     "Progress",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -29,7 +30,7 @@ def gaussian(generator: torch.Generator) -> Sampler:
 
 
 class _Twice(TorchFunctionMode):
-    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's own cannot."""
+    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's cannot."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,24 +51,24 @@ class GradGraph:
 
     forward: ForwardPass
     points: dict[str, list[torch.Tensor]]
-    gradient: dict[str, list[Any]]
+    gradient: dict[str, list[torch.Tensor | None]]
 
     def product(self, site: str, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The Hessian block of one site times ``vectors``, one tensor a point."""
         points, gradients = self.points[site], self.gradient[site]
-        curved = [(g, v) for g, v in zip(gradients, vectors) if g is not None and g.requires_grad]
-        if not curved:
+        pairs = [(g, v) for g, v in zip(gradients, vectors) if g is not None and g.requires_grad]
+        if not pairs:
             return [torch.zeros_like(p) for p in points]
-        gradients_flat = torch.autograd.grad(
-            [g for g, _ in curved], points, [v for _, v in curved], retain_graph=True, allow_unused=True
+        products = torch.autograd.grad(
+            [g for g, _ in pairs], points, [v for _, v in pairs], retain_graph=True, allow_unused=True
         )
-        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(gradients_flat, points)]
+        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(products, points)]
 
 
 @contextmanager
 def gradients_of(
     context: MeasureContext,
-    batch: Any,
+    batch: Batch,
     per_sample: Mapping[str, bool],
     direction: Callable[[ForwardPass], list[torch.Tensor]] | None = None,
     *,

@@ -37,7 +37,7 @@ class Eigenpairs:
     """The largest eigenvalues of one site's block, in falling order.
 
     Attributes:
-        values: of the mean loss for weights; for activations the mean over images of each image's own.
+        values: of the mean loss for weights; for activations the mean over samples of each sample's.
         vectors: of unit norm and the weight's shape; empty for activations, which have one an image.
         residuals: ``|H v - value v| / |value|``: an eigenvalue lies within this share.
     """
@@ -91,7 +91,7 @@ def top_eigenpairs(
     """
     choice("kind", kind, KINDS)
     if count < 1:
-        raise HawqError(f"count is {count}; at least one eigenvalue must be asked for.")
+        raise HawqError(f"count is {count}; it is 1 or more.")
     data = BatchSet.of(model, batches, batch_images, shard)
     with isolated_eval(model, seed), progress_bar(progress and data.shard.rank == 0) as bar:
         first, samples = data.batches[0], data.samples[0]
@@ -177,7 +177,7 @@ class _Search:
     def activations(self, names: list[str]) -> dict[str, Eigenpairs]:
         if not names:
             return {}
-        # images do not touch each other: every batch is a problem of its own
+        # samples do not touch each other: every batch is a problem of its own
         table = torch.zeros(3, len(names), dtype=torch.float64)
         for b in self.data.local:
             with self._graph(b, names) as graph:
@@ -256,7 +256,7 @@ class _Graph:
         gauss_newton = bool(self.directions)
         out = self._gauss_newton(site, points, vectors) if gauss_newton else self.gradients.product(site, vectors)
         flat = torch.cat([h.reshape(rows, -1).to(torch.float64) for h in out], 1)
-        return flat * (self.samples if self._by_sample(site) else 1)  # of the image's own loss
+        return flat * (self.samples if self._by_sample(site) else 1)  # of the sample's own loss
 
     def _gauss_newton(self, site: str, points: list[torch.Tensor], vectors: list[torch.Tensor]) -> list[torch.Tensor]:
         pairs = [(g, v) for g, v in zip(self.gradients.gradient[site], vectors) if g is not None]
@@ -267,6 +267,6 @@ class _Graph:
             [g for g, _ in pairs], self.directions, [v for _, v in pairs], retain_graph=True, allow_unused=True
         )
         hessian = self.gradients.forward.hessian
-        curved = hessian([torch.zeros_like(f) if m is None else m.detach() for m, f in zip(moved, hessian.values)])
-        found = torch.autograd.grad(hessian.edges, points, curved, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(found, points)]
+        products = hessian([torch.zeros_like(f) if m is None else m.detach() for m, f in zip(moved, hessian.values)])
+        gradients = torch.autograd.grad(hessian.edges, points, products, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(gradients, points)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,23 @@ from hawq_lightning.sensitivity._unfold import LayerCall
 
 class Overwritten(Exception):
     """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
+
+
+Result = TypeVar("Result")
+
+
+def with_copies(overwritten: set[str], run: Callable[[], Result]) -> Result:
+    """The result of ``run``, again for every layer that turns out to read what is overwritten later.
+
+    Args:
+        overwritten: gets the layer.
+        run: probes with hooks that keep copies for these layers.
+    """
+    while True:
+        try:
+            return run()
+        except Overwritten as layer:
+            overwritten.add(str(layer))
 
 
 _GONE = torch.empty(0)
@@ -153,8 +170,8 @@ class GradCapture:
 
     def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
-        own = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
-        self.leaks[call.site] = self.leaks.get(call.site, False) or not own
+        apart = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
+        self.leaks[call.site] = self.leaks.get(call.site, False) or not apart
 
     def _finish(self) -> None:
         for site, missing in self._waiting.items():

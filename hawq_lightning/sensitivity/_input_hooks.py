@@ -53,12 +53,12 @@ class InputHooks:
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x = args[0] if args else kwargs["input"]
             key = (id(x), version_of(x))
-            known = self._seen.get(key)
-            if known is None or known[0]() is not x:
-                known = (weakref.ref(x), self._visit(site, x))
-                self._seen[key] = known
+            seen = self._seen.get(key)
+            if seen is None or seen[0]() is not x:
+                seen = (weakref.ref(x), self._visit(site, x))
+                self._seen[key] = seen
             if args:
-                return (known[1], *args[1:]), kwargs
-            return args, {**kwargs, "input": known[1]}
+                return (seen[1], *args[1:]), kwargs
+            return args, {**kwargs, "input": seen[1]}
 
         return replace

@@ -114,7 +114,7 @@ def factorize_loss_hessian(
         hessian: the operator.
         generator: of the random vector.
         by_sample: the loss does not couple images, and the first axis of every tensor is the images.
-        elementwise: known from an earlier look at the same batch.
+        elementwise: an earlier look at the same batch has said so.
     """
     if elementwise:
         return [Diagonal(d) for d in hessian([v.new_ones(()).expand_as(v) for v in hessian.values])]
@@ -123,7 +123,7 @@ def factorize_loss_hessian(
     diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
     size = max((float(h.abs().max()) for h in update if h.numel()), default=0.0)
     blocks: list[Block] = []
-    generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
+    generator.set_state(state)  # drawn again, not kept in memory: outputs may be as large as the network's activations
     for f, h, d in zip(hessian.values, update, diagonal):
         v = _normal(f, generator)
         share = 1e-4 if f.dtype == torch.float64 else max(3e-3, 4 * hessian.rounding)
@@ -148,14 +148,14 @@ def without_curvature(
 ) -> list[int]:
     """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
     if isinstance(blocks, list):
-        curved = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
+        has_curvature = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
     else:
-        curved = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
-    found = [i for i, (c, g) in enumerate(zip(curved, hessian.gradient)) if not c and bool(g.any())]
-    slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
-    if len(found) == len(curved) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
+        has_curvature = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
+    flat = [i for i, (c, g) in enumerate(zip(has_curvature, hessian.gradient)) if not c and bool(g.any())]
+    slopes = torch.cat([hessian.gradient[i].flatten() for i in flat]) if flat else torch.zeros(0)
+    if len(flat) == len(has_curvature) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
         return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
-    return found
+    return flat
 
 
 def output_curvature(

@@ -15,7 +15,7 @@ from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass, outputs_of
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
-from hawq_lightning.sensitivity._grad_capture import Overwritten
+from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._loss_hessian import (
     Block,
@@ -123,7 +123,7 @@ class FactoredPass:
 def factored_probes(
     context: MeasureContext, request: ProbeRequest, run: Callable[[FactoredPass], None], *, elementwise: bool = False
 ) -> Probes:
-    """Run the loss of a request and let ``run`` send vectors back, again where a layer's input was overwritten.
+    """Run the loss of a request and let ``run`` send vectors back.
 
     Args:
         context: model, loss and sites.
@@ -131,15 +131,12 @@ def factored_probes(
         run: appends to ``probes.rows`` of the pass.
         elementwise: the loss is known to be.
     """
-    while True:
-        try:
-            probes, large = _factored_probes(context, request, run, elementwise)
-        except Overwritten as layer:
-            context.diagnostics.overwritten.add(str(layer))
-            continue
-        if large:  # the graph went with the frame above, and as much memory as it took
-            release_memory()
-        return probes
+    probes, large = with_copies(
+        context.diagnostics.overwritten, lambda: _factored_probes(context, request, run, elementwise)
+    )
+    if large:  # the graph went with the frame above, and as much memory as it took
+        release_memory()
+    return probes
 
 
 def _factored_probes(

@@ -96,7 +96,7 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
         settings: of the measurement.
 
     Raises:
-        HawqError: the network or the loss does not allow what was asked for.
+        HawqError: the network or the loss does not allow what the settings demand.
     """
     config, pilot = settings.config, look.pilot
     estimator = ESTIMATORS[config.estimator].prepare(look.context, pilot, config)

@@ -12,6 +12,7 @@ from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import Estimator, ProbeRequest, Probes, Rows
+from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._isolate import Heap
 from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, with_fewer
 from hawq_lightning.sensitivity._microbatch import loss_reduction, slice_batch
@@ -114,7 +115,7 @@ class ProbeRunner:
             first_probe=estimator.probes_per_step * step, batch_number=number,
         )  # fmt: skip
         try:
-            return estimator.probe(self.context, request)
+            return with_copies(self.context.diagnostics.overwritten, lambda: estimator.probe(self.context, request))
         except RuntimeError as error:
             if estimator.second_derivatives and _lacks_second_derivative(error):
                 reason = str(error).strip().split("\n")[0].rstrip(".")

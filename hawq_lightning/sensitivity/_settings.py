@@ -37,14 +37,14 @@ class MeasureOverrides(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """All that a measurement is asked for.
+    """Config and keywords of one call.
 
     Attributes:
         config: how to measure.
         include: which layers; see :func:`hawq_lightning.sites`.
         exclude: which layers not.
         batch_size_fn: number of samples in a batch.
-        stop: whether what is known will do, however large the errors.
+        stop: whether the traces so far will do, however large the errors.
     """
 
     config: MeasureConfig
@@ -64,13 +64,15 @@ class MeasureSettings:
         Raises:
             HawqError: a keyword that there is not, or a value that the config refuses.
         """
-        known = MeasureOverrides.__annotations__
+        keywords = MeasureOverrides.__annotations__
         for name in overrides:
-            if name not in known:
-                raise HawqError(f"measure() takes no {name!r}; it takes {', '.join(known)}.{nearest(name, known)}")
+            if name not in keywords:
+                raise HawqError(
+                    f"measure() takes no {name!r}; it takes {', '.join(keywords)}.{nearest(name, keywords)}"
+                )
         beside = {k: v for k, v in overrides.items() if k in cls.__dataclass_fields__}
         fields = {k: v for k, v in overrides.items() if k not in beside}
-        return cls(replace(config or MeasureConfig(max_probes=200, l1_curvature="zero"), **fields), **beside)  # type: ignore[arg-type]
+        return cls(replace(config or MeasureConfig(), **fields), **beside)  # type: ignore[arg-type]
 
     def text(self) -> str:
         """What the traces depend on, for the fingerprint; the order and form are those of release 0.1.0."""

@@ -55,7 +55,7 @@ def settings_record(
     """What ``sensitivity.json`` tells of how it came about; its names are those of release 0.1.0.
 
     Args:
-        config: as asked for.
+        config: of the call.
         runner: with the estimator and the precision that were used.
         sampling: that was used.
         statistics: of all processes.

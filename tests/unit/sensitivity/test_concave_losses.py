@@ -43,7 +43,7 @@ def test_thinned_traces_are_unbiased_and_their_intervals_cover(draw):
     sums: dict[str, list[float]] = {n: [] for n in truth}
     inside = total = 0
     for seed in range(24):
-        found = measure(model, _batches(), rare, rtol=0.25, seed=seed, sampling=draw)
+        found = measure(model, _batches(), rare, rtol=0.25, seed=seed, sampling=draw, max_probes=200)
         assert found.settings["probes"] % 8 == 0 or draw == "curvature"
         for s in found:
             sums[s.name].append((s.trace - truth[s.name]) / truth[s.name])

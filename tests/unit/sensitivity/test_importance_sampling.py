@@ -43,8 +43,9 @@ def sure():
 
 def test_a_trained_network_draws_by_itself_and_saves_work(sure):
     net, batches, loss_fn, table, exact = sure
-    drawn = measure(net, batches, loss_fn, sites=table, progress=False)
-    whole = measure(net, batches, loss_fn, sites=table, sampling="all", progress=False)
+    keywords = {"sites": table, "max_probes": 200, "progress": False}
+    drawn = measure(net, batches, loss_fn, **keywords)
+    whole = measure(net, batches, loss_fn, sampling="all", **keywords)
     assert drawn.settings["draw"] == "curvature" and whole.settings["draw"] == "all"
     assert drawn.settings["probes"] < whole.settings["probes"]
     for r in exact:
@@ -69,7 +70,17 @@ def test_intervals_of_drawn_estimates_cover_at_the_stopping_time(sure):
     net, batches, loss_fn, table, exact = sure
     hits = total = 0
     for seed in range(100):
-        found = measure(net, batches, loss_fn, sites=table, sampling="curvature", rtol=0.1, seed=seed, progress=False)
+        found = measure(
+            net,
+            batches,
+            loss_fn,
+            sites=table,
+            sampling="curvature",
+            rtol=0.1,
+            seed=seed,
+            max_probes=200,
+            progress=False,
+        )
         for r in found:
             if exact[r.name].trace and r.stderr > 1e-9 * r.trace:
                 hits += abs(r.trace - exact[r.name].trace) <= 1.96 * r.stderr
