@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hawq_lightning import measure
+from hawq_lightning import MeasureConfig, measure
 from hawq_lightning.sensitivity import MeasureOverrides
 from tests.cases import CASES, ConvNet, build, image_batch
 
@@ -10,8 +10,6 @@ _, CROSS_ENTROPY = CASES["cross_entropy"]
 
 
 def test_a_bare_call_measures_as_the_config_says():
-    from hawq_lightning._config import MeasureConfig
-
     bare = measure(build(ConvNet), [image_batch()], CROSS_ENTROPY, progress=False)
     configured = measure(build(ConvNet), [image_batch()], CROSS_ENTROPY, config=MeasureConfig(), progress=False)
     assert bare.fingerprint == configured.fingerprint and bare.settings["l1"] == MeasureConfig().l1_curvature
@@ -19,8 +17,6 @@ def test_a_bare_call_measures_as_the_config_says():
 
 
 def test_keywords_override_fields_of_a_config():
-    from hawq_lightning._config import MeasureConfig
-
     net, batches = build(ConvNet), [image_batch()]
     config = MeasureConfig(estimator="exact", seed=3)
     found = measure(net, batches, CROSS_ENTROPY, config=config, seed=5, exclude="stem", progress=False)
@@ -29,7 +25,5 @@ def test_keywords_override_fields_of_a_config():
 
 
 def test_every_setting_that_measure_takes_is_a_field_of_the_config_or_told_beside_it():
-    from hawq_lightning._config import MeasureConfig
-
     beside = {"include", "exclude", "batch_size_fn", "stop"}
     assert set(MeasureOverrides.__annotations__) - beside <= set(MeasureConfig.__dataclass_fields__)
