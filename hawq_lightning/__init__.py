@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hawq_lightning._batches import batch_images
-from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
+from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
@@ -42,8 +42,6 @@ __all__ = [
     "Plan",
     "PlanSite",
     "Problem",
-    "QuantizerConfig",
-    "SelectConfig",
     "Sensitivity",
     "Site",
     "SiteTable",

@@ -39,7 +39,6 @@ from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
-from hawq_lightning.sensitivity._settings import MeasureOverrides
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 from hawq_lightning.sensitivity._stopping import (
@@ -71,7 +70,6 @@ __all__ = [
     "LayerCall",
     "MaxProbes",
     "MeasureContext",
-    "MeasureOverrides",
     "OutputHessian",
     "Outputs",
     "Pilot",

@@ -66,6 +66,7 @@ def test_a_fused_transformer_layer_does_not_read_past_the_twin(layers):
 HOOKS = {"weight norm": weight_norm, "spectral norm": spectral_norm, "pruning": lambda m: prune.identity(m, "weight")}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")  # but in use
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_steps_are_fitted_to_the_weight_that_a_hook_will_make(hook):
     torch.manual_seed(0)
