@@ -30,7 +30,7 @@ from hawq_lightning.callbacks._trainer import (
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
 from hawq_lightning.quantization import (
-    QuantizedLayer,
+    QuantizedWeight,
     QuantizerSpec,
     check_plan,
     enable,
@@ -39,9 +39,10 @@ from hawq_lightning.quantization import (
     prepare,
     quantized_layers,
     quantizer_named,
+    quantizers_in,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -149,11 +150,11 @@ class ApplyPlan(Callback):
             if not _agrees(self._given, pl_module):
                 rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
                 self._plan = _sized(plan_of(pl_module))
-                share(pl_module, self._plan)
+                tie_scales(pl_module, self._plan)
                 return True
         if self._plan is None or not _agrees(self._plan, pl_module):
             self._plan = self._given or _sized(plan_of(pl_module))
-        share(pl_module, self._plan)
+        tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
@@ -197,10 +198,10 @@ class ApplyPlan(Callback):
             return
         if self._plan is not None:
             buffers = {
-                f"{name}.{part}.{key}": value.detach().cpu()
-                for name, layer in quantized_layers(pl_module).items()
-                for part in ("weight_quantizer", "input_quantizer")
-                for key, value in getattr(layer, part).state_dict().items()
+                f"{layer.prefix}{part}.{key}": value.detach().cpu()
+                for layer in quantized_layers(pl_module).values()
+                for part, quantizer in quantizers_in(layer.module).items()
+                for key, value in quantizer.state_dict().items()
             }
             told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
             torch.save(told, self._handoff_file)
@@ -241,8 +242,8 @@ class ApplyPlan(Callback):
             self._plan = Plan.from_dict(state_dict["plan"])
 
 
-def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
-    """Parameters of a twin's quantizers."""
+def learned_of(layer: QuantizedWeight) -> list[torch.nn.Parameter]:
+    """Parameters of a fake-quant layer's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
 
 
@@ -257,7 +258,7 @@ def weights_hash(module: torch.nn.Module) -> str:
     """Of the quantizable layers' own parameters, which a hook may make the weight of."""
     whole = hashlib.sha256()
     for name, layer in quantizable_layers(module)[0].items():
-        for part, p in layer.named_parameters(recurse=False):
+        for part, p in layer.module.named_parameters(recurse=False):
             whole.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
 

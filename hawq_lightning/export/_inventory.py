@@ -11,8 +11,8 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
 from hawq_lightning.export._index import DTYPES, Index, IndexedSite, IndexedTensor
+from hawq_lightning.layers import channel_axis, find_kind
 from hawq_lightning.quantization import Quantizer
 
 
@@ -126,7 +126,7 @@ def check_same(
     unknown, reshaped = [], []
     for site in (*index.weights, *index.activations):
         found = [modules.get(rename(n)) for n in site.layers]
-        if any(m is None or layer_type(m) not in QUANTIZABLE for m in found):
+        if any(m is None or find_kind(m) is None for m in found):
             unknown.append(site.name)
         elif site in index.weights:
             shapes = {tuple(m.weight.shape) for m in found}  # type: ignore[union-attr, arg-type]

@@ -17,12 +17,12 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import QUANTIZABLE, layer_type
 from hawq_lightning.export import _container as container
 from hawq_lightning.export._bits import pack, packed_bytes, unpack
 from hawq_lightning.export._extras import most_extras, read_bases, read_extras
 from hawq_lightning.export._index import TORCH_TYPES, Index
 from hawq_lightning.export._inventory import check_same, index_of, owning, plain, renaming, rest_of
+from hawq_lightning.layers import FakeQuantLayer, find_kind
 from hawq_lightning.quantization import (
     MIDRISE_ZERO,
     QuantizedLayer,
@@ -76,7 +76,7 @@ def packed_overhead(
     most = sum(w.numel for w in index.weights)
     spec = quantizer_named(quantizer)
     weights, learned = spec.weight_quantizer(1), isinstance(spec.activation_quantizer(), ActivationLQ)
-    extras = most_extras(index, "codebook" in weights.kinds(8), weights.zero_points, learned)
+    extras = most_extras(index, "codebook" in weights.code_formats(8), weights.zero_points, learned)
     fixed = (b for b in index.blobs(0, extras) if b[0] not in ("codes", "scales", "basis"))
     return container.header_bound(index, most, extras) + sum(n * TORCH_TYPES[dtype].itemsize for _, dtype, n in fixed)
 
@@ -109,7 +109,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         numbers = quantizer.codes(layer.weight)
         pack_low_bit_weights = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
         levels = quantizer.dequantize(numbers).to(pack_low_bit_weights)
-        if not torch.equal(levels, quantizer.settled(layer.weight).to(pack_low_bit_weights)):
+        if not torch.equal(levels, quantizer.eval_weight(layer.weight).to(pack_low_bit_weights)):
             raise HawqError(
                 f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
                 "network would be another one."
@@ -213,7 +213,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """
     file = read_packed(path)
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
+    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if find_kind(m) is not None])
     owned = {id(modules[rename(n)]) for w in file.index.weights for n in w.layers if rename(n) in modules}
     targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
     stored = {rename.keys(t.keys): t for t in file.index.rest if rename.keys(t.keys)}
@@ -251,16 +251,16 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
 def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> None:
     """Where a tied float weight does not round to the codes (DoReFa squashes first), the layers get their own."""
     for layer in layers:
-        assert isinstance(layer, QuantizedLayer)
+        assert isinstance(layer, FakeQuantLayer)
         quantizer = layer.weight_quantizer
         levels = quantizer.dequantize(file.codes[site.name].to(quantizer.width.device)).to(layer.weight.dtype)
-        if not torch.equal(quantizer.settled(layer.weight), levels):
+        if not torch.equal(quantizer.eval_weight(layer.weight), levels):
             layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     found = model.named_modules(remove_duplicate=False)
-    return {plain(n): m for n, m in found if isinstance(m, QuantizedLayer)}
+    return {plain(n): m for n, m in found if isinstance(m, FakeQuantLayer)}
 
 
 def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
@@ -277,7 +277,7 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
             if site.kind == "activation" and float(quantizer.scale) != float(reads.scale):
                 raise HawqError(
                     f"The layers of {site.name!r} read one tensor by different grids, {site.layers[0]!r} and {name!r}; "
-                    "call hawq_lightning.quantization.share(model, plan) before training goes on."
+                    "call hawq_lightning.quantization.tie_scales(model, plan) before training goes on."
                 )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never armed: call quantize(model, plan) first.")

@@ -1,4 +1,4 @@
-"""Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
+"""Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
@@ -15,15 +15,15 @@ from hawq_lightning.quantization._apply import (
     quantizers,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     unquantize,
     with_quantizer,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
-from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_tensor
+from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._inputs import network_inputs
-from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
+from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -32,7 +32,7 @@ from hawq_lightning.quantization._registry import (
     import_quantizers,
     quantizer_named,
     quantizer_names,
-    register,
+    register_quantizer,
 )
 from hawq_lightning.quantization._trial import (
     first_order_term,
@@ -50,11 +50,11 @@ __all__ = [
     "Head",
     "HeadOutputs",
     "QuantizedLayer",
+    "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
     "WeightQuantizer",
     "activation_step",
-    "along",
     "candidates",
     "check_bits",
     "check_plan",
@@ -70,9 +70,9 @@ __all__ = [
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
-    "must_be_called",
     "named_in",
     "network_inputs",
+    "per_channel_view",
     "plan_of",
     "prepare",
     "quantize",
@@ -80,11 +80,12 @@ __all__ = [
     "quantizer_named",
     "quantizer_names",
     "quantizers",
+    "quantizers_in",
     "reestimate",
     "refresh",
-    "register",
-    "share",
+    "register_quantizer",
     "temporarily_quantized",
+    "tie_scales",
     "to_fake_quantized",
     "unquantize",
     "weight_candidates",

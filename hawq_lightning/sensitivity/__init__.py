@@ -17,7 +17,6 @@ from hawq_lightning.sensitivity._estimator import (
     register_estimator,
 )
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
-from hawq_lightning.sensitivity._grad_norms import inner_products
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
 from hawq_lightning.sensitivity._independence import independent_samples
@@ -51,8 +50,6 @@ from hawq_lightning.sensitivity._stopping import (
     Stop,
     StoppingRule,
 )
-from hawq_lightning.sensitivity._unfold import LayerCall
-from hawq_lightning.sensitivity._weight_gradients import by_kernel
 
 __all__ = [
     "ESTIMATORS",
@@ -67,7 +64,6 @@ __all__ = [
     "Hessian",
     "Hutchinson",
     "InputHooks",
-    "LayerCall",
     "MaxProbes",
     "MeasureContext",
     "OutputHessian",
@@ -90,7 +86,6 @@ __all__ = [
     "TraceStatistics",
     "WholeBatches",
     "backpropagate",
-    "by_kernel",
     "check_linearity",
     "chunks",
     "concave_share",
@@ -101,7 +96,6 @@ __all__ = [
     "guarded_mean_traces",
     "hutchinson_batch",
     "independent_samples",
-    "inner_products",
     "isolated_eval",
     "join",
     "landscape",

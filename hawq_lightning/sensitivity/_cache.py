@@ -18,6 +18,7 @@ from hawq_lightning._batches import parts_of
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._result import VERSION, Sensitivity
@@ -142,8 +143,8 @@ def fingerprint(
 def _idle_quantizers(model: nn.Module) -> Iterator[str]:
     # a fake-quant layer whose quantizers are off has the traces of the float layer, whichever quantizers it holds
     for name, layer in model.named_modules():
-        if hasattr(layer, "float_type"):
-            for key in ("weight_quantizer", "input_quantizer"):
+        if isinstance(layer, FakeQuantLayer):
+            for key in [k for k in layer._modules if k.endswith("_quantizer")]:
                 quantizer = getattr(layer, key)
                 if not quantizer.bits or quantizer.fake_quant_disabled:
                     yield f"{name}.{key}." if name else f"{key}."

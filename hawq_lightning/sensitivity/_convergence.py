@@ -11,7 +11,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import find_sites
+from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
@@ -53,8 +53,8 @@ def trace_history(
     data = BatchSet.of(model, batches, batch_size_fn)
     with isolated_eval(model, seed):
         table = sites or find_sites(model, lambda: loss_fn(model, data.batches[0]), data.samples[0])
-        layers = {x.name: model.get_submodule(x.name) for x in table.layers}
-        context = MeasureContext(model, layers, table, loss_fn)
+        layers, _ = quantizable_layers(model)
+        context = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
         per_sample = independent_samples(context, data.batches[0], data.samples[0])
         pilot = Pilot(data.batches[0], data.samples[0], per_sample, batch_size_fn)
         runner = ProbeRunner(

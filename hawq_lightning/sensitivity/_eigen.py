@@ -17,7 +17,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import find_sites
+from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, check_weights
@@ -96,7 +96,8 @@ def top_eigenpairs(
     with isolated_eval(model, seed), progress_bar(progress and data.shard.rank == 0) as bar:
         first, samples = data.batches[0], data.samples[0]
         table = sites or find_sites(model, lambda: loss_fn(model, first), samples)
-        layers = {x.name: model.get_submodule(x.name) for x in table.layers}
+        every_layer, _ = quantizable_layers(model)
+        layers = {x.name: every_layer[x.name] for x in table.layers}
         check_weights(layers)
         names = [s.name for s in table]
         requested = names if only is None else list(only)
