@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from hawq_lightning._errors import HawqError, choice
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
+from hawq_lightning._registry import check_registered
 from hawq_lightning._sites import Patterns
 from hawq_lightning._types import LossFn
 
@@ -142,6 +143,7 @@ class MeasureConfig:
     """Folder of measurements that runs share: the same weights, data and settings are measured once."""
 
     def __post_init__(self) -> None:
+        check_registered("estimator", self.estimator)
         whole("images", self.images, 1)
         whole("max_probes", self.max_probes, 1)
         if isinstance(self.rtol, bool) or not isinstance(self.rtol, Real) or not 0 < self.rtol < math.inf:

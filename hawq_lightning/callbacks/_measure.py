@@ -189,11 +189,9 @@ class MeasureTraces(Callback):
                     table, weigh, self.select.budget, self.select.selector, overhead, constraints, self._question
                 )
                 sensitivity = self.given or measure(
-                    pl_module, batches, loss_fn, sites=table, estimator=config.estimator, rtol=config.rtol,
-                    max_probes=config.max_probes, distribution=config.distribution, rotate=config.rotate,
-                    draw=config.sampling, l1=config.l1_curvature, seed=config.seed, progress=show,
-                    precision=config.precision, share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    enough=stable if config.stop_when == "stable_plan" else None,
+                    pl_module, batches, loss_fn, config=config, sites=table, progress=show,
+                    shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
+                    stop=stable if config.stop_when == "stable_plan" else None,
                 )  # fmt: skip
                 if self.given is None:
                     traces.store(sensitivity)
@@ -243,7 +241,7 @@ class MeasureTraces(Callback):
             names = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
             eigenvalues = top_eigenvalues(
                 pl_module, batches, loss_fn, sites=self._sites, only=names, rtol=self.measure.rtol,
-                seed=self.measure.seed, progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
+                seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
             self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
             chosen = pick(eigenvalues=self.eigenvalues)

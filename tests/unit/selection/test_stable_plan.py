@@ -30,7 +30,7 @@ def test_measuring_stops_with_the_plan_and_the_plan_is_good(case):
     net, batches, loss_fn, table, weigh = case
     settled = StablePlan(table, weigh, "8x", regret=0.1)
     keywords = {"sites": table, "progress": False, "rtol": 0.01, "max_probes": 2000}
-    short = measure(net, batches, loss_fn, enough=settled, **keywords)
+    short = measure(net, batches, loss_fn, stop=settled, **keywords)
     whole = measure(net, batches, loss_fn, **keywords)
     assert short.settings["stopped"] == "enough" and whole.settings["stopped"] == "error"
     assert short.settings["probes"] < whole.settings["probes"]
@@ -51,7 +51,7 @@ def test_a_plan_that_noise_would_change_is_not_settled(case):
         asked.append(StablePlan(table, weigh, "8x", regret=0.0, bootstraps=60)(found))
         return asked[-1]
 
-    measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, enough=enough)
+    measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, stop=enough)
     assert asked and not asked[0]
 
 
