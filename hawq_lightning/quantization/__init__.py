@@ -28,7 +28,7 @@ from hawq_lightning.quantization._loss_check import loss_check
 from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
 from hawq_lightning.quantization._plan_loss import loss_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
-from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
+from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, quantizers_in
 from hawq_lightning.quantization._ranges import activation_step, weight_step
 from hawq_lightning.quantization._registry import (
     QuantizerSpec,
@@ -68,7 +68,6 @@ __all__ = [
     "loss_check",
     "loss_of_plan",
     "must_be_called",
-    "named_in",
     "network_inputs",
     "options",
     "plan_of",
@@ -78,6 +77,7 @@ __all__ = [
     "quantizer_named",
     "quantizer_names",
     "quantizers",
+    "quantizers_in",
     "reestimate",
     "refresh",
     "register",

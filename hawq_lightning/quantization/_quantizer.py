@@ -16,6 +16,8 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import with_zero_grads
 
+_OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer
+
 
 class Quantizer(nn.Module):
     """What weight and activation quantizers share: bits (0 is off), a step ``scale`` and a ``zero_point``.
@@ -32,7 +34,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("width", torch.zeros(()))
+        self.register_buffer("num_bits", torch.zeros(()))
         self.make_scale(() if channels is None else (channels,))
         self.register_buffer("zero_point", torch.zeros(()))
         self.bits = 0
@@ -41,7 +43,7 @@ class Quantizer(nn.Module):
         self.range_updates_enabled = True
         self._tied_to: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
 
-    width: torch.Tensor
+    num_bits: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     has_dynamic_range = False  # whether the grid moves in training without gradients
@@ -66,10 +68,10 @@ class Quantizer(nn.Module):
         Raises:
             HawqError: a step that is not positive and finite.
         """
-        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.width.device)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.num_bits.device)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise HawqError("A quantization step must be positive and finite; weights or activations hold NaN or Inf.")
-        self.width.fill_(float(bits))
+        self.num_bits.fill_(float(bits))
         self.bits = bits
         self.zero_point.fill_(float(zero_point))
         self.set_scale(scale)
@@ -96,13 +98,13 @@ class Quantizer(nn.Module):
     def disable(self) -> None:
         """Switch off: the identity again."""
         self._tied_to = ()
-        self.width.zero_()
+        self.num_bits.zero_()
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the Python mirrors in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
         self._take_state()
-        self.bits = round(float(self.width))
+        self.bits = round(float(self.num_bits))
         self.zero = round(2 * float(self.zero_point)) / 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +135,9 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
-            return  # a float checkpoint says nothing about quantizers; it must not disarm them
+            return  # a float checkpoint says nothing about quantizers; it must not disable them
+        if f"{prefix}{_OLD_NUM_BITS}" in state_dict:
+            state_dict[f"{prefix}num_bits"] = state_dict.pop(f"{prefix}{_OLD_NUM_BITS}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh()
 

@@ -52,7 +52,7 @@ class WeightQuantizer(Quantizer):
     def named(self, name: str) -> None:
         """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
         if name != _DEFAULT:
-            self.register_buffer(_MARK + name, torch.zeros((), device=self.width.device))
+            self.register_buffer(_MARK + name, torch.zeros((), device=self.num_bits.device))
 
     @property
     def name(self) -> str:
@@ -174,3 +174,17 @@ class ActivationQuantizer(Quantizer):
 def named_in(keys: Iterable[str]) -> str:
     """The quantizer that the keys of one weight quantizer's state tell of."""
     return next((k.removeprefix(_MARK) for k in keys if k.startswith(_MARK)), _DEFAULT)
+
+
+def quantizers_in(state_dict: Iterable[str]) -> dict[str, str]:
+    """The fake-quant layers that a state dict is of, with the registered names of their quantizers.
+
+    Args:
+        state_dict: or its keys; of this release or of 0.1.0.
+    """
+    names: dict[str, str] = {}
+    for key in state_dict:
+        layer, found, buffer = key.rpartition(".weight_quantizer.")
+        if found and (layer not in names or buffer.startswith(_MARK)):
+            names[layer] = named_in([buffer])
+    return names
