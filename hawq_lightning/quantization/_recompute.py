@@ -77,7 +77,7 @@ class _Recipe:
 def _can_repeat(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> bool:
     if made is source or not quantizer.bits or quantizer.fake_quant_disabled or quantizer._tied_to:
         return False
-    return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "repeatable", False)
+    return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "deterministic", False)
 
 
 def _others_decide() -> bool:

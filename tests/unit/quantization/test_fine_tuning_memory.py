@@ -46,7 +46,7 @@ def test_no_quantized_copy_outlives_the_forward_pass(quantizer):
         watch.append(weakref.ref(out))
         return out
 
-    spy.repeatable = True
+    spy.deterministic = True
     kind = type(model[2].input_quantizer)
     kind.quantize = spy
     try:
