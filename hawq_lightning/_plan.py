@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._site_table import Layer, Site
 
 FORMAT = "hawq_lightning.plan"
 VERSION = 2
-CODES = ("affine", "midrise", "codebook")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
 
@@ -336,5 +336,5 @@ def check_choice(name: str, kind: str, bits: Any, code: Any) -> None:
             f"Site {name!r}: {bits!r} bits is out of range for {kind}s "
             f"({allowed[0]} to {allowed[-1]}); the nearest is {close}."
         )
-    if code not in CODES:
-        raise HawqError(f"Site {name!r}: code kind {code!r} is unknown; use one of {', '.join(CODES)}.")
+    if code not in CODE_FORMATS:
+        raise HawqError(f"Site {name!r}: code kind {code!r} is unknown; use one of {', '.join(CODE_FORMATS)}.")

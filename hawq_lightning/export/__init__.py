@@ -1,12 +1,12 @@
 """What leaves the workshop: the packed file, ONNX, a torch.export program."""
 
 from hawq_lightning.export._bits import pack, unpack
+from hawq_lightning.export._contents import PackedFile, StoredSite
 from hawq_lightning.export._deployed import Deployed, deploy, portable, stored_layers
 from hawq_lightning.export._extra import require
 from hawq_lightning.export._folding import Folding, fold_batch_norm
-from hawq_lightning.export._index import Index
 from hawq_lightning.export._network import DetectorNetwork, network_of
-from hawq_lightning.export._packed import PackedFile, load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed
 from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "Deployed",
     "DetectorNetwork",
     "Folding",
-    "Index",
     "PackedFile",
+    "StoredSite",
     "compare",
     "deploy",
     "fold_batch_norm",

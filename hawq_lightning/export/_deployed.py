@@ -19,7 +19,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import plain, renaming
-from hawq_lightning.export._packed import check_armed
+from hawq_lightning.export._packed import check_enabled
 from hawq_lightning.quantization import QuantizedLayer, plan_of
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -125,7 +125,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
             f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
             "type; choose a quantizer with even steps, such as lsq."
         )
-    check_armed(layers, plan)
+    check_enabled(layers, plan)
     copied = _copy(model)
     inputs = at_least_two(example_input)
     with torch.no_grad():

@@ -37,6 +37,7 @@ from hawq_lightning.quantization._registry import (
     quantizer_names,
     register,
 )
+from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import temporarily_quantized
 from hawq_lightning.quantization._widths import check_bits
 
@@ -50,6 +51,7 @@ __all__ = [
     "QuantizedLayer",
     "Quantizer",
     "QuantizerSpec",
+    "Storage",
     "WeightQuantizer",
     "activation_step",
     "along",

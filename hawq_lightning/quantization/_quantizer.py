@@ -15,6 +15,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import with_zero_grads
+from hawq_lightning.quantization._storage import Storage
 
 _OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer
 
@@ -127,6 +128,28 @@ class Quantizer(nn.Module):
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
+        raise NotImplementedError
+
+    @property
+    def even_steps(self) -> bool:
+        """Whether the levels are whole multiples of one step a channel, as ONNX and torch.export have them."""
+        return True
+
+    def storage(self) -> Storage:
+        """What a packed file keeps of this enabled quantizer, besides bits, code format and codes."""
+        raise NotImplementedError
+
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """Switch on with exactly the levels that were stored; values are checked, since files come from anywhere.
+
+        Args:
+            bits: 1 to 8.
+            code_format: name of one.
+            storage: of :meth:`storage`.
+
+        Raises:
+            HawqError: something is missing, not understood, or out of range.
+        """
         raise NotImplementedError
 
     def _save_to_state_dict(self, *args: Any) -> None:

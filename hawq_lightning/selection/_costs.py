@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning.selection._constraints import FLOAT_BITS
 from hawq_lightning.selection._frontier import Floats
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from hawq_lightning.selection._problem import Problem
 
 COSTS = ("weight_bytes", "file_bytes", "bops", "act_bytes", "act_peak_bytes", "latency_ms")
-SCALE_BYTES = 4  # one float32 a channel
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,13 @@ def linear(problem: Problem, name: str) -> tuple[Linear, ...]:
     if name == "weight_bytes":
         return (_by_site(problem, lambda i, b: problem.sites[i].numel * b / 8, "weight"),)
     if name == "file_bytes":
-        scales = SCALE_BYTES * sum(s.channels for s in problem.sites if s.kind == "weight")
-        constant = problem.file_overhead + scales
-        books = {(s.name, o.bits) for s in problem.sites for o in problem.options[s.name] if o.code == "codebook"}
+        formats = {(s.name, o.bits): CODE_FORMATS[o.code] for s in problem.sites for o in problem.options[s.name]}
 
         def stored(i: int, b: int) -> float:
             site = problem.sites[i]
-            basis = SCALE_BYTES * site.channels * b if (site.name, b) in books else 0
-            return math.ceil(site.numel * b / 8) + basis
+            return math.ceil(site.numel * b / 8) + formats[site.name, b].storage_bytes(site.channels, b)
 
-        return (_by_site(problem, stored, "weight", constant),)
+        return (_by_site(problem, stored, "weight", problem.file_overhead),)
     if name == "act_bytes":
         _need_activations(problem, name)
         return (_by_site(problem, lambda i, b: problem.sites[i].numel * b / 8, "activation"),)
