@@ -26,7 +26,8 @@ VERSION = "4"
 DESCRIPTION = (
     "Weights are integer codes of `bits` bits, one after the other, least significant bit first, row-major, stored "
     "plus 2^(bits-1). affine: (code - zero_point) * scale; midrise: (code + 1/2) * scale; codebook: bit k of the "
-    "stored number is the sign of basis k. Activations: (code - zero_point) * scale. Other tensors: as in the state dict."
+    "stored number is the sign of basis k. Activations: (code - zero_point) * scale. Other tensors: as in the state "
+    "dict."
 )
 CODES = "codes"
 _PLAIN = "uniform"  # the quantizer that reads even steps
