@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hawq_lightning.callbacks import HAWQ
-from hawq_lightning.quantization import enabled_bits
+from hawq_lightning.quantization import enabled_bits, quantized_layers
 
 FEATURES, CLASSES, IMAGES = 12, 4, 64
 
@@ -138,7 +139,33 @@ def fit(folder, model, data, **kwargs):
 TRAINER_KEYS = {"max_epochs", "accumulate_grad_batches", "precision", "overfit_batches", "limit_train_batches"}
 
 
+def fit_beside(folder, model, callback, others, first, **kwargs):
+    """Fit with ``callback`` before or after the ``others``, over three epochs; returns the Trainer."""
+    callbacks = [callback, *others] if first else [*others, callback]
+    t = trainer(folder, *callbacks, **({"max_epochs": 3} | kwargs))
+    t.fit(model, loader(), loader(shuffle=False))
+    assert_mixed(model, callback)
+    return t
+
+
 def same_states(a, b):
     """Bitwise equal state dicts, but for quantizers."""
     a, b = ({k: v for k, v in s.items() if "_quantizer." not in k} for s in (a, b))
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+class Watch(Callback):
+    """Calls a function of (trainer, module) after every batch and keeps what it gives."""
+
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append(self.look(trainer, pl_module))
+
+
+def steps_of(pl_module):
+    return [float(x.weight_quantizer.scale.flatten()[0]) for x in quantized_layers(pl_module).values()]
+
+
+ORDERS = pytest.mark.parametrize("first", [True, False], ids=["hawq_first", "hawq_last"])

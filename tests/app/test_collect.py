@@ -10,7 +10,7 @@ import yaml
 from hawq_lightning import HawqError
 from hawq_lightning.cli import collect_main as main
 from hawq_lightning.report import collect, csv_text, mean_table, read_sweep
-from tests import chromium
+from tests.app import chromium
 
 EVIL = '<script>alert("1")</script>'
 FORMULA = '=HYPERLINK("http://a.example","b")'

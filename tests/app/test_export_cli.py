@@ -19,7 +19,7 @@ from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import LatencyTable
-from tests.unit.export.test_export_folding import armed
+from tests.unit.export.test_folding import armed
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
@@ -74,7 +74,7 @@ def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
         "@register('halving_steps')\nclass Halving(WeightQuantizer):\n"
         "    def fit(self, weight, bits, code):\n"
         "        super().fit(weight, bits, code)\n"
-        "        self.arm(bits, self.scale.log2().ceil().exp2(), float(self.zero_point))\n"
+        "        self.enable(bits, self.scale.log2().ceil().exp2(), float(self.zero_point))\n"
         "        return float((self(weight) - weight).square().sum())\n"
     )
     own = ["quantizer.imports=[halving.py]", "quantizer.name=halving_steps"]
@@ -212,8 +212,10 @@ def test_an_error_of_the_disk_is_one_line(tmp_path):
     from hawq_lightning.cli import explain
 
     (tmp_path / "a.json").mkdir()
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(HawqError, match=r"Cannot write .*a\.json: Is a directory\."):
         write_text(tmp_path / "a.json", "{}")
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "a.json").read_text()
     assert explain(caught.value) == f"{tmp_path / 'a.json'}: Is a directory."
     assert explain(OSError("no file")) is None
 

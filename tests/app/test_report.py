@@ -29,7 +29,7 @@ from hawq_lightning.report import (
     write_report,
 )
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
-from tests import chromium
+from tests.app import chromium
 
 WIDTHS = (2, 4, 8)
 NASTY = "a<b>&\"'$x_1$.weight"

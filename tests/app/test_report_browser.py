@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hawq_lightning.report import collect
-from tests import chromium
+from tests.app import chromium
 from tests.app.test_collect import write_run
 from tests.app.test_report import Page
 

@@ -11,7 +11,7 @@ import torch
 from hawq_lightning import HawqError, find_sites, measure
 from hawq_lightning.report import chosen_sites, draw_eigenvalues, draw_images, draw_steps, paper_figures
 from hawq_lightning.sensitivity import landscape, trace_history
-from tests.nets import CASES, ConvNet, build
+from tests.cases import CASES, ConvNet, build
 
 NAMES = ["convergence_images", "convergence_steps_weights", "convergence_steps_activations", "eigenvalues", "landscape"]
 

@@ -20,7 +20,7 @@ from hawq_lightning.sensitivity import (
     isolated_eval,
     send_back,
 )
-from tests.nets import CASES, ConvNet, batch_for, build, dense_activation_traces, dense_weight_traces
+from tests.cases import CASES, ConvNet, batch_for, build, dense_activation_traces, dense_weight_traces
 
 
 def prepare(name: str):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import HAWQ, Distillation
 from hawq_lightning.quantization import GraphOutputs, Head, distance, enabled_bits, find_heads
-from tests.nets import ConvNet, SharedHead, _detector, build, image_batch
-from tests.trainers import Classifier, hawq, loader, trainer
+from tests.cases import ConvNet, SharedHead, _detector, build, image_batch
+from tests.trainers import Classifier, Watch, hawq, loader, trainer
 
 
 def heads_of(loss_of, net=None, batch=None):
@@ -261,3 +261,13 @@ def test_two_processes(tmp_path):
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert float(first["distilled"]) > 0
     assert all(torch.equal(v, second["state"][k]) for k, v in first["state"].items() if "running" not in k)
+
+
+def test_a_fit_that_goes_on_within_an_epoch_distils_at_once(tmp_path):
+    keep = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
+    saving = {"enable_checkpointing": True}
+    trainer(tmp_path, hawq(distill=1.0), keep, max_epochs=2, max_steps=3, **saving).fit(Classifier(), loader())
+    (middle,) = (tmp_path / "c").glob("*step=2*")
+    watch = Watch(lambda t, m: "train/distillation" in t.callback_metrics)
+    trainer(tmp_path, hawq(distill=1.0), watch, max_epochs=1).fit(Classifier(), loader(), ckpt_path=middle)
+    assert watch.seen and all(watch.seen)

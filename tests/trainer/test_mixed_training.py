@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import ChannelsLast, MixedTraining
 from hawq_lightning.quantization import fake_quantize_tensor
+from tests.trainers import Classifier, loader, trainer
 
 
 class Watcher(LightningModule):
@@ -63,3 +64,14 @@ def test_bfloat16_gets_the_codes_of_the_fused_kernel(zero):
     assert len(ours.unique()) == 16
     (slope,) = torch.autograd.grad(ours.sum(), x)
     assert torch.equal(slope, torch.autograd.grad(fused.sum(), x)[0]) and 0 < float(slope.float().mean()) < 1
+
+
+def test_channels_last_lays_out_what_it_can(tmp_path):
+    class Late(Classifier):
+        def configure_model(self):
+            if not hasattr(self, "late"):
+                self.late = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv3d(2, 2, 3)])
+
+    model = Late()
+    trainer(tmp_path, ChannelsLast()).fit(model, loader())
+    assert model.late[0].weight.is_contiguous(memory_format=torch.channels_last)

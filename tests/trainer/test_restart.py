@@ -33,7 +33,8 @@ torch.set_num_threads(1)
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tests.trainers import *
-import hawq_lightning.callbacks.measure as measuring
+from tests.internals import internal
+measuring = internal("callbacks._measure")
 
 folder, ckpt, kill_epoch, kill_batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 seed_everything(7 if ckpt == "none" else 8, verbose=False)

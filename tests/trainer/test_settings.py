@@ -3,13 +3,24 @@
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hawq_lightning.quantization import enabled_bits
-from tests.trainers import Classifier, assert_mixed, blobs, hawq, loader, trainer
+from tests.trainers import (
+    Classifier,
+    assert_mixed,
+    blobs,
+    fit,
+    fit_beside,
+    hawq,
+    loader,
+    trainer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +212,66 @@ def test_plateau(tmp_path):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
 
     run(tmp_path, Plateau(), loader(), loader(shuffle=False))
+
+
+@pytest.mark.feature(
+    "Settings", "`overfit_batches`, `limit_train_batches`, `accumulate_grad_batches`, `precision` bf16-mixed", "works"
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overfit_batches": 2}, {"limit_train_batches": 2}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"},
+    ],
+    ids=lambda s: next(iter(s)),
+)  # fmt: skip
+def test_trainer_settings(tmp_path, settings):
+    callback = fit(tmp_path, Classifier(), loader(), **settings)
+    assert callback.sensitivity.settings["images"] == 32
+
+
+@pytest.mark.feature("Settings", "`fast_dev_run`", "works")
+def test_fast_dev_run(tmp_path):
+    model, callback = Classifier(), hawq()
+    trainer(tmp_path, callback, fast_dev_run=2).fit(model, loader())
+    assert_mixed(model, callback)
+
+
+@pytest.mark.feature("Optimizers", "OneCycleLR, LambdaLR, SequentialLR, CosineAnnealingLR", "works")
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "LambdaLR", "SequentialLR", "CosineAnnealingLR"])
+def test_schedulers(tmp_path, schedule):
+    class Scheduled(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            s = torch.optim.lr_scheduler
+            scheduler = {
+                "OneCycleLR": lambda: s.OneCycleLR(optimizer, max_lr=0.02, total_steps=12),
+                "LambdaLR": lambda: s.LambdaLR(optimizer, lambda step: 0.9**step),
+                "SequentialLR": lambda: s.SequentialLR(
+                    optimizer, [s.ConstantLR(optimizer), s.ExponentialLR(optimizer, 0.9)], milestones=[2]
+                ),
+                "CosineAnnealingLR": lambda: s.CosineAnnealingLR(optimizer, 12),
+            }[schedule]()
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    fit_beside(tmp_path, Scheduled(), hawq(), [], True)
+
+
+@pytest.mark.feature("Settings", "a submodule compiled in place (`net.compile()`)", "works")
+def test_a_compiled_network_is_measured_and_armed(tmp_path):
+    model, callback = Classifier(), hawq()
+    model.net.compile(backend="eager")
+    fit_beside(tmp_path, model, callback, [], True, max_epochs=1)
+
+
+@pytest.mark.feature("Settings", "`gradient_clip_val` and `accumulate_grad_batches`", "works")
+def test_gradient_clipping_and_accumulation(tmp_path):
+    fit_beside(tmp_path, Classifier(), hawq(), [], True, gradient_clip_val=0.5, accumulate_grad_batches=3)
+
+
+@pytest.mark.feature("Settings", "`precision` 64-true, bf16-true", "works; quantization steps stay float32")
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_true_precisions(tmp_path, precision):
+    model = Classifier()
+    fit_beside(tmp_path, model, hawq(), [], True, precision=precision, max_epochs=1)
+    scales = [v for k, v in model.state_dict().items() if k.endswith("_quantizer.scale")]
+    assert scales and all(v.dtype == torch.float32 for v in scales)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import hawq_lightning as hl
 from hawq_lightning import HawqError, batch_images, sites
 from hawq_lightning.quantization import must_be_called, prepare
-from tests.nets import ConvNet, SharedHead, Tied
+from tests.cases import ConvNet, SharedHead, Tied
+from tests.trainers import mlp
 
 
 def test_a_head_over_three_levels_is_one_site_with_three_tensors():
@@ -153,3 +155,9 @@ def test_the_model_is_left_alone_and_twins_count_as_layers():
 )
 def test_images_in_a_batch(batch, images):
     assert batch_images(batch) == images
+
+
+def test_products_of_excluded_layers_are_theirs():
+    table = hl.sites(mlp(), torch.randn(4, 12), exclude="6")
+    (left,) = [f for f in table.floats if f.reason == "excluded"]
+    assert left.macs == 24 * 4 and not any(f.type == "operations" for f in table.floats)

@@ -28,7 +28,7 @@ from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
-_PROCESS = Path(__file__).with_name("speed_process.py")
+_PROCESS = Path(__file__).with_name("_speed_process.py")
 _FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
 _LEAST_RUNS, _LEAST_SECONDS = 7, 0.02
 

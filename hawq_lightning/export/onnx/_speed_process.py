@@ -1,6 +1,6 @@
 """Runs one ONNX file in a process of its own and prints its speed and peak memory as JSON; imports little on purpose.
 
-python speed_process.py FILE SHAPE THREADS BATCH SECONDS
+python _speed_process.py FILE SHAPE THREADS BATCH SECONDS
 """
 
 import json

@@ -21,7 +21,7 @@ from hawq_lightning.quantization.post_training import (
     post_training,
     reestimate_batchnorm,
 )
-from tests.nets import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
+from tests.cases import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
 from tests.trainers import Classifier, assert_mixed, blobs, hawq, loader, trainer
 
 

@@ -42,7 +42,6 @@ LEARNED = ("lsq", "pact")
 USER_FILE = '''
 import torch
 from hawq_lightning.quantization import WeightQuantizer, register
-from hawq_lightning.quantization.kernels import fake_quantize_channels
 
 @register("shrunk")
 class Shrunk(WeightQuantizer):

@@ -22,7 +22,7 @@ from hawq_lightning.quantization import (
     unquantize,
     weight_step,
 )
-from tests.nets import ConvNet, Sequence1d, Volume, batch_for
+from tests.cases import ConvNet, Sequence1d, Volume, batch_for
 
 KINDS = [(1, "midrise"), *((b, k) for b in range(2, 9) for k in ("affine", "midrise"))]
 

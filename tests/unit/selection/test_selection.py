@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import hawq_lightning as hl
 from hawq_lightning import Candidate, HawqError, Layer, Plan, Site, SiteTable
 from hawq_lightning.selection import (
     SELECTORS,
@@ -590,3 +591,8 @@ def test_selection_imports_neither_lightning_nor_hydra():
     code = "import sys, hawq_lightning.selection; print([m for m in ('lightning', 'hydra') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tie_is_a_list():
+    with pytest.raises(HawqError, match="A tie is a list"):
+        hl.frontier([[3, 1]], [[1, 2]], ties=[0])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites
 from hawq_lightning.sensitivity import InputHooks, top_eigenpairs, top_eigenvalues
-from tests.nets import CASES, ConvNet, batch_for, build, image_batch
+from tests.cases import CASES, ConvNet, batch_for, build, image_batch
 from tests.unit.sensitivity.test_estimators import Smooth
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawq_lightning import HawqError, find_sites, measure
 from hawq_lightning.sensitivity import MeasureContext, hutchinson_batch, independent_images, isolated_eval
-from tests.nets import (
+from tests.cases import (
     CASES,
     ConvNet,
     SharedHead,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hawq_lightning import find_sites, measure
-from tests.nets import CASES, ConvNet, build
+from tests.cases import CASES, ConvNet, build
 
 
 @pytest.fixture(scope="module")

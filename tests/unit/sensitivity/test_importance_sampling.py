@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites, measure
 from hawq_lightning.sensitivity import ProcessShard, chunks, design, join, pick
-from tests.nets import CASES, ConvNet, build
+from tests.cases import CASES, ConvNet, build
 
 
 def sure_net() -> nn.Module:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import find_sites, measure
 from hawq_lightning.sensitivity import MeasureContext, OutputHessian, concave_share, isolated_eval
-from tests.nets import ConvNet, build, focal, image_batch, labels
+from tests.cases import ConvNet, build, focal, image_batch, labels
 
 
 def rare(model, batch):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import find_sites, measure, options, sites
-from tests.nets import build
+from tests.cases import build
 
 
 class Quadratic(nn.Module):

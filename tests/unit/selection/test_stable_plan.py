@@ -7,9 +7,9 @@ import pytest
 from hawq_lightning import HAWQ, HawqError, Plan, find_sites, measure, select
 from hawq_lightning.quantization import options
 from hawq_lightning.selection import PlanSettled, Problem
-from tests.nets import CASES
+from tests.cases import CASES
 from tests.trainers import Classifier, fit, loader
-from tests.unit.sensitivity.test_draws import images, sure_net
+from tests.unit.sensitivity.test_importance_sampling import images, sure_net
 
 
 @pytest.fixture(scope="module")

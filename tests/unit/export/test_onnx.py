@@ -29,7 +29,7 @@ from hawq_lightning.export import compare, network_of, to_onnx, to_program
 from hawq_lightning.export.onnx import float_onnx, session
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import Problem
-from tests.unit.export.test_export_folding import armed
+from tests.unit.export.test_folding import armed
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
@@ -179,7 +179,7 @@ def test_all_kinds_of_layers_and_norms_run_the_same(tmp_path, fold):
 
 
 def test_a_shared_head_is_stored_once_and_an_activation_quantized_once(tmp_path):
-    from tests.nets import SharedHead
+    from tests.cases import SharedHead
 
     torch.manual_seed(0)
     net, x = SharedHead().eval(), torch.randn(2, 2, 16, 16)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import Plan, PlanSite, sites
 from hawq_lightning.quantization import disable, quantize, quantized_layers, quantizer_named, with_quantizer
-from tests.nets import ConvNet, build, image_batch
+from tests.cases import ConvNet, build, image_batch
 from tests.unit.quantization.test_post_training import weight_plan
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning import HawqError, Sensitivity, measure
-from tests.nets import CASES, ConvNet, batch_for, build
+from tests.cases import CASES, ConvNet, batch_for, build
 
 _, CROSS_ENTROPY = CASES["cross_entropy"]
 

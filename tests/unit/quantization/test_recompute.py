@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning.quantization import quantize, quantizer_named, with_quantizer
+from tests.cases import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
 from tests.internals import internal
-from tests.nets import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
-from tests.unit.quantization.test_fine_tuning_compile import plan_for
+from tests.unit.quantization.test_compile import plan_for
 from tests.unit.quantization.test_post_training import inputs
 
 

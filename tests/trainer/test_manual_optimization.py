@@ -1,0 +1,104 @@
+"""Manual optimization, several optimizers, schedules of the learning rate."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+
+from hawq_lightning import MeasureTraces
+from tests.trainers import (
+    FEATURES,
+    Classifier,
+    fit,
+    loader,
+    same_states,
+    trainer,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        self.log("loss", loss)
+
+
+class Gan(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, FEATURES))
+        self.critic = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def training_step(self, batch, batch_idx):
+        g, d = self.optimizers()
+        x = batch[0]
+        ones, zeros = torch.ones(len(x), 1), torch.zeros(len(x), 1)
+        self.toggle_optimizer(g)
+        fake = self.generator(torch.randn(len(x), 6))
+        loss = F.binary_cross_entropy_with_logits(self.critic(fake), ones)
+        self.manual_backward(loss)
+        g.step()
+        g.zero_grad()
+        self.untoggle_optimizer(g)
+        self.toggle_optimizer(d)
+        loss = F.binary_cross_entropy_with_logits(self.critic(x), ones)
+        loss = loss + F.binary_cross_entropy_with_logits(self.critic(fake.detach()), zeros)
+        self.manual_backward(loss)
+        d.step()
+        d.zero_grad()
+        self.untoggle_optimizer(d)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.generator.parameters(), 1e-3), torch.optim.Adam(self.critic.parameters(), 1e-3)]
+
+
+class Untoggled(Manual):
+    """Calls ``loss.backward()`` itself."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.feature("Optimizers", "manual optimization, several optimizers (GAN), `loss.backward()` by hand", "works")
+@pytest.mark.parametrize("kind", [Manual, Untoggled, Gan])
+def test_manual_optimization(tmp_path, kind):
+    model = kind()
+    fit(tmp_path, model, loader())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_measuring_takes_no_manual_step(tmp_path):
+    results = []
+    for name in ("alone", "beside"):
+        torch.manual_seed(1)
+        model = Gan()
+        extra = [MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)] if name == "beside" else []
+        trainer(tmp_path / name, *extra).fit(model, loader())
+        results.append(model.state_dict())
+    assert extra[0].plan is not None
+    assert same_states(*results)
