@@ -79,7 +79,7 @@ def measured(name: str, images: int, folder: Path) -> list[str]:
     packed = save_packed(net, plan, folder / "model.safetensors")
     held = read_packed(folder / "model.safetensors")
     codes = sum((s.numel * s.bits + 7) // 8 for s in plan.weights)
-    scales = sum(4 * t.numel() for t in held.scales.values())
+    scales = sum(t.nbytes for s in held.weights for t in s.storage.tensors.values())
     rest = sum(t.numel() * t.element_size() for t in held.rest.values())
     bound = 1.01 * (codes + scales + rest) + ALLOWANCE
     if packed > bound:

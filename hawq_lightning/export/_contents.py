@@ -18,7 +18,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan, PlanSite, check_choice
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export._bits import packed_bytes, unpack
-from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from
+from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from, size_from
 from hawq_lightning.quantization import Storage, quantizer_named
 
 FORMAT = "hawq_lightning.packed"
@@ -180,7 +180,7 @@ def _read_site(name: str, entry: JsonObject, left: dict[str, torch.Tensor]) -> S
     check_choice(name, kind, bits, code)
     if not isinstance(layers, list) or not layers or not all(isinstance(n, str) for n in layers):
         raise ValueError(f"the layers of {name!r} are no names")
-    (numel,) = shape_from([numel])
+    numel = size_from(numel)
     if not isinstance(dtype, str) or dtype not in TORCH_TYPES or not isinstance(quantizer, str):
         raise ValueError(f"{name!r} has type {dtype!r} and quantizer {quantizer!r}")
     codes = None

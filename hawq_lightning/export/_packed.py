@@ -144,8 +144,9 @@ def read_packed(path: str | Path) -> PackedFile:
     known = (*_packed_v3.VERSIONS, VERSION)
     if (version := metadata.get("version")) not in known:
         raise HawqError(f"{path} has version {version!r}; this release reads {', '.join(known)}.")
+    parts = _safetensors.read(path) if version == VERSION else None
     try:
-        file = contents(*_safetensors.read(path)) if version == VERSION else _packed_v3.read(path)
+        file = _packed_v3.read(path) if parts is None else contents(*parts)
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, error) from error
     for stored in file.sites:

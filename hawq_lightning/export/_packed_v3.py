@@ -18,7 +18,7 @@ from hawq_lightning._plan import PlanSite, check_choice
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export._bits import packed_bytes, unpack
 from hawq_lightning.export._contents import FORMAT, PackedFile, StoredSite
-from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from
+from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from, size_from
 from hawq_lightning.quantization import Storage
 
 VERSIONS = ("1", "2", "3")
@@ -104,7 +104,7 @@ def _weights(index: _Index, parts: Mapping[str, _Parts]) -> Iterator[StoredSite]
 
 def _activations(index: _Index, parts: Mapping[str, _Parts]) -> Iterator[StoredSite]:
     for name, layers, shape, numel in index.activations:
-        shape, (numel,) = shape_from(shape), shape_from([numel])
+        shape, numel = shape_from(shape), size_from(numel)
         bits = int(parts["act_bits"].take(1))
         check_choice(str(name), "activation", bits, "affine")
         facts: JsonObject = {"scale": float(parts["act_scales"].take(1))}

@@ -175,10 +175,10 @@ def _tensors(header: JsonObject, data: memoryview) -> dict[str, torch.Tensor]:
 def _offsets(entry: object) -> tuple[int, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise ValueError("an entry of its header is no tensor")
-    offsets = shape_from(entry["data_offsets"])
-    if len(offsets) != 2 or not isinstance(entry["dtype"], str):
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not isinstance(entry["dtype"], str):
         raise ValueError("an entry of its header is no tensor")
-    return offsets[0], offsets[1]
+    return size_from(offsets[0]), size_from(offsets[1])
 
 
 def shape_from(values: object) -> tuple[int, ...]:
@@ -189,9 +189,20 @@ def shape_from(values: object) -> tuple[int, ...]:
     """
     if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
         raise ValueError(f"{str(values)[:40]} is no shape")
-    if not all(type(v) is int and 0 <= v < MOST_ELEMENTS for v in values) or math.prod(values) >= MOST_ELEMENTS:
-        raise ValueError(f"{str(values)[:40]} is no shape")
-    return tuple(values)
+    shape = tuple(map(size_from, values))
+    size_from(math.prod(shape))
+    return shape
+
+
+def size_from(value: object) -> int:
+    """A number of elements or bytes out of JSON, bounded.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or not 0 <= value < MOST_ELEMENTS:
+        raise ValueError(f"{str(value)[:40]} is no size")
+    return value
 
 
 def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str], checksum: str) -> bytes:

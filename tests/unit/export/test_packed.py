@@ -409,3 +409,13 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3)}, tmp_path / "later", {"format": "hawq_lightning.packed", "version": "9"})
     with pytest.raises(HawqError, match="version '9'"):
         load_packed(tmp_path / "later", built())
+
+
+def test_a_file_of_more_than_a_megabyte(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(1500, 1000), nn.Linear(1000, 300))
+    plan = Plan((PlanSite("0.weight", "weight", ("0",), (1000, 1500), 1_500_000, 8, "affine"),))
+    assert save_packed(enable(net, plan), plan, tmp_path / "x") > 2 << 20
+    x = torch.randn(2, 1500)
+    assert torch.equal(
+        load_packed(tmp_path / "x", nn.Sequential(nn.Linear(1500, 1000), nn.Linear(1000, 300)))(x), net(x)
+    )
