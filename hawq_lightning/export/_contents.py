@@ -2,7 +2,8 @@
 
 In a file of version 4 a weight site ``s`` is the tensor ``s.codes``, bit-packed by :func:`hawq_lightning.export.pack`,
 and what its quantizer stores beside it, such as ``s.scale``. The metadata entry ``sites`` is a JSON object: for each
-site its bits, for weights shape and code format, and what its quantizer keeps as numbers, an activation's scale say.
+site its bits, a weight's shape and code format (unless affine), and what its quantizer keeps as numbers, such as the
+scale of an activation. Entries are short, since small networks have many tensors.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan, PlanSite, check_choice
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export._bits import packed_bytes, unpack
-from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from, size_from
+from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from
 from hawq_lightning.quantization import Storage, quantizer_named
 
 FORMAT = "hawq_lightning.packed"
 VERSION = "4"
 DESCRIPTION = (
     "Weights are integer codes of `bits` bits, one after the other, least significant bit first, row-major, stored "
-    "plus 2^(bits-1). affine: (code - zero_point) * scale; midrise: (code + 1/2) * scale; codebook: bit k of the "
-    "stored number is the sign of basis k. Activations: (code - zero_point) * scale. Other tensors: as in the state "
-    "dict."
+    "plus 2^(bits-1). affine, unless told: (code - zero_point) * scale; midrise: (code + 1/2) * scale; codebook: bit k "
+    "of the stored number is the sign of basis k. Activations: (code - zero_point) * scale. Other tensors: as in the "
+    "state dict."
 )
 CODES = "codes"
 _PLAIN = "uniform"  # the quantizer that reads even steps
-_FIELDS = ("bits", "code", "shape", "numel", "layers", "axis", "dtype", "quantizer")
+_FIELDS = ("bits", "code", "shape", "layers", "axis", "dtype", "quantizer")
 _MANY_CHANNELS = 1 << 16
 
 
@@ -40,7 +41,7 @@ class StoredSite:
     """A site with all that its layers need to give the same numbers.
 
     Attributes:
-        site: as in a plan; an activation with scale and zero point.
+        site: as in a plan; an activation with scale and zero point, and without a shape.
         storage: of its quantizer.
         quantizer: registered name of the quantizer that reads the storage.
         codes: int32, of the weight's shape; ``None`` of an activation.
@@ -127,9 +128,8 @@ def site_entry(stored: StoredSite) -> JsonObject:
     """
     site, weight = stored.site, stored.site.kind == "weight"
     entry: JsonObject = {"bits": site.bits}
-    entry |= {"code": site.code} if weight or site.code != "affine" else {}
-    entry |= {"shape": site.shape}
-    entry |= {} if weight or math.prod(site.shape) == site.numel else {"numel": site.numel}
+    entry |= {} if site.code == "affine" else {"code": site.code}
+    entry |= {"shape": site.shape} if weight else {}
     entry |= {} if site.layers == _layers(site.name) else {"layers": site.layers}
     entry |= {"axis": stored.axis} if stored.axis else {}
     entry |= {} if stored.dtype == "F32" else {"dtype": stored.dtype}
@@ -172,20 +172,19 @@ def contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 
 def _read_site(name: str, entry: JsonObject, left: dict[str, torch.Tensor]) -> StoredSite:
     packed = left.pop(f"{name}.{CODES}", None)
-    kind, shape = "activation" if packed is None else "weight", shape_from(entry.get("shape"))
+    kind, shape = ("weight", shape_from(entry.get("shape"))) if packed is not None else ("activation", ())
     bits, code = entry.get("bits", 0), entry.get("code", "affine")
     axis, dtype = entry.get("axis", 0), entry.get("dtype", "F32")
-    layers, numel = entry.get("layers", list(_layers(name))), entry.get("numel", math.prod(shape))
+    layers, numel = entry.get("layers", list(_layers(name))), math.prod(shape) if packed is not None else 0
     quantizer = entry.get("quantizer", _PLAIN)
     check_choice(name, kind, bits, code)
     if not isinstance(layers, list) or not layers or not all(isinstance(n, str) for n in layers):
         raise ValueError(f"the layers of {name!r} are no names")
-    numel = size_from(numel)
     if not isinstance(dtype, str) or dtype not in TORCH_TYPES or not isinstance(quantizer, str):
         raise ValueError(f"{name!r} has type {dtype!r} and quantizer {quantizer!r}")
     codes = None
     if packed is not None:
-        if type(axis) is not int or not 0 <= axis < len(shape) or numel != math.prod(shape):
+        if type(axis) is not int or not 0 <= axis < len(shape):
             raise ValueError(f"{name!r} has no channels")
         wanted = packed_bytes(numel, bits)
         if packed.dtype != torch.uint8 or packed.shape != (wanted,):

@@ -251,7 +251,7 @@ def resealed(path: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
         ("first.weight", "layers", []), ("first.weight", "more", 1), ("first.weight", "shape", [1 << 39, 0]),
         ("first.input", "bits", 1), ("first.input", "scale", float("inf")), ("first.input", "scale", -1.0),
         ("first.input", "scale", 0.1), ("first.input", "zero_point", 0.5), ("first.input", "zero_point", 256),
-        ("first.input", "zero_point", True), ("first.input", "code", "midrise"), ("first.input", "numel", -1),
+        ("first.input", "zero_point", True), ("first.input", "code", "midrise"), ("first.input", "other", 1),
     ],
 )  # fmt: skip
 def test_facts_are_checked_behind_a_valid_checksum(
