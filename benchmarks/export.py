@@ -5,9 +5,10 @@
 Weights are random, which changes no size; widths 2, 3, 4, 5, 6 and 8 take turns over the layers, activations have 8
 bits over the range seen. The packed file is loaded into another network of the same kind, whose outputs and state must
 be equal bit for bit. It may take 1.01 x (codes + scales + rest) + 160 bytes a tensor, whose names and places stand in
-the file's header; the script fails otherwise, or where the reload is not exact. The ONNX file passes onnx's checker and runs on random images of reduced size in onnxruntime.
-Random weights of two bits make chaos of 50 layers: a code that flips by rounding flips many more below it. How well
-trained networks agree is measured on real images (docs/results.md).
+the file's header; the script fails otherwise, or where the reload is not exact. The ONNX file passes onnx's checker and
+runs on random images of reduced size in onnxruntime. Random weights of two bits make chaos of 50 layers: a code that
+flips by rounding flips many more below it. How well trained networks agree is measured on real images
+(docs/results.md).
 """
 
 from __future__ import annotations
