@@ -7,6 +7,7 @@ from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_
 from hawq_lightning.cli._export_run import export_run
 from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier
 from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
+from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._progress_bar import PlainProgressBar
 from hawq_lightning.cli._recorder import Recorder
 from hawq_lightning.cli._resume import settings_hash
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "export_run",
     "frontier_rows",
+    "keep_per_image",
     "make_data",
     "make_task",
     "make_trainer",

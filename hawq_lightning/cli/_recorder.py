@@ -13,8 +13,8 @@ import lightning.pytorch as pl
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._resume import RunState
-from hawq_lightning.report import keep_per_image
 
 SCORES = {
     "val/acc": "accuracy",

@@ -1,22 +1,18 @@
 """What people look at: report.html with its figures, and the model card."""
 
-from hawq_lightning.report._average_precision import Matches
 from hawq_lightning.report._card import markdown_table, model_card
 from hawq_lightning.report._checks import rank_correlations
-from hawq_lightning.report._compare_page import write_comparison
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
 from hawq_lightning.report._export_section import sentences, speed_note, speed_rows
+from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text, log_scale
 from hawq_lightning.report._landscape import draw_landscapes
 from hawq_lightning.report._page import draw_all, write_report
-from hawq_lightning.report._paired import bootstrap_mean, bootstrap_score
 from hawq_lightning.report._paper import paper_figures
-from hawq_lightning.report._per_image import keep_per_image, read_per_image
 from hawq_lightning.report._run import LossCheck, read_run
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text, log_scale
 from hawq_lightning.report._summary import doubts, headline, settings, size_rows
 from hawq_lightning.report._sweep import read_sweep
 from hawq_lightning.report._sweep_page import collect, mean_table, sweep_facts
-from hawq_lightning.report._text import names, size
+from hawq_lightning.report._text import names, score, size
 from hawq_lightning.report._tradeoff import uniform_points
 
 __all__ = [
@@ -25,10 +21,7 @@ __all__ = [
     "ORANGE",
     "SOFT",
     "LossCheck",
-    "Matches",
     "ReportFigure",
-    "bootstrap_mean",
-    "bootstrap_score",
     "canvas",
     "chosen_sites",
     "collect",
@@ -40,7 +33,6 @@ __all__ = [
     "draw_landscapes",
     "draw_steps",
     "headline",
-    "keep_per_image",
     "log_scale",
     "markdown_table",
     "mean_table",
@@ -48,9 +40,9 @@ __all__ = [
     "names",
     "paper_figures",
     "rank_correlations",
-    "read_per_image",
     "read_run",
     "read_sweep",
+    "score",
     "sentences",
     "settings",
     "size",
@@ -59,6 +51,5 @@ __all__ = [
     "speed_rows",
     "sweep_facts",
     "uniform_points",
-    "write_comparison",
     "write_report",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
+from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._run import LossCheck, Run
 from hawq_lightning.report._site_figures import KINDS
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import score
 
 _PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
@@ -29,7 +29,7 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
     if len(shown) < 2:
         return None
     ranks = rank_correlations(rows)
-    hits = []
+    tooltips = []
     with canvas(1, 5.2) as (figure, axes):
         ax = axes[0]
         low = min(min(r.predicted, r.measured) for r in shown) / 2
@@ -41,7 +41,7 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
                 text = f"{label}, rank correlation {ranks[kind]:.2f}" if kind in ranks else label
                 xs, ys = [r.predicted for r in part], [r.measured for r in part]
                 ax.plot(xs, ys, marker, color=colour, markersize=6, alpha=0.8, label=text, zorder=2)
-        hits = [
+        tooltips = [
             Tooltip(
                 ax,
                 r.predicted,
@@ -67,7 +67,7 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
         figure,
         ["site", "kind", "bits", "predicted", "measured"],
         [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}"] for r in rows],
-        hits,
+        tooltips,
     )
 
 
@@ -105,7 +105,7 @@ def draw_training(run: Run) -> ReportFigure | None:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
-        hits = [Tooltip(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
+        tooltips = [Tooltip(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
     shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
     best = (min if loss else max)(points, key=lambda p: p[1])
     beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
@@ -118,7 +118,7 @@ def draw_training(run: Run) -> ReportFigure | None:
         figure,
         ["epoch", key, *levels],
         [[f"{x:g}", f"{y:.6g}", *(f"{v:.6g}" for v in levels.values())] for x, y in points],
-        hits,
+        tooltips,
     )
 
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hawq_lightning.report._site_figures import KINDS
-from hawq_lightning.report._style import (
+from hawq_lightning.report._figure import (
     BLUE,
     GREEN,
     INK,
@@ -21,6 +20,7 @@ from hawq_lightning.report._style import (
     canvas,
     log_scale,
 )
+from hawq_lightning.report._site_figures import KINDS
 from hawq_lightning.sensitivity import Sensitivity
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
@@ -102,7 +102,7 @@ def draw_eigenvalues(sensitivity: Sensitivity, eigenvalues: Mapping[str, float])
         log_scale(ax, "x", "y")
         ax.set_xlabel("top eigenvalue")
         ax.set_ylabel("mean trace")
-        hits = [
+        tooltips = [
             Tooltip(ax, a, b, f"{r.name}\ntop eigenvalue {a:.3g}\nmean trace {b:.3g}") for r, a, b in zip(records, x, y)
         ]
         for i in {int(x.argmax()), int(y.argmax()), int(x.argmin()), int(y.argmin())}:
@@ -116,7 +116,7 @@ def draw_eigenvalues(sensitivity: Sensitivity, eigenvalues: Mapping[str, float])
         figure,
         ["site", "top_eigenvalue", "mean_trace", "trace"],
         [[r.name, float(f"{a:.6g}"), float(f"{b:.6g}"), float(f"{r.trace:.6g}")] for r, a, b in zip(records, x, y)],
-        hits,
+        tooltips,
     )
 
 

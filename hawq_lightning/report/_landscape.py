@@ -9,8 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from hawq_lightning.report._figure import GRID, INK, SOFT, ReportFigure, canvas
 from hawq_lightning.report._run import Run
-from hawq_lightning.report._style import GRID, INK, SOFT, ReportFigure, canvas
 
 Grid = Sequence[Sequence[float]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -142,17 +141,18 @@ def read_run(folder: str | Path) -> Run:
             missing[name] = f"{name} could not be read: {error}"
             return None
 
+    metrics = attempt("metrics.json", _read_metrics) or {}
     run = Run(
         folder=folder,
         plan=attempt("plan.json", Plan.load),
         sensitivity=attempt("sensitivity.json", Sensitivity.load),
         frontier=attempt("frontier.csv", _read_frontier) or (),
-        metrics=attempt("metrics.json", _read_metrics) or {},
+        metrics=metrics,
         loss_check=attempt("loss_check.csv", _read_loss_check) or (),
         export=attempt("export.json", _read_metrics) or {},
         landscape=attempt("figures/landscape.csv", _read_landscape),
         missing=missing,
-        command=_command(folder),
+        command=_command(folder, metrics),
     )
     if not (run.plan or run.sensitivity or run.frontier or run.metrics or run.loss_check):
         raise HawqError(f"Nothing to report in {folder}: " + " ".join(missing.values()))
@@ -211,23 +211,25 @@ def _read_landscape(path: Path) -> Landscape | None:
     return Landscape(offsets, grids, values)
 
 
-def _command(folder: Path) -> str | None:
-    metrics = folder / "metrics.json"
-    overrides = folder / ".hydra" / "overrides.yaml"
-    try:
-        command = json.loads(metrics.read_text(encoding="utf-8")).get("command") if metrics.is_file() else None
-        if isinstance(command, list):
-            return shlex.join(map(str, command))
-        if isinstance(command, str):
-            return command
-        if overrides.is_file():
-            import yaml
+def read_overrides(folder: Path) -> list[str]:
+    """The overrides that Hydra noted in a run folder; empty where it did not, or where they cannot be read."""
+    import yaml
 
-            listed = yaml.safe_load(overrides.read_text(encoding="utf-8")) or []
-            return shlex.join(["hawq-lightning", *map(str, listed)])
-    except Exception:  # an unreadable side file must not cost the report
-        return None
-    return None
+    try:
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    return [str(item) for item in overrides] if isinstance(overrides, list) else []
+
+
+def _command(folder: Path, metrics: Mapping[str, Any]) -> str | None:
+    command = metrics.get("command")
+    if isinstance(command, list):
+        return shlex.join(map(str, command))
+    if isinstance(command, str):
+        return command
+    overrides = read_overrides(folder)
+    return shlex.join(["hawq-lightning", *overrides]) if overrides else None
 
 
 def _first(table: Mapping[str, Any], names: Sequence[str]) -> float | None:

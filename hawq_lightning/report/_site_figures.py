@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from hawq_lightning._plan import PlanSite
+from hawq_lightning.report._figure import BLUE, INK, ORANGE, PAPER, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._run import Run
-from hawq_lightning.report._style import BLUE, INK, ORANGE, PAPER, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import count, names, size
 from hawq_lightning.sensitivity import SiteTrace
 
@@ -24,7 +24,7 @@ def draw_bits(run: Run) -> ReportFigure | None:
     if plan is None:
         return None
     kinds = [k for k in KINDS if any(s.kind == k for s in plan.sites)]
-    hits: list[Tooltip] = []
+    tooltips: list[Tooltip] = []
     with canvas(len(kinds), 1.2 + (1.75 + _room(plan.sites)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
             sites = [s for s in plan.sites if s.kind == kind]
@@ -40,7 +40,7 @@ def draw_bits(run: Run) -> ReportFigure | None:
             ax.set_title(f"{label}: {_spread(bits)}")
             ax.grid(False, axis="x")
             name_layers(ax, [s.name for s in sites])
-            hits += [Tooltip(ax, i, s.bits / 2, _site_text(s)) for i, s in enumerate(sites)]
+            tooltips += [Tooltip(ax, i, s.bits / 2, _site_text(s)) for i, s in enumerate(sites)]
     weights = plan.weights
     low = [s.name.removesuffix(".weight") for s in weights if s.bits == min(w.bits for w in weights)]
     mean = sum(s.numel * s.bits for s in weights) / max(1, sum(s.numel for s in weights))
@@ -60,7 +60,7 @@ def draw_bits(run: Run) -> ReportFigure | None:
              _short(s.omega), _short(s.perturbation), _short(s.stability)]
             for s in plan.sites
         ],
-        hits,
+        tooltips,
     )  # fmt: skip
 
 
@@ -71,10 +71,10 @@ def draw_traces(run: Run) -> ReportFigure | None:
         return None
     kinds = [k for k in KINDS if any(r.kind == k for r in records)]
     chosen = run.plan.bits if run.plan else {}
-    hits: list[Tooltip] = []
+    tooltips: list[Tooltip] = []
     with canvas(len(kinds), 0.9 + (2.5 + _room(records)) * len(kinds)) as (figure, axes):
         for ax, kind in zip(axes, kinds):
-            hits += _trace_axes(ax, [r for r in records if r.kind == kind], kind, chosen)
+            tooltips += _trace_axes(ax, [r for r in records if r.kind == kind], kind, chosen)
     top = sorted(records, key=lambda r: -r.mean_trace)
     positive = [r.mean_trace for r in records if r.mean_trace > 0]
     span = f"They span a factor of {max(positive) / min(positive):,.0f}. " if len(positive) > 1 else ""
@@ -94,7 +94,7 @@ def draw_traces(run: Run) -> ReportFigure | None:
              chosen.get(r.name, "")]
             for r in records
         ],
-        hits,
+        tooltips,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
     label, colour, marker = KINDS[kind]
     positive = [r.mean_trace for r in records if r.mean_trace > 0]
     floor = min(positive, default=1.0) / 3
-    hits, xs, ys, errors = [], [], [], []
+    tooltips, xs, ys, errors = [], [], [], []
     for i, r in enumerate(records):
         # errors scale as the mean does; a zero trace has only the plain division
         scale = abs(r.mean_trace / r.trace) if r.trace else 1 / r.numel
@@ -136,7 +136,7 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
         errors.append((r.stderr * scale, r.stderr_data * scale))
         bits = f"\n{chosen[r.name]} bits chosen" if r.name in chosen else ""
         text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {r.stderr * scale:.1g}\n{count(r.numel)} elements{bits}"
-        hits.append(Tooltip(ax, i, value, text))
+        tooltips.append(Tooltip(ax, i, value, text))
     for which, width in ((1, 1.0), (0, 3.0)):
         at = [i for i, r in enumerate(records) if r.mean_trace > 0]
         low = [max(ys[i] - errors[i][which], floor) for i in at]
@@ -154,7 +154,7 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
     ax.set_ylabel("mean trace", color=SOFT)
     ax.grid(False, axis="x")
     name_layers(ax, [r.name for r in records])
-    return hits
+    return tooltips
 
 
 def _room(sites: Sequence[PlanSite] | Sequence[SiteTrace]) -> float:

@@ -1,19 +1,21 @@
-"""Many runs read together: one row a run, and the mean over seeds of each setting."""
+"""Many runs read together: one row a run, grouped by all settings but the seed."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.report._run import Run, read_run
+from hawq_lightning.report._run import Run, read_overrides, read_run
 from hawq_lightning.report._text import plain
 
-_OWN = ("seed", "selector", "selector.budget", "selector.name")  # overrides that have columns of their own
+NUMBERS = {
+    "w_comp": ("costs", "w_comp"), "weight_bytes": ("sizes", "weight_bytes"), "file_bytes": ("sizes", "file_bytes"),
+    "bops": ("costs", "bops"), "seconds": ("seconds", "total"),
+}  # fmt: skip
+_OF_COLUMNS = ("seed", "selector", "selector.budget", "selector.name")  # overrides that have a column of their own
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Row:
         budget: as the user gave it.
         metric: what the scores are.
         scores: stage -> value.
-        numbers: w_comp, weight_bytes, file_bytes, bops, seconds; those that are known.
+        numbers: w_comp, weight_bytes, file_bytes, bops, seconds; those that were recorded.
         overrides: of the command line, key -> value.
     """
 
@@ -38,9 +40,9 @@ class Row:
     selector: str
     budget: str
     metric: str
-    scores: dict[str, float]
-    numbers: dict[str, float]
-    overrides: dict[str, str] = field(default_factory=dict)
+    scores: Mapping[str, float]
+    numbers: Mapping[str, float]
+    overrides: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:
@@ -61,20 +63,16 @@ class Sweep:
 
     folder: Path
     rows: Sequence[Row]
-    left_out: dict[str, str]
+    left_out: Mapping[str, str]
     varied: Sequence[str]
 
-    def setting(self, row: Row) -> tuple[str, ...]:
-        """What runs that differ in nothing but the seed have in common."""
-        varied = tuple(f"{k}={row.overrides[k]}" for k in self.varied if k in row.overrides)
-        return (row.title, row.selector, row.budget, row.metric, *varied)
-
     def groups(self) -> dict[tuple[str, ...], list[Row]]:
-        """Runs by setting, in the order of the rows."""
-        found: dict[tuple[str, ...], list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(self.setting(row), []).append(row)
-        return found
+        """Runs that differ in nothing but the seed, by title, selector, budget, metric and varied overrides."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for r in self.rows:
+            varied = (f"{k}={r.overrides[k]}" for k in self.varied if k in r.overrides)
+            groups.setdefault((r.title, r.selector, r.budget, r.metric, *varied), []).append(r)
+        return groups
 
 
 def read_sweep(folder: str | Path) -> Sweep:
@@ -86,8 +84,10 @@ def read_sweep(folder: str | Path) -> Sweep:
     folder = Path(folder)
     if not folder.is_dir():
         raise HawqError(f"There is no folder {folder} to collect runs from.")
+    run_folders = {p.parent for name in ("metrics.json", "unfinished.json") for p in folder.rglob(name)}
+    run_folders |= {p.parent.parent for p in folder.rglob(".hydra/config.yaml")}
     rows, left_out = [], {}
-    for path in sorted(_run_folders(folder)):
+    for path in sorted(run_folders):
         name = path.relative_to(folder).as_posix()
         if not (path / "metrics.json").is_file():
             left_out[name] = "not finished: no metrics.json; the same command goes on with it."
@@ -99,21 +99,10 @@ def read_sweep(folder: str | Path) -> Sweep:
     if not rows:
         more = f" {len(left_out)} are unfinished or unreadable." if left_out else ""
         raise HawqError(f"There is no finished run below {folder}.{more}")
-    rows.sort(key=lambda r: (r.title, r.selector, -r.numbers.get("weight_bytes", 0.0), r.budget, _as_number(r.seed)))
-    keys = sorted({k for r in rows for k in r.overrides if k not in _OWN})
+    rows.sort(key=lambda r: (r.title, r.selector, -r.numbers.get("weight_bytes", 0.0), r.budget, _seed_order(r.seed)))
+    keys = sorted({k for r in rows for k in r.overrides if k not in _OF_COLUMNS})
     varied = [k for k in keys if len({r.overrides.get(k) for r in rows}) > 1]
     return Sweep(folder, rows, left_out, varied)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; ``None`` for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _run_folders(folder: Path) -> set[Path]:
-    found = {p.parent for p in folder.rglob("metrics.json")}
-    found |= {p.parent for p in folder.rglob("unfinished.json")}
-    return found | {p.parent.parent for p in folder.rglob(".hydra/config.yaml")}
 
 
 def _row(name: str, run: Run) -> Row:
@@ -122,11 +111,7 @@ def _row(name: str, run: Run) -> Row:
     metric, scores = run.metric
     if not scores:
         raise HawqError("metrics.json holds no score.")
-    keys = {
-        "w_comp": ("costs", "w_comp"), "weight_bytes": ("sizes", "weight_bytes"), "file_bytes": ("sizes", "file_bytes"),
-        "bops": ("costs", "bops"), "seconds": ("seconds", "total"),
-    }  # fmt: skip
-    numbers = {k: v for k, path in keys.items() if (v := run.number(*path)) is not None}
+    pairs = (override.partition("=") for override in read_overrides(run.folder))
     return Row(
         name=name,
         title=plain(run.metrics.get("name", "")),
@@ -135,25 +120,12 @@ def _row(name: str, run: Run) -> Row:
         budget=plain(run.plan.budget) if run.plan else "",
         metric=metric,
         scores=scores,
-        numbers=numbers,
-        overrides=_overrides(run.folder / ".hydra" / "overrides.yaml"),
+        numbers={key: v for key, path in NUMBERS.items() if (v := run.number(*path)) is not None},
+        overrides={key.lstrip("+"): value for key, _, value in pairs},
     )
 
 
-def _overrides(path: Path) -> dict[str, str]:
-    import yaml
-
-    try:
-        listed: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    if not isinstance(listed, list):
-        return {}
-    pairs = (str(item).partition("=") for item in listed)
-    return {key.lstrip("+"): value for key, _, value in pairs}
-
-
-def _as_number(text: str) -> float:
+def _seed_order(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from hawq_lightning._plan import Plan
+from hawq_lightning.report._figure import BLUE, GREEN, INK, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._run import FrontierPoint, Run
-from hawq_lightning.report._style import BLUE, GREEN, INK, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._text import size, times
 
-_MOST_SPOTS = 400
+_MOST_MARKS = 400
 _MOST_ROWS = 1000
 
 
@@ -18,17 +19,16 @@ def draw_frontier(run: Run) -> ReportFigure | None:
     points, plan = run.frontier, run.plan
     if not points:
         return None
-    floats = float(plan.costs.get("float_weight_bytes") or 4 * sum(s.numel for s in plan.weights)) if plan else 0.0
+    float_bytes = float(plan.costs.get("float_weight_bytes") or 4 * sum(s.numel for s in plan.weights)) if plan else 0.0
     chosen = _chosen(plan, points) if plan else None
     uniform = uniform_points(plan, _offset(plan, points)) if plan else []
     positive = [p.omega for p in points if p.omega > 0]
     floor = min(positive, default=1e-12) / 2
-    hits = [_tooltip_at(p, floats, points) for p in _thin(points)]
     unit, unit_name = (1024, "KiB") if points[-1].cost < 4 << 20 else (1 << 20, "MiB")
     with canvas(1, 4.4) as (figure, axes):
         ax = axes[0]
         shown = [max(p.omega, floor) for p in points]
-        dot = 4 if len(points) <= _MOST_SPOTS else 1
+        dot = 4 if len(points) <= _MOST_MARKS else 1
         ax.plot(
             [p.cost / unit for p in points],
             shown,
@@ -46,7 +46,7 @@ def draw_frontier(run: Run) -> ReportFigure | None:
                 place = {"xytext": (7, 7), "textcoords": "offset points", "fontsize": 10, "color": INK}
                 ax.annotate(f"{bits} bit", (x, y), **place)  # type: ignore[arg-type]
         if chosen:
-            label = "chosen" + (f", {times(floats / chosen.cost)}" if floats else "")
+            label = "chosen" + (f", {times(float_bytes / chosen.cost)}" if float_bytes else "")
             ax.plot(
                 chosen.cost / unit, max(chosen.omega, floor), "D", color=ORANGE, markersize=10, label=label, zorder=5
             )
@@ -55,21 +55,11 @@ def draw_frontier(run: Run) -> ReportFigure | None:
         ax.set_xlabel(f"size of the quantized weights ({unit_name})", color=SOFT)
         ax.set_ylabel("Ω, second-order perturbation", color=SOFT)
         ax.legend(loc="upper right")
-    spots = [Tooltip(figure.axes[0], x / unit, max(y, floor), text, bits) for x, y, text, bits in hits]
-    for b, cost, omega in uniform:
-        ratio = f", {times(floats / cost)}" if floats else ""
-        spots.append(
-            Tooltip(
-                figure.axes[0],
-                cost / unit,
-                max(omega, floor),
-                f"all weights {b} bit\n{size(cost)}{ratio}\nΩ {omega:.4g}",
-            )
-        )
+    marks = [(p.cost, p.omega, _plan_text(p.cost, p.omega, float_bytes, p.bits)) for p in _thin(points)]
+    marks += [(c, o, f"all weights {b} bit\n{_plan_text(c, o, float_bytes)}") for b, c, o in uniform]
     if chosen and plan:
-        mine = f"the chosen plan\n{size(chosen.cost)}, {times(floats / chosen.cost)}\nΩ {chosen.omega:.4g}"
-        bars = [s.bits for s in plan.weights]
-        spots.append(Tooltip(figure.axes[0], chosen.cost / unit, max(chosen.omega, floor), mine, bars))
+        text = _plan_text(chosen.cost, chosen.omega, float_bytes, {s.name: s.bits for s in plan.weights})
+        marks.append((chosen.cost, chosen.omega, f"the chosen plan\n{text}"))
     thinned = len(points) > _MOST_ROWS
     names = list(dict.fromkeys(n for p in points for n in p.bits))
     return ReportFigure(
@@ -86,18 +76,18 @@ def draw_frontier(run: Run) -> ReportFigure | None:
         figure,
         ["weight_bytes", "w_comp", "omega", *names],
         [
-            [f"{p.cost:g}", f"{floats / p.cost:.4g}" if floats and p.cost else "", f"{p.omega:.6g}"]
+            [f"{p.cost:g}", f"{float_bytes / p.cost:.4g}" if float_bytes and p.cost else "", f"{p.omega:.6g}"]
             + [p.bits.get(n, "") for n in names]
             for p in _thin(points, _MOST_ROWS)
         ],
-        spots,
+        [Tooltip(figure.axes[0], cost / unit, max(omega, floor), text) for cost, omega, text in marks],
     )
 
 
 def _chosen(plan: Plan, points: Sequence[FrontierPoint]) -> FrontierPoint:
-    mine = plan.bits
+    plan_bits = plan.bits
     for point in points:
-        if point.bits and all(mine.get(n, b) == b for n, b in point.bits.items()):
+        if point.bits and all(plan_bits.get(n, b) == b for n, b in point.bits.items()):
             return FrontierPoint(point.cost, point.omega, point.bits)
     cost = float(plan.costs.get("weight_bytes") or sum(s.numel * s.bits for s in plan.weights) / 8)
     return FrontierPoint(cost, sum(s.omega or 0.0 for s in plan.weights) + _offset(plan, points))
@@ -133,14 +123,12 @@ def _beats(uniform: Sequence[tuple[int, float, float]], points: Sequence[Frontie
     return f" {'; '.join(parts).capitalize()}." if parts else ""
 
 
-def _thin(points: Sequence[FrontierPoint], most: int = _MOST_SPOTS) -> Sequence[FrontierPoint]:
+def _thin(points: Sequence[FrontierPoint], most: int = _MOST_MARKS) -> Sequence[FrontierPoint]:
     step = max(1, -(-len(points) // most))
     return [*points[:-1:step], points[-1]]
 
 
-def _tooltip_at(
-    p: FrontierPoint, floats: float, points: Sequence[FrontierPoint]
-) -> tuple[float, float, str, list[int]]:
-    ratio = f", {times(floats / p.cost)}" if floats and p.cost else ""
-    bits = [b for n, b in p.bits.items() if n.endswith(".weight")]
-    return p.cost, p.omega, f"{size(p.cost)}{ratio}\nΩ {p.omega:.4g}", bits
+def _plan_text(cost: float, omega: float, float_bytes: float, bits: Mapping[str, int] = MappingProxyType({})) -> str:
+    ratio = f", {times(float_bytes / cost)}" if float_bytes and cost else ""
+    widths = " ".join(str(b) for name, b in bits.items() if name.endswith(".weight"))
+    return f"{size(cost)}{ratio}\nΩ {omega:.4g}" + (f"\nbits {widths}" if widths else "")

@@ -17,7 +17,7 @@ from hawq_lightning import HawqError, nearest
 SCORES = ("accuracy", "map")
 
 
-class SamplingDesign:
+class ExperimentDesign:
     """What a YAML file of this folder asks for, with its jobs.
 
     Args:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from design import SamplingDesign
+from design import ExperimentDesign
 from explain_page import draw, tables
 from held_out import HeldOut
 from jobs import needs
@@ -54,7 +54,7 @@ class Record:
         return self.found[key]
 
 
-def explain(design: SamplingDesign, settings: Sequence[str], asked: argparse.Namespace) -> str:
+def explain(design: ExperimentDesign, settings: Sequence[str], asked: argparse.Namespace) -> str:
     """Measure what is not yet in ``explain.json``, and write the page and the picture."""
     record, labels = Record(design.out / "explain.json"), {s: design.asked["settings"][s]["label"] for s in settings}
     reference = design.asked["reference"]
@@ -83,7 +83,7 @@ def explain(design: SamplingDesign, settings: Sequence[str], asked: argparse.Nam
     return text
 
 
-def known_plans(design: SamplingDesign, setting: str) -> tuple[dict[str, Plan], Mapping[str, float]]:
+def known_plans(design: ExperimentDesign, setting: str) -> tuple[dict[str, Plan], Mapping[str, float]]:
     """The plans that the sweep has by now, drawn ones left out, and top eigenvalues if it measured any."""
     plans: dict[str, Plan] = {}
     eigenvalues: Mapping[str, float] = {}
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        design = SamplingDesign(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given))
+        design = ExperimentDesign(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given))
         print(explain(design, asked.settings.split(","), asked))
     except HawqError as error:
         raise SystemExit(f"error: {error}") from None

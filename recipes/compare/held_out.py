@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from design import SamplingDesign
+from design import ExperimentDesign
 from jobs import composed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class HeldOut:
         images: how many to score on.
     """
 
-    def __init__(self, design: SamplingDesign, setting: str, images: int) -> None:
+    def __init__(self, design: ExperimentDesign, setting: str, images: int) -> None:
         tuning = [o for o in design.asked["tuning"]["overrides"] if o.startswith("data.evaluate_on=")]
         given = [*design.common, *design.asked["settings"][setting]["overrides"], *tuning, "paths.output_dir=''"]
         self.cfg = composed(given)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from design import SamplingDesign
+from design import ExperimentDesign
 from jobs import carry_out, needs
 
 from hawq_lightning import HawqError
@@ -29,7 +29,7 @@ from hawq_lightning import HawqError
 WAIT = 5.0  # seconds between looks at what another process is doing
 
 
-def work(design: SamplingDesign, only: str = "", limit: int | None = None) -> bool:
+def work(design: ExperimentDesign, only: str = "", limit: int | None = None) -> bool:
     """Carry out all runs whose ``setting/method/seed=N`` matches ``only``; what fails is left out and told.
 
     Returns:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done")
     asked = parser.parse_args(arguments)
     try:
-        design = SamplingDesign(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given), asked.also)
+        design = ExperimentDesign(asked.design, asked.out, dict(g.split("=", 1) for g in asked.given), asked.also)
         if asked.list:
             for run in design.runs():
                 print(f"{'done' if design.run(*run).done else 'open'}  {run[0]}/{run[1]}/seed={run[2]}")

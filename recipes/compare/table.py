@@ -12,8 +12,9 @@ import json
 import tarfile
 from pathlib import Path
 
+from comparison_page import write_comparison
+
 from hawq_lightning import HawqError
-from hawq_lightning.report import write_comparison
 
 KEPT = ("job.json", "metrics.json", "plan.json", "per_image.npz")
 
@@ -40,14 +41,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000, help="bootstrap samples")
     parser.add_argument("--title", default="Methods at equal size", help="heading of the page")
     parser.add_argument("--keep", action="store_true", help="write runs.tar.xz as well")
-    asked = parser.parse_args()
-    target = asked.target or asked.out
+    arguments = parser.parse_args()
+    target = arguments.target or arguments.out
     try:
-        write_comparison(asked.out, target, asked.draws, asked.title)
+        write_comparison(arguments.out, target, arguments.draws, arguments.title)
     except HawqError as error:
         raise SystemExit(f"error: {error}") from None
-    if asked.keep:
-        keep(asked.out, target / "runs.tar.xz")
+    if arguments.keep:
+        keep(arguments.out, target / "runs.tar.xz")
     print((target / "compare.md").read_text(encoding="utf-8"))
 
 

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import table
 import torch
-from design import SamplingDesign
+from average_precision import Matches
+from bootstrap import bootstrap_mean, bootstrap_score
+from comparison_page import write_comparison
+from design import ExperimentDesign
+from per_image import read_per_image
 from sweep import work
 
 from hawq_lightning import HawqError
-from hawq_lightning.report import Matches, bootstrap_mean, bootstrap_score, keep_per_image, read_per_image
+from hawq_lightning.cli import keep_per_image
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "compare"
 
@@ -147,7 +151,7 @@ def sweep(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(resnet20(in_channels=1, channels=4, depth=8).state_dict(), folder / "float.pt")
     (folder / "design.yaml").write_text(DESIGN.format(method="l2"))
-    design = SamplingDesign(folder / "design.yaml", folder / "out", {"WEIGHTS": str(folder / "float.pt")})
+    design = ExperimentDesign(folder / "design.yaml", folder / "out", {"WEIGHTS": str(folder / "float.pt")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "call", in_this_process)
         assert work(design)
@@ -189,12 +193,12 @@ def test_results_are_known_again_elsewhere(sweep, tmp_path):
         assert not any(str(folder).encode() in archive.extractfile(m).read() for m in archive.getmembers())
         archive.extractall(tmp_path / "moved", filter="data")
     shutil.copy(folder / "float.pt", tmp_path / "weights.pt")
-    again = SamplingDesign(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": str(tmp_path / "weights.pt")})
+    again = ExperimentDesign(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": str(tmp_path / "weights.pt")})
     found = [job for run in again.runs() for job in [*jobs.needs(again.run(*run)), again.run(*run)]]
     assert len(found) > 8 and all(job.done for job in found)
     known = json.loads((found[-1].folder / "job.json").read_text())["overrides"]
     assert "model.weights=${WEIGHTS}" in known and not any(str(folder) in o for o in known)
-    other = SamplingDesign(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": "x"}, ["seed=9"])
+    other = ExperimentDesign(folder / "design.yaml", tmp_path / "moved", {"WEIGHTS": "x"}, ["seed=9"])
     assert not other.run("small", "l2", 1).done
 
 
@@ -262,8 +266,6 @@ def test_plans_come_from_one_measurement(sweep):
 
 
 def test_the_table_says_what_the_runs_found(sweep, tmp_path):
-    from hawq_lightning.report import write_comparison
-
     design, _ = sweep
     found = write_comparison(design.out, tmp_path, draws=200)
     rows = {r.first.method: r for r in found.rows["small"]}
@@ -281,8 +283,6 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
 
 
 def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
-    from hawq_lightning.report import write_comparison
-
     design, _ = sweep
     shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "small")
     shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "other")
@@ -301,15 +301,15 @@ def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
 def test_mistakes_in_a_design_are_named(sweep, tmp_path):
     _, folder = sweep
     with pytest.raises(HawqError, match="needs WEIGHTS="):
-        SamplingDesign(folder / "design.yaml", tmp_path, {})
+        ExperimentDesign(folder / "design.yaml", tmp_path, {})
     (tmp_path / "wrong.yaml").write_text(DESIGN.format(method="l3"))
     with pytest.raises(HawqError, match="no method 'l3'.*l2"):
-        SamplingDesign(tmp_path / "wrong.yaml", tmp_path, {"WEIGHTS": "x"})
+        ExperimentDesign(tmp_path / "wrong.yaml", tmp_path, {"WEIGHTS": "x"})
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_quantizers", "bccd"])
 def test_the_designs_of_the_recipe_compose(name, tmp_path):
-    design = SamplingDesign(RECIPE / f"{name}.yaml", tmp_path, {"DATA": "/data", "WEIGHTS": "/float.pt"})
+    design = ExperimentDesign(RECIPE / f"{name}.yaml", tmp_path, {"DATA": "/data", "WEIGHTS": "/float.pt"})
     runs = list(design.runs())
     found = [job for run in runs for job in [*jobs.needs(design.run(*run)), design.run(*run)]]
     assert len({j.folder for j in found}) == len({j.overrides for j in found}) > len(runs)

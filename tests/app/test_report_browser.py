@@ -34,7 +34,7 @@ document.querySelectorAll("details").forEach((d) => { d.open = true; });
 let least = 99, worst = "", texts = 0;
 for (const e of document.body.querySelectorAll("*")) {
   const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-  if (!own || e.closest("script, style, defs, .hits, [hidden]")) continue;
+  if (!own || e.closest("script, style, defs, circle, [hidden]")) continue;
   const style = getComputedStyle(e), drawn = e.closest("svg");
   const [a, b] = [light(parse(drawn ? style.fill : style.color)), light(behind(e))];
   const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);

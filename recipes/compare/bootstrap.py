@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning import HawqError
 
 Floats = NDArray[np.float64]
 DRAWS = 2000

@@ -16,15 +16,15 @@ class Matches:
     """What a detector found on every image, each detection already matched with the objects.
 
     Args:
-        found: ``image``, ``label``, ``score`` ``[D]``: of each detection; ``matched`` ``[D, T]`` at each IoU
+        table: ``image``, ``label``, ``score`` ``[D]``: of each detection; ``matched`` ``[D, T]`` at each IoU
             threshold: 1 for an object, 0 for none, -1 for one that does not count (a crowd); ``objects`` ``[N, K]``:
             how many of each class an image holds.
     """
 
-    def __init__(self, found: Mapping[str, NDArray[Any]]) -> None:
-        order = np.argsort(-found["score"], kind="stable")
-        self.image, self.label = found["image"][order], found["label"][order]
-        self.matched, self.objects = found["matched"][order], found["objects"]
+    def __init__(self, table: Mapping[str, NDArray[Any]]) -> None:
+        order = np.argsort(-table["score"], kind="stable")
+        self.image, self.label = table["image"][order], table["label"][order]
+        self.matched, self.objects = table["matched"][order], table["objects"]
 
     @property
     def images(self) -> int:
@@ -37,17 +37,17 @@ class Matches:
         Args:
             weights: how often each image counts, ``[N]``.
         """
-        found = []
+        scores = []
         for label in range(self.objects.shape[1]):
             total = float(weights @ self.objects[:, label])
             if total == 0:
                 continue
-            own = self.label == label
-            count = weights[self.image[own], None]
-            hits = np.cumsum(count * (self.matched[own] == 1), axis=0)
-            misses = np.cumsum(count * (self.matched[own] == 0), axis=0)
-            found.append([_average(hits[:, t], misses[:, t], total) for t in range(self.matched.shape[1])])
-        return float(np.mean(found)) if found else 0.0
+            of_class = self.label == label
+            count = weights[self.image[of_class], None]
+            hits = np.cumsum(count * (self.matched[of_class] == 1), axis=0)
+            misses = np.cumsum(count * (self.matched[of_class] == 0), axis=0)
+            scores.append([_average(hits[:, t], misses[:, t], total) for t in range(self.matched.shape[1])])
+        return float(np.mean(scores)) if scores else 0.0
 
 
 def _average(hits: NDArray[np.float64], misses: NDArray[np.float64], total: float) -> float:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bootstrap import Interval
+from comparison import Comparison, Row, read_comparison, widths
 from matplotlib.ticker import PercentFormatter
 
-from hawq_lightning._errors import HawqError
-from hawq_lightning._io import write_text
-from hawq_lightning.report._card import markdown_table
-from hawq_lightning.report._compare import Comparison, Row, read_comparison, widths
-from hawq_lightning.report._paired import Interval
-from hawq_lightning.report._style import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text
-from hawq_lightning.report._text import score, size
+from hawq_lightning import HawqError, write_text
+from hawq_lightning.report import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    SOFT,
+    ReportFigure,
+    canvas,
+    csv_text,
+    markdown_table,
+    score,
+    size,
+)
 
 COLUMNS = ["Method", "w-bits", "a-bits", "before", "after", "against {}", "W-Comp", "A-Comp", "Size", "Perturb. (Ω)",
            "Σ‖ΔW‖²"]  # fmt: skip
@@ -40,54 +48,56 @@ def write_comparison(
     Raises:
         HawqError: no finished run, or ``target`` cannot be written to.
     """
-    found = read_comparison(out, draws)
+    comparison = read_comparison(out, draws)
     target = Path(target) if target is not None else Path(out)
-    text = [f"# {title}", "", f"Float network: {score(found.float_score, found.metric)}.", ""]
-    if len(found.rows) > 1:
-        text += ["Before → after fine-tuning:", "", *markdown_table(*overview(found)), ""]
-    for rows in found.rows.values():
-        text += [f"## {rows[0].first.labels['setting']}", "", *markdown_table(*table(found, rows)), ""]
+    text = [f"# {title}", "", f"Float network: {score(comparison.float_score, comparison.metric)}.", ""]
+    if len(comparison.rows) > 1:
+        text += ["Before → after fine-tuning:", "", *markdown_table(*overview(comparison)), ""]
+    for rows in comparison.rows.values():
+        text += [f"## {rows[0].first.labels['setting']}", "", *markdown_table(*table(comparison, rows)), ""]
         for heading, methods in ABLATIONS.items():
             part = [r for r in rows if r.first.method in methods or r.first.reference]
             if len(part) == len(methods) + 1:
-                text += [f"### {heading}", "", *markdown_table(*ablation(found, part)), ""]
-    if found.pooled:
-        text += ["## All settings together", "", *markdown_table(*pooled(found)), ""]
-    text += [_legend(found), ""]
-    if found.left_out:
-        text += ["Left out:", "", *(f"- {k}: {v}" for k, v in found.left_out.items()), ""]
+                text += [f"### {heading}", "", *markdown_table(*ablation(comparison, part)), ""]
+    if comparison.pooled:
+        text += ["## All settings together", "", *markdown_table(*pooled(comparison)), ""]
+    text += [_legend(comparison), ""]
+    if comparison.left_out:
+        text += ["Left out:", "", *(f"- {k}: {v}" for k, v in comparison.left_out.items()), ""]
     try:
         write_text(target / "compare.md", "\n".join(text))
-        write_text(target / "compare.csv", csv_text(*numbers(found)))
-        write_text(target / "runs.csv", csv_text(*run_numbers(found)))
-        draw(found).save(target / "figures")
+        write_text(target / "compare.csv", csv_text(*numbers(comparison)))
+        write_text(target / "runs.csv", csv_text(*run_numbers(comparison)))
+        draw(comparison).save(target / "figures")
     except OSError as error:
         raise HawqError(f"Cannot write to {target}: {error.strerror or error}.") from error
-    return found
+    return comparison
 
 
-def table(found: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """One setting, for people."""
     reference = next((r.first.labels["method"] for r in rows if r.first.reference), "–")
     columns = [c.format(reference) for c in COLUMNS]
-    start = [*_FLOAT[:4], score(found.float_score, found.metric), *_FLOAT[5:]]
-    return columns, [start, *(_cells(found.metric, r) for r in rows)]
+    start = [*_FLOAT[:4], score(comparison.float_score, comparison.metric), *_FLOAT[5:]]
+    return columns, [start, *(_cells(comparison.metric, r) for r in rows)]
 
 
-def pooled(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def pooled(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Differences to the reference over all settings that have both."""
-    reference = next(r.first.labels["method"] for rows in found.rows.values() for r in rows if r.first.reference)
+    reference = next(r.first.labels["method"] for rows in comparison.rows.values() for r in rows if r.first.reference)
     columns = ["Method", "settings × seeds", f"before, against {reference}", f"after, against {reference}"]
-    shown = [[p.label, str(p.pairs), *("–" if i is None else _difference(found.metric, i) for i in (p.before, p.after))]
-             for p in found.pooled]  # fmt: skip
-    return columns, shown
+    rows = []
+    for p in comparison.pooled:
+        differences = ["–" if i is None else _difference(comparison.metric, i) for i in (p.before, p.after)]
+        rows.append([p.label, str(p.pairs), *differences])
+    return columns, rows
 
 
-def overview(found: Comparison) -> tuple[list[str], list[list[str]]]:
+def overview(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Methods by settings; one mark: the interval against the reference excludes zero."""
-    labels = {r.first.method: r.first.labels["method"] for rows in found.rows.values() for r in rows}
-    table_of = {s: {r.first.method: r for r in rows} for s, rows in found.rows.items()}
-    columns = ["Method", *(rows[0].first.labels["setting"] for rows in found.rows.values())]
+    labels = {r.first.method: r.first.labels["method"] for rows in comparison.rows.values() for r in rows}
+    table_of = {s: {r.first.method: r for r in rows} for s, rows in comparison.rows.items()}
+    columns = ["Method", *(rows[0].first.labels["setting"] for rows in comparison.rows.values())]
     shown = []
     for method, label in labels.items():
         cells = [label]
@@ -96,26 +106,28 @@ def overview(found: Comparison) -> tuple[list[str], list[list[str]]]:
                 cells.append("–")
                 continue
             mark = " *" if row.against is not None and row.against.excludes_zero else ""
-            cells.append(f"{score(row.mean('before'), found.metric)} → {_mean(found.metric, row, 'after')}{mark}")
+            cells.append(
+                f"{score(row.mean('before'), comparison.metric)} → {_mean(comparison.metric, row, 'after')}{mark}"
+            )
         shown.append(cells)
     return columns, shown
 
 
-def ablation(found: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def ablation(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The columns of the paper's Table 3, smallest perturbation last."""
-    columns, full = table(found, sorted(rows, key=lambda r: -r.number("omega")))
-    kept = [columns.index(c) for c in _SHORT]
-    return [columns[i] for i in kept], [[row[i] for i in kept] for row in full]
+    columns, full = table(comparison, sorted(rows, key=lambda r: -r.number("omega")))
+    places = [columns.index(c) for c in _SHORT]
+    return [columns[i] for i in places], [[row[i] for i in places] for row in full]
 
 
-def numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
+def numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
     """Every row with all digits."""
     ends = ("before", "after", "against")
     columns = ["setting", "method", "seeds", "w_bits", "a_bits", "w_comp", "a_comp", "weight_bytes", "omega",
                "perturbation", "before_sd", "after_sd"]  # fmt: skip
     columns += [f"{s}{e}" for s in ends for e in ("", "_low", "_high")]
     out: list[list[object]] = []
-    for setting, rows in found.rows.items():
+    for setting, rows in comparison.rows.items():
         for r in rows:
             cells: list[object] = [setting, r.first.method, len(r.runs), widths(r.first.plan, "weight"),
                                    widths(r.first.plan, "activation")]  # fmt: skip
@@ -129,11 +141,11 @@ def numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
     return columns, out
 
 
-def run_numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
+def run_numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
     """Every run with all digits."""
     columns = ["setting", "method", "seed", "tuned", "before", "after", "weight_bytes", "omega"]
     out: list[list[object]] = []
-    for setting, rows in found.rows.items():
+    for setting, rows in comparison.rows.items():
         for r in (run for row in rows for run in row.runs):
             tuned = " ".join(f"{k}={v}" for k, v in r.tuned.items())
             scores = ["" if v is None else v for v in (r.before, r.after)]
@@ -141,10 +153,10 @@ def run_numbers(found: Comparison) -> tuple[list[str], list[list[object]]]:
     return columns, out
 
 
-def draw(found: Comparison) -> ReportFigure:
+def draw(comparison: Comparison) -> ReportFigure:
     """Scores after fine-tuning, a panel a setting; a bar is the interval, a faint mark a seed."""
-    scale = 100 if found.metric == "accuracy" else 1
-    settings = list(found.rows.items())
+    scale = 100 if comparison.metric == "accuracy" else 1
+    settings = list(comparison.rows.items())
     height = sum(0.34 * len(rows) + 0.9 for _, rows in settings) + 0.4
     with canvas(len(settings), height, height_ratios=[len(rows) + 2 for _, rows in settings]) as (figure, axes):
         for ax, (_, rows) in zip(axes, settings):
@@ -157,21 +169,21 @@ def draw(found: Comparison) -> ReportFigure:
                     ends = [scale * row.after.low, scale * row.after.high]
                     ax.plot(ends, [y, y], color=colour, linewidth=2.2, zorder=2)
                     ax.plot(scale * row.after.value, y, "D", color=colour, markersize=7, zorder=4)
-            if found.float_score is not None:
-                ax.axvline(scale * found.float_score, color=GREEN, linestyle="--", linewidth=1.2)
-            names = [f"{r.first.labels['method']} ({score(r.mean('before'), found.metric)})" for r in rows]
+            if comparison.float_score is not None:
+                ax.axvline(scale * comparison.float_score, color=GREEN, linestyle="--", linewidth=1.2)
+            names = [f"{r.first.labels['method']} ({score(r.mean('before'), comparison.metric)})" for r in rows]
             ax.set_yticks(range(len(rows)), names)
             ax.set_ylim(len(rows) - 0.5, -0.5)
-            if found.metric == "accuracy":
+            if comparison.metric == "accuracy":
                 ax.xaxis.set_major_formatter(PercentFormatter(100, decimals=1))
-        axes[-1].set_xlabel(f"{found.metric} after fine-tuning (in brackets before it); dashed: float", color=SOFT)
-    columns, rows_of = numbers(found)
-    told = "; ".join(
+        axes[-1].set_xlabel(f"{comparison.metric} after fine-tuning (in brackets before it); dashed: float", color=SOFT)
+    columns, rows_of = numbers(comparison)
+    alt = "; ".join(
         f"{rows[0].first.labels['setting']}: "
-        + ", ".join(f"{r.first.labels['method']} {score(r.mean('after'), found.metric)}" for r in rows)
+        + ", ".join(f"{r.first.labels['method']} {score(r.mean('after'), comparison.metric)}" for r in rows)
         for _, rows in settings
     )
-    return ReportFigure("compare", "Methods at equal size", told, _legend(found), figure, columns, rows_of)
+    return ReportFigure("compare", "Methods at equal size", alt, _legend(comparison), figure, columns, rows_of)
 
 
 def _cells(metric: str, row: Row) -> list[str]:
@@ -199,15 +211,15 @@ def _mean(metric: str, row: Row, stage: str) -> str:
     return f"{score(mean, metric)} ± {100 * spread:.2f}" if metric == "accuracy" else f"{mean:.3f} ± {spread:.3f}"
 
 
-def _difference(metric: str, found: Interval) -> str:
+def _difference(metric: str, interval: Interval) -> str:
     scale, digits = (100, 2) if metric == "accuracy" else (1, 3)
-    text = f"{scale * found.value:+.{digits}f} [{scale * found.low:+.{digits}f}, {scale * found.high:+.{digits}f}]"
-    return text + (" *" if found.excludes_zero else "")
+    value, low, high = (f"{scale * v:+.{digits}f}" for v in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]" + (" *" if interval.excludes_zero else "")
 
 
-def _legend(found: Comparison) -> str:
-    seeds = sorted({len(r.runs) for rows in found.rows.values() for r in rows})
-    over = "images and seeds" if found.metric == "accuracy" else "images"
+def _legend(comparison: Comparison) -> str:
+    seeds = sorted({len(r.runs) for rows in comparison.rows.values() for r in rows})
+    over = "images and seeds" if comparison.metric == "accuracy" else "images"
     return (
         f"Before and after fine-tuning: mean ± standard deviation over seeds ({', '.join(map(str, seeds))} a row; one "
         f"seed has no ±). Against the reference: paired difference with its 95% bootstrap interval over {over}; * "

@@ -1,4 +1,4 @@
-"""What a comparison found: methods side by side at the same setting, with paired intervals against one of them."""
+"""The result of a comparison: methods side by side at the same setting, with paired intervals against one of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from average_precision import Matches
+from bootstrap import Interval, bootstrap_mean, bootstrap_score
 from numpy.typing import NDArray
+from per_image import read_per_image
 
-from hawq_lightning._errors import HawqError
-from hawq_lightning._io import read_json
-from hawq_lightning._plan import Plan
-from hawq_lightning.report._average_precision import Matches
-from hawq_lightning.report._paired import Interval, bootstrap_mean, bootstrap_score
-from hawq_lightning.report._per_image import read_per_image
+from hawq_lightning import HawqError, Plan
 
 METRICS = ("accuracy", "map")
 
@@ -32,7 +30,7 @@ class Run:
         before, after: its score right after quantizing and after fine-tuning; None where not measured.
         plan: bits, costs and perturbation.
         tuned: the point of the grid that it was fine-tuned with.
-        images: stage -> what validation found on every image.
+        images: stage -> what validation gave for every image.
     """
 
     folder: Path
@@ -71,13 +69,13 @@ class Row:
 
     def mean(self, stage: str) -> float | None:
         """Mean score over seeds."""
-        known = [v for r in self.runs if (v := getattr(r, stage)) is not None]
-        return float(np.mean(known)) if known else None
+        values = [v for r in self.runs if (v := getattr(r, stage)) is not None]
+        return float(np.mean(values)) if values else None
 
     def spread(self, stage: str) -> float | None:
         """Standard deviation over seeds; None for one."""
-        known = [v for r in self.runs if (v := getattr(r, stage)) is not None]
-        return float(np.std(known, ddof=1)) if len(known) > 1 else None
+        values = [v for r in self.runs if (v := getattr(r, stage)) is not None]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def number(self, what: str) -> float:
         """Mean over the runs' plans of a cost, or of ``omega`` or ``perturbation`` (of the weights)."""
@@ -129,17 +127,17 @@ def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
             left_out[path.parent.relative_to(out).as_posix()] = str(error)
     if not runs:
         raise HawqError(f"There is no finished run below {out / 'runs'}.")
-    found: dict[str, dict[str, list[Run]]] = {}
+    by_setting: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda r: r.seed):
-        found.setdefault(run.setting, {}).setdefault(run.method, []).append(run)
+        by_setting.setdefault(run.setting, {}).setdefault(run.method, []).append(run)
     rows: dict[str, list[Row]] = {}
     pairs: dict[str, list[tuple[Run, Run]]] = {}
-    for setting, methods in found.items():
+    for setting, methods in by_setting.items():
         reference = next((m for m in methods.values() if m[0].reference), None)
-        ordered = sorted(methods.values(), key=lambda own: not own[0].reference)
-        rows[setting] = [_row(own, reference, draws) for own in ordered]
-        for own in ordered:
-            pairs.setdefault(own[0].method, []).extend(_pairs(own, reference))
+        ordered = sorted(methods.values(), key=lambda of_method: not of_method[0].reference)
+        rows[setting] = [_row(of_method, reference, draws) for of_method in ordered]
+        for of_method in ordered:
+            pairs.setdefault(of_method[0].method, []).extend(_pairs(of_method, reference))
     several = {m: p for m, p in pairs.items() if len({r.setting for r, _ in p}) > 1}
     pooled = [_pooled(p, draws) for p in several.values()]
     return Comparison(rows, pooled, _float_score(out, runs[0].metric), runs[0].metric, left_out)
@@ -154,9 +152,17 @@ def widths(plan: Plan, kind: str) -> str:
     return f"{min(bits)}" + (" MP" if len(bits) > 1 else "")
 
 
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HawqError(f"{path} cannot be read: {error}.") from error
+    return record
+
+
 def _read(folder: Path) -> Run:
-    job = read_json(folder / "job.json", "job")
-    record = read_json(folder / "metrics.json", "result")
+    job = _record(folder / "job.json")
+    record = _record(folder / "metrics.json")
     metric = next((m for m in METRICS if m in record), None)
     if metric is None:
         raise HawqError("it holds no score.")
@@ -203,13 +209,13 @@ def _interval(runs: Sequence[Run], stage: str, draws: int, minus: Sequence[Run] 
         if others:
             values = values - np.stack([t["correct"] for t in others])
         return bootstrap_mean(values, draws)
-    ours, theirs = [Matches(t) for t in tables], [Matches(t) for t in others]
+    matches, subtracted = [Matches(t) for t in tables], [Matches(t) for t in others]
 
     def score(weights: NDArray[np.float64]) -> float:
-        mean = float(np.mean([m.mean_average_precision(weights) for m in ours]))
-        return mean - (float(np.mean([m.mean_average_precision(weights) for m in theirs])) if theirs else 0.0)
+        mean = float(np.mean([m.mean_average_precision(weights) for m in matches]))
+        return mean - (float(np.mean([m.mean_average_precision(weights) for m in subtracted])) if subtracted else 0.0)
 
-    return bootstrap_score(score, ours[0].images, draws)
+    return bootstrap_score(score, matches[0].images, draws)
 
 
 def _number(plan: Plan, what: str) -> float:
