@@ -19,6 +19,10 @@ def sentences(run: Run) -> list[str]:
     if (size := finite(record.get("onnx_bytes"))) is None:
         return []
     found = [f"model.onnx takes {text.size(size)} ({size:,.0f} bytes)."]
+    files = record.get("files")
+    for name, taken in (files if isinstance(files, Mapping) else {}).items():
+        if (size := finite(taken)) is not None:
+            found.append(f"{name} takes {text.size(size)} ({size:,.0f} bytes).")
     folded, kept = finite(record.get("folded")), record.get("not_folded")
     if folded is not None and isinstance(kept, Mapping):
         rest = f"; {len(kept)} stayed ({'; '.join(f'{k}: {v}' for k, v in list(kept.items())[:2])})" if kept else ""

@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._extra import require
+from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._float_bias import split_bias
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
@@ -130,21 +130,6 @@ def to_program(
         torch.export.save(program, buffer)
         write_bytes(Path(path), buffer.getvalue())
     return program
-
-
-def check_writable(path: Path) -> None:
-    """Raise HawqError now rather than after a minute of work."""
-    if "\0" in str(path):
-        raise HawqError(f"Cannot write {str(path)!r}: the name holds a null byte.")
-    try:
-        if path.is_dir():
-            raise HawqError(f"Cannot write {path}: it is a folder.")
-        if path.exists() and not path.is_file():
-            raise HawqError(f"Cannot write {path}: it is no ordinary file.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
