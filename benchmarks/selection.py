@@ -17,7 +17,16 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, kron
 
-from hawq_lightning.selection import Block, Problem, frontier, monotone_frontier, set_b_size, sweep, trace_order
+from hawq_lightning.selection import (
+    Block,
+    Problem,
+    cost_rows,
+    frontier,
+    monotone_frontier,
+    set_b_size,
+    sweep,
+    trace_order,
+)
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 WIDTHS = {4: (1, 2, 4, 8), 8: (1, 2, 3, 4, 5, 6, 7, 8)}
@@ -122,7 +131,7 @@ def main() -> None:
             names = [f"w{i}" for i in range(len(sizes))]
             numel = [int(n) for n in sizes]
             problem = Problem.from_arrays(names, widths, omega, numel, mean_trace=list(omega[:, 0]))
-            row, order = problem.cost("weight_bytes")[0], trace_order(problem)[0]
+            row, order = cost_rows(problem, "weight_bytes")[0], trace_order(problem)[0]
             spent_b, _ = timed(lambda p=problem, r=row, q=order: monotone_frontier(p, r, q), 1)
             print(
                 f"| ResNet{depth} | {len(sizes)} | {count} | {len(found):,} | {spent:.3f} | {single:.3f} "

@@ -8,6 +8,7 @@ from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Layer, Site, SiteTable
 from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, sites
+from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.quantization import options, quantize
 from hawq_lightning.selection import Frontier, Problem, frontier, select
@@ -15,8 +16,6 @@ from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
     from hawq_lightning.callbacks import HAWQ, ApplyPlan, MeasureTraces, load_from_checkpoint
-
-__version__ = "0.1.0"
 
 _LIGHTNING = ("HAWQ", "ApplyPlan", "MeasureTraces", "load_from_checkpoint")
 
@@ -44,6 +43,7 @@ __all__ = [
     "Sensitivity",
     "Site",
     "SiteTable",
+    "__version__",
     "batch_images",
     "find_sites",
     "frontier",

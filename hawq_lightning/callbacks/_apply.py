@@ -270,7 +270,7 @@ def _remove(path: Path, owner: int) -> None:
 
 def _consistent(plan: Plan | None) -> Plan | None:
     """A plan whose bits were edited by hand, with grids, Omega and costs that follow from them."""
-    if plan is None or (settled := plan.settled()) is plan:
+    if plan is None or (settled := plan.reconciled()) is plan:
         return plan
     try:
         return recost(plan)

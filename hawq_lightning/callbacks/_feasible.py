@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,7 +16,7 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.quantization import first_order_term, network_inputs
-from hawq_lightning.selection import Problem, activation_steps, check_feasible, nominal_problem
+from hawq_lightning.selection import Problem, activation_steps, check_feasible, nominal_problem, tables_of_budget
 from hawq_lightning.sensitivity import Sensitivity, isolated_eval
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def preview(
         wanted = asked.activation_bits is not None and asked.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if wanted else frozenset()
         given = dict(asked.constraints)
-        if isinstance(asked.budget, Mapping) and {"act_peak", "act_peak_bytes"} & set(asked.budget):
+        if "steps" in tables_of_budget(asked.budget, given.get("extra_costs") or ()):
             given.setdefault("steps", activation_steps(module, batch, table, forward=loss_fn, evaluate=False))
     kept = [s for s in table if s.kind == "weight" or asked.activation_bits is not None]
     problem = nominal_problem(

@@ -44,13 +44,15 @@ from hawq_lightning.quantization import (
     weight_kinds,
 )
 from hawq_lightning.selection import (
+    SELECTORS,
     Frontier,
     LatencyTable,
-    PlanSettled,
     Problem,
-    check_selector,
+    StablePlan,
+    plan_frontier,
     read_budget,
     select,
+    tables_of_budget,
     with_bootstrap_stability,
 )
 from hawq_lightning.sensitivity import (
@@ -86,7 +88,7 @@ class MeasureTraces(Callback):
         max_probes: random vectors a batch at the most.
         draw: images that a round sends back: ``auto``, ``all``, or ``curvature``: see :func:`hawq_lightning.measure`.
         stop: ``error``, when ``rtol`` is reached; ``plan``, also before, as soon as 95% of bootstraps over the images
-            agree that the plan is within 1% of their best: see :class:`hawq_lightning.selection.PlanSettled`.
+            agree that the plan is within 1% of their best: see :class:`hawq_lightning.selection.StablePlan`.
         precision: of the passes that measure: ``float32``, or ``bf16`` where a probe agrees with float32 within 5%.
         sensitivity: an earlier measurement, or its file, instead of a new one.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``.
@@ -153,7 +155,8 @@ class MeasureTraces(Callback):
         if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
             raise HawqError(f"rtol is {rtol!r}; it is a share of each trace such as 0.05.")
         weight_kinds(8, codes)
-        check_selector(selector, budget, bits)
+        self._selector = SELECTORS[selector]
+        self._selector.check(budget, bits)
         if isinstance(bits, (str, Path)):
             read_json(bits, "manual plan")
         for key in constraints or {}:
@@ -165,16 +168,20 @@ class MeasureTraces(Callback):
         self.budget, self.selector, self.constraints, self.bits = budget, selector, dict(constraints or {}), bits
         if latency is not None:
             self.constraints["latency"] = LatencyTable.load(latency)
-        if isinstance(budget, Mapping) and "latency" in budget and self.constraints.get("latency") is None:
-            raise HawqError("A latency budget needs a latency table: give latency=latency.csv (selector.latency=...).")
+        tables = {"steps", *(k for k, v in self.constraints.items() if v is not None)}  # the steps are watched
+        tables |= set(self.constraints.get("tables") or ())
+        for name, message in tables_of_budget(budget, self.constraints.get("extra_costs") or ()).items():
+            if name not in tables:
+                raise HawqError(message)
         if l1 not in L1:
             raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
         self.l1 = l1
         self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
         if stop not in STOPS:
             raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
-        if stop == "plan" and selector not in ("pareto", "monotone"):
-            raise HawqError(f"stop='plan' selects again and again, by pareto or monotone; not by {selector!r}.")
+        if stop == "plan" and "stable_plan" not in self._selector.offers:
+            able = " or ".join(n for n in SELECTORS if "stable_plan" in SELECTORS[n].offers)
+            raise HawqError(f"stop='plan' selects again and again, by {able}; not by {selector!r}.")
         self.max_probes, self.stop = max_probes, stop
         self.draw, self.precision = check_draw(draw), check_precision(precision)
         self.selection_seed = seed if selection_seed is None else selection_seed
@@ -243,20 +250,20 @@ class MeasureTraces(Callback):
             batches = onto_device(trainer, pl_module, drawn)
             table, nominal = preview(self, pl_module, batches[0], loss_fn)
             self.sites, overhead = table, nominal.file_overhead
-            constraints = {**self.constraints, "steps": nominal.steps}
+            constraints = {**self.constraints, "steps": tuple(nominal.steps)}
             with shared_traces(trainer, folder, self.cache, table) as traces:
                 weigh = partial(
                     options, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
                     activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
                     quantizer=self.quantizer,
                 )  # fmt: skip
-                settled = PlanSettled(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
+                stable = StablePlan(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
                 self.sensitivity = self.given or measure(
                     pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
                     max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
                     precision=self.precision,
                     share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    enough=settled if self.stop == "plan" else None,
+                    enough=stable if self.stop == "plan" else None,
                 )  # fmt: skip
                 if self.given is None:
                     traces.store(self.sensitivity)
@@ -269,7 +276,7 @@ class MeasureTraces(Callback):
             self.options = weigh(self.sensitivity, progress=show)
             problem = Problem(table, self.options, self.sensitivity, overhead, **constraints)
             chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
-            if self.selector in ("pareto", "monotone") and self.stability_draws:
+            if "bootstrap" in self._selector.offers and self.stability_draws:
                 chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
             lifted = list(guarded_mean_traces(self.sensitivity)[1])
             settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed, "lifted": lifted}
@@ -294,16 +301,16 @@ class MeasureTraces(Callback):
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
         pick = partial(select, problem, self.budget, self.selector, seed=self.selection_seed, bits=self.bits)
-        if self.selector in ("top_eigenvalue", "hawq"):
-            wanted = [s.name for s in problem.sites if len({o.bits for o in problem.options[s.name]}) > 1]
+        if "eigenvalues" in self._selector.needs:
+            free = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
             found = top_eigenvalues(
-                pl_module, batches, loss_fn, sites=self.sites, only=wanted, rtol=self.rtol, seed=self.seed,
+                pl_module, batches, loss_fn, sites=self.sites, only=free, rtol=self.rtol, seed=self.seed,
                 progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
             )  # fmt: skip
             self.eigenvalues = {n: max(0.0, v) for n, v in found.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
-        if self.selector == "accuracy":
+        if "loss" in self._selector.needs:
             with loss_of_plan(pl_module, batches, loss_fn, quantizer=self.quantizer) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._own(plan)))
         return pick()
@@ -313,7 +320,7 @@ class MeasureTraces(Callback):
 
     def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
         try:
-            self.frontier = problem.frontier("weight_bytes")
+            self.frontier = plan_frontier(problem)
         except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
             self.frontier = None
             rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")

@@ -13,7 +13,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.callbacks import HAWQ, preview
 from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task
-from hawq_lightning.selection import Problem, available_costs, shown, solve
+from hawq_lightning.selection import Problem, available_costs, cost_of, cost_rows, format_cost, solve
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 _TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
@@ -69,13 +69,13 @@ def budget_ranges(problem: Problem) -> list[str]:
     """One line a cost: the smallest and the largest plan that widths and constraints allow."""
     out = []
     for name in available_costs(problem):
-        rows = problem.cost(name)
+        rows = cost_rows(problem, name)
         if len(rows) > 1:
             continue
         ends = [solve(problem, objective=rows[0], maximize=most) for most in (False, True)]
         if None in ends:
             raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
-        low, high = (shown(problem, name, problem.cost_of(name, choice)) for choice in ends if choice is not None)
+        low, high = (format_cost(problem, name, cost_of(problem, name, c)) for c in ends if c is not None)
         out.append(f"{name}: {low} to {high}" if low != high else f"{name}: {low}")
     return out
 

@@ -307,7 +307,7 @@ def _corrupt(path: str | Path, error: object) -> HawqError:
 def check_enabled(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
     """Raise HawqError, naming the site, unless these layers carry exactly ``plan``."""
     planned: set[int] = set()
-    for site in plan.settled().sites:
+    for site in plan.reconciled().sites:
         for name in site.layers:
             if name not in layers:
                 raise HawqError(f"The model is not quantized at {name!r}: call quantize(model, plan) first.")

@@ -84,7 +84,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"Site {name!r} of the plan names a layer {layer!r} that the model lacks.{nearest(layer, layers)}"
         )
     weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
-    for s in plan.settled().sites:
+    for s in plan.reconciled().sites:
         kinds = weights.kinds(s.bits) if s.kind == "weight" else ("affine",)
         if s.code not in kinds:
             raise HawqError(
@@ -121,7 +121,7 @@ def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
             return site
         return replace(site, code=code, omega=None, perturbation=None, options=())
 
-    sites = tuple(moved(s) for s in plan.settled().sites)
+    sites = tuple(moved(s) for s in plan.reconciled().sites)
     return plan.replace(sites=sites, quantizer=quantizer.name, quantizer_options=dict(quantizer.options))
 
 
@@ -135,7 +135,7 @@ def enable(model: nn.Module, plan: Plan) -> None:
         HawqError: the plan is for another model, or a weight holds NaN.
     """
     check_plan(model, plan)
-    plan = plan.settled()
+    plan = plan.reconciled()
     planned = {name for s in plan.sites for name in s.layers}
     # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Stability:
 
     Attributes:
         share: site name -> share of bootstraps that give it the same bits.
-        regret: the plan's Ω above the bootstrap's best, relative, one a bootstrap.
+        regret: the plan's score (Ω) above the bootstrap's best, relative, one a bootstrap.
         bootstraps: how many.
     """
 
@@ -42,6 +42,11 @@ def bootstrap_factors(problem: Problem, seed: int = 0, bootstraps: int = 100) ->
 
     Sites measured on the same rows are redrawn together, so what they share cancels in the ranking. A site without rows
     gets a normal error of its ``stderr_data``, cut at 0.
+
+    Args:
+        problem: with its sensitivity.
+        seed: of the draws.
+        bootstraps: how many.
     """
     measured = problem.sensitivity
     if measured is None:
@@ -53,13 +58,13 @@ def bootstrap_factors(problem: Problem, seed: int = 0, bootstraps: int = 100) ->
     counts = sorted({len(values) for values, _ in tables.values()})
     out = []
     for _ in range(bootstraps):
-        drawn = {n: rng.integers(0, n, n) for n in counts}
+        draws = {n: rng.integers(0, n, n) for n in counts}
         noise = rng.standard_normal(len(records))
         factors = {}
         for r, error in zip(records, noise):
             if r.name in tables:
                 values, weights = tables[r.name]
-                at = drawn[len(values)]
+                at = draws[len(values)]
                 full, again = values.sum() / weights.sum(), values[at].sum() / weights[at].sum()
                 factors[r.name] = max(float(again / full), 0.0) if full > 0 else 1.0
             elif r.trace > 0:
@@ -80,7 +85,14 @@ def _weighted(measured: Sensitivity, name: str) -> tuple[np.ndarray, np.ndarray]
     return values * weights, weights
 
 
-def stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int = 0, **given: Any) -> Stability:
+def bootstrap_stability(
+    problem: Problem,
+    plan: Plan,
+    *,
+    bootstraps: int = 100,
+    seed: int = 0,
+    eigenvalues: Mapping[str, float] | None = None,
+) -> Stability:
     """Select again under redrawn traces and count how often every site keeps its bits.
 
     Args:
@@ -88,39 +100,39 @@ def stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int 
         plan: with the budget and the selector to repeat.
         bootstraps: how many.
         seed: of the draws.
-        given: what the selector needs (``eigenvalues``).
+        eigenvalues: site name -> top Hessian eigenvalue, for selectors that need them.
 
     Raises:
-        HawqError: no sensitivity, no budget, or a selector that does not look at traces.
+        HawqError: no sensitivity, no budget, or a selector that is not repeated under noise.
     """
-    if plan.selector not in ("pareto", "monotone"):
-        raise HawqError(
-            f"The selector {plan.selector!r} is not repeated under noise; stability is for pareto and monotone."
-        )
-    bounds = parse_budget(plan.budget, problem)
+    selector = SELECTORS[plan.selector]
+    if "bootstrap" not in selector.offers:
+        able = " and ".join(n for n in SELECTORS if "bootstrap" in SELECTORS[n].offers)
+        raise HawqError(f"The selector {plan.selector!r} is not repeated under noise; stability is for {able}.")
+    limits = parse_budget(plan.budget, problem)
     chosen = problem.choice_of(plan.bits)
     same = np.zeros(len(problem.groups))
     regret = []
     for factors in bootstrap_factors(problem, seed, bootstraps):
-        other = problem.scaled(factors)
-        if plan.selector == "monotone" and problem.sensitivity is not None:
-            other.sensitivity = replace(
-                problem.sensitivity,
-                records=tuple(
-                    replace(r, mean_trace=r.mean_trace * factors.get(r.name, 1.0)) for r in problem.sensitivity
-                ),
-            )
-        again = SELECTORS[plan.selector](Request(other, bounds, **given))
+        redrawn = problem.redrawn(factors)
+        again = selector.choose(Request(redrawn, limits, eigenvalues=eigenvalues))
         same += np.asarray(again) == np.asarray(chosen)
-        best, have = other.omega_of(again), other.omega_of(chosen)
-        regret.append(max(have / best - 1, 0.0) if best > 0 else (0.0 if have <= 0 else math.inf))
+        best, score = redrawn.score_of(again), redrawn.score_of(chosen)
+        regret.append(max(score / best - 1, 0.0) if best > 0 else (0.0 if score <= 0 else math.inf))
     share = {s.name: float(same[problem.group_of[i]] / bootstraps) for i, s in enumerate(problem.sites)}
     return Stability(share, tuple(regret), bootstraps)
 
 
 def with_bootstrap_stability(problem: Problem, plan: Plan, *, bootstraps: int = 100, seed: int = 0) -> Plan:
-    """The plan with :attr:`PlanSite.stability` filled in, and the regret in its settings."""
-    found = stability(problem, plan, bootstraps=bootstraps, seed=seed)
-    sites = tuple(replace(s, stability=found.share[s.name]) for s in plan.sites)
-    settings = dict(plan.settings) | {"bootstraps": bootstraps, "bootstrap_regret95": found.regret95}
+    """The plan with :attr:`PlanSite.stability` filled in, and the regret in its settings.
+
+    Args:
+        problem: that the plan came from, with its sensitivity.
+        plan: with the budget and the selector to repeat.
+        bootstraps: how many.
+        seed: of the draws.
+    """
+    stability = bootstrap_stability(problem, plan, bootstraps=bootstraps, seed=seed)
+    sites = tuple(replace(s, stability=stability.share[s.name]) for s in plan.sites)
+    settings = dict(plan.settings) | {"bootstraps": bootstraps, "bootstrap_regret95": stability.regret95}
     return plan.replace(sites=sites, settings=settings)

@@ -3,49 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate, check_choice
 from hawq_lightning._site_table import Site
 
 
-def check_sites(sites: Sequence[Site], options: Mapping[str, Sequence[Candidate]]) -> None:
-    """Raise HawqError for duplicate, unknown or empty sites, and for weights without options."""
+def check_sites(sites: Sequence[Site], candidates: Mapping[str, Sequence[Candidate]]) -> None:
+    """Raise HawqError for duplicate, unknown or empty sites, and for weights without candidates."""
     names = [s.name for s in sites]
     if not names:
         raise HawqError("There are no sites to choose bits for.")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise HawqError(f"These sites are given twice: {', '.join(twice)}.")
-    for name in options:
+    for name in candidates:
         if name not in names:
-            raise HawqError(f"Options are given for {name!r}, which is no site.{nearest(name, names)}")
+            raise HawqError(f"Candidates are given for {name!r}, which is no site.{nearest(name, names)}")
     for site in sites:
-        if site.kind == "weight" and not options.get(site.name):
-            raise HawqError(f"The weight site {site.name!r} has no options.{nearest(site.name, options)}")
-        if site.numel < 1 and site.name in options:
+        if site.kind == "weight" and not candidates.get(site.name):
+            raise HawqError(f"The weight site {site.name!r} has no candidates.{nearest(site.name, candidates)}")
+        if site.numel < 1 and site.name in candidates:
             raise HawqError(f"Site {site.name!r} has no elements, so its bits cost nothing; exclude it.")
 
 
-def best_by_bits(site: Site, options: Iterable[Candidate]) -> dict[int, tuple[int, float]]:
-    """Bits -> (index of the option with the least Ω, that Ω)."""
+def best_by_bits(
+    site: Site, candidates: Sequence[Candidate], score_of: Callable[[Candidate], float], symbol: str
+) -> dict[int, tuple[int, float]]:
+    """Bits -> (index of the candidate with the least score, that score).
+
+    Args:
+        site: for messages.
+        candidates: of the site.
+        score_of: the score of one; ``inf``: not available.
+        symbol: what messages call the score.
+
+    Raises:
+        HawqError: bits or codes that do not exist, a score that is NaN or negative, nothing available.
+    """
     best: dict[int, tuple[int, float]] = {}
-    for j, option in enumerate(options):
-        check_choice(site.name, site.kind, option.bits, option.code)
-        if math.isnan(option.omega) or option.omega < 0:
+    for j, candidate in enumerate(candidates):
+        check_choice(site.name, site.kind, candidate.bits, candidate.code)
+        score = score_of(candidate)
+        if math.isnan(score) or score < 0:
             raise HawqError(
-                f"Ω of site {site.name!r} at {option.bits} bits is {option.omega}; it must be a number >= 0 "
+                f"{symbol} of site {site.name!r} at {candidate.bits} bits is {score}; it must be a number >= 0 "
                 "(a negative trace means that the estimate is noise or the model is no minimum; try estimator='ggn')."
             )
-        if option.omega < best.get(option.bits, (0, math.inf))[1]:
-            best[option.bits] = (j, option.omega)
+        if score < best.get(candidate.bits, (0, math.inf))[1]:
+            best[candidate.bits] = (j, score)
     if not best:
-        raise HawqError(f"Site {site.name!r} has no available option: every Ω is inf.")
+        raise HawqError(f"Site {site.name!r} has no available option: every {symbol} is inf.")
     return best
 
 
-def extra_cost(name: str, table: Mapping[str, Mapping[int, float]], sites: Sequence[Site]) -> list[Mapping[int, float]]:
-    """By site, bits -> cost. A site that is not named costs nothing; bits that a named site lacks are not available."""
+def cost_table(name: str, table: Mapping[str, Mapping[int, float]], sites: Sequence[Site]) -> list[Mapping[int, float]]:
+    """By site, bits -> cost. A site that is not named costs nothing; bits that a named site lacks are not available.
+
+    Args:
+        name: of the cost.
+        table: site name -> bits -> cost.
+        sites: of the problem.
+
+    Raises:
+        HawqError: a name that is no site, or a cost that is NaN or negative.
+    """
     for key, row in table.items():
         if key not in {s.name for s in sites}:
             raise HawqError(

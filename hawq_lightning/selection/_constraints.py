@@ -34,12 +34,12 @@ def matching(pattern: str, sites: Sequence[Site], layers: Sequence[Layer]) -> li
         if layers:
             order = [names.index(layer.weight) for layer in layers]
         return [order[0 if pattern == "first" else -1]]
-    found = [i for i, n in enumerate(names) if fnmatch.fnmatchcase(n, pattern)]
-    if not found:
-        found = sorted({names.index(w) for n, w in weights.items() if fnmatch.fnmatchcase(n, pattern)})
-    if not found:
+    indices = [i for i, n in enumerate(names) if fnmatch.fnmatchcase(n, pattern)]
+    if not indices:
+        indices = sorted({names.index(w) for n, w in weights.items() if fnmatch.fnmatchcase(n, pattern)})
+    if not indices:
         raise HawqError(f"No site matches {pattern!r}.{nearest(pattern, [*names, *weights])}")
-    return found
+    return indices
 
 
 def narrowed(
@@ -64,34 +64,34 @@ def narrowed(
     out = [list(bits) for bits in allowed]
     if not isinstance(fixed or {}, Mapping):
         raise HawqError(f"fixed must map site names to bits, not be {fixed!r}.")
-    wanted: dict[int, tuple[int, str, bool]] = {}
+    fixed_at: dict[int, tuple[int, str, bool]] = {}
     for pattern, bits in (fixed or {}).items():
         for i in matching(pattern, sites, layers):
             exact = pattern == sites[i].name
-            if i in wanted and wanted[i][2] == exact and wanted[i][0] != bits:
+            if i in fixed_at and fixed_at[i][2] == exact and fixed_at[i][0] != bits:
                 raise HawqError(
-                    f"Site {sites[i].name!r} is fixed at {wanted[i][0]} bits by {wanted[i][1]!r} "
+                    f"Site {sites[i].name!r} is fixed at {fixed_at[i][0]} bits by {fixed_at[i][1]!r} "
                     f"and at {bits} bits by {pattern!r}; keep one."
                 )
-            if i not in wanted or exact or not wanted[i][2]:
-                wanted[i] = (bits, pattern, exact)
-    for i, (bits, _, _) in wanted.items():
+            if i not in fixed_at or exact or not fixed_at[i][2]:
+                fixed_at[i] = (bits, pattern, exact)
+    for i, (bits, _, _) in fixed_at.items():
         if bits not in out[i]:
             raise HawqError(f"Site {sites[i].name!r} is fixed at {bits!r} bits, but it can have only {_list(out[i])}.")
         out[i] = [bits]
     if not isinstance(min_bits if min_bits is not None else {}, (int, Mapping)):
         raise HawqError(f"min_bits must be a whole number or map site names to one, not be {min_bits!r}.")
-    least = {s.name: min_bits for s in sites if s.kind == "weight"} if isinstance(min_bits, int) else min_bits or {}
-    for pattern, bits in least.items():
+    floors = {s.name: min_bits for s in sites if s.kind == "weight"} if isinstance(min_bits, int) else min_bits or {}
+    for pattern, bits in floors.items():
         for i in matching(pattern, sites, layers):
             if not isinstance(bits, int):
                 raise HawqError(f"min_bits of {pattern!r} is {bits!r}; give a whole number.")
-            kept = [b for b in out[i] if b >= bits]
-            if not kept:
+            left = [b for b in out[i] if b >= bits]
+            if not left:
                 raise HawqError(
                     f"Site {sites[i].name!r} needs at least {bits} bits, but it can have only {_list(out[i])}."
                 )
-            out[i] = kept
+            out[i] = left
     return out
 
 
@@ -112,8 +112,8 @@ def tie_indices(ties: Ties, sites: Sequence[Site], layers: Sequence[Layer]) -> l
             members = [members]  # one glob
         if not isinstance(members, Sequence):
             raise HawqError(f"Tie {name!r} must list site names, not be {members!r}.")
-        found = {i for pattern in members for i in matching(pattern, sites, layers)}
-        out += [sorted(i for i in found if sites[i].kind == kind) for kind in ("weight", "activation")]
+        indices = {i for pattern in members for i in matching(pattern, sites, layers)}
+        out += [sorted(i for i in indices if sites[i].kind == kind) for kind in ("weight", "activation")]
     return [t for t in out if t]
 
 
@@ -131,39 +131,39 @@ def device_pairs(pairs: Pairs | None, layers: Sequence[Layer]) -> dict[str, froz
     if pairs is None:
         return {}
     table: Mapping[Any, Any] = pairs if isinstance(pairs, Mapping) else {"*": pairs}
-    read: dict[str, frozenset[tuple[int, int]]] = {}
+    by_key: dict[str, frozenset[tuple[int, int]]] = {}
     for key, values in table.items():
         try:
-            read[key] = frozenset((int(w), int(a)) for w, a in values)
+            by_key[key] = frozenset((int(w), int(a)) for w, a in values)
         except (TypeError, ValueError) as error:
             raise HawqError(f"The pairs for {key!r} must look like [[4, 8], [8, 8]], not {values!r}.") from error
-        if not read[key]:
+        if not by_key[key]:
             raise HawqError(f"The device has no (weight, activation) pair for {key!r}.")
     keys = [n for layer in layers for n in (layer.name, layer.type)]
-    for key in read:
+    for key in by_key:
         if not any(fnmatch.fnmatchcase(n, key) for n in keys):
             raise HawqError(f"Pairs are given for {key!r}, which is no layer or layer type.{nearest(key, set(keys))}")
 
     def look_up(layer: Layer) -> frozenset[tuple[int, int]] | None:
         for exact in (layer.name, layer.type):
-            if exact in read:
-                return read[exact]
-        globs = [k for k in read if fnmatch.fnmatchcase(layer.name, k) or fnmatch.fnmatchcase(layer.type, k)]
-        return read[max(globs, key=len)] if globs else None
+            if exact in by_key:
+                return by_key[exact]
+        globs = [k for k in by_key if fnmatch.fnmatchcase(layer.name, k) or fnmatch.fnmatchcase(layer.type, k)]
+        return by_key[max(globs, key=len)] if globs else None
 
-    return {layer.name: found for layer in layers if (found := look_up(layer)) is not None}
+    return {layer.name: pairs_of_layer for layer in layers if (pairs_of_layer := look_up(layer)) is not None}
 
 
-def device_masks(
+def narrow_to_device(
     bits: list[list[int]],
-    readers: Sequence[tuple[Layer, int, int | None]],
+    layer_groups: Sequence[tuple[Layer, int, int | None]],
     device: Mapping[str, frozenset[tuple[int, int]]],
 ) -> dict[tuple[int, int], NDArray[np.bool_]]:
     """Drop bits that no pair of the device supports (until nothing changes), and return what couples the rest.
 
     Args:
         bits: by group; narrowed in place.
-        readers: (layer, weight group, activation group or None).
+        layer_groups: (layer, weight group, activation group or None).
         device: what :func:`device_pairs` returned.
 
     Raises:
@@ -172,7 +172,7 @@ def device_masks(
     changed = True
     while changed:
         changed = False
-        for layer, w, a in readers:
+        for layer, w, a in layer_groups:
             if layer.name not in device:
                 continue
             pairs = device[layer.name]
@@ -190,13 +190,13 @@ def device_masks(
             bits[w] = left
             if a is not None:
                 bits[a] = right
-    masks: dict[tuple[int, int], NDArray[np.bool_]] = {}
-    for layer, w, a in readers:
+    allowed_pairs: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for layer, w, a in layer_groups:
         if layer.name in device and a is not None:
-            mask = np.asarray([[(x, y) in device[layer.name] for y in bits[a]] for x in bits[w]])
-            if not mask.all():
-                masks[w, a] = masks.get((w, a), True) & mask
-    return masks
+            table = np.asarray([[(x, y) in device[layer.name] for y in bits[a]] for x in bits[w]])
+            if not table.all():
+                allowed_pairs[w, a] = allowed_pairs.get((w, a), True) & table
+    return allowed_pairs
 
 
 def _list(bits: Iterable[int]) -> str:

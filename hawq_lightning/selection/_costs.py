@@ -1,185 +1,316 @@
-"""What a plan costs: bytes, BOPs, activation memory, latency. Every cost is linear in one-hot choices.
+"""What a plan costs. A cost is one registered object: its words and units, its numbers, and what ``x`` and ``%`` mean.
 
-A cost is a constant, a table by group of tied sites, and a table by coupled pair (weight group, activation group); the
-peak of activation memory is the largest of several such rows, one a time step.
+Budgets, plans, the dry run and the report read all of it from here; a cost of the user's own is one class in a file of
+the user's own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._registry import Registry
+from hawq_lightning._site_table import Layer, Site
 from hawq_lightning.selection._constraints import FLOAT_BITS
-from hawq_lightning.selection._frontier import Floats
+from hawq_lightning.selection._linear_cost import LinearCost, largest
+from hawq_lightning.selection._pareto import Floats
+from hawq_lightning.selection._problem import Problem
+from hawq_lightning.selection._units import Unit
 
-if TYPE_CHECKING:
-    from hawq_lightning.selection._problem import Problem
-
-COSTS = ("weight_bytes", "file_bytes", "bops", "act_bytes", "act_peak_bytes", "latency_ms")
+Form = Literal["x", "%", "bit"]
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One linear row.
+class Cost(ABC):
+    """One kind of cost, >= 0, the largest of some functions that are linear in the choice of bits.
 
     Attributes:
-        constant: what every plan pays.
-        unary: by group, ``[bits of the group]``.
-        pairs: (weight group, activation group) -> ``[bits, bits]``; neither group has a single option.
+        name: as registered; with its unit, as it stands in plans.
+        words: what a budget may call it, beside its name.
+        title: what a report calls it.
+        unit: suffixes of budgets, and how figures are shown.
+        forms: relative forms that a budget may take: ``x`` times smaller than :meth:`float32`, ``%`` of
+            :meth:`eight_bit`, mean ``bit`` (of 32 that :meth:`float32` has).
+        shown_as: the relative form that goes with a figure; empty: none.
+        bare: suffixes of a budget that is mere text, such as ``"12x"``, and then means this cost.
+        examples: budgets in messages.
+        table: what it needs beside sites and layers: ``latency``, ``steps`` or a key of :attr:`Problem.tables`.
     """
 
-    constant: float
-    unary: tuple[Floats, ...]
-    pairs: dict[tuple[int, int], Floats]
+    name: str = ""
+    words: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str] = ""
+    unit: ClassVar[Unit] = Unit()
+    forms: ClassVar[tuple[Form, ...]] = ()
+    shown_as: ClassVar[Literal["x", "%", ""]] = ""
+    bare: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = ("a number",)
+    table: ClassVar[str] = ""
 
-    def change(self, choice: Sequence[int], group: int, to: int) -> float:
-        """How much the cost grows when one group moves to position ``to``."""
-        grown = float(self.unary[group][to] - self.unary[group][choice[group]])
-        for (w, a), t in self.pairs.items():
-            if group == w:
-                grown += float(t[to, choice[a]] - t[choice[w], choice[a]])
-            elif group == a:
-                grown += float(t[choice[w], to] - t[choice[w], choice[a]])
-        return grown
+    @abstractmethod
+    def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
+        """The linear functions whose largest is the cost."""
 
-    def __call__(self, choice: Sequence[int]) -> float:
-        """The cost of a choice, the position in its bits for every group."""
-        parts = [self.constant, *(float(u[k]) for u, k in zip(self.unary, choice))]
-        parts += [float(t[choice[w], choice[a]]) for (w, a), t in self.pairs.items()]
-        return math.fsum(parts)
+    def missing(self, problem: Problem) -> str:
+        """What the problem lacks to know this cost, as a sentence; empty: nothing."""
+        return self.without_table if self.table and not table_of(problem, self.table) else ""
+
+    @property
+    def without_table(self) -> str:
+        """The sentence that asks for the table."""
+        return f"The cost {self.name!r} needs a table: give tables={{{self.table!r}: ...}}."
+
+    def float32(self, problem: Problem) -> float:
+        """The cost at 32 bits everywhere, of the quantized sites: what ``x`` divides.
+
+        Raises:
+            HawqError: it has no such value.
+        """
+        raise HawqError(f"{self.name} has no float32 value to be times smaller than; give an absolute figure.")
+
+    def eight_bit(self, problem: Problem) -> float:
+        """The cost with every weight and every activation at 8 bits: what ``%`` is of.
+
+        Raises:
+            HawqError: it has no such value.
+        """
+        return self.float32(problem) / 4
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """Further figures for a plan's costs, such as compressions."""
+        return {}
+
+    def format(self, problem: Problem, cost: float) -> str:
+        """The cost as budgets write it, rounded up; with its relative form."""
+        text = self.unit.format(cost)
+        if self.shown_as == "x":
+            return f"{text} = {math.floor(100 * self.float32(problem) / cost) / 100:g}x"
+        if self.shown_as == "%":
+            return f"{text} = {Unit().format(100 * cost / self.eight_bit(problem))}%"
+        return text
 
 
-def linear(problem: Problem, name: str) -> tuple[Linear, ...]:
-    """The rows of a cost; its value is the largest of them.
+class SiteCost(Cost):
+    """A cost that adds up over sites.
+
+    Attributes:
+        kind: only ``weight`` or only ``activation`` sites count; empty: both.
+    """
+
+    kind: ClassVar[Literal["weight", "activation", ""]] = ""
+
+    @abstractmethod
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """The cost of one site at some bits; ``inf``: not available.
+
+        Args:
+            problem: for what else the cost depends on.
+            site: with its number of elements.
+            bits: 1 to 8, or 32.
+        """
+
+    def constant(self, problem: Problem) -> float:
+        """What every plan costs."""
+        return 0.0
+
+    def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
+        """One row, without couplings."""
+        by_bits = lambda site, bits: self.of(problem, site, bits)  # noqa: E731
+        return (site_row(problem, by_bits, self.kind, self.constant(problem)),)
+
+    def float32(self, problem: Problem) -> float:
+        """The sum with every site at 32 bits."""
+        return self._total(problem, FLOAT_BITS)
+
+    def eight_bit(self, problem: Problem) -> float:
+        """The sum with every site at 8 bits."""
+        return self._total(problem, 8)
+
+    def _total(self, problem: Problem, bits: int) -> float:
+        sites = [s for s in problem.sites if self.kind in ("", s.kind)]
+        return self.constant(problem) + math.fsum(self.of(problem, s, bits) for s in sites)
+
+
+class LayerCost(Cost):
+    """A cost that adds up over layers and depends on both the weight's and the activation's bits."""
+
+    @abstractmethod
+    def of(self, problem: Problem, layer: Layer, weight_bits: int, activation_bits: int) -> float:
+        """The cost of one layer at a pair of bits; ``inf``: the device does not have it.
+
+        Args:
+            problem: for what else the cost depends on, see :func:`table_of`.
+            layer: with its multiply-accumulates.
+            weight_bits: 1 to 8, or 32.
+            activation_bits: 2 to 8, or 32 where the input stays float.
+        """
+
+    def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
+        """One row; layers whose weight and activation both have a choice couple them."""
+        unary = [np.zeros(len(g.bits)) for g in problem.groups]
+        pairs: dict[tuple[int, int], Floats] = {}
+        for layer, w, a in problem.layer_groups:
+            weight_bits = problem.groups[w].bits
+            activation_bits = (FLOAT_BITS,) if a is None else problem.groups[a].bits
+            costs = [[self.of(problem, layer, x, y) for y in activation_bits] for x in weight_bits]
+            table = np.asarray(costs, dtype=np.float64)
+            if np.isinf(table).all():
+                have = [", ".join(map(str, bits)) for bits in (weight_bits, activation_bits)]
+                raise HawqError(
+                    f"The device has no {self.noun} for layer {layer.name!r} at weights of {have[0]} bits with "
+                    f"activations of {have[1]}."
+                )
+            if table.shape[1] == 1:
+                unary[w] += table[:, 0]
+            elif table.shape[0] == 1 and a is not None:
+                unary[a] += table[0]
+            elif a is not None:
+                pairs[w, a] = pairs.get((w, a), 0) + table
+        return (LinearCost(0.0, tuple(unary), pairs),)
+
+    @property
+    def noun(self) -> str:
+        """What messages call it."""
+        return self.words[0] if self.words else self.name
+
+    def float32(self, problem: Problem) -> float:
+        """The sum with every layer at 32 bits."""
+        return self._total(problem, FLOAT_BITS)
+
+    def eight_bit(self, problem: Problem) -> float:
+        """The sum with every layer at 8 bits.
+
+        Raises:
+            HawqError: the device lacks 8 bits somewhere.
+        """
+        total = self._total(problem, 8)
+        if math.isinf(total):
+            raise HawqError(f"The {self.noun} table lacks 8-bit rows, so '%' has no meaning; give an absolute figure.")
+        return total
+
+    def _total(self, problem: Problem, bits: int) -> float:
+        return math.fsum(self.of(problem, layer, bits, bits) for layer in problem.layers)
+
+
+class TableCost(SiteCost):
+    """A cost of :attr:`Problem.extra_costs`: a table for one problem, without an entry in the registry."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """As the table says."""
+        return problem.extra_tables[self.name][problem.index[site.name]][bits]
+
+
+COSTS: Registry[Cost] = Registry("cost")
+AnyCost = TypeVar("AnyCost", bound=type[Cost])
+
+
+def register_cost(name: str) -> Callable[[AnyCost], AnyCost]:
+    """Class decorator: make a :class:`SiteCost` or :class:`LayerCost` known by name, for budgets and plans.
+
+    Args:
+        name: lower-case letters, digits and underscores; goes into plans, so say the unit (``energy_uj``).
+
+    Raises:
+        HawqError: a malformed name, or another cost has it.
+    """
+
+    def add(cls: AnyCost) -> AnyCost:
+        cost = cls()
+        cost.name = name
+        COSTS.add(name, cost)
+        return cls
+
+    return add
+
+
+def cost_named(problem: Problem, name: str) -> Cost:
+    """A cost of the problem's own, or a registered one.
+
+    Raises:
+        HawqError: there is none; the message names the nearest.
+    """
+    if name in (problem.extra_costs or {}):
+        return TableCost(name)
+    if name not in COSTS:
+        choices = [*COSTS, *(problem.extra_costs or {})]
+        raise HawqError(f"There is no cost {name!r}; use one of {', '.join(choices)}.{nearest(name, choices)}")
+    return COSTS[name]
+
+
+# rows by problem: selectors ask for them again and again; entries go with their problem
+_ROWS: WeakKeyDictionary[Problem, dict[str, tuple[LinearCost, ...]]] = WeakKeyDictionary()
+
+
+def cost_rows(problem: Problem, name: str) -> tuple[LinearCost, ...]:
+    """The linear functions whose largest is the cost.
 
     Raises:
         HawqError: no such cost, or the problem lacks what it needs (latencies, time steps, activations).
     """
-    if name in problem.extra_costs:
-        table = problem.extra_costs[name]
-        return (_by_site(problem, lambda i, b: table[i][b]),)
-    if name == "weight_bytes":
-        return (_by_site(problem, lambda i, b: problem.sites[i].numel * b / 8, "weight"),)
-    if name == "file_bytes":
-        formats = {(s.name, o.bits): CODE_FORMATS[o.code] for s in problem.sites for o in problem.options[s.name]}
-
-        def stored(i: int, b: int) -> float:
-            site = problem.sites[i]
-            return math.ceil(site.numel * b / 8) + formats[site.name, b].storage_bytes(site.channels, b)
-
-        return (_by_site(problem, stored, "weight", problem.file_overhead),)
-    if name == "act_bytes":
-        _need_activations(problem, name)
-        return (_by_site(problem, lambda i, b: problem.sites[i].numel * b / 8, "activation"),)
-    if name == "bops":
-        if not any(layer.macs for layer in problem.layers):
-            raise HawqError("BOPs need the layers' MACs: find the sites with an example batch.")
-        macs = {layer.name: layer.macs for layer in problem.layers}
-        return (_by_layer(problem, lambda layer, w, a: macs[layer] * w * a),)
-    if name == "latency_ms":
-        if problem.latency is None:
-            raise HawqError("A latency budget needs a latency table: pass latency=<CSV of layer, weight_bits, ms>.")
-        table_, shapes = problem.latency, {s.name: s.shape for s in problem.sites}
-        layers = {layer.name: layer for layer in problem.layers}
-        return (_by_layer(problem, lambda n, w, a: table_.ms(layers[n], shapes[layers[n].weight], w, a)),)
-    if name == "act_peak_bytes":
-        return _peak(problem)
-    choices = [*COSTS, *problem.extra_costs]
-    raise HawqError(f"There is no cost {name!r}; use one of {', '.join(choices)}.{nearest(name, choices)}")
+    rows = _ROWS.setdefault(problem, {})
+    if name not in rows:
+        cost = cost_named(problem, name)
+        if missing := cost.missing(problem):
+            raise HawqError(missing)
+        rows[name] = cost.rows(problem)
+    return rows[name]
 
 
-def value(rows: Sequence[Linear], choice: Sequence[int]) -> float:
-    """The cost of a choice: the largest row."""
-    return max(row(choice) for row in rows)
+def cost_of(problem: Problem, name: str, choice: Sequence[int]) -> float:
+    """What a choice costs, in the unit that the cost's name says.
+
+    Raises:
+        HawqError: see :func:`cost_rows`.
+    """
+    return largest(cost_rows(problem, name), choice)
 
 
-def float_cost(problem: Problem, name: str) -> float:
-    """The same cost at 32 bits everywhere: what ``x`` divides. Only the quantized sites count."""
-    kind = {"weight_bytes": "weight", "act_bytes": "activation"}.get(name)
-    if kind:
-        return sum(s.numel for s in problem.sites if s.kind == kind) * FLOAT_BITS / 8
-    if name == "bops":
-        return float(sum(layer.macs for layer in problem.layers) * FLOAT_BITS**2)
-    if name == "act_peak_bytes" and problem.steps:
-        return max(sum(step.values()) for step in problem.steps) * FLOAT_BITS / 8
-    if name == "file_bytes":
-        return problem.file_overhead + sum(4.0 * s.numel for s in problem.sites if s.kind == "weight")
-    raise HawqError(f"{name} has no float32 value to be times smaller than; give an absolute figure.")
+def costs_of(problem: Problem, choice: Sequence[int]) -> dict[str, float]:
+    """Every cost of a choice that the problem has the numbers for, further figures (compressions ...), Ω by kind."""
+    out = {name: cost_of(problem, name, choice) for name in (*available_costs(problem), *(problem.extra_costs or {}))}
+    for name, cost in list(out.items()):
+        out |= cost_named(problem, name).figures(problem, cost)
+    for kind in ("weight", "activation"):
+        out[f"omega_{kind}s"] = math.fsum(float(g.omega[k]) for g, k in zip(problem.groups, choice) if g.kind == kind)
+    return out
 
 
-def eight_bit_cost(problem: Problem, name: str) -> float:
-    """The same cost with every weight and every activation at 8 bits: what ``%`` is of."""
-    if name == "bops":
-        return float(sum(layer.macs for layer in problem.layers) * 64)
-    if name == "latency_ms" and problem.latency is not None:
-        shapes = {s.name: s.shape for s in problem.sites}
-        total = math.fsum(problem.latency.ms(x, shapes[x.weight], 8, 8) for x in problem.layers)
-        if total < math.inf:
-            return total
-        raise HawqError("The latency table lacks 8-bit rows, so '%' has no meaning; give milliseconds.")
-    if name == "act_peak_bytes" and problem.steps:  # what waits as float32 stays so
-        return max(sum(live.values()) + 4 * held for live, held in _steps(problem))
-    return float_cost(problem, name) / 4
+def available_costs(problem: Problem) -> list[str]:
+    """The registered costs that the problem has the numbers for."""
+    return [name for name in COSTS if not COSTS[name].missing(problem)]
 
 
-def _need_activations(problem: Problem, name: str) -> None:
-    if not any(s.kind == "activation" for s in problem.sites):
-        raise HawqError(f"{name} needs activation sites; none is quantized here.")
+def format_cost(problem: Problem, name: str, cost: float) -> str:
+    """A cost in the units that budgets use, rounded up so that it can be given back as one."""
+    return "none" if math.isinf(cost) else cost_named(problem, name).format(problem, cost)
 
 
-def _by_site(problem, of, kind: str | None = None, constant: float = 0.0) -> Linear:  # type: ignore[no-untyped-def]
+def table_of(problem: Problem, name: str) -> Any:
+    """What a cost needs beside sites and layers: latencies, time steps, or an entry of :attr:`Problem.tables`."""
+    tables: Mapping[str, object] = {"latency": problem.latency_table, "steps": problem.steps, **problem.tables}
+    return tables.get(name)
+
+
+def site_row(problem: Problem, of: Callable[[Site, int], float], kind: str = "", constant: float = 0.0) -> LinearCost:
+    """A row from the costs of sites.
+
+    Args:
+        problem: its groups.
+        of: site, bits -> cost.
+        kind: only ``weight`` or only ``activation`` sites count; empty: both.
+        constant: what every plan costs.
+    """
     unary = []
     for group in problem.groups:
-        counts = kind is None or group.kind == kind
-        unary.append(np.asarray([math.fsum(of(i, b) for i in group.members) if counts else 0.0 for b in group.bits]))
-    return Linear(constant, tuple(unary), {})
-
-
-def _by_layer(problem, of) -> Linear:  # type: ignore[no-untyped-def]
-    unary = [np.zeros(len(g.bits)) for g in problem.groups]
-    pairs: dict[tuple[int, int], Floats] = {}
-    for layer, w, a in problem.readers:
-        weight_bits = problem.groups[w].bits
-        activation_bits = (FLOAT_BITS,) if a is None else problem.groups[a].bits
-        table = np.asarray([[of(layer.name, x, y) for y in activation_bits] for x in weight_bits], dtype=np.float64)
-        if np.isinf(table).all():
-            raise HawqError(
-                f"The device has no latency for layer {layer.name!r} at weights of "
-                f"{', '.join(map(str, weight_bits))} bits with activations of {', '.join(map(str, activation_bits))}."
-            )
-        if table.shape[1] == 1:
-            unary[w] += table[:, 0]
-        elif table.shape[0] == 1 and a is not None:
-            unary[a] += table[0]
-        elif a is not None:
-            pairs[w, a] = pairs.get((w, a), 0) + table
-    return Linear(0.0, tuple(unary), pairs)
-
-
-def _peak(problem: Problem) -> tuple[Linear, ...]:
-    if not problem.steps:
-        raise HawqError("Peak activation memory needs time steps: pass steps=activation_steps(model, batch).")
-    index = {s.name: i for i, s in enumerate(problem.sites)}
-    rows: dict[tuple[tuple[int, int], ...], float] = {}
-    for live, waiting in _steps(problem):
-        key = tuple(sorted((index[k], n) for k, n in live.items()))
-        rows[key] = max(rows.get(key, 0.0), waiting * FLOAT_BITS / 8)
-    out = []
-    for key, held in rows.items():
-        elements = dict(key)
-        out.append(_by_site(problem, lambda i, b, e=elements: e.get(i, 0) * b / 8, "activation", held))
-    return tuple(out)
-
-
-def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
-    """Of every time step the elements held at a site's bits, by site, and those held as float32."""
-    quantized = {s.name for s in problem.sites if s.kind == "activation"}
-    for step in problem.steps:
-        live = {k: n for k, n in step.items() if k in quantized}
-        yield live, sum(n for k, n in step.items() if k not in live)
+        counts = kind in ("", group.kind)
+        members = [problem.sites[i] for i in group.members] if counts else []
+        unary.append(np.asarray([math.fsum(of(s, b) for s in members) for b in group.bits]))
+    return LinearCost(constant, tuple(unary), {})

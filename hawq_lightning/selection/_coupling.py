@@ -9,16 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.selection._costs import Linear
-from hawq_lightning.selection._frontier import Block, Floats, Frontier, connected_groups, sweep
+from hawq_lightning.selection._linear_cost import LinearCost
+from hawq_lightning.selection._pareto import Block, Floats, connected_groups
 from hawq_lightning.selection._problem import Problem
+from hawq_lightning.selection._sweep import Frontier, sweep
 
 MAX_COMBINATIONS = 4096  # of activation bits inside one coupled part
 
 
 def group_frontier(
     problem: Problem,
-    row: Linear,
+    row: LinearCost,
     scores: Sequence[Floats] | None = None,
     *,
     cap: float = math.inf,
@@ -30,7 +31,7 @@ def group_frontier(
         HawqError: a part of the network couples too many activation sites for an exact frontier.
     """
     omega = list(scores if scores is not None else problem.scores())
-    couples = {*row.pairs, *problem.masks}
+    couples = {*row.pairs, *problem.allowed_pairs}
     parts = connected_groups(len(problem.groups), [list(c) for c in couples])
     blocks = [_block(problem, part, row, omega) for part in parts]
     for part, block in zip(parts, blocks):
@@ -42,9 +43,9 @@ def group_frontier(
     return sweep(blocks, len(problem.groups), start=row.constant, cap=cap, last=last, max_points=problem.max_points)
 
 
-def can_sweep(problem: Problem, row: Linear) -> bool:
+def can_sweep(problem: Problem, row: LinearCost) -> bool:
     """Whether the exact frontier needs few enough combinations."""
-    parts = connected_groups(len(problem.groups), [list(c) for c in {*row.pairs, *problem.masks}])
+    parts = connected_groups(len(problem.groups), [list(c) for c in {*row.pairs, *problem.allowed_pairs}])
     return all(_combinations(problem, part) <= MAX_COMBINATIONS for part in parts)
 
 
@@ -54,7 +55,7 @@ def _combinations(problem: Problem, part: Sequence[int]) -> int:
     )
 
 
-def _block(problem: Problem, part: list[int], row: Linear, omega: Sequence[Floats]) -> Block:
+def _block(problem: Problem, part: list[int], row: LinearCost, omega: Sequence[Floats]) -> Block:
     if len(part) == 1:
         g = part[0]
         return Block((g,), np.arange(len(omega[g]))[:, None], row.unary[g], omega[g])
@@ -66,7 +67,7 @@ def _block(problem: Problem, part: list[int], row: Linear, omega: Sequence[Float
     inside = set(part)
     acts = [g for g in part if problem.groups[g].kind == "activation"]
     weights = [g for g in part if problem.groups[g].kind == "weight"]
-    found: list[Block] = []
+    joint: list[Block] = []
     # given the activations' bits the weights are independent: one small frontier for each combination
     for bits in itertools.product(*(range(len(problem.groups[a].bits)) for a in acts)):
         at = dict(zip(acts, bits))
@@ -78,9 +79,9 @@ def _block(problem: Problem, part: list[int], row: Linear, omega: Sequence[Float
             for (i, a), table in row.pairs.items():
                 if i == w and a in inside:
                     cost += table[:, at[a]]
-            for (i, a), mask in problem.masks.items():
+            for (i, a), allowed in problem.allowed_pairs.items():
                 if i == w and a in inside:
-                    score[~mask[:, at[a]]] = math.inf
+                    score[~allowed[:, at[a]]] = math.inf
             blocks.append(Block((w,), np.arange(len(cost))[:, None], cost, score))
         if not math.isfinite(start + shift) or not all(np.isfinite(b.cost + b.omega).any() for b in blocks):
             continue
@@ -91,12 +92,12 @@ def _block(problem: Problem, part: list[int], row: Linear, omega: Sequence[Float
             )
         rows = front.table()[:, part]
         rows[:, [part.index(a) for a in acts]] = bits
-        found.append(Block(tuple(part), rows, front.cost, front.omega + shift))
-    if not found:
+        joint.append(Block(tuple(part), rows, front.cost, front.omega + shift))
+    if not joint:
         return Block(tuple(part), np.zeros((1, len(part)), dtype=np.int64), np.array([math.inf]), np.array([math.inf]))
     return Block(
         tuple(part),
-        np.concatenate([b.rows for b in found]),
-        np.concatenate([b.cost for b in found]),
-        np.concatenate([b.omega for b in found]),
+        np.concatenate([b.rows for b in joint]),
+        np.concatenate([b.cost for b in joint]),
+        np.concatenate([b.omega for b in joint]),
     ).pruned()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
@@ -12,9 +11,8 @@ from hawq_lightning.quantization import QuantizerSpec, quantizer_named
 from hawq_lightning.selection._budget import parse_budget
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
+from hawq_lightning.selection._scores import DEFAULT_SCORE
 from hawq_lightning.selection._selectors import SELECTORS
-
-_WITHOUT_NUMBERS = ("uniform", "direct", "manual")  # they choose the same whatever Ω is, or fail the same
 
 
 def nominal_problem(
@@ -26,14 +24,14 @@ def nominal_problem(
     inputs: Collection[str] = (),
     quantizer: str | QuantizerSpec = "uniform",
     file_overhead: int = 0,
-    **constraints: Any,
+    **constraints: object,
 ) -> Problem:
     """Every site with every width it may take, and an Ω of 0 throughout.
 
     Args:
-        sites: of the model.
+        sites: table of the model.
         weight_bits: widths of weights.
-        activation_bits: of activations; ``None`` leaves them float.
+        activation_bits: widths of activations; ``None`` leaves them float.
         input_bits: of what the network itself reads; ``None``: as other activations.
         inputs: activation sites that read it.
         quantizer: registered name, or what :func:`quantizer_named` returned; codebooks count in a file's size.
@@ -44,15 +42,17 @@ def nominal_problem(
         HawqError: what :class:`Problem` refuses.
     """
     weights = quantizer_named(quantizer).weight_quantizer(1, 0)
-    options = {s.name: tuple(Candidate(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights}
+    candidates = {
+        s.name: tuple(Candidate(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights
+    }
     for s in sites.activations if activation_bits is not None else ():
-        own = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
-        options[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in own)
-    return Problem(sites, options, None, file_overhead, **constraints)
+        widths = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
+        candidates[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in widths)
+    return Problem(sites, candidates, None, file_overhead, **(constraints | {"score": DEFAULT_SCORE}))  # type: ignore[arg-type]
 
 
 def check_feasible(
-    problem: Problem, budget: Any, selector: str = "pareto", bits: Mapping[str, int] | str | Path | None = None
+    problem: Problem, budget: object, selector: str = "pareto", bits: Mapping[str, int] | str | Path | None = None
 ) -> None:
     """Refuse a budget that no plan meets, or bits given by hand that are not on offer.
 
@@ -65,8 +65,8 @@ def check_feasible(
     Raises:
         HawqError: with the cheapest plan by each budget.
     """
-    bounds = () if budget is None else parse_budget(budget, problem)
-    if selector in _WITHOUT_NUMBERS:
-        SELECTORS[selector](Request(problem, bounds, bits=bits))
-    elif bounds:
-        Request(problem, bounds).least()
+    limits = () if budget is None else parse_budget(budget, problem)
+    if "preview" in SELECTORS[selector].offers:
+        SELECTORS[selector].choose(Request(problem, limits, bits=bits))
+    elif limits:
+        Request(problem, limits).argmin()

@@ -18,8 +18,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.selection._costs import Linear
-from hawq_lightning.selection._frontier import Floats
+from hawq_lightning.selection._linear_cost import LinearCost
+from hawq_lightning.selection._pareto import Floats
 from hawq_lightning.selection._problem import Problem
 
 _SCALE = 1e3
@@ -42,11 +42,11 @@ class _Rows:
 
 def solve(
     problem: Problem,
-    limits: Sequence[tuple[Linear, float]] = (),
+    limits: Sequence[tuple[LinearCost, float]] = (),
     *,
     scores: Sequence[Floats] | None = None,
-    objective: Linear | None = None,
-    floors: Sequence[tuple[Linear, float]] = (),
+    objective: LinearCost | None = None,
+    floors: Sequence[tuple[LinearCost, float]] = (),
     order: Sequence[Sequence[int]] = (),
     maximize: bool = False,
 ) -> list[int] | None:
@@ -64,10 +64,10 @@ def solve(
     Raises:
         HawqError: the solver failed.
     """
-    target = objective if objective is not None else Linear(0.0, tuple(scores or problem.scores()), {})
+    target = objective if objective is not None else LinearCost(0.0, tuple(scores or problem.scores()), {})
     offsets = np.cumsum([0, *(len(g.bits) for g in problem.groups)])
     pairs = sorted(
-        {key for row in (target, *(r for r, _ in (*limits, *floors))) for key in row.pairs} | set(problem.masks)
+        {key for row in (target, *(r for r, _ in (*limits, *floors))) for key in row.pairs} | set(problem.allowed_pairs)
     )
     shape = {(w, a): (len(problem.groups[w].bits), len(problem.groups[a].bits)) for w, a in pairs}
     at: dict[tuple[int, int], int] = {}
@@ -76,7 +76,7 @@ def solve(
         at[key] = count
         count += shape[key][0] * shape[key][1]
 
-    def flat(row: Linear) -> Floats:
+    def flat(row: LinearCost) -> Floats:
         out = np.zeros(count)
         for g, unary in enumerate(row.unary):
             out[offsets[g] : offsets[g + 1]] = unary
@@ -94,8 +94,8 @@ def solve(
             rows.add([(first + k * m + j, 1.0) for j in range(m)] + [(int(offsets[w]) + k, -1.0)], 0, 0)
         for j in range(m):
             rows.add([(first + k * m + j, 1.0) for k in range(n)] + [(int(offsets[a]) + j, -1.0)], 0, 0)
-        if (w, a) in problem.masks:
-            upper[first : first + n * m][~problem.masks[w, a].ravel()] = 0
+        if (w, a) in problem.allowed_pairs:
+            upper[first : first + n * m][~problem.allowed_pairs[w, a].ravel()] = 0
     for chain in order:
         _add_order(problem, chain, offsets, rows)
     weights = flat(target)
@@ -135,8 +135,8 @@ def _run(
     rows: _Rows,
     binary: int,
     offsets: np.ndarray,
-    limits: list[tuple[Linear, float]],
-    floors: list[tuple[Linear, float]],
+    limits: list[tuple[LinearCost, float]],
+    floors: list[tuple[LinearCost, float]],
     first_bounded: int,
 ) -> list[int] | None:
     i, j, v = zip(*rows.entries)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.selection._costs import Linear
-from hawq_lightning.selection._frontier import Floats, minima
+from hawq_lightning.selection._linear_cost import LinearCost
+from hawq_lightning.selection._pareto import Floats, minima
 from hawq_lightning.selection._problem import Problem
 
 
@@ -75,7 +75,7 @@ class MonotoneFrontier:
 
 def monotone_frontier(
     problem: Problem,
-    row: Linear,
+    row: LinearCost,
     chain: Sequence[int],
     scores: Sequence[Floats] | None = None,
     *,
@@ -88,14 +88,14 @@ def monotone_frontier(
     Raises:
         HawqError: the cost or the device couples groups, or more points than the problem allows.
     """
-    if row.pairs or problem.masks:
+    if row.pairs or problem.allowed_pairs:
         raise HawqError(
             "The frontier of set B needs a cost without couplings; several budgets go through the integer program."
         )
     omega = list(scores if scores is not None else problem.scores())
     fixed = {g: int(np.lexsort((row.unary[g], omega[g]))[0]) for g in range(len(problem.groups)) if g not in set(chain)}
     base = row.constant + math.fsum(float(row.unary[g][k]) for g, k in fixed.items())
-    least = np.append(np.cumsum([row.unary[g].min() for g in reversed(chain)])[::-1], 0.0)
+    min_cost = np.append(np.cumsum([row.unary[g].min() for g in reversed(chain)])[::-1], 0.0)
     shift = math.fsum(float(omega[g][k]) for g, k in fixed.items())
     # state: bits of the last group -> (cost, Ω, node); a node is a point of the tree of decisions
     states: dict[int, tuple[Floats, Floats, np.ndarray]] = {
@@ -113,7 +113,7 @@ def monotone_frontier(
             if merged is None or not math.isfinite(row.unary[g][k] + omega[g][k]):
                 continue
             c, o = merged[0] + row.unary[g][k], merged[1] + omega[g][k]
-            fits = c <= cap - least[depth + 1]
+            fits = c <= cap - min_cost[depth + 1]
             if not fits.any():
                 continue
             parents.append(merged[2][fits])

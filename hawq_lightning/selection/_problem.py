@@ -1,27 +1,29 @@
-"""The selection problem: sites, their options, what ties them, what they cost. Numbers only; no model is needed."""
+"""The selection problem: sites, their candidates, what ties them. Numbers only; no model is needed.
+
+Costs, plans, frontiers and selectors are functions of it, in files of their own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._plan import Candidate, Plan
+from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import Layer, Site, SiteTable
-from hawq_lightning.selection._checks import best_by_bits, check_sites, extra_cost
-from hawq_lightning.selection._constraints import Pairs, Ties, device_masks, device_pairs, narrowed, tie_indices
-from hawq_lightning.selection._costs import Linear, linear, value
-from hawq_lightning.selection._frontier import MAX_POINTS, Floats, connected_groups
+from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table
+from hawq_lightning.selection._constraints import Pairs, Ties, device_pairs, narrow_to_device, narrowed, tie_indices
 from hawq_lightning.selection._latency import LatencyTable
-from hawq_lightning.sensitivity import Sensitivity, SiteTrace
-
-if TYPE_CHECKING:
-    from hawq_lightning.selection._plans import PlanFrontier
+from hawq_lightning.selection._pareto import MAX_POINTS, Floats, connected_groups
+from hawq_lightning.selection._scores import DEFAULT_SCORE, SCORES
+from hawq_lightning.sensitivity import Sensitivity, SiteTrace, guarded_mean_traces
 
 
 @dataclass(frozen=True)
@@ -32,117 +34,91 @@ class Group:
         members: indices of the sites.
         kind: ``weight`` or ``activation``.
         bits: the widths it may take, ascending.
+        score: what selection minimises at each of them, added up over the members.
         omega: Ω at each of them, added up over the members.
     """
 
     members: tuple[int, ...]
     kind: str
     bits: tuple[int, ...]
+    score: Floats
     omega: Floats
 
 
-class Problem:
-    """Everything that a selector may ask for.
+class _Structure(NamedTuple):
+    """What ties and the device leave: members and bits of every group, and what couples them."""
 
-    Attributes:
-        sites: the quantized sites, weights before activations.
-        layers: what ties weights to activations, with MACs.
-        groups: tied sites merged; a *choice* is a position in ``bits`` for every group.
-        readers: (layer, weight group, activation group or None where the input stays float).
-        masks: (weight group, activation group) -> the pairs that the device has; absent where all are.
+    members: list[list[int]]
+    bits: list[list[int]]
+    layer_groups: list[tuple[Layer, int, int | None]]
+    allowed_pairs: dict[tuple[int, int], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that a selector may ask for. Checked when made.
+
+    Raises:
+        HawqError: duplicate, unknown or empty sites; NaN or negative Ω; constraints that leave a site without bits.
     """
 
-    def __init__(
-        self,
-        sites: SiteTable | Sequence[Site],
-        options: Mapping[str, Sequence[Candidate]],
-        sensitivity: Sensitivity | None = None,
-        file_overhead: int = 0,
-        *,
-        ties: Ties = (),
-        fixed: Mapping[str, int] | None = None,
-        min_bits: int | Mapping[str, int] | None = None,
-        pairs: Pairs | None = None,
-        latency: LatencyTable | str | Path | None = None,
-        steps: Sequence[Mapping[str, int]] | None = None,
-        extra_costs: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
-        layers: Sequence[Layer] | None = None,
-        max_points: int = MAX_POINTS,
-    ) -> None:
-        """Gather and check the numbers.
+    table: SiteTable | Sequence[Site]
+    """Sites of the model, weights before activations. An activation site without candidates stays float."""
+    candidates: Mapping[str, Sequence[Candidate]]
+    """Site name -> what was weighed for it; of equal bits the one with the least score counts."""
+    sensitivity: Sensitivity | None = None
+    """The traces behind Ω: for selectors that order sites by trace, scores that need traces, and the bootstrap."""
+    file_overhead: int = 0
+    """Bytes of the packed file that no bit choice changes, scales and codes excluded."""
+    ties: Ties = field(default=(), kw_only=True)
+    """Lists (or a mapping name -> list) of site names, globs, or layer names (their weights)."""
+    fixed: Mapping[str, int] | None = field(default=None, kw_only=True)
+    """Site name, glob, ``first`` or ``last`` -> bits."""
+    min_bits: int | Mapping[str, int] | None = field(default=None, kw_only=True)
+    """Least bits of every weight, or by site name or glob."""
+    pairs: Pairs | None = field(default=None, kw_only=True)
+    """(weight bits, activation bits) that the device has; for all layers, or by layer name, type or glob."""
+    latency: LatencyTable | str | Path | None = field(default=None, kw_only=True)
+    """Milliseconds a layer and width: a table, or the path of its CSV."""
+    steps: Sequence[Mapping[str, int]] = field(default=(), kw_only=True)
+    """Elements alive at every time step, by activation site name; other names count as float32."""
+    tables: Mapping[str, object] = field(default_factory=dict, kw_only=True)
+    """Cost name -> what a registered cost of the user's own needs beside sites and layers."""
+    extra_costs: Mapping[str, Mapping[str, Mapping[int, float]]] | None = field(default=None, kw_only=True)
+    """Cost name -> site name -> bits -> cost; a budget may bound them by a number."""
+    score: str = field(default=DEFAULT_SCORE, kw_only=True)
+    """Registered name of what selection minimises."""
+    max_points: int = field(default=MAX_POINTS, kw_only=True)
+    """See :func:`hawq_lightning.selection.frontier`."""
 
-        Args:
-            sites: of the model. An activation site without options stays float.
-            options: site name -> what was weighed for it; of equal bits the one with the least Ω counts.
-            sensitivity: the traces behind Ω; needed by the selectors that order sites by trace, and by the bootstrap.
-            file_overhead: bytes of the packed file that no bit choice changes, scales and codes excluded.
-            ties: lists (or a mapping name -> list) of site names, globs, or layer names (their weights).
-            fixed: site name, glob, ``first`` or ``last`` -> bits.
-            min_bits: least bits of every weight, or by site name or glob.
-            pairs: (weight bits, activation bits) that the device has; for all layers, or by layer name, type or glob.
-            latency: a table, or the path of its CSV.
-            steps: elements alive at every time step, by activation site name; other names count as float32.
-            extra_costs: cost name -> site name -> bits -> cost; a budget may bound them by a number.
-            layers: taken from ``sites`` when it is a table.
-            max_points: see :func:`hawq_lightning.selection.frontier`.
-
-        Raises:
-            HawqError: duplicate, unknown or empty sites; NaN or negative Ω; constraints that leave a site without bits.
-        """
-        table = tuple(sites)
-        check_sites(table, options)
-        self.sites = tuple(s for s in table if s.name in options)
-        self.layers = tuple(layers if layers is not None else getattr(sites, "layers", ()))
-        self.options = {s.name: tuple(options[s.name]) for s in self.sites}
-        self.sensitivity = sensitivity
-        self.file_overhead = int(file_overhead)
-        self.latency = LatencyTable.load(latency) if isinstance(latency, (str, Path)) else latency
-        self.steps = tuple(steps or ())
-        self.max_points = max_points
-        self.index = {s.name: i for i, s in enumerate(self.sites)}
-        self.best = [best_by_bits(s, self.options[s.name]) for s in self.sites]
-        self.extra_costs = {k: extra_cost(k, v, self.sites) for k, v in (extra_costs or {}).items()}
-        allowed = narrowed([sorted(b) for b in self.best], self.sites, self.layers, fixed, min_bits)
-        self._ties = connected_groups(len(self.sites), tie_indices(ties, self.sites, self.layers))
-        bits = [self._common(members, allowed) for members in self._ties]
-        group_of = {i: g for g, members in enumerate(self._ties) for i in members}
-        self.group_of = [group_of[i] for i in range(len(self.sites))]
-        for layer in self.layers:
-            if layer.weight not in self.index:
-                raise HawqError(f"Layer {layer.name!r} uses {layer.weight!r}, which is no site.")
-        self.readers = [
-            (
-                x,
-                group_of[self.index[x.weight]],
-                group_of[self.index[x.activation]] if x.activation in self.index else None,
-            )
-            for x in self.layers
-        ]
-        self.masks = device_masks(bits, self.readers, device_pairs(pairs, self.layers))
-        self.groups = [self._group(m, tuple(b)) for m, b in zip(self._ties, bits)]
-        self._costs: dict[str, tuple[Linear, ...]] = {}
+    def __post_init__(self) -> None:
+        check_sites(tuple(self.table), self.candidates)
+        SCORES.check(self.score)
+        _ = self.latency_table, self.best, self.extra_tables, self.groups  # bad numbers are refused now, not later
 
     @classmethod
     def from_arrays(
         cls,
         names: Sequence[str],
         bits: Sequence[int] | Sequence[Sequence[int]],
-        omega: Any,
+        omega: Sequence[Sequence[float]] | Floats,
         numel: Sequence[int],
         *,
         mean_trace: Sequence[float] | None = None,
-        perturbation: Any = None,
-        **constraints: Any,
+        perturbation: Sequence[Sequence[float]] | Floats | None = None,
+        layers: Sequence[Layer] = (),
+        **constraints: object,
     ) -> Problem:
         """A problem of weights only, from numbers made anywhere.
 
         Args:
             names: of the sites.
             bits: the widths that the columns of ``omega`` stand for, the same for all sites or one list a site.
-            omega: sites x options; ``inf`` is not available.
+            omega: sites x widths; ``inf`` is not available.
             numel: elements of each site.
             mean_trace: by site, for the selectors that order by it.
-            perturbation: sites x options ``||Q(W) - W||^2``, for the selectors that use it.
+            perturbation: sites x widths ``||Q(W) - W||^2``, for the selectors that use it.
+            layers: for costs by layer, such as latencies.
             constraints: ``ties``, ``fixed``, ``extra_costs`` and the other keywords of :class:`Problem`.
 
         Raises:
@@ -150,51 +126,102 @@ class Problem:
         """
         count = len(names)
         rows = [[float(x) for x in row] for row in omega]
-        widths = [[int(b) for b in row] if isinstance(row, Sequence) else [] for row in bits]
-        if not any(widths):  # one list for all
-            widths = [[int(b) for b in bits]] * count  # type: ignore[arg-type]
-        given = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
+        shared = [int(b) for b in bits if not isinstance(b, Sequence)]  # one list for all sites
+        widths = [shared] * count if shared else [[int(b) for b in row] for row in bits if isinstance(row, Sequence)]
+        lengths = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
         if mean_trace is not None:
-            given["mean_trace"] = len(mean_trace)
-        for what, length in given.items():
+            lengths["mean_trace"] = len(mean_trace)
+        for what, length in lengths.items():
             if length != count:
                 raise HawqError(f"There are {count} names but {length} rows of {what}.")
-        options: dict[str, list[Candidate]] = {}
+        candidates: dict[str, list[Candidate]] = {}
         for i, name in enumerate(names):
             if len(widths[i]) != len(rows[i]):
                 raise HawqError(f"Site {name!r} has {len(widths[i])} widths but {len(rows[i])} values of omega.")
-            moved = [0.0] * len(rows[i]) if perturbation is None else [float(x) for x in perturbation[i]]
-            options[name] = [
-                Candidate(int(b), "midrise" if b == 1 else "affine", w, p) for b, w, p in zip(widths[i], rows[i], moved)
+            errors = [0.0] * len(rows[i]) if perturbation is None else [float(x) for x in perturbation[i]]
+            candidates[name] = [
+                Candidate(b, "midrise" if b == 1 else "affine", o, p) for b, o, p in zip(widths[i], rows[i], errors)
             ]
-        sites = [Site(n, "weight", (n,), (int(k),), int(k), 0) for n, k in zip(names, numel)]
-        measured = None
+        sites = tuple(Site(n, "weight", (n,), (int(k),), int(k), 0) for n, k in zip(names, numel))
+        sensitivity = None
         if mean_trace is not None:
-            measured = Sensitivity(
-                tuple(
-                    SiteTrace(n, "weight", float(t) * int(k), 0.0, 0.0, int(k), float(t))
-                    for n, t, k in zip(names, mean_trace, numel)
-                )
+            records = [
+                SiteTrace(n, "weight", float(t) * int(k), 0.0, 0.0, int(k), float(t))
+                for n, t, k in zip(names, mean_trace, numel)
+            ]
+            sensitivity = Sensitivity(tuple(records))
+        return cls(SiteTable(sites, tuple(layers)), candidates, sensitivity, **constraints)  # type: ignore[arg-type]
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The quantized sites, weights before activations."""
+        return tuple(s for s in self.table if s.name in self.candidates)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """What ties weights to activations, with multiply-accumulates."""
+        return self.table.layers if isinstance(self.table, SiteTable) else ()
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Site name -> position in :attr:`sites`."""
+        return {s.name: i for i, s in enumerate(self.sites)}
+
+    @cached_property
+    def latency_table(self) -> LatencyTable | None:
+        """:attr:`latency`, read from its file where it is a path."""
+        return LatencyTable.load(self.latency) if isinstance(self.latency, (str, Path)) else self.latency
+
+    @cached_property
+    def best(self) -> list[dict[int, tuple[int, float]]]:
+        """By site: bits -> (index of the candidate with the least score, that score)."""
+        score, traces = SCORES[self.score], self._traces_for_score()
+        return [
+            best_by_bits(
+                s, self.candidates[s.name],
+                lambda c, s=s: score.of(s, c, traces.get(s.name, math.nan)),  # type: ignore[misc]
+                score.symbol,
             )
-        return cls(sites, options, measured, **constraints)
+            for s in self.sites
+        ]  # fmt: skip
 
-    def cost(self, name: str) -> tuple[Linear, ...]:
-        """The rows of a cost (see :mod:`hawq_lightning.selection.costs`)."""
-        if name not in self._costs:
-            self._costs[name] = linear(self, name)
-        return self._costs[name]
+    @cached_property
+    def extra_tables(self) -> dict[str, list[Mapping[int, float]]]:
+        """Cost name -> by site, bits -> cost."""
+        return {k: cost_table(k, v, self.sites) for k, v in (self.extra_costs or {}).items()}
 
-    def cost_of(self, name: str, choice: Sequence[int]) -> float:
-        """What a choice costs, in the unit that the cost's name says."""
-        return value(self.cost(name), choice)
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Tied sites merged; a *choice* is a position in ``bits`` for every group."""
+        return tuple(self._group(m, tuple(b)) for m, b in zip(self._structure.members, self._structure.bits))
+
+    @cached_property
+    def group_of(self) -> list[int]:
+        """By site, the position of its group."""
+        group_of = {i: g for g, members in enumerate(self._structure.members) for i in members}
+        return [group_of[i] for i in range(len(self.sites))]
+
+    @property
+    def layer_groups(self) -> list[tuple[Layer, int, int | None]]:
+        """(layer, weight group, activation group or None where the input stays float)."""
+        return self._structure.layer_groups
+
+    @property
+    def allowed_pairs(self) -> dict[tuple[int, int], NDArray[np.bool_]]:
+        """(weight group, activation group) -> the pairs of bits that the device has; absent where it has all."""
+        return self._structure.allowed_pairs
 
     def omega_of(self, choice: Sequence[int]) -> float:
         """Total Ω of a choice, weights and activations."""
         return math.fsum(float(g.omega[k]) for g, k in zip(self.groups, choice))
 
+    def score_of(self, choice: Sequence[int]) -> float:
+        """Total of what selection minimises; Ω by default."""
+        return math.fsum(float(g.score[k]) for g, k in zip(self.groups, choice))
+
     def scores(self) -> list[Floats]:
-        """Ω by group: what the selectors minimise."""
-        return [g.omega for g in self.groups]
+        """By group, ``[bits]``: what selection minimises."""
+        return [g.score for g in self.groups]
 
     def mean_traces(self) -> list[float]:
         """Mean trace by group, Σ trace / Σ elements over tied sites.
@@ -216,7 +243,7 @@ class Problem:
         return out
 
     def choice_of(self, bits: Mapping[str, int]) -> list[int]:
-        """The choice that gives every site the bits asked for.
+        """The choice that gives every site these bits.
 
         Raises:
             HawqError: sites that are missing, unknown or tied to different bits; bits or pairs that are not allowed.
@@ -227,29 +254,28 @@ class Problem:
         choice = []
         for group in self.groups:
             names = [self.sites[i].name for i in group.members]
-            wanted = {n: bits[n] for n in names if n in bits}
-            if not wanted and len(group.bits) > 1:
+            given = {n: bits[n] for n in names if n in bits}
+            if not given and len(group.bits) > 1:
                 raise HawqError(f"No bits are given for site {names[0]!r}.")
-            if len(set(wanted.values())) > 1:
-                raise HawqError(
-                    "Tied sites must have the same bits: " + ", ".join(f"{n} {b}" for n, b in wanted.items()) + "."
-                )
-            width = next(iter(wanted.values()), group.bits[0])
+            if len(set(given.values())) > 1:
+                listed = ", ".join(f"{n} {b}" for n, b in given.items())
+                raise HawqError(f"Tied sites must have the same bits: {listed}.")
+            width = next(iter(given.values()), group.bits[0])
             if isinstance(width, bool) or not isinstance(width, int):
                 raise HawqError(f"Site {names[0]!r} cannot have {width!r} bits; give a whole number.")
             if width not in group.bits:
                 close = min(group.bits, key=lambda b: abs(b - width))
-                shown = ", ".join(map(str, group.bits))
-                raise HawqError(f"Site {names[0]!r} cannot have {width} bits; it has {shown}; the nearest is {close}.")
+                widths = ", ".join(map(str, group.bits))
+                raise HawqError(f"Site {names[0]!r} cannot have {width} bits; it has {widths}; the nearest is {close}.")
             choice.append(group.bits.index(width))
         self.check_pairs(choice)
         return choice
 
     def check_pairs(self, choice: Sequence[int]) -> None:
         """Raise HawqError when a layer's pair of bits does not exist on the device."""
-        for (w, a), mask in self.masks.items():
-            if not mask[choice[w], choice[a]]:
-                layer = next(x for x, i, j in self.readers if (i, j) == (w, a))
+        for (w, a), allowed in self.allowed_pairs.items():
+            if not allowed[choice[w], choice[a]]:
+                layer = next(x for x, i, j in self.layer_groups if (i, j) == (w, a))
                 pair = (self.groups[w].bits[choice[w]], self.groups[a].bits[choice[a]])
                 raise HawqError(
                     f"The device lacks weights of {pair[0]} bits with activations of {pair[1]} for {layer.name!r}."
@@ -257,48 +283,77 @@ class Problem:
 
     def pairs_fit(self, choice: Sequence[int]) -> bool:
         """Whether every layer's pair of bits exists on the device."""
-        return all(mask[choice[w], choice[a]] for (w, a), mask in self.masks.items())
+        return all(allowed[choice[w], choice[a]] for (w, a), allowed in self.allowed_pairs.items())
 
-    def frontier(self, cost: str = "weight_bytes") -> PlanFrontier:
-        """Every plan that no other beats in Ω and this cost (Fig. 4)."""
-        from hawq_lightning.selection._plans import plan_frontier
+    def redrawn(self, factors: Mapping[str, float]) -> Problem:
+        """The same problem had the traces of some sites been larger or smaller, as the bootstrap draws them.
 
-        return plan_frontier(self, cost)
+        Args:
+            factors: site name -> trace drawn / trace measured. Ω of a candidate is linear in it by definition.
+        """
+        candidates = {
+            name: tuple(_with_factor(c, factors.get(name, 1.0)) for c in listed)
+            for name, listed in self.candidates.items()
+        }
+        if self.sensitivity is None:
+            return replace(self, candidates=candidates)
+        records = tuple(_record_with_factor(r, factors.get(r.name, 1.0)) for r in self.sensitivity)
+        return replace(self, candidates=candidates, sensitivity=replace(self.sensitivity, records=records))
 
-    def uniform_points(self, cost: str = "weight_bytes") -> list[tuple[int, float, float]]:
-        """``(bits, cost, Ω)`` of the plans with the same weight bits everywhere (fixed sites keep theirs)."""
-        from hawq_lightning.selection._selectors import uniform_choice
+    def _traces_for_score(self) -> Mapping[str, float]:
+        if "traces" not in SCORES[self.score].needs:
+            return {}
+        if self.sensitivity is None:
+            raise HawqError(f"The score {self.score!r} needs traces: give the problem its sensitivity.")
+        traces, _ = guarded_mean_traces(self.sensitivity)
+        if missing := [s.name for s in self.sites if s.name not in traces]:
+            raise HawqError(f"No trace was measured for {missing[0]!r}.{nearest(missing[0], traces)}")
+        return traces
 
-        widths = sorted({b for g in self.groups if g.kind == "weight" for b in g.bits})
-        found = ((b, uniform_choice(self, b, None)) for b in widths)
-        return [(b, self.cost_of(cost, c), self.omega_of(c)) for b, c in found if c is not None]
-
-    def recost(self, plan: Plan) -> Plan:
-        """Check a plan that was edited by hand against this problem, and fill in what follows from its bits."""
-        from hawq_lightning.selection._plans import make_plan
-
-        extra = {"selector": plan.selector, "budget": plan.budget, "settings": dict(plan.settings)}
-        out = make_plan(self, self.choice_of(plan.bits), codes={s.name: s.code for s in plan.sites}, **extra)
-        return out.replace(quantizer=plan.quantizer, quantizer_options=plan.quantizer_options)
-
-    def scaled(self, factors: Mapping[str, float]) -> Problem:
-        """The same problem with the Ω of some sites multiplied (as the bootstrap does)."""
-        other = object.__new__(Problem)
-        other.__dict__ |= self.__dict__
-        other.best = [
-            {b: (j, o * factors.get(s.name, 1.0)) for b, (j, o) in best.items()}
-            for s, best in zip(self.sites, self.best)
+    @cached_property
+    def _structure(self) -> _Structure:
+        allowed = narrowed([sorted(b) for b in self.best], self.sites, self.layers, self.fixed, self.min_bits)
+        members = connected_groups(len(self.sites), tie_indices(self.ties, self.sites, self.layers))
+        bits = [self._common(tied, allowed) for tied in members]
+        group_of = {i: g for g, tied in enumerate(members) for i in tied}
+        for layer in self.layers:
+            if layer.weight not in self.index:
+                raise HawqError(f"Layer {layer.name!r} uses {layer.weight!r}, which is no site.")
+        layer_groups = [
+            (
+                x,
+                group_of[self.index[x.weight]],
+                group_of[self.index[x.activation]] if x.activation in self.index else None,
+            )
+            for x in self.layers
         ]
-        other.groups = [other._group(g.members, g.bits) for g in self.groups]
-        return other
+        allowed_pairs = narrow_to_device(bits, layer_groups, device_pairs(self.pairs, self.layers))
+        return _Structure(members, bits, layer_groups, allowed_pairs)
 
     def _group(self, members: Sequence[int], bits: tuple[int, ...]) -> Group:
-        omega = np.asarray([math.fsum(self.best[i][b][1] for i in members) for b in bits])
-        return Group(tuple(members), self.sites[members[0]].kind, bits, omega)
+        score = np.asarray([math.fsum(self.best[i][b][1] for i in members) for b in bits])
+        omega = np.asarray([math.fsum(self._best(i, b).omega for i in members) for b in bits])
+        return Group(tuple(members), self.sites[members[0]].kind, bits, score, omega)
+
+    def _best(self, site: int, bits: int) -> Candidate:
+        return self.candidates[self.sites[site].name][self.best[site][bits][0]]
 
     def _common(self, members: Sequence[int], allowed: Sequence[Sequence[int]]) -> list[int]:
         common = [b for b in allowed[members[0]] if all(b in allowed[i] for i in members)]
         if not common:
-            shown = "; ".join(f"{self.sites[i].name} {', '.join(map(str, allowed[i]))}" for i in members[:4])
-            raise HawqError(f"These tied sites conflict, they have no bits in common: {shown}.")
+            listed = "; ".join(f"{self.sites[i].name} {', '.join(map(str, allowed[i]))}" for i in members[:4])
+            raise HawqError(f"These tied sites conflict, they have no bits in common: {listed}.")
         return common
+
+
+def _with_factor(candidate: Candidate, factor: float) -> Candidate:
+    if not math.isfinite(candidate.omega):  # not available, whatever the trace
+        return candidate
+    return replace(candidate, omega=candidate.omega * factor)
+
+
+def _record_with_factor(record: SiteTrace, factor: float) -> SiteTrace:
+    return replace(
+        record, trace=record.trace * factor, mean_trace=record.mean_trace * factor,
+        stderr=record.stderr * factor, stderr_data=record.stderr_data * factor,
+    )  # fmt: skip

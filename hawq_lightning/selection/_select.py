@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from hawq_lightning._plan import Plan
 from hawq_lightning.selection._budget import parse_budget
 from hawq_lightning.selection._plans import make_plan
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
-from hawq_lightning.selection._selectors import SELECTORS, check_selector
+from hawq_lightning.selection._selectors import SELECTORS
 
 
 def select(
     problem: Problem,
-    budget: Any = None,
+    budget: object = None,
     selector: str = "pareto",
     *,
     seed: int = 0,
@@ -30,10 +29,10 @@ def select(
     Numbers from anywhere: ``select(Problem.from_arrays(names, (2, 4, 8), omega, numel), "12x")``.
 
     Args:
-        problem: sites, options, constraints.
+        problem: sites, candidates, constraints, score.
         budget: such as ``"12x"`` or ``{"weights": "12x", "act": "7.6x"}`` (see
             :func:`hawq_lightning.selection.parse_budget`); may be None for ``manual``.
-        selector: one of :data:`hawq_lightning.selection.SELECTORS`.
+        selector: registered name, see :data:`hawq_lightning.selection.SELECTORS`.
         seed: of ``random``.
         eigenvalues: site name -> top Hessian eigenvalue, for ``top_eigenvalue`` and ``hawq``.
         measure_loss: plan -> loss, for ``accuracy``.
@@ -43,10 +42,14 @@ def select(
         HawqError: an unknown selector or budget, something that the selector lacks, or no plan that fits; then with the
             cheapest feasible cost by each budget.
     """
-    check_selector(selector, budget, bits)
-    bounds = () if budget is None else parse_budget(budget, problem)
-    request = Request(problem, bounds, seed, eigenvalues, measure_loss, bits)
+    entry = SELECTORS[selector]
+    entry.check(budget, bits)
+    limits = () if budget is None else parse_budget(budget, problem)
+    request = Request(problem, limits, seed, eigenvalues, measure_loss, bits)
     began = time.perf_counter()
-    choice = SELECTORS[selector](request)
-    settings = {"selector_seed": seed, "selection_seconds": round(time.perf_counter() - began, 4)} | request.notes
+    choice = entry.choose(request)
+    settings: dict[str, object] = {
+        "selector_seed": seed,
+        "selection_seconds": round(time.perf_counter() - began, 4),
+    } | request.notes
     return make_plan(problem, choice, budget=budget, selector=selector, settings=settings)

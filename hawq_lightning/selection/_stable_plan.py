@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.selection._bootstrap import stability
+from hawq_lightning.selection._bootstrap import bootstrap_stability
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._select import select
 from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces
 
-Options = Mapping[str, Sequence[Candidate]]
+Weighed = Mapping[str, Sequence[Candidate]]
 
 
 @dataclass
-class PlanSettled:
+class StablePlan:
     """Answers, for traces as measured so far, whether more probes could still change the plan for the better.
 
     The rows of the traces are redrawn (bootstrap over images, with the noise of the probes that they hold), a plan is
@@ -25,48 +24,50 @@ class PlanSettled:
 
     Args:
         table: the sites.
-        options: from traces to the options of every site; called once, afterwards Ω is scaled with the traces.
+        weigh: from traces to the candidates of every site; called once, afterwards Ω is scaled with the traces.
         budget: as for :func:`hawq_lightning.select`.
-        selector: ``pareto`` or ``monotone``.
+        selector: one that offers ``stable_plan``.
         overhead: bytes of the packed file beside the codes.
         constraints: keywords of :class:`Problem`.
-        asked: what else ``options`` depend on, such as the widths.
+        question: what else the candidates depend on, such as the widths.
         regret: share of Ω that 95% of the draws may lose at the most.
         bootstraps: draws.
         seed: of the draws.
     """
 
     table: SiteTable
-    options: Callable[[Sensitivity], Options]
-    budget: Any
+    weigh: Callable[[Sensitivity], Weighed]
+    budget: object
     selector: str = "pareto"
     overhead: int = 0
-    constraints: Mapping[str, Any] = field(default_factory=dict)
-    asked: str = ""
+    constraints: Mapping[str, object] = field(default_factory=dict)
+    question: str = ""
     regret: float = 0.01
     bootstraps: int = 40
     seed: int = 0
-    _first: Options | None = field(default=None, init=False)
+    _first: Weighed | None = field(default=None, init=False)
     _traces: dict[str, float] = field(default_factory=dict, init=False)
 
     @property
     def key(self) -> str:
         """What the answer depends on beside the traces: measurements that it ended are not those of other budgets."""
-        of = [self.budget, self.selector, dict(self.constraints), self.asked, self.regret, self.bootstraps]
+        of = [self.budget, self.selector, dict(self.constraints), self.question, self.regret, self.bootstraps]
         return " ".join(map(str, of))
 
     def __call__(self, measured: Sensitivity) -> bool:
         """Whether 95% of the redrawn traces agree with the present plan within the regret."""
         now, _ = guarded_mean_traces(measured)
         if self._first is None:
-            self._first, self._traces = self.options(measured), dict(now)
-        scaled = {name: tuple(self._scaled(name, o, now) for o in found) for name, found in self._first.items()}
-        problem = Problem(self.table, scaled, measured, self.overhead, **self.constraints)
+            self._first, self._traces = self.weigh(measured), dict(now)
+        candidates = {name: tuple(self._scaled(name, c, now) for c in cs) for name, cs in self._first.items()}
+        problem = Problem(self.table, candidates, measured, self.overhead, **self.constraints)  # type: ignore[arg-type]
         plan = select(problem, self.budget, self.selector)
-        return stability(problem, plan, bootstraps=self.bootstraps, seed=self.seed).regret95 <= self.regret
+        stability = bootstrap_stability(problem, plan, bootstraps=self.bootstraps, seed=self.seed)
+        return stability.regret95 <= self.regret
 
-    def _scaled(self, name: str, option: Candidate, now: Mapping[str, float]) -> Candidate:
+    def _scaled(self, name: str, candidate: Candidate, now: Mapping[str, float]) -> Candidate:
+        """The candidate with the Ω of the present trace; the score is then computed from it, by whatever rule."""
         before = self._traces[name]
         # a site without curvature until now: its perturbation times its trace is what there is to say
-        omega = option.omega * now[name] / before if before > 0 else option.perturbation * now[name]
-        return replace(option, omega=max(0.0, omega))
+        omega = candidate.omega * now[name] / before if before > 0 else candidate.perturbation * now[name]
+        return replace(candidate, omega=max(0.0, omega))

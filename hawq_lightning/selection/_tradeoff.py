@@ -7,14 +7,15 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning.selection._costs import cost_of, cost_rows
 from hawq_lightning.selection._monotone import monotone_frontier, trace_order
+from hawq_lightning.selection._plan_frontier import plan_frontier
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._selectors import uniform_choice
 
@@ -27,7 +28,7 @@ def tradeoff(
     points: int = 1000,
     samples: int = 1000,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str | float]]:
     """Points of the trade-off between a cost and Ω, one dict each: ``series``, ``label``, ``cost``, ``omega``.
 
     Args:
@@ -42,10 +43,10 @@ def tradeoff(
         Series ``frontier``, ``set B frontier`` and ``set B`` (both only with traces and without couplings),
         ``uniform``, ``plan``.
     """
-    front = problem.frontier(cost)
+    front = plan_frontier(problem, cost)
     out = [_point("frontier", "", front.cost[i], front.omega[i]) for i in _spread(len(front), points)]
-    row = problem.cost(cost)[0]
-    if problem.sensitivity is not None and len(problem.sensitivity) and not row.pairs and not problem.masks:
+    row = cost_rows(problem, cost)[0]
+    if problem.sensitivity is not None and len(problem.sensitivity) and not row.pairs and not problem.allowed_pairs:
         chains = trace_order(problem)
         chain = next((c for c in chains if any(row.unary[g].any() for g in c)), [])
         inside = monotone_frontier(problem, row, chain)
@@ -55,21 +56,33 @@ def tradeoff(
             choice = list(rest)
             for g, k in zip(chain, picks):
                 choice[g] = k
-            out.append(_point("set B", "", row(choice), problem.omega_of(choice)))
+            out.append(_point("set B", "", row(choice), problem.score_of(choice)))
     for kind in ("weight", "activation"):
         widths = sorted({b for g in problem.groups if g.kind == kind for b in g.bits})
         moves = any(row.unary[j].any() for j, g in enumerate(problem.groups) if g.kind == kind)
         for b in widths if moves and len(widths) > 1 else ():
             choice_ = uniform_choice(problem, b, None) if kind == "weight" else _uniform_activations(problem, b)
             if choice_ is not None and problem.pairs_fit(choice_):
-                out.append(_point("uniform", f"{b} bit {kind}s", row(choice_), problem.omega_of(choice_)))
+                out.append(_point("uniform", f"{b} bit {kind}s", row(choice_), problem.score_of(choice_)))
     for label, plan in (plans or {}).items():
         chosen = problem.choice_of(plan.bits)
-        out.append(_point("plan", label, row(chosen), problem.omega_of(chosen)))
+        out.append(_point("plan", label, row(chosen), problem.score_of(chosen)))
     return out
 
 
-def save_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def uniform_points(problem: Problem, cost: str = "weight_bytes") -> list[tuple[int, float, float]]:
+    """``(bits, cost, score)`` of the plans with the same weight bits everywhere (fixed sites keep theirs).
+
+    Args:
+        problem: with its scores, Ω by default.
+        cost: a registered cost.
+    """
+    widths = sorted({b for g in problem.groups if g.kind == "weight" for b in g.bits})
+    choices = ((b, uniform_choice(problem, b, None)) for b in widths)
+    return [(b, cost_of(problem, cost, c), problem.score_of(c)) for b, c in choices if c is not None]
+
+
+def save_tradeoff(rows: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Write the rows of :func:`tradeoff` as CSV, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["series", "label", "cost", "omega"])
@@ -123,7 +136,7 @@ def _uniform_activations(problem: Problem, bits: int) -> list[int] | None:
     out = []
     for group in problem.groups:
         if group.kind == "weight":
-            out.append(int(np.argmin(group.omega)))
+            out.append(int(np.argmin(group.score)))
         elif len(group.bits) > 1 and bits not in group.bits:
             return None
         else:
@@ -135,5 +148,5 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
 
 
-def _point(series: str, label: str, cost: float, omega: float) -> dict[str, Any]:
+def _point(series: str, label: str, cost: float, omega: float) -> dict[str, str | float]:
     return {"series": series, "label": label, "cost": float(cost), "omega": float(omega)}

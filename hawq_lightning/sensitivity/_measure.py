@@ -97,7 +97,7 @@ def measure(
         resume: file to keep unfinished rows in, or a function from the fingerprint to it; an interrupted call with the
             same arguments goes on from there.
         enough: asked now and then with what is known by then: whether that will do, however large the errors; such as
-            :class:`hawq_lightning.selection.PlanSettled`. Its ``key``, if it has one, goes into the fingerprint.
+            :class:`hawq_lightning.selection.StablePlan`. Its ``key``, if it has one, goes into the fingerprint.
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their images.

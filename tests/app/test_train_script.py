@@ -28,7 +28,7 @@ from hawq_lightning.cli import (
     show_frontier,
 )
 from hawq_lightning.models import resnet20
-from hawq_lightning.selection import nominal_problem
+from hawq_lightning.selection import cost_rows, nominal_problem
 
 BIN = Path(sys.executable).parent
 FAST = [
@@ -186,7 +186,8 @@ def test_budget_ranges_follow_widths_and_constraints():
 def test_codebooks_count_in_the_range_of_files():
     table = sites(resnet20(channels=4, depth=8), torch.randn(1, 3, 8, 8))
     asked = {"weight_bits": (2,), "activation_bits": None}
-    plain, books = (nominal_problem(table, **asked, quantizer=q).cost("file_bytes")[0] for q in ("uniform", "lq_nets"))
+    problems = (nominal_problem(table, **asked, quantizer=q) for q in ("uniform", "lq_nets"))
+    plain, books = (cost_rows(p, "file_bytes")[0] for p in problems)
     choice = [0] * len(table.weights)
     assert books(choice) - plain(choice) == sum(4 * s.channels * 2 for s in table.weights)
 

@@ -13,9 +13,12 @@ from hawq_lightning import HawqError
 from hawq_lightning.selection import (
     Block,
     Problem,
+    cost_of,
+    cost_rows,
     frontier,
     group_frontier,
     monotone_frontier,
+    plan_frontier,
     select,
     set_b,
     set_b_size,
@@ -42,7 +45,7 @@ def on_device(problem, pairs, bits):
 def brute_force(problem, ties, pairs):
     """Every allowed plan as (bits by site name, Ω), from the definitions and nothing of the solver's."""
     names = [s.name for s in problem.sites]
-    for options in itertools.product(*(problem.options[n] for n in names)):
+    for options in itertools.product(*(problem.candidates[n] for n in names)):
         bits = {n: o.bits for n, o in zip(names, options)}
         if any(len({bits[n] for n in tie}) > 1 for tie in ties):
             continue
@@ -114,7 +117,7 @@ def test_problem_frontier_equals_brute_force_with_ties_and_pairs(cost, device):
         assert len(problem.sites) <= 8
         plans = list(brute_force(problem, ties, pairs))
         expected = pareto([(cost_by_definition(problem, cost, b), o) for b, o in plans])
-        found = problem.frontier(cost)
+        found = plan_frontier(problem, cost)
         assert found.cost == pytest.approx([c for c, _ in expected], rel=1e-12)
         assert found.omega == pytest.approx([o for _, o in expected], rel=1e-12)
         for i in range(len(found)):
@@ -157,8 +160,8 @@ def test_sweep_equals_integer_program_on_large_problems(seed):
     problem, ties, pairs = random_network(
         seed, 28 + int(rng.integers(0, 56)), (2, 3, 4, 8) if device else (2, 4, 8), device=device
     )
-    assert 45 <= len(problem.sites) <= 160 and problem.masks.keys() == (problem.masks.keys() if device else set())
-    row = problem.cost("weight_bytes")[0]
+    assert 45 <= len(problem.sites) <= 160 and bool(problem.allowed_pairs) == device
+    row = cost_rows(problem, "weight_bytes")[0]
     front = group_frontier(problem, row)
     assert front.factor == 1
     checked = 0
@@ -217,7 +220,7 @@ def test_integer_program_resolves_small_optima_beside_huge_options():
     problem = Problem.from_arrays(
         [f"w{i}" for i in range(40)], range(1, 9), omega, [int(x) for x in rng.integers(10, 90, 40)]
     )
-    row = problem.cost("weight_bytes")[0]
+    row = cost_rows(problem, "weight_bytes")[0]
     front = group_frontier(problem, row)
     for share in (0.7, 0.9):
         limit = front.cost[-1] * share
@@ -276,30 +279,30 @@ def test_set_b_size_and_frontier():
         assert sorted(r.mean_trace for r in problem.sensitivity if r.kind == "weight") == [
             problem.sensitivity[n].mean_trace for n in by_trace
         ]
-        rest = math.fsum(problem.options[s.name][0].omega for s in problem.sites if s.kind == "activation")
+        rest = math.fsum(problem.candidates[s.name][0].omega for s in problem.sites if s.kind == "activation")
         points = []
         for bits in set_b(7, (1, 2, 4, 8)):
-            options = [next(o for o in problem.options[n] if o.bits == b) for n, b in zip(by_trace, bits)]
+            options = [next(o for o in problem.candidates[n] if o.bits == b) for n, b in zip(by_trace, bits)]
             points.append(
                 (
                     sum(problem.sites[g].numel * b for g, b in zip(order, bits)) / 8,
                     rest + math.fsum(o.omega for o in options),
                 )
             )
-        found = monotone_frontier(problem, problem.cost("weight_bytes")[0], order)
+        found = monotone_frontier(problem, cost_rows(problem, "weight_bytes")[0], order)
         expected = pareto(points)
         assert found.cost == pytest.approx([c for c, _ in expected])
         assert found.omega == pytest.approx([o for _, o in expected], rel=1e-12)
         for i in range(len(found)):
             choice = found.choice(i)
-            assert problem.cost_of("weight_bytes", choice) == pytest.approx(found.cost[i])
+            assert cost_of(problem, "weight_bytes", choice) == pytest.approx(found.cost[i])
             bits = [problem.groups[g].bits[choice[g]] for g in order]
             assert bits == sorted(bits)
 
 
 def test_set_b_by_the_integer_program_equals_its_frontier():
     problem, _, _ = random_network(3, 40, (1, 2, 4, 8), (8,))
-    row, order = problem.cost("weight_bytes")[0], trace_order(problem)
+    row, order = cost_rows(problem, "weight_bytes")[0], trace_order(problem)
     front = monotone_frontier(problem, row, order[0])
     for share in (0.2, 0.4, 0.6):
         limit = float(np.quantile(front.cost, share))
@@ -322,6 +325,6 @@ def test_omega_and_frontier_ignore_relu_rescaling_but_set_b_does_not():
     omega, numel = [[9.0, 1.0], [8.0, 2.0]], [100, 100]
     first = Problem.from_arrays(["a", "b"], (2, 8), omega, numel, mean_trace=[1.0, 2.0])
     second = Problem.from_arrays(["a", "b"], (2, 8), omega, numel, mean_trace=[4.0, 0.5])
-    assert list(first.frontier().omega) == list(second.frontier().omega)
+    assert list(plan_frontier(first).omega) == list(plan_frontier(second).omega)
     assert select(first, "5bit").bits == select(second, "5bit").bits
     assert select(first, "5bit", "monotone").bits != select(second, "5bit", "monotone").bits

@@ -72,6 +72,51 @@ def test_nobody_imports_past_a_face():
     assert not wrong, wrong
 
 
+def imported_files(path: Path) -> set[str]:
+    """The files of the package that a file imports, one edge each; a package is its ``__init__``."""
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{n}" if is_file(f"{node.module}.{n}") else str(node.module) for n in names]
+        out |= {name for name in names if is_file(name)}
+    return out
+
+
+def is_file(name: str) -> bool:
+    where = ROOT.parent.joinpath(*name.split("."))
+    return name.startswith("hawq_lightning") and (
+        where.with_suffix(".py").is_file() or (where / "__init__.py").is_file()
+    )
+
+
+OPEN = {"hawq_lightning.sensitivity._trace_loop", "hawq_lightning.callbacks._feasible"}  # go with their rewriting
+
+
+def test_no_import_circles():
+    """Function-local and ``TYPE_CHECKING`` imports count: a circle is a fault of design before it is one of loading."""
+    edges = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        edges[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = imported_files(path)
+    reached = {name: reachable(name, edges) for name in edges}
+    circles = {frozenset(x for x in reached[n] if n in reached[x]) for n in edges if n in reached[n]}
+    circles = {c for c in circles if not c & OPEN}
+    assert not circles, "\n".join(" <-> ".join(sorted(circle)) for circle in circles)
+
+
+def reachable(name: str, edges: dict[str, set[str]]) -> set[str]:
+    """All that a file imports, and what that imports, and so on."""
+    found: set[str] = set()
+    waiting = list(edges[name])
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += edges[file]
+    return found
+
+
 def test_no_module_has_a_public_name_of_its_own():
     """Files are private, so that no function hides a module of its name."""
     shown = [p for p in ROOT.rglob("*.py") if not p.name.startswith("_")]

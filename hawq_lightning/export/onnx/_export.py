@@ -25,6 +25,7 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
+from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._extra import require
@@ -200,8 +201,6 @@ def _why(error: BaseException) -> str:
 
 
 def _describe(proto: Any, deployed: Deployed) -> None:
-    from hawq_lightning import __version__
-
     proto.producer_name, proto.producer_version = "hawq_lightning", __version__
     plan = deployed.plan
     about = {

@@ -232,7 +232,7 @@ def test_plans_from_files_are_checked(tmp_path):
     for old, new, say in (
         ('"bits": 3', '"bits": 11', "out of range"),
         ('"kind": "weight"', '"kind": "wight"', "kind is 'wight'"),
-        ('"code": "affine"', '"code": "os.system"', "code kind"),
+        ('"code": "affine"', '"code": "os.system"', "code format"),
         ('"scale": 0.05', '"scale": -1', "positive"),
         ('"version": 2', '"version": 9', "version 9 is newer"),
         ('"format": "hawq_lightning.plan"', '"format": "x"', "not a plan"),

@@ -20,8 +20,11 @@ from hawq_lightning.selection import (
     SELECTORS,
     LatencyTable,
     Problem,
+    bootstrap_stability,
+    cost_of,
     frontier,
     parse_budget,
+    plan_frontier,
     problem_of,
     recost,
     sample_set_b,
@@ -29,8 +32,8 @@ from hawq_lightning.selection import (
     select,
     set_b_count,
     set_b_size,
-    stability,
     tradeoff,
+    uniform_points,
     with_bootstrap_stability,
 )
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
@@ -144,7 +147,7 @@ def test_costs_by_hand():
 
 def test_odd_sizes_are_padded_to_whole_bytes_in_the_file_only():
     problem = Problem.from_arrays(["a"], (1, 3), [[2.0, 1.0]], [5])
-    assert [problem.cost_of(c, [1]) for c in ("weight_bytes", "file_bytes")] == [15 / 8, 2]
+    assert [cost_of(problem, c, [1]) for c in ("weight_bytes", "file_bytes")] == [15 / 8, 2]
 
 
 def test_infeasible_budgets_name_the_cheapest_plan():
@@ -232,7 +235,7 @@ def option(bits, omega):
         (lambda: Problem.from_arrays(["a"], (2, 4), [[2, 1]], [0]), "no elements"),
         (lambda: Problem.from_arrays(["a"], (2, 4), [[2, 1]], [5, 6]), "2 rows of numel"),
         (lambda: Problem.from_arrays([], (2, 4), [], []), "no sites"),
-        (lambda: Problem([Site("a", "weight", (), (5,), 5)], {}), "'a' has no options"),
+        (lambda: Problem([Site("a", "weight", (), (5,), 5)], {}), "'a' has no candidates"),
         (lambda: Problem([Site("a", "weight", (), (5,), 5)], {"a": [option(2, 1)], "b": []}), "'b', which is no site"),
         (lambda: small(ties=["a.weight", "b.weight"]), "only one site"),
         (lambda: small(ties=[3]), "must list site names"),
@@ -266,7 +269,7 @@ def option(bits, omega):
         (lambda: select(small(), "8x", "accuracy", measure_loss=lambda plan: math.nan), "NaN"),
         (lambda: select(Problem.from_arrays(["a"], (2, 4), [[2, 1]], [5]), "8x", "monotone"), "sensitivity"),
         (lambda: select(Problem.from_arrays(["a"], (2, 4), [[2, 1]], [5]), {"act": "8x"}), "activation"),
-        (lambda: small().frontier("bytes"), "use one of"),
+        (lambda: plan_frontier(small(), "bytes"), "use one of"),
     ],
 )
 def test_bad_input_is_one_clear_error(build, word):
@@ -390,26 +393,26 @@ def test_a_plan_edited_by_hand_is_recosted_and_checked(tmp_path):
     expected = select(small(), selector="manual", bits=plan.bits | {"a.weight": 2, "b.input": 4})
     assert edited.sites == expected.sites and edited.selector == "manual"
     assert edited.costs == pytest.approx(dict(expected.costs))
-    assert small().recost(Plan.load(path)).sites == expected.sites
+    assert recost(Plan.load(path), small()).sites == expected.sites
     raw["sites"][0]["bits"] = 5
     path.write_text(json.dumps(raw))
     with pytest.raises(HawqError, match=r"'a.weight' cannot have 5 bits; it has 2, 4, 8; the nearest is 4"):
         recost(Plan.load(path))
     with pytest.raises(HawqError, match="Tied sites must have the same bits"):
-        small(ties=[["a", "b"]]).recost(select(small(), selector="manual", bits={"a.weight": 2, "*": 4}))
+        recost(select(small(), selector="manual", bits={"a.weight": 2, "*": 4}), small(ties=[["a", "b"]]))
 
 
 def test_a_plan_holds_its_whole_problem():
     problem, _, _ = random_network(2, 12, tied=False)
     plan = select(problem, "6x")
     again = problem_of(plan)
-    assert list(again.frontier("bops").omega) == list(problem.frontier("bops").omega)
+    assert list(plan_frontier(again, "bops").omega) == list(plan_frontier(problem, "bops").omega)
     assert select(again, "9x").bits == select(problem, "9x").bits
 
 
 def test_frontier_csv(tmp_path):
     problem, _, _ = random_network(4, 12)
-    front = problem.frontier()
+    front = plan_frontier(problem)
     front.to_csv(tmp_path / "frontier.csv", max_rows=None)
     rows = list(csv.DictReader((tmp_path / "frontier.csv").open()))
     assert len(rows) == len(front)
@@ -419,7 +422,7 @@ def test_frontier_csv(tmp_path):
     assert {s.name: int(middle[s.name]) for s in problem.sites} == front.bits(len(rows) // 2)
     assert float(middle["w_comp"]) == pytest.approx(32 / float(middle["mean_weight_bits"]))
     for i in (0, len(front) // 2, -1):
-        chosen = [problem.options[s.name][k] for s, k in zip(problem.sites, front.options(i))]
+        chosen = [problem.candidates[s.name][k] for s, k in zip(problem.sites, front.options(i))]
         assert {s.name: o.bits for s, o in zip(problem.sites, chosen)} == front.bits(i)
         assert math.fsum(o.omega for o in chosen) == pytest.approx(front.omega[i])
     front.to_csv(tmp_path / "short.csv", max_rows=10)
@@ -429,8 +432,8 @@ def test_frontier_csv(tmp_path):
 
 def test_uniform_points_lie_on_or_above_the_frontier():
     problem = small()
-    front = problem.frontier()
-    points = problem.uniform_points()
+    front = plan_frontier(problem)
+    points = uniform_points(problem)
     assert [b for b, _, _ in points] == [2, 4, 8] and [c for _, c, _ in points] == [240, 480, 960]
     assert all(front.omega[front.best(c)] <= o for _, c, o in points)
 
@@ -445,7 +448,7 @@ def test_numbers_behind_figure_4(tmp_path):
     assert set(by) == {"frontier", "set B frontier", "set B", "uniform", "plan"}
     assert by["plan"] == [(plan.costs["weight_bytes"], pytest.approx(plan.omega))]
     assert len(by["uniform"]) == 4 and len(by["set B"]) == 200 and len(by["frontier"]) == 50
-    front = problem.frontier()
+    front = plan_frontier(problem)
     inside = tradeoff(problem, points=10**6, samples=0)
     best = sorted((r["cost"], r["omega"]) for r in inside if r["series"] == "set B frontier")
     for cost, omega in by["set B"]:
@@ -474,7 +477,7 @@ def test_of_equal_widths_the_code_with_the_least_omega_counts():
             Candidate(8, "affine", 1.0, 1.0),
         ]
     }
-    front = Problem(sites, options).frontier()
+    front = plan_frontier(Problem(sites, options))
     assert list(front.omega) == [2, 1] and front.options(0) == [1] and front.plan(0)["a.weight"].code == "midrise"
 
 
@@ -540,7 +543,7 @@ def test_peak_activation_memory_is_a_row_a_time_step():
     with pytest.raises(HawqError, match="smallest plan is 120 B"):
         select(problem, {"act_peak": "100B"})
     with pytest.raises(HawqError, match="maximum over time steps"):
-        problem.frontier("act_peak_bytes")
+        plan_frontier(problem, "act_peak_bytes")
 
 
 def test_extra_costs():
@@ -575,16 +578,16 @@ def test_stability_counts_bootstraps_that_pick_the_same_bits():
     assert all(s.stability == 1.0 for s in plan.sites) and plan.settings["bootstrap_regret95"] == pytest.approx(
         0, abs=1e-12
     )
-    shaky = stability(wild, select(wild, "6x"), bootstraps=50)
+    shaky = bootstrap_stability(wild, select(wild, "6x"), bootstraps=50)
     assert min(shaky.share.values()) < 1 and shaky.regret95 > 0
-    assert shaky == stability(wild, select(wild, "6x"), bootstraps=50)
-    assert shaky != stability(wild, select(wild, "6x"), bootstraps=50, seed=1)
+    assert shaky == bootstrap_stability(wild, select(wild, "6x"), bootstraps=50)
+    assert shaky != bootstrap_stability(wild, select(wild, "6x"), bootstraps=50, seed=1)
     # by hand: redraw rows, scale Ω, take the best of the plans that fit
     by_record = small(activation_bits=(8,))
-    found = stability(by_record, select(by_record, "8x", "monotone"), bootstraps=50)
+    found = bootstrap_stability(by_record, select(by_record, "8x", "monotone"), bootstraps=50)
     assert 0 < min(found.share.values()) <= 1
     with pytest.raises(HawqError, match="'uniform' is not repeated"):
-        stability(wild, select(wild, "6x", "uniform"))
+        bootstrap_stability(wild, select(wild, "6x", "uniform"))
 
 
 def test_selection_imports_neither_lightning_nor_hydra():

@@ -6,7 +6,7 @@ import pytest
 
 from hawq_lightning import HAWQ, HawqError, Plan, find_sites, measure, select
 from hawq_lightning.quantization import options
-from hawq_lightning.selection import PlanSettled, Problem
+from hawq_lightning.selection import Problem, StablePlan
 from tests.cases import CASES
 from tests.trainers import Classifier, fit, loader
 from tests.unit.sensitivity.test_importance_sampling import images, sure_net
@@ -28,7 +28,7 @@ def case():
 
 def test_measuring_stops_with_the_plan_and_the_plan_is_good(case):
     net, batches, loss_fn, table, weigh = case
-    settled = PlanSettled(table, weigh, "8x", regret=0.1)
+    settled = StablePlan(table, weigh, "8x", regret=0.1)
     keywords = {"sites": table, "progress": False, "rtol": 0.01, "max_probes": 2000}
     short = measure(net, batches, loss_fn, enough=settled, **keywords)
     whole = measure(net, batches, loss_fn, **keywords)
@@ -48,7 +48,7 @@ def test_a_plan_that_noise_would_change_is_not_settled(case):
     asked = []
 
     def enough(found):
-        asked.append(PlanSettled(table, weigh, "8x", regret=0.0, bootstraps=60)(found))
+        asked.append(StablePlan(table, weigh, "8x", regret=0.0, bootstraps=60)(found))
         return asked[-1]
 
     measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, enough=enough)
@@ -60,14 +60,14 @@ def test_the_key_is_that_of_the_question(case):
 
     *_, table, weigh = case
     rows = [{"layer": "a", "bits": 4, "ms": 1.0}]
-    key = PlanSettled(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, asked="(2, 4) uniform").key
-    again = PlanSettled(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, asked="(2, 4) uniform").key
+    key = StablePlan(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, question="(2, 4) uniform").key
+    again = StablePlan(table, weigh, "8x", constraints={"latency": LatencyTable(rows)}, question="(2, 4) uniform").key
     assert key == again
     for other in (
-        {"constraints": {"latency": LatencyTable([rows[0] | {"ms": 2.0}])}, "asked": "(2, 4) uniform"},
-        {"constraints": {"latency": LatencyTable(rows)}, "asked": "(2, 8) lsq"},
+        {"constraints": {"latency": LatencyTable([rows[0] | {"ms": 2.0}])}, "question": "(2, 4) uniform"},
+        {"constraints": {"latency": LatencyTable(rows)}, "question": "(2, 8) lsq"},
     ):
-        assert PlanSettled(table, weigh, "8x", **other).key != key
+        assert StablePlan(table, weigh, "8x", **other).key != key
     a, b = (HAWQ(bits, quantizer=q).measure_callback._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
     assert a != b
 

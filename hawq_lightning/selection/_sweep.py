@@ -9,7 +9,7 @@ optimum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hawq_lightning._errors import HawqError
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-MAX_POINTS = 250_000
-
-
-@dataclass(frozen=True)
-class Block:
-    """Sites that are chosen together.
-
-    Attributes:
-        members: indices of the sites.
-        rows: ``[options, members]``, for every joint option the option index of every member.
-        cost: ``[options]``, added up over the members.
-        omega: ``[options]``, likewise.
-    """
-
-    members: tuple[int, ...]
-    rows: Ints
-    cost: Floats
-    omega: Floats
-
-    def pruned(self) -> Block:
-        """Without unavailable and dominated options, ascending in cost."""
-        cost, omega = np.asarray(self.cost, dtype=np.float64), np.asarray(self.omega, dtype=np.float64)
-        fine = np.flatnonzero(np.isfinite(cost) & np.isfinite(omega))
-        keep = fine[minima(cost[fine], omega[fine])]
-        return Block(self.members, self.rows[keep], cost[keep], omega[keep])
+from hawq_lightning.selection._lagrangian_bound import lagrangian_bound
+from hawq_lightning.selection._pareto import MAX_POINTS, Block, Floats, Ints, connected_groups, minima
 
 
 @dataclass(frozen=True)
@@ -160,8 +133,6 @@ def sweep(
         last: only the last point, the best plan under the cap, is wanted; of the others some may be missing.
         max_points: see :func:`frontier`.
     """
-    from hawq_lightning.selection._bound import bound
-
     if max_points < 2:
         raise HawqError(f"max_points is {max_points}; the frontier needs at least 2.")
     small = [b.pruned() for b in blocks]
@@ -171,15 +142,15 @@ def sweep(
     costs = np.asarray([start + math.fsum(b.cost[0] for b in alone)])
     omegas = np.asarray([math.fsum(b.omega[0] for b in alone)])
     # what the blocks still to come cost at least
-    least = np.append(np.cumsum([b.cost[0] for b in reversed(rest)])[::-1], 0.0)
-    limit = bound(rest, costs[0], omegas[0], cap) if last and rest else None
+    min_cost = np.append(np.cumsum([b.cost[0] for b in reversed(rest)])[::-1], 0.0)
+    bound = lagrangian_bound(rest, costs[0], omegas[0], cap) if last and rest else None
     stages, factor = [], 1.0
     for k, block in enumerate(rest):
         s = (block.cost[:, None] + costs).ravel()
         o = (block.omega[:, None] + omegas).ravel()
-        at = np.arange(len(s)) if cap == math.inf else np.flatnonzero(s <= cap - least[k + 1])
-        if limit is not None:
-            at = at[limit.can_improve(k + 1, s[at], o[at])]
+        at = np.arange(len(s)) if cap == math.inf else np.flatnonzero(s <= cap - min_cost[k + 1])
+        if bound is not None:
+            at = at[bound.can_improve(k + 1, s[at], o[at])]
         at = at[minima(s[at], o[at])]
         at, grown = _thin(at, o, max_points)
         factor *= grown
@@ -189,43 +160,6 @@ def sweep(
     if not rest and costs[0] > cap:
         costs, omegas = costs[:0], omegas[:0]
     return Frontier(costs, omegas, factor, (*alone, *rest), tuple(stages), sites)
-
-
-def connected_groups(sites: int, ties: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Merge ties that share a site; untied sites are groups of one. Groups come in the order of their first site."""
-    root = list(range(sites))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            i = root[i]
-        return i
-
-    for tie in ties:
-        if isinstance(tie, str) or not isinstance(tie, Iterable):
-            raise HawqError(f"A tie is a list of site indices, not {tie!r}.")
-        for i in tie:
-            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < sites:
-                raise HawqError(f"A tie names site {i!r}; the sites are 0 to {sites - 1}.")
-            a, b = find(int(tie[0])), find(int(i))
-            root[max(a, b)] = min(a, b)
-    groups: dict[int, list[int]] = {}
-    for i in range(sites):
-        groups.setdefault(find(i), []).append(i)
-    return list(groups.values())
-
-
-def minima(cost: Floats, omega: Floats) -> Ints:
-    """Indices of the points that no other beats, ascending in cost and strictly descending in Ω."""
-    order = np.argsort(cost, kind="stable")  # timsort: the candidates are a few sorted runs
-    o = omega[order]
-    below = np.empty(len(o), dtype=bool)
-    below[:1] = True
-    np.less(o[1:], np.minimum.accumulate(o)[:-1], out=below[1:])
-    order = order[below]
-    c = cost[order]
-    last = np.ones(len(c), dtype=bool)
-    last[:-1] = c[1:] > c[:-1]  # of equal costs the last has the least Ω
-    return order[last]
 
 
 def _thin(at: Ints, omega: Floats, max_points: int) -> tuple[Ints, float]:

@@ -12,43 +12,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hawq_lightning.selection._frontier import Block, Floats
+from hawq_lightning.selection._pareto import Block, Floats
 
 _SLACK = 1e-9  # relative: rounding must never drop the best plan
 
 
 @dataclass(frozen=True)
-class Bound:
+class LagrangianBound:
     """Lower bounds for partial plans, by block in the order of the sweep.
 
     Attributes:
         prices: several λ around the best one.
         rest: ``[blocks + 1, prices]``: Σ min(Ω + λ·cost) over the blocks still to come.
         cap: what a plan may cost.
-        known: Ω of a plan that fits.
+        incumbent: Ω of a plan that fits.
     """
 
     prices: Floats
     rest: Floats
     cap: float
-    known: float
+    incumbent: float
 
     def can_improve(self, k: int, cost: Floats, omega: Floats) -> np.ndarray:
-        """Which partial plans over the first ``k`` blocks can still be as good as the known plan."""
+        """Which partial plans over the first ``k`` blocks can still be as good as the incumbent."""
         low = omega.copy()
         for price, rest in zip(self.prices, self.rest[k]):
             np.maximum(low, omega + (rest - price * (self.cap - cost)), out=low)
-        out: np.ndarray = low <= self.known * (1 + _SLACK)
+        out: np.ndarray = low <= self.incumbent * (1 + _SLACK)
         return out
 
 
-def bound(blocks: Sequence[Block], cost: float, omega: float, cap: float) -> Bound | None:
+def lagrangian_bound(blocks: Sequence[Block], cost: float, omega: float, cap: float) -> LagrangianBound | None:
     """The bound for blocks that come on top of a cost and an Ω; None when not even the cheapest plan fits.
 
     Args:
         blocks: pruned: ascending in cost, descending in Ω.
         cost: of what is decided.
-        omega: likewise.
+        omega: of what is decided.
         cap: on the total cost.
     """
     width = max(len(b.cost) for b in blocks)
@@ -92,4 +92,4 @@ def bound(blocks: Sequence[Block], cost: float, omega: float, cap: float) -> Bou
     prices = np.asarray([low, *(high * f for f in (0.5, 0.8, 1.0, 1.25, 2.0))])
     each = np.stack([(o + p * finite).min(axis=1) for p in prices], axis=1)
     rest = np.append(np.cumsum(each[::-1], axis=0)[::-1], np.zeros((1, len(prices))), axis=0)
-    return Bound(prices, rest, cap, omega + math.fsum(o[at, k]))
+    return LagrangianBound(prices, rest, cap, omega + math.fsum(o[at, k]))

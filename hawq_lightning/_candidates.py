@@ -1,0 +1,147 @@
+"""What there is to choose from at every site: plain data between measuring and choosing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._io import read_json, write_text
+from hawq_lightning._plan_site import Candidate, read_candidate
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import JsonObject
+
+FORMAT = "hawq_lightning.candidates"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidates(Mapping[str, tuple[Candidate, ...]]):
+    """Site name -> its candidates, ascending in bits, with the cost of each. A mapping; printed, it is a table.
+
+    Attributes:
+        by_site: the candidates.
+        numel: site name -> elements; of an activation, those of one sample.
+        kinds: site name -> ``weight`` or ``activation``.
+        quantizer: registered name of the quantizer whose errors were weighed.
+        quantizer_options: its options.
+    """
+
+    by_site: Mapping[str, tuple[Candidate, ...]]
+    numel: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    quantizer: str = "uniform"
+    quantizer_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        by_site: Mapping[str, tuple[Candidate, ...]],
+        sites: SiteTable,
+        quantizer: str = "uniform",
+        quantizer_options: Mapping[str, Any] | None = None,
+    ) -> Candidates:
+        """With kinds and sizes of the sites.
+
+        Args:
+            by_site: site name -> candidates.
+            sites: table of the model.
+            quantizer: registered name.
+            quantizer_options: its options.
+        """
+        weighed = [s for s in sites if s.name in by_site]
+        sizes, kinds = {s.name: s.numel for s in weighed}, {s.name: s.kind for s in weighed}
+        return cls(dict(by_site), sizes, kinds, quantizer, dict(quantizer_options or {}))
+
+    def __getitem__(self, name: str) -> tuple[Candidate, ...]:
+        return self.by_site[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    def code_bytes(self, name: str, candidate: Candidate) -> float:
+        """Bytes of a site's codes with one of its candidates; of an activation, for one sample.
+
+        Raises:
+            HawqError: no such site.
+        """
+        if name not in self.numel:
+            raise HawqError(f"There are no candidates for {name!r}.{nearest(name, self.numel)}")
+        return self.numel[name] * candidate.bits / 8
+
+    def rows(self) -> list[dict[str, str | float]]:
+        """One dict a candidate: ``site, kind, bits, code, bytes, perturbation, omega``."""
+        return [
+            {
+                "site": name, "kind": self.kinds.get(name, ""), "bits": c.bits, "code": c.code,
+                "bytes": self.code_bytes(name, c), "perturbation": c.perturbation, "omega": c.omega,
+            }
+            for name, candidates in self.items()
+            for c in candidates
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self), default=4)
+        lines = [f"{'site':<{width}}  bits  code          bytes  perturbation       omega"]
+        for row in self.rows():
+            lines.append(
+                f"{row['site']:<{width}}  {row['bits']:>4}  {row['code']:<8}  {row['bytes']:>9,.0f}  "
+                f"{row['perturbation']:>12.4g}  {row['omega']:>10.4g}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> JsonObject:
+        """Plain JSON types."""
+        sites = {
+            name: {
+                "kind": self.kinds.get(name, ""), "numel": self.numel.get(name, 0),
+                "candidates": [{k: v for k, v in asdict(c).items() if v is not None} for c in candidates],
+            }
+            for name, candidates in self.items()
+        }  # fmt: skip
+        head = {"format": FORMAT, "version": VERSION, "quantizer": self.quantizer}
+        return head | {"quantizer_options": dict(self.quantizer_options), "sites": sites}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Candidates:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            HawqError: not candidates, an unknown version, or a field out of range; the message names it.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise HawqError(f'These are no candidates: expected a JSON object with "format": "{FORMAT}".')
+        if data.get("version") != VERSION:
+            raise HawqError(f"Candidates of version {data.get('version')!r} are unknown here; this reads {VERSION}.")
+        try:
+            sites = data["sites"]
+            return cls(
+                {n: tuple(read_candidate(n, s["kind"], c) for c in s["candidates"]) for n, s in sites.items()},
+                {n: int(s["numel"]) for n, s in sites.items()},
+                {n: str(s["kind"]) for n, s in sites.items()},
+                str(data["quantizer"]),
+                dict(data["quantizer_options"]),
+            )
+        except HawqError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HawqError(f"The candidates are damaged: {type(error).__name__}: {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Candidates:
+        """Read JSON written by :meth:`save`.
+
+        Raises:
+            HawqError: no such file, no JSON, or no candidates.
+        """
+        return cls.from_dict(read_json(path, "candidates"))

@@ -1,0 +1,174 @@
+"""The choice for one site, and what there was to choose from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from hawq_lightning._code_formats import CODE_FORMATS
+from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._types import JsonObject
+
+WEIGHT_BITS = range(1, 9)
+ACTIVATION_BITS = range(2, 9)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize one site.
+
+    Attributes:
+        bits: code width, 1 to 8 for weights and 2 to 8 for activations.
+        code: code format: ``affine``, ``midrise`` or ``codebook``.
+        omega: second-order perturbation, twice the predicted loss change (paper eq. 10).
+        perturbation: ``||Q(W) - W||^2``; for activations the mean over images of ``||Q(a) - a||^2``.
+        scale: activations only: the step of the grid.
+        zero_point: activations only: the integer that stands for 0.
+    """
+
+    bits: int
+    code: str
+    omega: float
+    perturbation: float
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """The choice for one site, with its trace, and every candidate that was weighed (so a plan can be re-costed)."""
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    numel: int
+    bits: int
+    code: str
+    scale: float | None = None
+    zero_point: int | None = None
+    trace: float | None = None
+    stderr: float | None = None
+    stderr_data: float | None = None
+    mean_trace: float | None = None
+    omega: float | None = None
+    perturbation: float | None = None
+    stability: float | None = None
+    options: tuple[Candidate, ...] = ()
+
+
+def reconciled(site: PlanSite) -> PlanSite:
+    """The site with the code format, grid and Ω that belong to its bits, where bits were edited by hand.
+
+    Raises:
+        HawqError: an activation has no grid for its bits: the width was never weighed.
+    """
+    same_bits = [o for o in site.options if o.bits == site.bits]
+    if site.kind == "weight":
+        edited = not any(o.omega == site.omega for o in same_bits) and any(o.omega == site.omega for o in site.options)
+        if edited and same_bits:
+            return _with_candidate(site, min(same_bits, key=lambda o: o.omega))
+        if edited:  # never weighed: the step is fitted when it is enabled, the prediction is unknown
+            site = replace(site, code="affine" if site.bits > 2 else site.code, omega=None, perturbation=None)
+        return replace(site, code="midrise") if site.bits == 1 and site.code == "affine" else site
+    grid = (site.scale, site.zero_point)
+    if any((o.scale, o.zero_point) == grid for o in same_bits):
+        return site
+    if None not in grid and all((o.scale, o.zero_point) != grid for o in site.options):
+        return site  # a grid of the user's own
+    if not same_bits:
+        if not site.options:
+            return site
+        widths = sorted({o.bits for o in site.options})
+        close, listed = min(widths, key=lambda b: abs(b - site.bits)), ", ".join(map(str, widths))
+        raise HawqError(
+            f"Site {site.name!r} of the plan has {site.bits} bits, but was calibrated for {listed} only; "
+            f"the nearest is {close}."
+        )
+    return _with_candidate(site, same_bits[0])
+
+
+def _with_candidate(site: PlanSite, candidate: Candidate) -> PlanSite:
+    return replace(
+        site, code=candidate.code, omega=candidate.omega, perturbation=candidate.perturbation,
+        scale=candidate.scale, zero_point=candidate.zero_point,
+    )  # fmt: skip
+
+
+def read_site(data: JsonObject) -> PlanSite:
+    """A site from JSON; every field is checked.
+
+    Raises:
+        HawqError: an unknown field, or one out of range.
+    """
+    data = dict(data)
+    name = data.get("name")
+    if not isinstance(name, str) or not name:
+        raise HawqError("The plan has a site without a name.")
+    names = {f.name for f in fields(PlanSite)}
+    if extra := sorted(set(data) - names):
+        raise HawqError(f"Site {name!r} of the plan has an unknown field {extra[0]!r}.{nearest(extra[0], names)}")
+    data["layers"] = tuple(str(x) for x in data.get("layers", ()))
+    data["shape"] = tuple(_whole(x, f"shape of {name!r}") for x in data.get("shape", ()))
+    data["numel"] = _whole(data.get("numel"), f"numel of {name!r}")
+    data["options"] = tuple(read_candidate(name, str(data.get("kind")), o) for o in data.get("options", ()))
+    site = PlanSite(**data)
+    check_choice(name, site.kind, site.bits, site.code)
+    for number in ("scale", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation", "stability"):
+        value = getattr(site, number)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)):
+            raise HawqError(f"Site {name!r} of the plan: {number} is {value!r}, not a number.")
+    if site.scale is not None and not (0 < site.scale < math.inf):
+        raise HawqError(f"Site {name!r} of the plan: scale must be positive and finite, not {site.scale!r}.")
+    for zero in (site.zero_point, *(o.zero_point for o in site.options)):
+        if zero is not None and (isinstance(zero, bool) or not isinstance(zero, int) or not 0 <= zero < 256):
+            raise HawqError(f"Site {name!r} of the plan: zero_point is {zero!r}, not a whole number from 0 to 255.")
+    return site
+
+
+def read_candidate(name: str, kind: str, data: Mapping[str, object]) -> Candidate:
+    """A candidate from JSON.
+
+    Args:
+        name: of its site, for messages.
+        kind: ``weight`` or ``activation``.
+        data: the fields.
+
+    Raises:
+        HawqError: bits or a code format that do not exist for such a site.
+        TypeError: unknown or missing fields.
+    """
+    candidate = Candidate(**data)  # type: ignore[arg-type]
+    check_choice(name, kind, candidate.bits, candidate.code)
+    return candidate
+
+
+def _whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise HawqError(f"The plan's {what} is {value!r}, not a whole number.")
+    return value
+
+
+def check_choice(name: str, kind: str, bits: object, code: str) -> None:
+    """Raise HawqError unless ``bits`` and ``code`` exist for a site of this kind.
+
+    Args:
+        name: of the site, for messages.
+        kind: ``weight`` or ``activation``.
+        bits: 1 to 8 for weights, 2 to 8 for activations.
+        code: code format.
+    """
+    if kind not in ("weight", "activation"):
+        raise HawqError(f"Site {name!r}: kind is {kind!r}; use 'weight' or 'activation'.")
+    allowed = WEIGHT_BITS if kind == "weight" else ACTIVATION_BITS
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
+        number = bits if isinstance(bits, (int, float)) and not isinstance(bits, bool) else allowed[-1]
+        close = min(allowed, key=lambda b: abs(b - number))
+        raise HawqError(
+            f"Site {name!r}: {bits!r} bits is out of range for {kind}s "
+            f"({allowed[0]} to {allowed[-1]}); the nearest is {close}."
+        )
+    if code not in CODE_FORMATS:
+        near = nearest(str(code), CODE_FORMATS)
+        raise HawqError(f"Site {name!r}: code format {code!r} is unknown; use one of {', '.join(CODE_FORMATS)}.{near}")

@@ -1,0 +1,185 @@
+"""The costs of the paper and of devices: weights, file, BOPs, activations, their peak, latency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hawq_lightning._code_formats import CODE_FORMATS
+from hawq_lightning._errors import HawqError
+from hawq_lightning._site_table import Layer, Site
+from hawq_lightning.selection._constraints import FLOAT_BITS
+from hawq_lightning.selection._costs import LayerCost, SiteCost, register_cost, site_row, table_of
+from hawq_lightning.selection._latency import LatencyTable
+from hawq_lightning.selection._linear_cost import LinearCost
+from hawq_lightning.selection._problem import Problem
+from hawq_lightning.selection._units import BIT_OPERATIONS, BYTES, MILLISECONDS
+
+
+def _elements(problem: Problem, kind: str) -> int:
+    return sum(s.numel for s in problem.sites if s.kind == kind)
+
+
+@register_cost("weight_bytes")
+class WeightBytes(SiteCost):
+    """Codes of the quantized weights: the paper's size, and its W-Comp (Tables 1 and 2)."""
+
+    kind, words, title = "weight", ("weights",), "weights, codes (W-Comp)"
+    unit, forms, shown_as, bare = BYTES, ("x", "%", "bit"), "x", ("x", "bit", "bits")
+    examples = ('"12x"', '"3.5bit"', '"8MiB"')
+
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """Bits of the codes / 8, without padding."""
+        return site.numel * bits / 8
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """Size at float32, mean bits, W-Comp."""
+        elements = _elements(problem, "weight")
+        return {
+            "float_weight_bytes": 4.0 * elements, "mean_weight_bits": 8 * cost / elements,
+            "w_comp": 4.0 * elements / cost,
+        }  # fmt: skip
+
+
+@register_cost("file_bytes")
+class FileBytes(SiteCost):
+    """The whole packed file: codes, each site padded to whole bytes, scales, code books and what no choice changes."""
+
+    kind, words, title = "weight", ("file",), "packed file, all included"
+    unit, forms, bare, examples = BYTES, ("x",), tuple(BYTES.suffixes), ('"8MB"', '"8MiB"')
+
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """Whole bytes, and the scales or whatever else the code format stores."""
+        code = next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
+        return math.ceil(site.numel * bits / 8) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
+
+    def constant(self, problem: Problem) -> float:
+        """Header, float tensors, activations' grids."""
+        return problem.file_overhead
+
+    def float32(self, problem: Problem) -> float:
+        """Without scales, which float weights do not have."""
+        return problem.file_overhead + sum(4.0 * s.numel for s in problem.sites if s.kind == "weight")
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """What :func:`hawq_lightning.selection.recost` needs to predict the file again."""
+        scales = sum(s.channels for s in problem.sites if s.kind == "weight")
+        return {"file_overhead": float(problem.file_overhead), "weight_scales": float(scales)}
+
+    def format(self, problem: Problem, cost: float) -> str:
+        """In MB and MiB: budgets have both."""
+        text = self.unit.format(cost)
+        return text if cost < 1000 else f"{self.unit.format(cost, ('MB', 'kB'))} = {text}"
+
+
+@register_cost("bops")
+class BitOperations(LayerCost):
+    """Bit operations: MACs · weight bits · activation bits."""
+
+    title, unit, forms, shown_as = "bit operations", BIT_OPERATIONS, ("x", "%"), "%"
+    examples = ('"50%"', '"20x"', '"1.5G"')
+
+    def of(self, problem: Problem, layer: Layer, weight_bits: int, activation_bits: int) -> float:
+        """Of one image."""
+        return layer.macs * weight_bits * activation_bits
+
+    def missing(self, problem: Problem) -> str:
+        """MACs."""
+        has_macs = any(layer.macs for layer in problem.layers)
+        return "" if has_macs else "BOPs need the layers' MACs: find the sites with an example batch."
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """MACs, and BOPs at 8 bits and float32."""
+        macs = float(sum(x.macs for x in problem.layers))
+        return {"macs": macs, "bops_8bit": 64 * macs, "bops_float": 1024 * macs}
+
+
+@register_cost("act_bytes")
+class ActivationBytes(SiteCost):
+    """Elements of activation sites of one image · bits: the paper's A-Comp (Table 2)."""
+
+    kind, words, title = "activation", ("act", "activations"), "activations, one image (A-Comp)"
+    unit, forms, shown_as, examples = BYTES, ("x", "%", "bit"), "x", ('"7.6x"', '"4bit"', '"2MiB"')
+
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """Of one image."""
+        return site.numel * bits / 8
+
+    def missing(self, problem: Problem) -> str:
+        """Activation sites."""
+        quantized = any(s.kind == "activation" for s in problem.sites)
+        return "" if quantized else f"{self.name} needs activation sites; none is quantized here."
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """Bits, size at float32, mean bits, A-Comp."""
+        elements = _elements(problem, "activation")
+        return {
+            "act_bits": 8 * cost, "float_act_bytes": 4.0 * elements, "mean_act_bits": 8 * cost / elements,
+            "a_comp": 4.0 * elements / cost,
+        }  # fmt: skip
+
+
+@register_cost("act_peak_bytes")
+class PeakActivationBytes(SiteCost):
+    """The most activation memory at any time step: one row a step."""
+
+    kind, words, title = "activation", ("act_peak",), "activations, most at a time"
+    unit, forms, shown_as, examples, table = BYTES, ("x", "%"), "x", ('"256KiB"', '"4x"'), "steps"
+    without_table = "Peak activation memory needs time steps: pass steps=activation_steps(model, batch)."
+
+    def of(self, problem: Problem, site: Site, bits: int) -> float:
+        """Of one image; what is alive at a time scales it."""
+        return site.numel * bits / 8
+
+    def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
+        """Steps with the same live sites are one row."""
+        most_waiting: dict[tuple[tuple[str, int], ...], float] = {}
+        for live, waiting in _steps(problem):
+            key = tuple(sorted(live.items(), key=lambda item: problem.index[item[0]]))
+            most_waiting[key] = max(most_waiting.get(key, 0.0), waiting * FLOAT_BITS / 8)
+        return tuple(
+            site_row(problem, lambda s, b, e=dict(key): e.get(s.name, 0) * b / 8, self.kind, waiting)  # type: ignore[misc]
+            for key, waiting in most_waiting.items()
+        )
+
+    def float32(self, problem: Problem) -> float:
+        """All that is alive, as float32."""
+        return max(sum(step.values()) for step in problem.steps) * FLOAT_BITS / 8
+
+    def eight_bit(self, problem: Problem) -> float:
+        """What waits as float32 stays so."""
+        return max(sum(live.values()) + 4 * waiting for live, waiting in _steps(problem))
+
+
+@register_cost("latency_ms")
+class Latency(LayerCost):
+    """Milliseconds of a table, added up over layers."""
+
+    words, title, unit, forms, table = ("latency",), "latency", MILLISECONDS, ("%",), "latency"
+    examples = ('"3ms"', '"50%"')
+    without_table = (
+        "A latency budget needs a latency table: give latency=latency.csv, a CSV of layer, weight_bits, ms "
+        "(selector.latency=... in the shell)."
+    )
+
+    def of(self, problem: Problem, layer: Layer, weight_bits: int, activation_bits: int) -> float:
+        """As the table says."""
+        table: LatencyTable = table_of(problem, self.table)
+        shape = problem.sites[problem.index[layer.weight]].shape
+        return table.ms(layer, shape, weight_bits, activation_bits)
+
+    def float32(self, problem: Problem) -> float:
+        """Tables have no float32 row that could be trusted.
+
+        Raises:
+            HawqError: always.
+        """
+        raise HawqError(f"{self.name} has no float32 value to be times smaller than; give an absolute figure.")
+
+
+def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
+    """Of every time step the elements held at a site's bits, by site, and those that wait as float32."""
+    quantized = {s.name for s in problem.sites if s.kind == "activation"}
+    for step in problem.steps:
+        live = {k: n for k, n in step.items() if k in quantized}
+        yield live, sum(n for k, n in step.items() if k not in live)

@@ -1,0 +1,73 @@
+"""What selection minimises, added up over sites: Ω of the paper's eq. 10, or a score of the user's own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeVar
+
+from hawq_lightning._plan import Candidate
+from hawq_lightning._registry import Registry
+from hawq_lightning._site_table import Site
+
+Need = Literal["traces"]
+
+
+class Score(ABC):
+    """A number for every candidate, >= 0; the plan with the least sum is chosen.
+
+    When traces are drawn again (bootstrap, stop by stable plan), Ω of the candidates and the mean traces are those of
+    the draw, and the score is computed anew from them: it need not be linear in the trace.
+
+    Attributes:
+        symbol: what messages call it.
+        needs: ``traces``: sites without a measured trace are refused.
+    """
+
+    symbol: ClassVar[str] = "score"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @abstractmethod
+    def of(self, site: Site, candidate: Candidate, mean_trace: float) -> float:
+        """The score of one candidate of one site; ``inf``: not available.
+
+        Args:
+            site: with its number of elements.
+            candidate: bits, code, Ω and perturbation.
+            mean_trace: of the site, guarded against noise; NaN where the score does not need traces.
+        """
+
+
+SCORES: Registry[Score] = Registry("score")
+AnyScore = TypeVar("AnyScore", bound=type[Score])
+
+
+def register_score(name: str) -> Callable[[AnyScore], AnyScore]:
+    """Class decorator: make a :class:`Score` known by name.
+
+    Args:
+        name: lower-case letters, digits and underscores; goes into plans.
+
+    Raises:
+        HawqError: a malformed name, or another score has it.
+    """
+
+    def add(cls: AnyScore) -> AnyScore:
+        SCORES.add(name, cls())
+        return cls
+
+    return add
+
+
+DEFAULT_SCORE = "omega"
+
+
+@register_score(DEFAULT_SCORE)
+class Omega(Score):
+    """Ω (paper eq. 10): mean trace · perturbation; for activations weighed image by image when it was measured."""
+
+    symbol = "Ω"
+
+    def of(self, site: Site, candidate: Candidate, mean_trace: float) -> float:
+        """The Ω that was measured."""
+        return candidate.omega
