@@ -9,7 +9,7 @@ from hawq_lightning.export._extra import require
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._network import DetectorNetwork, network_of
-from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed, stored_sites
 from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "require",
     "save_packed",
     "stored_layers",
+    "stored_sites",
     "to_onnx",
     "to_program",
     "unpack",

@@ -112,23 +112,37 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         HawqError: the model is float, carries another plan, holds something that cannot be stored, or the path cannot
             be written.
     """
+    entries: dict[str, JsonObject] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for stored in stored_sites(model, plan):
+        name = stored.site.name
+        entries[name] = site_entry(stored)
+        tensors |= {f"{name}.{part}": t for part, t in stored.storage.tensors.items()}
+        if stored.codes is not None:
+            tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
+    rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
+    metadata = metadata_of(entries, rest)
+    spec = quantized_by_name(model)[plan.sites[0].layers[0]].spec
+    header_bytes = _safetensors.header_bytes(*_largest(model, plan.sites, spec))
+    return _safetensors.write(path, _ordered(tensors, rest), metadata, header_bytes)
+
+
+def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
+    """The sites of a plan as files hold them: codes of weights, and what each quantizer stores.
+
+    Args:
+        model: with fake-quant layers, enabled; it stays as it is.
+        plan: the plan that it carries.
+
+    Raises:
+        HawqError: the model is float, carries another plan, or a weight is not finite or not on its quantizer's grid.
+    """
     layers = quantized_by_name(model)
     check_enabled(layers, plan)
     modules: Mapping[str, nn.Module] = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    entries: dict[str, JsonObject] = {}
-    tensors: dict[str, torch.Tensor] = {}
     for site in plan.sites:
         weight_of(model, site, modules)
-        stored = _stored_weight(site, layers) if site.kind == "weight" else _stored_activation(site, layers)
-        entries[site.name] = site_entry(stored)
-        tensors |= {f"{site.name}.{name}": t for name, t in stored.storage.tensors.items()}
-        if stored.codes is not None:
-            tensors[f"{site.name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
-    rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
-    metadata = metadata_of(entries, rest)
-    spec = layers[plan.sites[0].layers[0]].spec
-    header_bytes = _safetensors.header_bytes(*_largest(model, plan.sites, spec))
-    return _safetensors.write(path, _ordered(tensors, rest), metadata, header_bytes)
+        yield _stored_weight(site, layers) if site.kind == "weight" else _stored_activation(site, layers)
 
 
 def read_packed(path: str | Path) -> PackedFile:
