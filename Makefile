@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo     train, quantize and report on real digits (under 4 minutes)
-#   make test     the tests; make lint; make stress: long fault and load tests
+#   make test     the tests, with coverage and its floor; make lint; make stress: long fault and load tests
 #   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included
 # The development environment uses the versions that the tests ran with; users of the package are not pinned.
@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@echo "open $(RUN)/report.html"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress" --cov --cov-report=
 
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress
@@ -51,5 +51,5 @@ docs: .venv/.docs
 	@touch $@
 
 clean:
-	rm -rf .venv site build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

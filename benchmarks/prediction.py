@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from hawq_lightning import Candidate, PlanSite, Site, SiteTable, measure, sites
 from hawq_lightning.data import ImageFolderDataModule
 from hawq_lightning.models import resnet20
-from hawq_lightning.quantization import enable_site, loss_check, options, prepare, unquantize, weight_options
+from hawq_lightning.quantization import candidates, enable_site, loss_per_site, prepare, unquantize, weight_candidates
 from hawq_lightning.report import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, log_scale
 from hawq_lightning.sensitivity import Sensitivity, top_eigenvalues
 
@@ -93,11 +93,11 @@ def by_quantization(
     model: nn.Module, batches: Batches, table: SiteTable, traces: Sensitivity, eigenvalues: Mapping[str, float]
 ) -> list[Row]:
     """Experiment 1, with what the rivals predict and the gradient term."""
-    choices = options(
+    choices = candidates(
         model, batches, traces, table, loss_fn,
         weight_bits=WEIGHT_BITS, activation_bits=ACTIVATION_BITS, input_bits=None,
     )  # fmt: skip
-    rows = loss_check(model, batches, loss_fn, table, choices)
+    rows = loss_per_site(model, batches, loss_fn, table, choices)
     slopes = gradients(model, batches, [s.name for s in table if s.kind == "weight"])
     by_name = {s.name: s for s in table}
     for row in rows:
@@ -136,7 +136,7 @@ def at_one_norm(
     """Experiment 3: noise of one norm, that of the median weight at 4 bits, at every weight."""
     parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
     weights = [r for r in traces if r.kind == "weight"]
-    at_4 = [min(o.perturbation for o in weight_options(parameters[r.name], 0, (4,), r.mean_trace)) for r in weights]
+    at_4 = [min(o.perturbation for o in weight_candidates(parameters[r.name], 0, (4,), r.mean_trace)) for r in weights]
     norm = math.sqrt(float(np.median(at_4)))
     rows = []
     for r in weights:

@@ -86,7 +86,7 @@ def steps(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     table = hl.sites(model, batch)
     example = [batch]
     given = hl.measure(model, example, loss_fn, estimator="ggn", rtol=9.0, max_probes=2, progress=False)
-    choices = hl.options(model, example, given, table, loss_fn, weight_bits=(4,), activation_bits=(8,))
+    choices = hl.candidates(model, example, given, table, loss_fn, weight_bits=(4,), activation_bits=(8,))
     hl.quantize(model, hl.select(hl.Problem(table, choices, given), budget="8x"))
     wrapped = nn.parallel.DistributedDataParallel(model.train())
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)

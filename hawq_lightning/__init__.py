@@ -10,7 +10,7 @@ from hawq_lightning._site_table import Layer, Site, SiteTable
 from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, sites
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
-from hawq_lightning.quantization import options, quantize
+from hawq_lightning.quantization import candidates, quantize
 from hawq_lightning.selection import Frontier, Problem, frontier, select
 from hawq_lightning.sensitivity import Sensitivity, measure
 
@@ -45,6 +45,7 @@ __all__ = [
     "SiteTable",
     "__version__",
     "batch_images",
+    "candidates",
     "find_sites",
     "frontier",
     "layer_type",
@@ -52,7 +53,6 @@ __all__ = [
     "load_packed",
     "measure",
     "nearest",
-    "options",
     "quantizable_layers",
     "quantize",
     "save_packed",

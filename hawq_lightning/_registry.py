@@ -58,6 +58,15 @@ class Registry(Generic[Entry]):
         self._entries[name] = entry
         return entry
 
+    def remove(self, name: str) -> None:
+        """Forget an entry: for a notebook that defines it anew, and for tests.
+
+        Raises:
+            HawqError: there is none.
+        """
+        self.check(name)
+        del self._entries[name]
+
     def __getitem__(self, name: str) -> Entry:
         """The entry of that name.
 

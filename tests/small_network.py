@@ -43,7 +43,7 @@ def small_plan(model, dtype=torch.float32, loss_fn=cross_entropy, batch=None, fo
     batch = images(dtype) if batch is None else batch
     table = hl.sites(model, batch, **({} if forward is None else {"forward": forward}))
     traces = hl.measure(model, [batch], loss_fn, sites=table, progress=False, max_probes=4, rtol=0.5)
-    choices = hl.options(
+    choices = hl.candidates(
         model, [batch], traces, table, loss_fn, weight_bits=weight_bits, activation_bits=(4, 8), input_bits=None
     )
     return hl.select(hl.Problem(table, choices, traces), {"weights": "6x", "act": "5x"})

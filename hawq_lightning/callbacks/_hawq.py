@@ -171,7 +171,7 @@ class HAWQ(Callback):
         return self.measure_callback.sites
 
     @property
-    def options(self) -> dict[str, tuple[Candidate, ...]]:
+    def options(self) -> Mapping[str, tuple[Candidate, ...]]:
         """Every option weighed, by site."""
         return self.measure_callback.options
 

@@ -35,13 +35,13 @@ from hawq_lightning.callbacks._trainer import (
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import (
     QuantizerSpec,
+    candidates,
     check_bits,
     fake_quant_disabled,
-    loss_check,
     loss_of_plan,
-    options,
+    loss_per_site,
     quantizer_named,
-    weight_kinds,
+    weight_code_formats,
 )
 from hawq_lightning.selection import (
     SELECTORS,
@@ -154,7 +154,7 @@ class MeasureTraces(Callback):
                 raise HawqError(f"{what} is {number!r}; it is a whole number, {least} or more.")
         if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
             raise HawqError(f"rtol is {rtol!r}; it is a share of each trace such as 0.05.")
-        weight_kinds(8, codes)
+        weight_code_formats(8, codes)
         self._selector = SELECTORS[selector]
         self._selector.check(budget, bits)
         if isinstance(bits, (str, Path)):
@@ -192,7 +192,7 @@ class MeasureTraces(Callback):
         self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
         self.sites: SiteTable | None = None
         self.sensitivity: Sensitivity | None = None
-        self.options: dict[str, tuple[Candidate, ...]] = {}
+        self.options: Mapping[str, tuple[Candidate, ...]] = {}
         self.frontier: Frontier | None = None
         self.plan: Plan | None = None
         self.loss_check: list[dict[str, Any]] = []
@@ -253,8 +253,8 @@ class MeasureTraces(Callback):
             constraints = {**self.constraints, "steps": tuple(nominal.steps)}
             with shared_traces(trainer, folder, self.cache, table) as traces:
                 weigh = partial(
-                    options, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
-                    activation_bits=self.activation_bits, input_bits=self.input_bits, codes=self.codes,
+                    candidates, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
+                    activation_bits=self.activation_bits, input_bits=self.input_bits, code_format=self.codes,
                     quantizer=self.quantizer,
                 )  # fmt: skip
                 stable = StablePlan(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
@@ -288,7 +288,7 @@ class MeasureTraces(Callback):
             self._draw_frontier(problem, folder if trainer.is_global_zero else None)
             warn_untrained(self.sensitivity, pl_module, batches, loss_fn, plan)
             if self.check_loss:
-                self.loss_check = loss_check(
+                self.loss_check = loss_per_site(
                     pl_module, batches, loss_fn, table, self.options, quantizer=self.quantizer, progress=show
                 )
                 if trainer.is_global_zero:

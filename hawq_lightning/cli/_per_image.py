@@ -29,7 +29,11 @@ def keep_per_image(folder: Path, stage: str, arrays: Mapping[str, NDArray[Any]])
     stored: dict[str, NDArray[Any]] = {}
     if path.is_file():
         # a damaged file is replaced: the run that is going on matters more than what it held
-        with suppress(OSError, ValueError, zipfile.BadZipFile), np.load(path, allow_pickle=False) as file:
+        with (
+            suppress(OSError, ValueError, zipfile.BadZipFile),
+            path.open("rb") as raw,  # numpy leaves a damaged archive open
+            np.load(raw, allow_pickle=False) as file,
+        ):
             stored = {k: file[k] for k in file.files if not k.startswith(f"{stage}/")}
     for name, values in arrays.items():
         if values.dtype == bool:

@@ -19,14 +19,11 @@ from hawq_lightning.quantization._apply import (
     unquantize,
     with_quantizer,
 )
-from hawq_lightning.quantization._candidates import options, weight_kinds, weight_options
+from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_tensor
-from hawq_lightning.quantization._first_order import first_order_term
 from hawq_lightning.quantization._inputs import network_inputs
-from hawq_lightning.quantization._loss_check import loss_check
 from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
-from hawq_lightning.quantization._plan_loss import loss_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, quantizers_in
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -38,7 +35,12 @@ from hawq_lightning.quantization._registry import (
     register,
 )
 from hawq_lightning.quantization._storage import Storage
-from hawq_lightning.quantization._trial import temporarily_quantized
+from hawq_lightning.quantization._trial import (
+    first_order_term,
+    loss_of_plan,
+    loss_per_site,
+    temporarily_quantized,
+)
 from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "WeightQuantizer",
     "activation_step",
     "along",
+    "candidates",
     "check_bits",
     "check_plan",
     "disable",
@@ -67,11 +70,10 @@ __all__ = [
     "find_heads",
     "first_order_term",
     "import_quantizers",
-    "loss_check",
     "loss_of_plan",
+    "loss_per_site",
     "must_be_called",
     "network_inputs",
-    "options",
     "plan_of",
     "prepare",
     "quantize",
@@ -87,8 +89,8 @@ __all__ = [
     "temporarily_quantized",
     "to_fake_quantized",
     "unquantize",
-    "weight_kinds",
-    "weight_options",
+    "weight_candidates",
+    "weight_code_formats",
     "weight_step",
     "with_quantizer",
 ]

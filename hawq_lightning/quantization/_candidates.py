@@ -1,19 +1,22 @@
-"""Every option of every site with its perturbation ||Q(.) - .||^2 and Omega (eq. 10; for activations section 2.2)."""
+"""Every candidate of every site: perturbation ||Q(.) - .||^2 and Omega (eq. 10; for activations section 2.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
-from hawq_lightning._errors import HawqError
+from hawq_lightning._candidates import Candidates
+from hawq_lightning._config import QuantizerConfig
+from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
@@ -21,37 +24,42 @@ from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization._widths import check_bits
 from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_traces, isolated_eval, to_device
 
-LossFn = Callable[[nn.Module, Any], torch.Tensor]
-_SAMPLE_A_BATCH = 16_384
+_SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
 
-def weight_kinds(bits: int, codes: str = "auto") -> tuple[str, ...]:
-    """Code kinds to try at a width: 1 bit is sign times scale; at 2 bits the better of both; integers above.
+def weight_code_formats(bits: int, code_format: str = "auto") -> tuple[str, ...]:
+    """Code formats to try at a width: 1 bit is sign times scale; at 2 bits the better of both; integers above.
 
     Raises:
-        HawqError: an unknown kind.
+        HawqError: an unknown format.
     """
-    if codes not in ("auto", "affine", "midrise"):
-        raise HawqError(f"codes={codes!r} is unknown; use 'auto', 'affine' or 'midrise'.")
+    choice("code_format", code_format, ("auto", "affine", "midrise"))
     if bits == 1:
         return ("midrise",)
-    if codes != "auto":
-        return (codes,)
+    if code_format != "auto":
+        return (code_format,)
     return ("affine", "midrise") if bits == 2 else ("affine",)
 
 
-def weight_options(
+def weight_candidates(
     weight: torch.Tensor,
     axis: int,
     widths: Sequence[int],
     mean_trace: float,
-    codes: str = "auto",
+    code_format: str = "auto",
     quantizer: str | QuantizerSpec = "uniform",
     norm: nn.Module | None = None,
 ) -> tuple[Candidate, ...]:
-    """One option a width for a weight of any shape; Omega is ``mean_trace * ||Q(W) - W||^2``.
+    """One candidate a width; Omega is ``mean_trace * ||Q(W) - W||^2``.
 
-    ``norm`` is the BatchNorm behind the layer, for quantizers that fold it while training.
+    Args:
+        weight: of any shape.
+        axis: of its output channels.
+        widths: ascending.
+        mean_trace: of the site, >= 0.
+        code_format: ``auto``, ``affine`` or ``midrise`` for 2 bits and more.
+        quantizer: registered name, or what :func:`quantizer_named` returned.
+        norm: the BatchNorm behind the layer, for quantizers that fold it while training.
 
     Raises:
         HawqError: a quantizer without such codes, or NaN in the weight.
@@ -61,101 +69,148 @@ def weight_options(
     q.fold(norm)
     out = []
     for bits in widths:
-        own = q.kinds(bits)
-        kinds = [k for k in weight_kinds(bits, codes) if k in own]
-        if not kinds and codes != "auto" and bits > 1:
-            raise HawqError(f"Quantizer {spec.name!r} has no {codes} codes of {bits} bits, but {' and '.join(own)}.")
-        error, code = min((q.fit(weight, bits, kind), kind) for kind in kinds or own)
+        offered = q.kinds(bits)
+        formats = [k for k in weight_code_formats(bits, code_format) if k in offered]
+        if not formats and code_format != "auto" and bits > 1:
+            raise HawqError(
+                f"Quantizer {spec.name!r} has no {code_format} codes of {bits} bits, but {' and '.join(offered)}."
+            )
+        error, code = min((q.fit(weight, bits, form), form) for form in formats or offered)
         out.append(Candidate(bits, code, mean_trace * error, error))
     return tuple(out)
 
 
-def options(
+def candidates(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     sensitivity: Sensitivity,
     sites: SiteTable,
     loss_fn: LossFn,
     *,
-    weight_bits: int | Sequence[int] = (2, 4, 8),
-    activation_bits: int | Sequence[int] | None = 8,
-    input_bits: int | None = 8,
-    codes: str = "auto",
-    quantizer: str | QuantizerSpec = "uniform",
-    batch_size_fn: Callable[[Any], int] = batch_images,
-    progress: bool | Bar = False,
-) -> dict[str, tuple[Candidate, ...]]:
+    config: QuantizerConfig | None = None,
+    quantizer: str | QuantizerSpec | None = None,
+    batch_size_fn: BatchSizeFn = batch_images,
+    progress: bool = False,
+    **overrides: object,
+) -> Candidates:
     """Weigh every width for every site.
 
     Args:
         model: left as it was.
-        batches: those that the traces were measured on: activations' Omega pairs trace and perturbation image by image.
+        batches: those that the traces were measured on: activations' Omega pairs trace and perturbation by sample.
         sensitivity: traces of ``sites``.
         sites: table from :func:`hawq_lightning.sites`.
         loss_fn: runs the model on a batch.
-        weight_bits: widths to choose from, 1 to 8.
-        activation_bits: likewise 2 to 8; ``None`` leaves activations float.
-        input_bits: width of what the network itself reads; ``None``: as other activations.
-        codes: ``auto``, ``affine`` or ``midrise`` for weights of 2 bits and more.
-        quantizer: registered name, or what :func:`quantizer_named` returned: whose errors are weighed.
-        batch_size_fn: number of images in a batch.
+        config: quantizer, widths, code formats.
+        quantizer: registered name in the place of the config's, or what :func:`quantizer_named` returned.
+        batch_size_fn: number of samples in a batch.
         progress: show a bar.
+        overrides: fields of the config to change, such as ``weight_bits=(4, 8)``.
 
     Returns:
-        site name -> options, ascending bits; activation options carry step and zero point.
+        candidates by site, ascending bits; those of activations carry step and zero point.
 
     Raises:
-        HawqError: widths out of range, NaN in weights or activations (it names the site).
+        HawqError: an unknown field, widths out of range, NaN in weights or activations (it names the site).
     """
-    weight_widths = check_bits(weight_bits, "weight")
-    spec = quantizer_named(quantizer)
+    config = _overridden(config or QuantizerConfig(), overrides)
+    spec = quantizer_named(config.name, config.options) if quantizer is None else quantizer_named(quantizer)
+    mean_traces, _ = guarded_mean_traces(sensitivity)
+    with progress_bar(progress) as bar:
+        by_site = _of_weights(model, sites, mean_traces, config, spec, bar)
+        if config.activation_bits is not None and sites.activations:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            run = _Runs(model, [to_device(b, device) for b in batches], loss_fn, sites, bar)
+            with isolated_eval(model):
+                steps = _calibrated(run, sites, config, spec)
+                samples = [batch_size_fn(b) for b in run.batches]
+                rows = _Perturbations(steps, samples, sensitivity.row_unit)
+                run.all("Activation perturbations", rows.visit)
+            for site in sites.activations:
+                lift = _lift(sensitivity, site.name, mean_traces[site.name])
+                by_site[site.name] = tuple(
+                    Candidate(
+                        bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero
+                    )
+                    for bits, (step, zero) in steps[site.name].items()
+                )
+    return Candidates.of(by_site, sites, spec.name, spec.options)
+
+
+def _overridden(config: QuantizerConfig, overrides: Mapping[str, object]) -> QuantizerConfig:
+    names = [f.name for f in fields(QuantizerConfig)]
+    for name in overrides:
+        if name not in names:
+            raise HawqError(f"QuantizerConfig has no field {name!r}.{nearest(name, names)}")
+    return replace(config, **overrides)  # type: ignore[arg-type]
+
+
+def _of_weights(
+    model: nn.Module,
+    sites: SiteTable,
+    mean_traces: Mapping[str, float],
+    config: QuantizerConfig,
+    spec: QuantizerSpec,
+    bar: Bar,
+) -> dict[str, tuple[Candidate, ...]]:
+    widths = check_bits(config.weight_bits, "weight")
     layers, _ = quantizable_layers(model)
     norms = norms_to_fold(model, sites.layers)
-    mean_traces, _ = guarded_mean_traces(sensitivity)
-    out: dict[str, tuple[Candidate, ...]] = {}
-    bar = progress_bar(bool(progress))
-    with bar as shown:
-        task = shown.begin("Weight ranges", len(sites.weights))
-        for i, site in enumerate(sites.weights):
-            layer = layers[site.layers[0]]
-            try:
-                out[site.name] = weight_options(
-                    layer.weight.detach(),
-                    channel_axis(layer),
-                    weight_widths,
-                    mean_traces[site.name],
-                    codes,
-                    spec,
-                    norms.get(site.layers[0]),
-                )
-            except HawqError as error:
-                raise HawqError(f"Layer {site.layers[0]!r}: {error}.") from None
-            shown.advance(task, i + 1)
-        if activation_bits is None or not sites.activations:
-            return out
-        widths = check_bits(activation_bits, "activation")
-        kept = list(batches)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        kept = [to_device(b, device) for b in kept]
-        readers = {x.name: layers[x.name] for x in sites.layers}
-        site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
-        with isolated_eval(model):
-            inputs = network_inputs(model, kept[0], loss_fn, sites) if input_bits is not None else frozenset()
-            seen = _Seen(spec)
-            _read_all(model, kept, loss_fn, readers, site_of, lambda b: seen.look, shown, "Activation ranges")
-            steps: dict[str, dict[int, tuple[float, int]]] = {}
-            for site in sites.activations:
-                mine = check_bits(input_bits, "activation") if site.name in inputs else widths
-                steps[site.name] = {bits: seen.step(site.name, bits) for bits in mine}
-            rows = _Perturbations(steps, [batch_size_fn(b) for b in kept], sensitivity.row_unit)
-            _read_all(model, kept, loss_fn, readers, site_of, rows.visit, shown, "Activation perturbations")
-        for site in sites.activations:
-            lift = _lift(sensitivity, site.name, mean_traces[site.name])
-            out[site.name] = tuple(
-                Candidate(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
-                for bits, (step, zero) in steps[site.name].items()
+    task = bar.begin("Weight ranges", len(sites.weights))
+    out = {}
+    for i, site in enumerate(sites.weights):
+        name = site.layers[0]
+        layer, trace, norm = layers[name], mean_traces[site.name], norms.get(name)
+        try:
+            out[site.name] = weight_candidates(
+                layer.weight.detach(), channel_axis(layer), widths, trace, config.code_format, spec, norm
             )
+        except HawqError as error:
+            raise HawqError(f"Layer {name!r}: {error}.") from None
+        bar.advance(task, i + 1)
     return out
+
+
+def _calibrated(
+    run: _Runs, sites: SiteTable, config: QuantizerConfig, spec: QuantizerSpec
+) -> dict[str, dict[int, tuple[float, int]]]:
+    """Site -> bits -> (step, zero point)."""
+    assert config.activation_bits is not None
+    widths = check_bits(config.activation_bits, "activation")
+    at_input = None if config.input_bits is None else check_bits(config.input_bits, "activation")
+    inputs = frozenset() if at_input is None else network_inputs(run.model, run.batches[0], run.loss_fn, sites)
+    ranges = _Ranges(spec)
+    run.all("Activation ranges", lambda batch: ranges.look)
+    return {
+        site.name: {
+            bits: ranges.step(site.name, bits) for bits in (at_input if at_input and site.name in inputs else widths)
+        }
+        for site in sites.activations
+    }
+
+
+class _Runs:
+    """Runs of the model over batches, in which visitors see what activation sites read."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, sites: SiteTable, bar: Bar) -> None:
+        self.model, self.batches, self.loss_fn, self._bar = model, batches, loss_fn, bar
+        layers, _ = quantizable_layers(model)
+        self._readers = {x.name: layers[x.name] for x in sites.layers}
+        self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
+
+    def all(self, what: str, visitor: Callable[[int], Callable[[str, torch.Tensor], None]]) -> None:
+        """Every batch once; ``visitor(batch)`` returns what gets site and tensor."""
+        task = self._bar.begin(what, len(self.batches))
+        for b, batch in enumerate(self.batches):
+            look = visitor(b)
+
+            def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
+                look(site, x.detach())
+                return x
+
+            with InputHooks(self._readers, self._site_of, visit), torch.no_grad():
+                self.loss_fn(self.model, batch)
+            self._bar.advance(task, b + 1)
 
 
 def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
@@ -163,24 +218,7 @@ def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
     return None if guarded == sensitivity[name].mean_trace else guarded
 
 
-def _read_all(
-    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn, layers: Mapping[str, nn.Module],
-    site_of: Mapping[str, str], visitor: Callable[[int], Callable[[str, torch.Tensor], None]], bar: Bar, what: str,
-) -> None:  # fmt: skip
-    task = bar.begin(what, len(batches))
-    for b, batch in enumerate(batches):
-        look = visitor(b)
-
-        def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
-            look(site, x.detach())
-            return x
-
-        with InputHooks(layers, site_of, visit), torch.no_grad():
-            loss_fn(model, batch)
-        bar.advance(task, b + 1)
-
-
-class _Seen:
+class _Ranges:
     """Extremes and a strided sample of what each site reads."""
 
     def __init__(self, spec: QuantizerSpec) -> None:
@@ -211,13 +249,13 @@ class _Perturbations:
     """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity."""
 
     def __init__(
-        self, steps: Mapping[str, Mapping[int, tuple[float, int]]], images: Sequence[int], unit: Mapping[str, str]
+        self, steps: Mapping[str, Mapping[int, tuple[float, int]]], samples: Sequence[int], unit: Mapping[str, str]
     ) -> None:
-        self._steps, self._images, self._unit = steps, images, unit
+        self._steps, self._samples, self._unit = steps, samples, unit
         self._rows: dict[tuple[str, int], list[torch.Tensor]] = {}
 
     def visit(self, batch: int) -> Callable[[str, torch.Tensor], None]:
-        images = self._images[batch]
+        samples = self._samples[batch]
         here: dict[tuple[str, int], torch.Tensor] = {}
 
         def look(site: str, x: torch.Tensor) -> None:
@@ -226,8 +264,8 @@ class _Perturbations:
                 top = (1 << bits) - 1
                 levels = fake_quantize_tensor(x32, torch.tensor(step), torch.tensor(float(zero)), top)
                 error = levels.sub_(x32).square_()
-                per_image = self._unit.get(site) == "image"
-                value = error.flatten(1).sum(1).double() if per_image else error.sum().double()[None] / images
+                per_sample = self._unit.get(site) == "image"
+                value = error.flatten(1).sum(1).double() if per_sample else error.sum().double()[None] / samples
                 if (site, bits) in here:
                     here[site, bits] += value.cpu()
                 else:

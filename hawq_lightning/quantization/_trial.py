@@ -1,28 +1,42 @@
-"""Quantizers for a while: tried on a model that afterwards is as it was, armed or not."""
+"""What quantization does to the loss, measured on a model that is left as it was: by site, by plan, to first order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
-from hawq_lightning.quantization._apply import disable, prepare, quantized_layers, quantizers
+from hawq_lightning._batches import batch_images
+from hawq_lightning._plan import Candidate, Plan, PlanSite
+from hawq_lightning._progress import progress_bar
+from hawq_lightning._site_table import Site, SiteTable
+from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.quantization._apply import (
+    check_plan,
+    disable,
+    enable_site,
+    prepare,
+    quantized_layers,
+    quantizers,
+)
+from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedLayer, to_float
-from hawq_lightning.quantization._registry import QuantizerSpec
+from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+from hawq_lightning.sensitivity import isolated_eval, to_device
 
 
 @contextmanager
 def temporarily_quantized(
     model: nn.Module, quantizer: str | QuantizerSpec | None = None
 ) -> Iterator[dict[str, QuantizedLayer]]:
-    """Inside, every quantizable layer is a twin with its quantizers off; afterwards all is as it was.
+    """Inside, every quantizable layer is a fake-quant layer with its quantizers off; afterwards all is as it was.
 
     Args:
         model: float, or with quantizers in any state.
-        quantizer: registered name; ``None``: the twins' own, ``uniform`` for a float layer.
+        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float layer.
     """
     had = {
         id(x): (x.weight_quantizer, x.input_quantizer, x.quantizer_options) for x in quantized_layers(model).values()
@@ -47,7 +61,168 @@ def temporarily_quantized(
                 q.__dict__.update(plain)
 
 
-def _plain(quantizer: nn.Module) -> dict[str, Any]:
+def loss_per_site(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    sites: SiteTable,
+    candidates: Mapping[str, Sequence[Candidate]],
+    *,
+    quantizer: str | QuantizerSpec | None = None,
+    batch_size_fn: BatchSizeFn = batch_images,
+    progress: bool = False,
+) -> list[dict[str, str | float]]:
+    """Quantize one site at a time and measure the loss: the cheapest test of the paper's claim.
+
+    Args:
+        model: float, or with quantizers in any state; left as it was.
+        batches: the mean loss is over these.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        sites: table of the model.
+        candidates: what to try at each.
+        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        batch_size_fn: number of samples in a batch.
+        progress: show a bar.
+
+    Returns:
+        rows ``site, kind, bits, predicted`` (half of Omega), ``measured`` (loss change).
+    """
+    mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
+    norms = norms_to_fold(model, sites.layers)
+    trials = [(s, c) for s in sites for c in candidates.get(s.name, ())]
+    rows: list[dict[str, str | float]] = []
+    with (
+        temporarily_quantized(model, quantizer) as layers,
+        isolated_eval(model),
+        torch.no_grad(),
+        progress_bar(progress) as bar,
+    ):
+        base = mean_loss()
+        task = bar.begin("Loss change, site by site", len(trials))
+        for done, (site, candidate) in enumerate(trials):
+            for name in site.layers:
+                enable_site(layers[name], _plan_site(site, candidate), norms.get(name))
+            measured = mean_loss() - base
+            for name in site.layers:
+                layer = layers[name]
+                (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disable()
+            rows.append({
+                "site": site.name, "kind": site.kind, "bits": candidate.bits,
+                "predicted": candidate.omega / 2, "measured": measured,
+            })  # fmt: skip
+            bar.advance(task, done + 1)
+    return rows
+
+
+@contextmanager
+def loss_of_plan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    batch_size_fn: BatchSizeFn = batch_images,
+    quantizer: str | QuantizerSpec | None = None,
+) -> Iterator[Callable[[Plan], float]]:
+    """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
+
+    Only sites whose bits differ from the last plan's are enabled again.
+
+    Args:
+        model: float, or with quantizers in any state; left as it was.
+        batches: the mean loss is over these.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batch_size_fn: number of samples in a batch.
+        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+    """
+    mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
+    enabled: dict[str, PlanSite] = {}
+
+    def loss_of(plan: Plan) -> float:
+        if not enabled:
+            check_plan(model, plan)
+        norms = norms_to_fold(model, plan.layers)
+        for site in plan.sites:
+            last = enabled.get(site.name)
+            if last is None or (last.bits, last.code) != (site.bits, site.code):
+                for name in site.layers:
+                    enable_site(layers[name], site, norms.get(name))
+                enabled[site.name] = site
+        return mean_loss()
+
+    with temporarily_quantized(model, quantizer) as layers, isolated_eval(model), torch.no_grad():
+        yield loss_of
+
+
+def first_order_term(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    plan: Plan,
+    batch_size_fn: BatchSizeFn = batch_images,
+) -> float:
+    """The term that the paper's Assumption 1 sets to zero: g · ΔW, small only where training has converged.
+
+    ``sum_l <g_l, Q(W_l) - W_l>`` over the weights of a plan, g the gradient of the mean loss over the batches.
+
+    Args:
+        model: left as it was, but for ``requires_grad`` of its weights.
+        batches: the mean loss is over these.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        plan: whose quantizer rounds the weights.
+        batch_size_fn: number of samples in a batch.
+    """
+    layers, _ = quantizable_layers(model)
+    weights = {s.name: layers[s.layers[0]] for s in plan.weights}
+    norms = norms_to_fold(model, plan.layers)
+    spec = quantizer_named(plan.quantizer, plan.quantizer_options)
+    total, count = 0.0, 0
+    device = _device(model)
+    with isolated_eval(model), torch.enable_grad():
+        errors = {}
+        for s in plan.weights:
+            layer = weights[s.name]
+            w = layer.weight.detach()
+            axis = channel_axis(layer)
+            quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
+            quantizer.fold(norms.get(s.layers[0]))
+            quantizer.fit(w, s.bits, s.code)
+            errors[s.name] = (quantizer(w.float()) - w).detach()
+        for layer in weights.values():
+            layer.weight.requires_grad_(True)
+        for batch in batches:
+            batch = to_device(batch, device)
+            n = batch_size_fn(batch)
+            loss = loss_fn(model, batch)
+            grads = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)
+            total += n * sum(float((g * errors[k]).sum()) for k, g in zip(weights, grads) if g is not None)
+            count += n
+    return total / max(count, 1)
+
+
+class _MeanLoss:
+    """The mean loss over batches on the model's device, weighed by samples."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, batch_size_fn: BatchSizeFn) -> None:
+        self._model, self._loss_fn = model, loss_fn
+        self._batches = [to_device(b, _device(model)) for b in batches]
+        self._samples = [batch_size_fn(b) for b in self._batches]
+
+    def __call__(self) -> float:
+        losses = [float(self._loss_fn(self._model, b)) * n for b, n in zip(self._batches, self._samples)]
+        return sum(losses) / sum(self._samples)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _plan_site(site: Site, candidate: Candidate) -> PlanSite:
+    return PlanSite(
+        site.name, site.kind, site.layers, site.shape, site.numel, candidate.bits, candidate.code,
+        candidate.scale, candidate.zero_point,
+    )  # fmt: skip
+
+
+def _plain(quantizer: nn.Module) -> dict[str, object]:
     """Attributes beside parameters and buffers."""
     return {k: v for k, v in quantizer.__dict__.items() if k not in _MODULES}
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import Plan, SiteTable, quantize
 from hawq_lightning.cli import make_data, make_task
-from hawq_lightning.quantization import QuantizedLayer, along, loss_check
+from hawq_lightning.quantization import QuantizedLayer, along, loss_per_site
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import Problem
 from hawq_lightning.tasks import make_optimizer
@@ -95,7 +95,7 @@ class HeldOut:
         """``site@bits`` -> loss change with that weight alone quantized, on 512 training images."""
         weights = tuple(s for s in problem.sites if s.kind == "weight")
         table = SiteTable(weights, problem.layers)
-        rows = loss_check(
+        rows = loss_per_site(
             self.network(), self.still[:4], lambda m, b: F.cross_entropy(m(b[0]), b[1]), table, problem.options
         )  # fmt: skip
         return {f"{r['site']}@{r['bits']}": r["measured"] for r in rows}

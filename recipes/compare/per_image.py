@@ -39,7 +39,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # numpy leaves a damaged archive open
             return {k: file[k] for k in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise HawqError(f"{path} is damaged: {error}.") from error

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from hawq_lightning import HawqError, Plan, Problem, measure, options, select, sites
+from hawq_lightning import HawqError, Plan, Problem, candidates, measure, select, sites
 from hawq_lightning.cli import Images, export_run, uniform, write_onnx
 from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
@@ -136,7 +136,7 @@ def test_the_table_is_what_the_selector_reads(tmp_path):
     loss = lambda m, b: m(b).square().mean()  # noqa: E731
     table = sites(net, x)
     traces = measure(net, [x], loss, sites=table, rtol=9, progress=False)
-    found = options(net, [x], traces, table, loss)
+    found = candidates(net, [x], traces, table, loss)
     plan = select(Problem(table, found, traces), "8x")
     rows = layer_latencies(net, plan, (x[:1],))
     assert {r["weight_bits"] for r in rows} == {2, 4, 8} and all(r["ms"] > 0 for r in rows)

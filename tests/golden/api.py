@@ -186,6 +186,14 @@ def problem(sites: Any, weighed: Any, sensitivity: Any, **constraints: Any) -> A
     return find("Problem")(sites, weighed, sensitivity, **constraints)
 
 
+def frontier(problem: Any) -> Any:
+    """Every plan that no other beats in Omega and bytes of weights."""
+    try:
+        return find("plan_frontier")(problem, "weight_bytes")
+    except LookupError:
+        return problem.frontier("weight_bytes")
+
+
 def sites(model: nn.Module, example: Any) -> Any:
     """The table of sites."""
     return hawq_lightning.sites(model, example)

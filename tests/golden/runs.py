@@ -209,7 +209,7 @@ def selectors(record: Record, folder: Path) -> None:
         plan = api.find("select")(problem, budget, selector, **({"seed": 3} | own))
         facts.of_plan(record, plan, section, weighed=False)
         if selector == "pareto" and not constraints:
-            facts.of_frontier(record, problem.frontier("weight_bytes"), f"{section}_frontier")
+            facts.of_frontier(record, api.frontier(problem), f"{section}_frontier")
 
     two = {"weights": "10x", "bops": "40%"}
     pick("pareto", "10x")
@@ -244,7 +244,7 @@ def selection_of_arrays(record: Record, folder: Path) -> None:
         problem = api.find("Problem").from_arrays(names, (2, 3, 4, 8), omega, numel)
         for budget in ("8x", "11x"):
             facts.of_plan(record, api.find("select")(problem, budget, "pareto"), f"arrays{count}_{budget}", False)
-        facts.of_frontier(record, problem.frontier("weight_bytes"), f"arrays{count}_frontier")
+        facts.of_frontier(record, api.frontier(problem), f"arrays{count}_frontier")
 
 
 # ------------------------------------------------------------------------------------------------- in the Trainer
@@ -622,7 +622,7 @@ def resnet20(record: Record, folder: Path) -> None:
     problem = api.problem(table, weighed, found)
     plan = api.find("select")(problem, {"weights": "9x", "bops": "30%"}, "pareto")
     facts.of_plan(record, plan)
-    facts.of_frontier(record, problem.frontier("weight_bytes"))
+    facts.of_frontier(record, api.frontier(problem))
     api.quantize(net, plan)
     record["metrics.right"] = int((facts.outputs(net, x).argmax(1) == y).sum())
     fresh = api.packed(net, plan, folder / "model.safetensors", api.resnet20())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import find_sites, measure, options, sites
+from hawq_lightning import candidates, find_sites, measure, sites
 from tests.cases import build
 
 
@@ -152,7 +152,7 @@ def test_options_of_activations_pair_trace_and_perturbation_image_by_image(quadr
         sites=table,
         progress=False,
     )
-    weighed = options(net, [(x, y)], found, table, loss, weight_bits=4, activation_bits=(3, 8), input_bits=None)
+    weighed = candidates(net, [(x, y)], found, table, loss, weight_bits=4, activation_bits=(3, 8), input_bits=None)
     site = weighed["a.input"]
     rows = torch.tensor(found.rows["a.input"], dtype=torch.float64)
     for option in site:

@@ -142,7 +142,7 @@ def test_loss_times_a_constant_scales_traces():
 
 
 def test_relu_rescaling_moves_mean_traces_but_no_omega():
-    from hawq_lightning.quantization import weight_options
+    from hawq_lightning.quantization import weight_candidates
 
     net, batch, loss_fn, table, truth = prepare("cross_entropy")
     with torch.no_grad():
@@ -157,8 +157,8 @@ def test_relu_rescaling_moves_mean_traces_but_no_omega():
     factor = after["fc.weight"].trace / truth["fc.weight"]
     assert factor == pytest.approx(16.0, rel=1e-6)
     for bits in (2, 4):
-        old = weight_options(before["fc"], 0, (bits,), truth["fc.weight"] / 12)[0].omega
-        new = weight_options(net.fc.weight, 0, (bits,), after["fc.weight"].mean_trace)[0].omega
+        old = weight_candidates(before["fc"], 0, (bits,), truth["fc.weight"] / 12)[0].omega
+        new = weight_candidates(net.fc.weight, 0, (bits,), after["fc.weight"].mean_trace)[0].omega
         assert new == pytest.approx(old, rel=1e-4)
 
 

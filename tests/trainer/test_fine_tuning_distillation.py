@@ -263,6 +263,7 @@ def test_two_processes(tmp_path):
     assert all(torch.equal(v, second["state"][k]) for k, v in first["state"].items() if "running" not in k)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. training goes on in the middle of epoch:UserWarning")
 def test_a_fit_that_goes_on_within_an_epoch_distils_at_once(tmp_path):
     keep = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
     saving = {"enable_checkpointing": True}

@@ -37,7 +37,8 @@ def test_a_second_fit_goes_on_with_the_same_plan(tmp_path):
     assert callback.plan is plan
     assert_mixed(model, callback)
     fresh = hawq()
-    trainer(tmp_path, fresh).fit(model, loader())
+    with pytest.warns(UserWarning, match="keeps their bits"):
+        trainer(tmp_path, fresh).fit(model, loader())
     assert [(s.name, s.bits) for s in fresh.plan.weights] == [(s.name, s.bits) for s in plan.weights]
     for cost in ("weight_bytes", "float_weight_bytes"):
         assert fresh.plan.costs[cost] == plan.costs[cost]

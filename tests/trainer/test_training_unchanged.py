@@ -55,7 +55,7 @@ class Observed(Classifier):
         self.mean.update(loss)
         self.steps += 1
         self.count += 1
-        self.seen.append(float(loss))
+        self.seen.append(float(loss.detach()))
         self.nested["batches"].append(batch_idx)
         self.draws.append((random.random(), float(np.random.rand()), self.training, self.net[1].training))
         self.log("acc", self.acc, on_step=True, on_epoch=True)

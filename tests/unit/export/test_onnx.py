@@ -17,9 +17,9 @@ from hawq_lightning import (
     HawqError,
     Plan,
     PlanSite,
+    candidates,
     load_packed,
     measure,
-    options,
     quantize,
     save_packed,
     select,
@@ -343,7 +343,7 @@ def chosen(net: nn.Module, batch, weight_bits=(2, 4, 8), budget="8x") -> Plan:
     loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
     table = sites(net, batch)
     traces = measure(net, [batch], loss, sites=table, rtol=9, progress=False)
-    found = options(net, [batch], traces, table, loss, weight_bits=weight_bits)
+    found = candidates(net, [batch], traces, table, loss, weight_bits=weight_bits)
     return select(Problem(table, found, traces), budget=budget)
 
 

@@ -16,8 +16,8 @@ from hawq_lightning.quantization import (
     check_bits,
     enabled_bits,
     import_quantizers,
-    loss_check,
     loss_of_plan,
+    loss_per_site,
     must_be_called,
     plan_of,
     quantized_layers,
@@ -66,6 +66,7 @@ def test_a_fused_transformer_layer_does_not_read_past_the_twin(layers):
 HOOKS = {"weight norm": weight_norm, "spectral norm": spectral_norm, "pruning": lambda m: prune.identity(m, "weight")}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")  # but in use
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 def test_steps_are_fitted_to_the_weight_that_a_hook_will_make(hook):
     torch.manual_seed(0)
@@ -132,7 +133,7 @@ def test_a_trial_leaves_an_armed_model_as_it_was():
         return m(batch).square().mean()
 
     for quantizer in (None, "uniform"):
-        rows = loss_check(model, [x], loss_fn, table, options, quantizer=quantizer)
+        rows = loss_per_site(model, [x], loss_fn, table, options, quantizer=quantizer)
         assert len(rows) == len(table) and max(abs(r["measured"]) for r in rows) > 0
         with loss_of_plan(model, [x], loss_fn, quantizer=quantizer) as loss_of:
             assert loss_of(plan_for(unquantize(copy.deepcopy(model)), 2)) > 0
@@ -158,7 +159,7 @@ def test_a_trial_leaves_what_a_quantizer_knows_beside_its_tensors(name):
     known = [{k: v for k, v in q.__dict__.items() if not k.startswith("_") or k in ("_norm", "_tied_to")}
              for q in quantizers(model)]  # fmt: skip
     options = {s.name: (Candidate(8, "affine", 1.0, 1.0, 0.1, 1),) for s in table}
-    loss_check(model, [x], lambda m, b: m(b).square().mean(), table, options)
+    loss_per_site(model, [x], lambda m, b: m(b).square().mean(), table, options)
     assert [{k: q.__dict__[k] for k in had} for q, had in zip(quantizers(model), known)] == known
 
 

@@ -17,7 +17,7 @@ from hawq_lightning.quantization import (
     quantized_layers,
     quantizer_named,
     share,
-    weight_options,
+    weight_candidates,
     with_quantizer,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
@@ -227,7 +227,7 @@ def test_a_layer_without_norm_is_as_before_and_errors_are_weighed_folded():
     w, norm = torch.randn(4, 6), nn.BatchNorm1d(4).eval()
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([4.0, 0.1, 1.0, -1.0]))
-    (plain,), (folded,) = (weight_options(w, 0, (4,), 1.0, "auto", "int_only", n) for n in (None, norm))
+    (plain,), (folded,) = (weight_candidates(w, 0, (4,), 1.0, "auto", "int_only", n) for n in (None, norm))
     low, high = w.min(), w.max()
     step = (high - low) / 15
     zero = torch.round(-8 - low / step)

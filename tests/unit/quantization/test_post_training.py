@@ -337,7 +337,8 @@ def test_validate_alone_quantizes_and_scores(tmp_path, train, caplog):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     (again,) = t.validate(model, datamodule=data, verbose=False)  # it stays
     assert again == scores and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    trainer(tmp_path, hawq(post_training=True)).fit(model, loader())  # and can be trained on
+    with pytest.warns(UserWarning, match="keeps their bits"):
+        trainer(tmp_path, hawq(post_training=True)).fit(model, loader())  # and can be trained on
 
 
 def test_where_rounding_cannot_be_learned_statistics_are(tmp_path):

@@ -257,10 +257,10 @@ def test_widths_out_of_range_name_the_nearest(value, kind, near):
 
 
 def test_options_hold_the_numbers_of_eq_10():
-    from hawq_lightning.quantization import weight_options
+    from hawq_lightning.quantization import weight_candidates
 
     w = torch.randn(3, 50)
-    options = weight_options(w, 0, (1, 2, 4), 2.0)
+    options = weight_candidates(w, 0, (1, 2, 4), 2.0)
     assert [o.bits for o in options] == [1, 2, 4]
     assert all(isinstance(o, Candidate) and o.omega == pytest.approx(2 * o.perturbation) for o in options)
     assert options[0].omega > options[1].omega > options[2].omega

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hawq_lightning import HAWQ, HawqError, Plan, find_sites, measure, select
-from hawq_lightning.quantization import options
+from hawq_lightning.quantization import candidates
 from hawq_lightning.selection import Problem, StablePlan
 from tests.cases import CASES
 from tests.trainers import Classifier, fit, loader
@@ -21,7 +21,7 @@ def case():
     table = find_sites(net, lambda: loss_fn(net, batches[0]), 16)
 
     def weigh(found):
-        return options(net, batches, found, table, loss_fn, weight_bits=range(2, 9), activation_bits=(4, 8))
+        return candidates(net, batches, found, table, loss_fn, weight_bits=range(2, 9), activation_bits=(4, 8))
 
     return net, batches, loss_fn, table, weigh
 
