@@ -100,7 +100,16 @@ def register_exporter(
     needs_example: bool = True,
     verify: Verify | None = None,
 ) -> Callable[[Written], Written]:
-    """Function decorator: make a writer of files known by name; see :class:`Exporter` for the arguments.
+    """Function decorator: make a writer of files known by name.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+        suffix: of its files, such as ``".onnx"``; a run folder holds ``model<suffix>``.
+        packages: that must be importable.
+        code_formats: those of weights that the format can express; ``None``: any.
+        even_steps: whether activations have to lie on an even grid as well.
+        needs_example: whether the writer follows a forward pass and needs an example input.
+        verify: ``verify(model, path, batches, images)`` runs the file on so many images and says how well it agrees.
 
     Raises:
         HawqError: a malformed name or suffix, or another exporter has one of them.
