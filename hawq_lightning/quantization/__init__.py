@@ -1,5 +1,6 @@
 """Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
 
+from hawq_lightning._code_formats import CODE_FORMATS, CodeFormat, register_code_format
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -44,8 +45,10 @@ from hawq_lightning.quantization._trial import (
 from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
+    "CODE_FORMATS",
     "MIDRISE_ZERO",
     "ActivationQuantizer",
+    "CodeFormat",
     "Enough",
     "GraphOutputs",
     "Head",
@@ -85,6 +88,7 @@ __all__ = [
     "reestimate",
     "refresh",
     "register",
+    "register_code_format",
     "share",
     "temporarily_quantized",
     "to_fake_quantized",
