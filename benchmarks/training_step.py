@@ -66,7 +66,8 @@ def ours(net: nn.Module, images: torch.Tensor, quantizer: str) -> nn.Module:
     sites: list[PlanSite] = []
     reads: dict[str, torch.Tensor] = {}
     handles = [
-        m.register_forward_pre_hook(lambda m, a, name=n: reads.update({name: a[0].detach()})) for n, m in layers.items()
+        layer.on_call(lambda x, y, name=n: reads.update({name: x.detach()}))  # type: ignore[misc]
+        for n, layer in layers.items()
     ]
     with torch.no_grad():
         net(images)

@@ -3,15 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 from hawq_lightning._batches import batch_images
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Layer, Site, SiteTable
-from hawq_lightning._sites import find_sites, layer_type, quantizable_layers, sites
+from hawq_lightning._sites import find_sites, quantizable_layers, sites
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
-from hawq_lightning.quantization import candidates, quantize
-from hawq_lightning.selection import Frontier, Problem, frontier, select
+from hawq_lightning.layers import register_layer
+from hawq_lightning.quantization import candidates, quantize, register_quantizer, unquantize
+from hawq_lightning.selection import (
+    Frontier,
+    Problem,
+    frontier,
+    register_cost,
+    register_score,
+    register_selector,
+    select,
+)
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
@@ -33,6 +43,7 @@ __all__ = [
     "HAWQ",
     "ApplyPlan",
     "Candidate",
+    "Candidates",
     "Frontier",
     "HawqError",
     "Layer",
@@ -48,15 +59,20 @@ __all__ = [
     "candidates",
     "find_sites",
     "frontier",
-    "layer_type",
     "load_from_checkpoint",
     "load_packed",
     "measure",
     "nearest",
     "quantizable_layers",
     "quantize",
+    "register_cost",
+    "register_layer",
+    "register_quantizer",
+    "register_score",
+    "register_selector",
     "save_packed",
     "select",
     "sites",
+    "unquantize",
     "write_text",
 ]

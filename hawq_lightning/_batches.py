@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, Outputs
 
 
-def batch_images(batch: Any, _top: bool = True) -> int:
+def batch_images(batch: Batch, _top: bool = True) -> int:
     """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
 
     Args:
@@ -42,7 +43,7 @@ def batch_images(batch: Any, _top: bool = True) -> int:
     raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
 
 
-def parts_of(batch: Any) -> list[Any]:
+def parts_of(batch: Batch) -> list[object]:
     """What a list, tuple, dict or dataclass holds, in order; nothing of anything else."""
     if isinstance(batch, Mapping):
         return list(batch.values())
@@ -53,7 +54,7 @@ def parts_of(batch: Any) -> list[Any]:
     return []
 
 
-def like(batch: Any, parts: Sequence[Any]) -> Any:
+def like(batch: Batch, parts: Sequence[Any]) -> Batch:
     """A container of the same make as ``batch``, holding ``parts`` in the order of :func:`parts_of`."""
     if isinstance(batch, Mapping):
         named = dict(zip(batch, parts))
@@ -62,17 +63,17 @@ def like(batch: Any, parts: Sequence[Any]) -> Any:
         return type(batch)(named)  # type: ignore[call-arg]
     if isinstance(batch, (list, tuple)):
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    own = copy.copy(batch)
+    copied = copy.copy(batch)
     for f, part in zip(fields(batch), parts):
-        object.__setattr__(own, f.name, part)  # frozen ones, too
-    return own
+        object.__setattr__(copied, f.name, part)  # frozen ones, too
+    return copied
 
 
-def _holds_tensor(value: Any) -> bool:
+def _holds_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) or any(_holds_tensor(v) for v in parts_of(value))
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
+def default_forward(model: nn.Module, batch: Batch) -> Outputs:
     """Call the model on the inputs of a batch: the tensor itself, the first of a tuple, or a dict's values by name."""
     if isinstance(batch, Mapping):
         return model(**batch)

@@ -14,6 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hawq_lightning._types import Outputs
+from hawq_lightning.layers import kind_of
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -56,7 +59,7 @@ class NormReads(TorchDispatchMode):
         self.strays: set[int] = set()  # norms that read something else than a layer's output
         self._inside: list[int] = []
 
-    def run(self, forward: Callable[[], Any]) -> Any:
+    def run(self, forward: Callable[[], Outputs]) -> Outputs:
         """Run the model; what it returns counts as read."""
         handles = []
         for key, module in [*self.layers.items(), *self.norms.items()]:
@@ -81,8 +84,8 @@ class NormReads(TorchDispatchMode):
         for layer in self.sources[key]:
             if self.readers[id(layer)] != {key}:
                 return "something else reads the output of the layer before it"
-            if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
-                return "the groups of a transposed convolution share their scales"
+            if reason := kind_of(layer).why_not_folded(layer):
+                return reason
         return None
 
     def pairs(self) -> dict[int, nn.Module]:
@@ -95,33 +98,36 @@ class NormReads(TorchDispatchMode):
         }
 
     def _enter(self, key: int) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if key in self.norms:
                 source = self._source(args[0]) if args else None
-                if source is None or args[0].ndim != _axes(self.layers[source]):
+                if source is None or args[0].ndim != self._axes(source):
                     self.strays.add(key)  # or unbatched, or a sequence: axis 1 is then not the channels
                 else:
                     self.readers[source].add(key)
-                    known = self.sources.setdefault(key, [])
-                    if self.layers[source] not in known:
-                        known.append(self.layers[source])
+                    sources = self.sources.setdefault(key, [])
+                    if self.layers[source] not in sources:
+                        sources.append(self.layers[source])
             self._inside.append(key)
 
         return enter
 
     def _leave(self, key: int) -> Callable[..., None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: object, output: object) -> None:
             self._inside.pop()
             if key in self.layers and isinstance(output, torch.Tensor):
                 self.made[id(output)] = (weakref.ref(output), key)
 
         return leave
 
-    def _source(self, tensor: Any) -> int | None:
+    def _axes(self, key: int) -> int:
+        return kind_of(self.layers[key]).output_axes(self.layers[key])
+
+    def _source(self, tensor: object) -> int | None:
         made = self.made.get(id(tensor))
         return made[1] if made is not None and made[0]() is tensor else None
 
-    def _note(self, tensors: Iterable[Any], reader: int) -> None:
+    def _note(self, tensors: Iterable[object], reader: int) -> None:
         for tensor in tensors:
             source = self._source(tensor)
             if source is not None:
@@ -135,7 +141,7 @@ class NormReads(TorchDispatchMode):
 
 
 def norms_behind(
-    model: nn.Module, named: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], run: Callable[[], Any]
+    model: nn.Module, named: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], run: Callable[[], object]
 ) -> dict[str, str]:
     """Layer -> the BatchNorm that it can take in, by name, as one forward pass ``run()`` shows.
 
@@ -151,10 +157,5 @@ def norms_behind(
         return {}
     reads = NormReads(layers.values(), (m for m in model.modules() if id(m) in norms))
     reads.run(run)
-    found = reads.pairs()
-    return {n: norms[id(found[id(m)])] for n, m in layers.items() if id(m) in found}
-
-
-def _axes(layer: Any) -> int:
-    """Axes of a layer's output when axis 1 holds its channels."""
-    return 2 + len(getattr(layer, "kernel_size", ()))
+    pairs = reads.pairs()
+    return {n: norms[id(pairs[id(m)])] for n, m in layers.items() if id(m) in pairs}

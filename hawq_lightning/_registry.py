@@ -35,14 +35,16 @@ class Registry(Generic[Entry]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._entries: dict[str, Entry] = {}
+        self._origins: dict[str, tuple[str, str]] = {}  # module and name of what was registered
         _REGISTRIES[what] = self
 
-    def add(self, name: str, entry: Entry) -> Entry:
+    def add(self, name: str, entry: Entry, source: object = None) -> Entry:
         """Make an entry known by ``name``; a module that is imported again may add its entry again.
 
         Args:
             name: lower-case letters, digits and underscores; it goes into plans, configs and checkpoints.
             entry: the object.
+            source: the class or function that the entry is made of, where that is not the entry itself or its class.
 
         Returns:
             the entry.
@@ -52,10 +54,10 @@ class Registry(Generic[Entry]):
         """
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise HawqError(f"{name!r} is no name for a {self.what}; use lower-case letters, digits and underscores.")
-        present = self._entries.get(name)
-        if present is not None and _origin(present) != _origin(entry):
-            raise HawqError(f"There is a {self.what} {name!r} already, {'.'.join(_origin(present))}.")
-        self._entries[name] = entry
+        origin = _origin(entry if source is None else source)
+        if self._origins.get(name, origin) != origin:
+            raise HawqError(f"There is a {self.what} {name!r} already, {'.'.join(self._origins[name])}.")
+        self._entries[name], self._origins[name] = entry, origin
         return entry
 
     def remove(self, name: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Layer:
     norm: str | None = None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Layer:
+    def from_dict(cls, raw: JsonObject) -> Layer:
         """Read back ``dataclasses.asdict``."""
         reads, norm = raw.get("activation"), raw.get("norm")
         return cls(
@@ -107,12 +107,12 @@ class SiteTable:
         """The activation sites."""
         return tuple(s for s in self.sites if s.kind == "activation")
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One dict a line, sites first, then what stays float; shares are of bytes and of MACs."""
         total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
         total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
         macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
-        out: list[dict[str, Any]] = []
+        out: list[JsonObject] = []
         for s in self.sites:
             weight = s.kind == "weight"
             out.append(

@@ -1,8 +1,9 @@
 """Which weights and activations get a quantizer, and what stays float and why.
 
-A *weight site* is one weight tensor (layers that share it are one site). An *activation site* is a connected component
-of layer calls and the tensors that they read: layers reading one tensor share it, and a head applied to five feature
-levels is one site with five tensors. The components come from a real forward pass, so any Python control flow works.
+A *weight site* is one parameter and its reads: layers that share it are one site. An *activation site* is a connected
+component of layer calls and the tensors that they read: layers reading one tensor share it, and a head applied to five
+feature levels is one site with five tensors. The components come from a real forward pass, so any Python control flow
+works.
 """
 
 from __future__ import annotations
@@ -10,40 +11,33 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._batches import batch_images, default_forward
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
-
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
-QUANTIZABLE: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
+from hawq_lightning._types import Batch, Outputs
+from hawq_lightning.layers import (
+    ATTENTION,
+    RECURRENT,
+    WeightReader,
+    find_kind,
+    layer_type,
+    readers_of,
+    type_names,
+    why_float,
 )
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern] | None
-
-
-def layer_type(module: nn.Module) -> type[nn.Module]:
-    """The module's type; for a fake-quant twin the type that it stands in for."""
-    return getattr(type(module), "float_type", type(module))
-
-
-def channel_axis(module: nn.Module) -> int:
-    """The axis of the weight that gets one scale an index: the output channels."""
-    return 1 if issubclass(layer_type(module), nn.modules.conv._ConvTransposeNd) else 0
+_Node = str | tuple[int, int]  # of the graph of layers and tensors
+_Read = tuple[str, torch.Tensor, tuple[int, int]]  # layer, what it read, and the tensor's id and version
 
 
 def site_name(layer: str, part: str) -> str:
@@ -58,49 +52,49 @@ def version_of(x: torch.Tensor) -> int:
 
 def quantizable_layers(
     model: nn.Module, include: Patterns = None, exclude: Patterns = None
-) -> tuple[dict[str, Any], list[FloatPart]]:
-    """Layers that can get quantizers, by name, and the parametrized modules that cannot, with the reason.
+) -> tuple[dict[str, WeightReader], list[FloatPart]]:
+    """Layers that can get quantizers, by name, and the modules with parameters that cannot, with the reason.
 
     Args:
-        model: any module; fake-quant twins count as the layers that they stand in for.
+        model: any module; fake-quant layers count as the layers that they stand in for.
         include: glob on the layer's name, module type, or ``f(name, module) -> bool``; several mean any of them.
-        exclude: likewise; wins over ``include``.
+        exclude: the same forms; wins over ``include``.
 
     Raises:
         HawqError: a pattern that matches no layer.
     """
-    found: dict[str, Any] = {}
+    layers: dict[str, WeightReader] = {}
     floats: list[FloatPart] = []
-    candidates: dict[str, Any] = {}
+    candidates: dict[str, WeightReader] = {}
     for name, module in _named_modules(model):
-        own = [p for n, p in module.named_parameters(recurse=False)]
-        if layer_type(module) in QUANTIZABLE:
-            candidates[name] = module
-        elif own and not name.endswith("_quantizer"):
-            size = sum(p.numel() * p.element_size() for p in own if not isinstance(p, nn.UninitializedParameter))
-            floats.append(FloatPart(name, type(module).__name__, _why_float(module), size, 0))
+        parameters = [p for n, p in module.named_parameters(recurse=False)]
+        if find_kind(module) is not None:
+            candidates |= readers_of(name, module)
+        elif parameters and not name.endswith("_quantizer"):
+            size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
+            floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
     for patterns in (include, exclude):
         for pattern in _as_list(patterns):
-            if not any(_matches(pattern, n, m) for n, m in candidates.items()):
-                shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
-                hint = nearest(shown, [*candidates, *{type(m).__name__ for m in candidates.values()}])
-                raise HawqError(f"The pattern {shown!r} matches no quantizable layer.{hint}")
-    for name, module in candidates.items():
-        weight = module.weight
-        wanted = not _as_list(include) or any(_matches(p, name, module) for p in _as_list(include))
-        dropped = any(_matches(p, name, module) for p in _as_list(exclude))
-        if isinstance(weight, nn.UninitializedParameter):
-            floats.append(FloatPart(name, layer_type(module).__name__, "not initialised yet", 0, 0))
-        elif wanted and not dropped:
-            found[name] = module
+            if not any(_matches(pattern, n, x.module) for n, x in candidates.items()):
+                text = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+                hint = nearest(text, [*candidates, *{type(x.module).__name__ for x in candidates.values()}])
+                raise HawqError(f"The pattern {text!r} matches no quantizable layer.{hint}")
+    for name, reader in candidates.items():
+        module = reader.module
+        included = not _as_list(include) or any(_matches(p, name, module) for p in _as_list(include))
+        excluded = any(_matches(p, name, module) for p in _as_list(exclude))
+        if isinstance(reader.weight, nn.UninitializedParameter):
+            floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
+        elif included and not excluded:
+            layers[name] = reader
         else:
-            floats.append(_left_out(name, module, "excluded" if dropped else "not included"))
-    return found, floats
+            floats.append(_left_out(name, reader, "excluded" if excluded else "not included"))
+    return layers, floats
 
 
 def find_sites(
     model: nn.Module,
-    run: Callable[[], Any] | None,
+    run: Callable[[], object] | None,
     images: int = 1,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -112,56 +106,55 @@ def find_sites(
     """
     layers, floats = quantizable_layers(model, include, exclude)
     if not layers:
-        kinds = ", ".join(t.__name__ for t in QUANTIZABLE)
-        raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {kinds}.")
+        raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
     if run is None:
         return _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, 1, traced=False)
-    reads: list[tuple[str, torch.Tensor, tuple[int, int]]] = []
-    silent: list[tuple[str, torch.Tensor, tuple[int, int]]] = []  # where the model itself switched gradients off
+    calls: list[_Read] = []
+    without_gradients: list[_Read] = []  # where the model itself switched gradients off
     macs: dict[str, int] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            macs[name] = macs.get(name, 0) + _macs(module, x, output)
+    def record_calls_of(name: str, reader: WeightReader) -> RemovableHandle:
+        def record(x: torch.Tensor, output: torch.Tensor) -> None:
+            macs[name] = macs.get(name, 0) + reader.macs(x, output)
             if name in layers:
                 # the tensor is kept, so that its id stays its own; an in-place change makes it another one
-                (reads if torch.is_grad_enabled() else silent).append((name, x, (id(x), version_of(x))))
+                reads = calls if torch.is_grad_enabled() else without_gradients
+                reads.append((name, x, (id(x), version_of(x))))
 
-        return record
+        return reader.on_call(record)
 
-    every, _ = quantizable_layers(model)
-    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in every.items()]
+    handles = [record_calls_of(n, reader) for n, reader in quantizable_layers(model)[0].items()]
     counter = FlopCounterMode(display=False)
-    needs = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p in needs:
+        for p in trainable:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
         with torch.enable_grad(), counter:
-            norms = norms_behind(model, dict(_named_modules(model)), layers, run)
+            modules = {n: reader.module for n, reader in layers.items()}
+            norms = norms_behind(model, dict(_named_modules(model)), modules, run)
     finally:
-        for p in needs:
+        for p in trainable:
             p.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    reads = reads or silent
-    if not reads:
+    calls = calls or without_gradients
+    if not calls:
         raise HawqError("The forward pass called none of the quantizable layers: " + ", ".join(list(layers)[:4]) + ".")
-    read = {name for name, *_ in reads}
-    for name in [n for n in layers if n not in read]:
+    called = {name for name, *_ in calls}
+    for name in [n for n in layers if n not in called]:
         reason = "run without gradients, as teachers are" if name in macs else "not called in the forward pass"
         floats.append(_left_out(name, layers.pop(name), reason))
     floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
-    floats += _functional(counter, macs, layers, floats, images)
+    floats += _functional(counter, macs, floats, images)
     ordered = {name: layers[name] for name in macs if name in layers}
-    return _assemble(ordered, {n: macs[n] // images for n in ordered}, reads, norms, floats, images, traced=True)
+    return _assemble(ordered, {n: macs[n] // images for n in ordered}, calls, norms, floats, images, traced=True)
 
 
 def sites(
     model: nn.Module,
-    example_batch: Any = None,
+    example_batch: Batch = None,
     *,
-    forward: Callable[[nn.Module, Any], Any] = default_forward,
+    forward: Callable[[nn.Module, Batch], Outputs] = default_forward,
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> SiteTable:
@@ -172,7 +165,7 @@ def sites(
         example_batch: one batch, inputs first; without it only the weights are known.
         forward: how to run the model on the batch.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``; a list means any of them.
-        exclude: likewise; wins over ``include``.
+        exclude: the same forms; wins over ``include``.
 
     Raises:
         HawqError: no quantizable layer, or a pattern that matches none.
@@ -208,36 +201,14 @@ def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     return bool(pattern(name, module))
 
 
-def _why_float(module: nn.Module) -> str:
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrized"
-    if isinstance(module, QUANTIZABLE):
-        base = next(t for t in type(module).__mro__ if t in QUANTIZABLE)
-        return f"a subclass of {base.__name__} with a forward of its own"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "a look-up, not a product"
-    if isinstance(module, nn.MultiheadAttention):
-        return "functional attention"
-    return "not a convolution or linear layer"
-
-
-def _left_out(name: str, module: nn.Module, reason: str) -> FloatPart:
-    size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-    return FloatPart(name, layer_type(module).__name__, reason, size, 0)
-
-
-def _macs(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> int:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    positions = x if issubclass(layer_type(module), nn.modules.conv._ConvTransposeNd) else output
-    return positions.numel() * weight[0].numel()
+def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
+    size = sum(p.numel() * p.element_size() for p in reader.module.parameters(recurse=False))
+    return FloatPart(name, reader.type_name, reason, size, 0)
 
 
 def _functional(
     counter: FlopCounterMode,
     macs: Mapping[str, int],
-    layers: Mapping[str, nn.Module],
     floats: Sequence[FloatPart],
     images: int,
 ) -> list[FloatPart]:
@@ -245,7 +216,7 @@ def _functional(
     rest = counter.get_total_flops() // 2 - sum(macs.values())
     if rest <= sum(macs.values()) * 1e-6:
         return []
-    names = ", ".join(f.name or f.type for f in floats if f.reason in ("functional attention", "recurrent"))
+    names = ", ".join(f.name or f.type for f in floats if f.reason in (ATTENTION, RECURRENT))
     return [
         FloatPart(
             names or "(functional)", "operations", "products outside convolution and linear layers", 0, rest // images
@@ -254,52 +225,40 @@ def _functional(
 
 
 def _assemble(
-    layers: Mapping[str, Any],
+    layers: Mapping[str, WeightReader],
     macs: Mapping[str, int],
-    reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
+    reads: Sequence[_Read],
     norms: Mapping[str, str],
     floats: Sequence[FloatPart],
     images: int,
     traced: bool,
 ) -> SiteTable:
-    owners: dict[int, list[str]] = {}
-    for name, module in layers.items():
-        owners.setdefault(id(module.weight), []).append(name)
-    weight_of = {name: site_name(names[0], "weight") for names in owners.values() for name in names}
-    out = []
-    for names in owners.values():
-        module = layers[names[0]]
-        shape = tuple(module.weight.shape)
-        out.append(
-            Site(
-                site_name(names[0], "weight"),
-                "weight",
-                tuple(names),
-                shape,
-                _product(shape),
-                shape[channel_axis(module)],
-            )
-        )
+    readers: dict[int, list[WeightReader]] = {}
+    for reader in layers.values():
+        readers.setdefault(id(reader.weight), []).append(reader)
+    weight_of = {x.name: sharing[0].site for sharing in readers.values() for x in sharing}
+    table: list[Site] = []
+    for first, *others in readers.values():
+        shape = tuple(first.weight.shape)
+        names = (first.name, *(x.name for x in others))
+        table.append(Site(first.site, "weight", names, shape, _product(shape), shape[first.channel_axis]))
     activation_of: dict[str, str] = {}
-    for readers, tensors in _components(reads):
-        name = site_name(readers[0], "input")
+    for names_of_readers, tensors in _components([r for r in reads if layers[r[0]].read.reads_activation]):
+        name = site_name(names_of_readers[0], "input")
         per_image = sum(t.numel() for t in tensors) // images
         shape = tuple(tensors[0].shape[1:])
-        out.append(Site(name, "activation", tuple(readers), shape, per_image))
-        activation_of |= dict.fromkeys(readers, name)
-    table = tuple(
-        Layer(n, layer_type(m).__name__, weight_of[n], activation_of.get(n), macs[n], norms.get(n))
-        for n, m in layers.items()
+        table.append(Site(name, "activation", tuple(names_of_readers), shape, per_image))
+        activation_of |= dict.fromkeys(names_of_readers, name)
+    listed = tuple(
+        Layer(n, x.type_name, weight_of[n], activation_of.get(n), macs[n], norms.get(n)) for n, x in layers.items()
     )
-    return SiteTable(tuple(out), table, tuple(floats), traced)
+    return SiteTable(tuple(table), listed, tuple(floats), traced)
 
 
-def _components(
-    reads: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
-) -> list[tuple[list[str], list[torch.Tensor]]]:
-    parent: dict[Any, Any] = {}
+def _components(reads: Sequence[_Read]) -> list[tuple[list[str], list[torch.Tensor]]]:
+    parent: dict[_Node, _Node] = {}
 
-    def root(x: Any) -> Any:
+    def root(x: _Node) -> _Node:
         parent.setdefault(x, x)
         while parent[x] != x:
             parent[x] = parent[parent[x]]
@@ -308,7 +267,7 @@ def _components(
 
     for name, _, key in reads:
         parent[root(name)] = root(key)
-    groups: dict[Any, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
+    groups: dict[_Node, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
     for name, tensor, key in reads:
         readers, tensors = groups.setdefault(root(name), ([], {}))
         if name not in readers:

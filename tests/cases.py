@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import SiteTable
+from hawq_lightning import SiteTable, quantizable_layers
 from hawq_lightning.sensitivity import InputHooks
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -117,10 +117,10 @@ def build(kind: type[nn.Module], seed: int = 0) -> nn.Module:
 
 def dense_weight_traces(model: nn.Module, batch: Any, loss_fn: LossFn, table: SiteTable) -> dict[str, float]:
     """Trace of the dense Hessian of every weight site."""
-    owner = {x.weight: x.name for x in table.layers[::-1]}
+    layers, _ = quantizable_layers(model)
     out = {}
     for site in table.weights:
-        weight = model.get_submodule(owner[site.name]).weight
+        weight = layers[site.layers[0]].weight
         loss = loss_fn(model, batch)
         (slope,) = torch.autograd.grad(loss, weight, create_graph=True)
         out[site.name] = _trace([slope], [weight])
@@ -129,7 +129,7 @@ def dense_weight_traces(model: nn.Module, batch: Any, loss_fn: LossFn, table: Si
 
 def dense_activation_traces(model: nn.Module, batch: Any, loss_fn: LossFn, table: SiteTable) -> dict[str, float]:
     """Trace of the dense Hessian with respect to the quantized edges: what the layers of a site read."""
-    layers = {x.name: model.get_submodule(x.name) for x in table.layers}
+    layers, _ = quantizable_layers(model)
     site_of = {x.name: x.activation for x in table.layers if x.activation}
     out = {}
     for site in table.activations:

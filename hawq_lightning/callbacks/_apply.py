@@ -30,7 +30,7 @@ from hawq_lightning.callbacks._trainer import (
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
 from hawq_lightning.quantization import (
-    QuantizedLayer,
+    QuantizedWeight,
     QuantizerSpec,
     check_plan,
     enable,
@@ -42,7 +42,8 @@ from hawq_lightning.quantization import (
     quantizers_in,
     reestimate,
     refresh,
-    share,
+    tie_scales,
+    trained_quantizers,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -150,11 +151,11 @@ class ApplyPlan(Callback):
             if not _agrees(self._given, pl_module):
                 rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
                 self._plan = _sized(plan_of(pl_module))
-                share(pl_module, self._plan)
+                tie_scales(pl_module, self._plan)
                 return True
         if self._plan is None or not _agrees(self._plan, pl_module):
             self._plan = self._given or _sized(plan_of(pl_module))
-        share(pl_module, self._plan)
+        tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
@@ -198,10 +199,10 @@ class ApplyPlan(Callback):
             return
         if self._plan is not None:
             buffers = {
-                f"{name}.{part}.{key}": value.detach().cpu()
-                for name, layer in quantized_layers(pl_module).items()
-                for part in ("weight_quantizer", "input_quantizer")
-                for key, value in getattr(layer, part).state_dict().items()
+                f"{layer.prefix}{part}.{key}": value.detach().cpu()
+                for layer in quantized_layers(pl_module).values()
+                for part, quantizer in quantizers_in(layer.module).items()
+                for key, value in quantizer.state_dict().items()
             }
             told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
             torch.save(told, self._handoff_file)
@@ -225,7 +226,7 @@ class ApplyPlan(Callback):
     def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""
         learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
-        quantized = bool(quantizers_in(checkpoint.get("state_dict", {})))
+        quantized = bool(trained_quantizers(checkpoint.get("state_dict", {})))
         if learned and not quantized and checkpoint.get("optimizer_states"):
             raise HawqError(
                 f"This checkpoint is of float training, and quantizer {self.quantizer.name!r} learns parameters that "
@@ -242,8 +243,8 @@ class ApplyPlan(Callback):
             self._plan = Plan.from_dict(state_dict["plan"])
 
 
-def learned_of(layer: QuantizedLayer) -> list[torch.nn.Parameter]:
-    """Parameters of a twin's quantizers."""
+def learned_of(layer: QuantizedWeight) -> list[torch.nn.Parameter]:
+    """Parameters of a fake-quant layer's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
 
 
@@ -258,7 +259,7 @@ def weights_hash(module: torch.nn.Module) -> str:
     """Of the quantizable layers' own parameters, which a hook may make the weight of."""
     whole = hashlib.sha256()
     for name, layer in quantizable_layers(module)[0].items():
-        for part, p in layer.named_parameters(recurse=False):
+        for part, p in layer.module.named_parameters(recurse=False):
             whole.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()
 

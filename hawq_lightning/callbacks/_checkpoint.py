@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
-from hawq_lightning.quantization import prepare, quantizer_named, quantizers_in
+from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -53,7 +53,7 @@ def _install(
 ) -> None:
     """Make twins of the layers that a state dict has quantizers of."""
     twins: dict[str, set[str]] = {}  # quantizer -> layers
-    for layer, quantizer in quantizers_in(state_dict).items():
+    for layer, quantizer in trained_quantizers(state_dict).items():
         twins.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
     known = quantizable_layers(module)[0]
     for quantizer, names in twins.items():

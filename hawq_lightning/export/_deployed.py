@@ -20,6 +20,7 @@ from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import plain, renaming
 from hawq_lightning.export._packed import check_enabled, quantized_by_name
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization import QuantizedLayer, plan_of
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -34,7 +35,7 @@ class DequantizeWeight(nn.Module):
         codes: integers, the weight's shape.
         scale: float32, one a channel.
         axis: channel axis.
-        midrise: code kind.
+        midrise: code format.
         zero: the code of 0, of affine codes.
     """
 
@@ -129,7 +130,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
     copied = _copy(model)
     inputs = at_least_two(example_input)
     with torch.no_grad():
-        for layer in {id(m): m for m in copied.modules() if isinstance(m, QuantizedLayer)}.values():
+        for layer in {id(m): m for m in copied.modules() if isinstance(m, FakeQuantLayer)}.values():
             _store(layer)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
@@ -153,7 +154,7 @@ def portable(model: nn.Module) -> nn.Module:
 def stored_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and layer of everything that has stored codes or a stored grid."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, FakeQuantLayer):
             yield plain(name), module
 
 

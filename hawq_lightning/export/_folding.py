@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batchnorm import NormReads, affine, is_norm
-from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
+from hawq_lightning.layers import channel_axis, find_kind
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def fold_batch_norm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> Folding
     """
     names = {id(m): n for n, m in model.named_modules()}
     norms = {names[id(m)]: m for m in model.modules() if is_norm(m)}
-    reads = NormReads((m for m in model.modules() if layer_type(m) in QUANTIZABLE), norms.values())
+    reads = NormReads((m for m in model.modules() if find_kind(m) is not None), norms.values())
     with torch.no_grad():
         reads.run(lambda: model(*inputs))
     folded: dict[str, tuple[str, ...]] = {}

@@ -11,9 +11,9 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
 from hawq_lightning.export._contents import PackedFile
 from hawq_lightning.export._safetensors import DTYPES
+from hawq_lightning.layers import channel_axis, find_kind
 from hawq_lightning.quantization import Quantizer
 
 
@@ -131,7 +131,7 @@ def check_same(
     for held in file.sites:
         site = held.site
         layers = [modules.get(rename(n)) for n in site.layers]
-        if any(m is None or layer_type(m) not in QUANTIZABLE for m in layers):
+        if any(m is None or find_kind(m) is None for m in layers):
             unknown.append(site.name)
         elif site.kind == "weight":
             weights = {id(m.weight): m.weight for m in layers}  # type: ignore[union-attr]

@@ -20,7 +20,6 @@ from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export import _packed_v3, _safetensors
 from hawq_lightning.export._bits import pack, packed_bytes
@@ -36,6 +35,7 @@ from hawq_lightning.export._contents import (
 )
 from hawq_lightning.export._inventory import check_same, plain, renaming, rest_of, rest_to_store, weight_of
 from hawq_lightning.export._safetensors import DTYPES, TORCH_TYPES, Spec, spec_of
+from hawq_lightning.layers import FakeQuantLayer, channel_axis, find_kind
 from hawq_lightning.quantization import (
     MIDRISE_ZERO,
     QuantizedLayer,
@@ -122,7 +122,8 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
             tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
     rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
     metadata = metadata_of(entries, rest)
-    spec = quantized_by_name(model)[plan.sites[0].layers[0]].spec
+    layer = quantized_by_name(model)[plan.sites[0].layers[0]]
+    spec = quantizer_named(layer.weight_quantizer.name, layer.quantizer_options)
     header_bytes = _safetensors.header_bytes(*_largest(model, plan.sites, spec))
     return _safetensors.write(path, _ordered(tensors, rest), metadata, header_bytes)
 
@@ -192,7 +193,7 @@ def load_packed(path: str | Path, model: Model) -> Model:
     file = read_packed(path)
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     first = file.weights[0].site.layers[0]
-    rename = renaming(first, [n for n, m in modules.items() if layer_type(m) in QUANTIZABLE])
+    rename = renaming(first, [n for n, m in modules.items() if find_kind(m) is not None])
     owned = {id(modules[rename(n)]) for s in file.weights for n in s.site.layers if rename(n) in modules}
     targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
     rest = {rename.keys(keys): tensor for keys, tensor in file.rest.items() if rename.keys(keys)}
@@ -227,9 +228,9 @@ def _weight(layer: QuantizedLayer, codes: torch.Tensor) -> torch.Tensor:
 
 def _untie(layer: nn.Module, stored: StoredSite) -> None:
     """Where a tied float weight does not round to the codes (DoReFa squashes first), the layer gets its own."""
-    assert isinstance(layer, QuantizedLayer) and stored.codes is not None
+    assert isinstance(layer, FakeQuantLayer) and stored.codes is not None
     levels = _weight(layer, stored.codes).to(layer.weight.dtype)
-    if not torch.equal(layer.weight_quantizer.settled(layer.weight), levels):
+    if not torch.equal(layer.weight_quantizer.eval_weight(layer.weight), levels):
         layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
 
 
@@ -240,7 +241,7 @@ def _stored_weight(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> Stor
         raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
     codes = quantizer.codes(weight)
     narrow = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    if not torch.equal(quantizer.dequantize(codes).to(narrow), quantizer.settled(weight).to(narrow)):
+    if not torch.equal(quantizer.dequantize(codes).to(narrow), quantizer.eval_weight(weight).to(narrow)):
         raise HawqError(
             f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
             "network would be another one."
@@ -279,7 +280,7 @@ def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: nn.Module | None) 
     axis = channel_axis(layer)
     quantizer = spec.weight_quantizer(int(site.shape[axis]), axis)
     for bits in WEIGHT_BITS:
-        for code in quantizer.kinds(bits):
+        for code in quantizer.code_formats(bits):
             quantizer.enable(bits, 1.0, MIDRISE_ZERO if code == "midrise" else 0.0)
             yield _stored(site, bits, code, _longest(quantizer.storage()), spec.name, layer)
 
@@ -311,7 +312,7 @@ def _ordered(tensors: Mapping[str, Value], rest: Mapping[tuple[str, ...], Value]
 def quantized_by_name(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The fake-quant layers under all their names."""
     modules = model.named_modules(remove_duplicate=False)
-    return {plain(n): m for n, m in modules if isinstance(m, QuantizedLayer)}
+    return {plain(n): m for n, m in modules if isinstance(m, FakeQuantLayer)}
 
 
 def _corrupt(path: str | Path, error: object) -> HawqError:
@@ -332,7 +333,7 @@ def check_enabled(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
             if site.kind == "activation" and float(quantizer.scale) != float(reads.scale):
                 raise HawqError(
                     f"The layers of {site.name!r} read one tensor by different grids, {site.layers[0]!r} and {name!r}; "
-                    "call hawq_lightning.quantization.share(model, plan) before training goes on."
+                    "call hawq_lightning.quantization.tie_scales(model, plan) before training goes on."
                 )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never enabled: call quantize(model, plan) first.")

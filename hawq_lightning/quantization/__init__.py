@@ -1,4 +1,4 @@
-"""Q(.) of the paper: quantizers, fake-quant twins of layers, installing them, and what each width perturbs."""
+"""Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
 from hawq_lightning._code_formats import CODE_FORMATS, CodeFormat, register_code_format
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
@@ -16,24 +16,24 @@ from hawq_lightning.quantization._apply import (
     quantizers,
     reestimate,
     refresh,
-    share,
+    tie_scales,
     unquantize,
     with_quantizer,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
-from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_tensor
+from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._inputs import network_inputs
-from hawq_lightning.quantization._modules import QuantizedLayer, must_be_called, to_fake_quantized
+from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
-from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, quantizers_in
+from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
 from hawq_lightning.quantization._ranges import activation_step, weight_step
 from hawq_lightning.quantization._registry import (
     QuantizerSpec,
     import_quantizers,
     quantizer_named,
     quantizer_names,
-    register,
+    register_quantizer,
 )
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import (
@@ -54,12 +54,12 @@ __all__ = [
     "Head",
     "HeadOutputs",
     "QuantizedLayer",
+    "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
     "Storage",
     "WeightQuantizer",
     "activation_step",
-    "along",
     "candidates",
     "check_bits",
     "check_plan",
@@ -77,6 +77,7 @@ __all__ = [
     "loss_per_site",
     "must_be_called",
     "network_inputs",
+    "per_channel_view",
     "plan_of",
     "prepare",
     "quantize",
@@ -87,11 +88,13 @@ __all__ = [
     "quantizers_in",
     "reestimate",
     "refresh",
-    "register",
     "register_code_format",
+    "register_quantizer",
     "share",
     "temporarily_quantized",
+    "tie_scales",
     "to_fake_quantized",
+    "trained_quantizers",
     "unquantize",
     "weight_candidates",
     "weight_code_formats",

@@ -13,16 +13,18 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._hooked import renew_weight
-from hawq_lightning.quantization._modules import QuantizedLayer, to_fake_quantized, to_float
+from hawq_lightning.quantization._modules import QuantizedWeight, to_fake_quantized, to_float, with_quantizers
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The model's twins by name."""
-    return {n: m for n, m in quantizable_layers(model)[0].items() if isinstance(m, QuantizedLayer)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Layer name -> weight, of the model's fake-quant layers."""
+    readers = quantizable_layers(model)[0]
+    return {n: with_quantizers(x) for n, x in readers.items() if isinstance(x.module, FakeQuantLayer)}
 
 
 def prepare(
@@ -30,30 +32,38 @@ def prepare(
     include: Patterns = None,
     exclude: Patterns = None,
     quantizer: str | QuantizerSpec | None = None,
-) -> dict[str, QuantizedLayer]:
-    """Turn every quantizable layer into its fake-quant twin, quantizers off; may be called again.
+) -> dict[str, QuantizedWeight]:
+    """Turn every quantizable layer into its fake-quant class, quantizers off; may be called again.
 
     Args:
         model: changed in place.
         include: see :func:`hawq_lightning.sites`.
-        exclude: likewise.
-        quantizer: registered name; ``None``: ``uniform``, and twins stay as they are.
+        exclude: the same forms; wins over ``include``.
+        quantizer: registered name; ``None``: ``uniform``, and fake-quant layers stay as they are.
 
     Returns:
-        the twins by name.
+        layer name -> weight with its quantizers.
 
     Raises:
         HawqError: no such quantizer, or a pattern that matches no layer.
     """
-    return {
-        n: to_fake_quantized(layer, quantizer) for n, layer in quantizable_layers(model, include, exclude)[0].items()
-    }
+    readers = quantizable_layers(model, include, exclude)[0]
+    for reader in readers.values():
+        to_fake_quantized(reader.module, quantizer)
+    return {name: with_quantizers(reader) for name, reader in readers.items()}
 
 
 def unquantize(model: nn.Module) -> nn.Module:
-    """Plain layers again, with the float weights that they hold."""
+    """Plain layers again, with the float weights that they hold.
+
+    Args:
+        model: with fake-quant layers; changed in place.
+
+    Returns:
+        ``model``.
+    """
     for layer in quantized_layers(model).values():
-        to_float(layer)
+        to_float(layer.module)
     return model
 
 
@@ -61,7 +71,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Compare a plan with the layers of a model.
 
     Raises:
-        HawqError: it was made for another model (says which sites differ), a code kind that cannot be installed, or
+        HawqError: it was made for another model (says which sites differ), a code format that cannot be installed, or
             an activation without a grid for its bits.
     """
     layers, _ = quantizable_layers(model)
@@ -74,9 +84,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     if len(have) != len(plan.sites):
         planned = {n for s in plan.sites for n in s.layers}
         for name in sorted(set(layers) - planned):
-            shape = tuple(layers[name].weight.shape)
-            own = site_name(name, "weight")
-            have[own] = Site(own, "weight", (name,), shape, 0)
+            reader = layers[name]
+            have[reader.site] = Site(reader.site, "weight", (name,), tuple(reader.weight.shape), 0)
     plan.check_fits(have)
     if missing := [(s.name, n) for s in plan.sites for n in s.layers if n not in layers]:
         name, layer = missing[0]
@@ -85,11 +94,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         )
     weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
     for s in plan.reconciled().sites:
-        kinds = weights.kinds(s.bits) if s.kind == "weight" else ("affine",)
-        if s.code not in kinds:
+        formats = weights.code_formats(s.bits) if s.kind == "weight" else ("affine",)
+        if s.code not in formats:
             raise HawqError(
-                f"Site {s.name!r} of the plan has code kind {s.code!r}; {s.kind}s of {s.bits} bits can be "
-                f"{' or '.join(map(repr, kinds))} with quantizer {plan.quantizer!r}."
+                f"Site {s.name!r} of the plan has code format {s.code!r}; {s.kind}s of {s.bits} bits can be "
+                f"{' or '.join(map(repr, formats))} with quantizer {plan.quantizer!r}."
             )
         if s.kind == "weight":
             continue
@@ -105,7 +114,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
-    """The same bits for another quantizer: code kinds that it has, and no Omega where its error is another one."""
+    """The same bits for another quantizer: code formats that it has, and no Omega where its error is another one."""
     if (plan.quantizer, dict(plan.quantizer_options)) == (quantizer.name, dict(quantizer.options)):
         return plan
     weights = quantizer.weight_quantizer(1)
@@ -115,8 +124,8 @@ def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
     def moved(site: PlanSite) -> PlanSite:
         if site.kind == "activation":
             return site
-        kinds = weights.kinds(site.bits)
-        code = site.code if site.code in kinds else kinds[0]
+        formats = weights.code_formats(site.bits)
+        code = site.code if site.code in formats else formats[0]
         if alike and code == site.code:
             return site
         return replace(site, code=code, omega=None, perturbation=None, options=())
@@ -137,29 +146,31 @@ def enable(model: nn.Module, plan: Plan) -> None:
     check_plan(model, plan)
     plan = plan.reconciled()
     planned = {name for s in plan.sites for name in s.layers}
-    # twins of planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
+    # planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
-    layers = {n: to_fake_quantized(m, spec) for n, m in quantizable_layers(model)[0].items() if n in planned}
+    layers = {n: with_quantizers(x) for n, x in quantizable_layers(model)[0].items() if n in planned}
+    for layer in layers.values():
+        to_fake_quantized(layer.module, spec)
     norms = norms_to_fold(model, plan.layers)
     disable(model)
     try:
         for s in plan.sites:
             for name in s.layers:
                 enable_site(layers[name], s, norms.get(name))
-        share(model, plan)
+        tie_scales(model, plan)
     except HawqError:
         disable(model)  # all or nothing
         raise
 
 
-def share(model: nn.Module, plan: Plan) -> None:
+def tie_scales(model: nn.Module, plan: Plan) -> None:
     """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
     layers = quantized_layers(model)
     for s in plan.sites:
         part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
         first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
         for quantizer in others:
-            if quantizer.moves and quantizer is not first and type(quantizer) is type(first):
+            if quantizer.has_dynamic_range and quantizer is not first and type(quantizer) is type(first):
                 quantizer.tie_to(first)
     for name, norm in norms_to_fold(model, plan.layers).items():
         if name in layers and layers[name].weight_quantizer.bits:
@@ -167,14 +178,14 @@ def share(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def enable_site(layer: QuantizedLayer, site: PlanSite, norm: nn.Module | None = None) -> None:
+def enable_site(layer: QuantizedWeight, site: PlanSite, norm: nn.Module | None = None) -> None:
     """Switch on one quantizer of one layer; ``norm`` is the BatchNorm that it can take in."""
     if site.kind == "activation":
         assert site.scale is not None and site.zero_point is not None
         layer.input_quantizer.enable(site.bits, site.scale, site.zero_point)
         return
     layer.weight_quantizer.fold(norm)
-    renew_weight(layer)
+    renew_weight(layer.module)
     try:
         layer.weight_quantizer.fit(layer.weight, site.bits, site.code)
     except HawqError as error:
@@ -192,7 +203,7 @@ def reestimate(model: nn.Module, step: int) -> None:
     for layer in quantized_layers(model).values():
         q = layer.weight_quantizer
         if q.bits and q.range_updates_enabled and q.reestimate and step and step % q.reestimate == 0:
-            renew_weight(layer)
+            renew_weight(layer.module)
             q.fit(layer.weight, q.bits, q.code)
 
 
@@ -244,11 +255,13 @@ def refresh(model: nn.Module) -> None:
 
 
 def enabled_bits(model: nn.Module) -> dict[str, int]:
-    """``<layer>.weight`` and ``<layer>.input`` -> bits, for quantizers that are on."""
+    """``<layer>.<parameter>`` and ``<layer>.input`` -> bits, for quantizers that are on."""
     out: dict[str, int] = {}
     for name, layer in quantized_layers(model).items():
-        parts: Mapping[str, Quantizer] = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
-        out |= {site_name(name, part): q.bits for part, q in parts.items() if q.bits}
+        parts: Mapping[str, Quantizer] = {layer.site: layer.weight_quantizer}
+        if layer.read.reads_activation:
+            parts = {**parts, site_name(name, "input"): layer.input_quantizer}
+        out |= {part: q.bits for part, q in parts.items() if q.bits}
     return out
 
 
@@ -269,10 +282,8 @@ def plan_of(model: nn.Module) -> Plan:
         shape = tuple(layer.weight.shape)
         sharing = tuple(users.get(id(layer.weight), ()))
         if w.bits and sharing[0] == name:
-            sites["weight"].append(
-                PlanSite(site_name(name, "weight"), "weight", sharing, shape, layer.weight.numel(), w.bits, w.code)
-            )
-        if a.bits:
+            sites["weight"].append(PlanSite(layer.site, "weight", sharing, shape, layer.weight.numel(), w.bits, w.code))
+        if a.bits and layer.read.reads_activation:
             sites["activation"].append(
                 PlanSite(
                     site_name(name, "input"),

@@ -15,7 +15,7 @@ from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
@@ -69,7 +69,7 @@ def weight_candidates(
     q.fold(norm)
     out = []
     for bits in widths:
-        offered = q.kinds(bits)
+        offered = q.code_formats(bits)
         formats = [k for k in weight_code_formats(bits, code_format) if k in offered]
         if not formats and code_format != "auto" and bits > 1:
             raise HawqError(
@@ -163,7 +163,7 @@ def _of_weights(
         layer, trace, norm = layers[name], mean_traces[site.name], norms.get(name)
         try:
             out[site.name] = weight_candidates(
-                layer.weight.detach(), channel_axis(layer), widths, trace, config.code_format, spec, norm
+                layer.weight.detach(), layer.channel_axis, widths, trace, config.code_format, spec, norm
             )
         except HawqError as error:
             raise HawqError(f"Layer {name!r}: {error}.") from None

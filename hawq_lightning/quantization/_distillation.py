@@ -46,9 +46,9 @@ class GraphOutputs(Outputs):
         return self
 
     def _visit(self, name: str, output: Any) -> Any:
-        known = len(self.edges)
+        count = len(self.edges)
         out = super()._visit(name, output)
-        if isinstance(out, torch.Tensor) and len(self.edges) > known:
+        if isinstance(out, torch.Tensor) and len(self.edges) > count:
             self.tensors.append(out)
             self.versions.append(out._version)
         return out
@@ -65,15 +65,15 @@ def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     heads: dict[str, Head] = {}
     for i in boundary:
         head = Head(outputs.names[i], _axis(tuple(outputs.tensors[i].shape), softmax.get(i)))
-        known = heads.setdefault(head.name, head)
-        if known.axis != head.axis:
+        first = heads.setdefault(head.name, head)
+        if first.axis != head.axis:
             heads[head.name] = Head(head.name, None)
     return list(heads.values())
 
 
 def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Any, int], int]) -> dict[int, tuple[tuple[int, ...], int]]:
     """Number of a boundary output -> shape and axis of the softmax between it and the loss."""
-    found: dict[int, tuple[tuple[int, ...], int]] = {}
+    softmaxes: dict[int, tuple[tuple[int, ...], int]] = {}
     stack: list[tuple[Any, Any]] = [(loss.grad_fn, None)]
     visited = set()
     while stack:
@@ -87,10 +87,10 @@ def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Any, int], int]) -> 
         for parent, nr in node.next_functions:
             if (parent, nr) in ends:
                 if softmax is not None:
-                    found[ends[parent, nr]] = softmax
+                    softmaxes[ends[parent, nr]] = softmax
             else:
                 stack.append((parent, softmax))
-    return found
+    return softmaxes
 
 
 def _axis(shape: tuple[int, ...], softmax: tuple[tuple[int, ...], int] | None) -> int | None:
@@ -173,7 +173,7 @@ def distance(
     Args:
         heads: from :func:`find_heads`.
         student: head -> outputs, with a graph.
-        teacher: likewise, without.
+        teacher: the same without them.
         temperature: T.
 
     Returns:
@@ -181,14 +181,14 @@ def distance(
     """
     parts = []
     for head in heads:
-        mine, other = student[head.name], teacher[head.name]
+        ours, theirs = student[head.name], teacher[head.name]
         if head.axis is None:
-            error = torch.stack([(s.float() - t.float()).square().sum() for s, t in zip(mine, other)]).sum()
-            values = torch.cat([t.float().flatten() for t in other])
+            error = torch.stack([(s.float() - t.float()).square().sum() for s, t in zip(ours, theirs)]).sum()
+            values = torch.cat([t.float().flatten() for t in theirs])
             parts.append(error / (values - values.mean()).square().sum().clamp_min(_TINY))
             continue
         total, positions = [], 0
-        for s, t in zip(mine, other):
+        for s, t in zip(ours, theirs):
             p, q = (F.log_softmax(x.float() / temperature, head.axis) for x in (t, s))
             total.append(F.kl_div(q, p, log_target=True, reduction="sum"))
             positions += t.numel() // t.shape[head.axis]

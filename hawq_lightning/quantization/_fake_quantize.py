@@ -44,12 +44,12 @@ def fake_quantize_channels(
         half: half the number of levels, rounded up.
     """
     if eager(weight) and weight.dtype == torch.float32:
-        return _Channels.apply(weight, along(scale, weight, axis), float(zero), half)[0]
+        return _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)[0]
     zeros = zero.expand(scale.shape).contiguous()
     return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
 
 
-def along(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
+def per_channel_view(scale: torch.Tensor, like: torch.Tensor, axis: int) -> torch.Tensor:
     """One value a channel, shaped so that it broadcasts against ``like``."""
     shape = [1] * like.ndim
     shape[axis] = -1
@@ -61,7 +61,7 @@ def finite(bound: float) -> float:
     return min(max(bound, -3.4e38), 3.4e38)
 
 
-def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, alone: bool = False) -> torch.Tensor:
+def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, exclusive: bool = False) -> torch.Tensor:
     """``grad`` where ``low < x < high``, zero elsewhere.
 
     Args:
@@ -69,18 +69,19 @@ def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, a
         x: float32 or bfloat16.
         low: any number.
         high: any number.
-        alone: nobody else reads ``grad``, so that it may be overwritten: fresh memory costs more than the arithmetic.
+        exclusive: nobody else reads ``grad``, so that it may be overwritten: fresh memory costs more than the
+            arithmetic.
     """
     bounds = finite(low), finite(high)
-    if alone and not torch.is_grad_enabled():
+    if exclusive and not torch.is_grad_enabled():
         return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=grad)  # type: ignore[no-any-return]
     return torch.ops.aten.hardtanh_backward(grad, x, *bounds)  # type: ignore[no-any-return]
 
 
 def eager(x: torch.Tensor) -> bool:
     """Whether plain float32 passes on the CPU are what will run."""
-    wanted = x.dtype in (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and wanted and not torch.compiler.is_compiling()
+    exact = x.dtype in (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and exact and not torch.compiler.is_compiling()
 
 
 class _Clipped(torch.autograd.Function):
@@ -96,12 +97,12 @@ class _Clipped(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         x, step, low, high, margin = inputs
         ctx.save_for_backward(x)
-        ctx.bounds, ctx.alone = ((low - margin) * step, (high + margin) * step), False
+        ctx.bounds, ctx.grad_is_exclusive = ((low - margin) * step, (high + margin) * step), False
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (low, high) = ctx.saved_tensors, ctx.bounds
-        return clipped_grad(grads[0], x, low, high, ctx.alone), None, None, None, None
+        return clipped_grad(grads[0], x, low, high, ctx.grad_is_exclusive), None, None, None, None
 
 
 class _Channels(torch.autograd.Function):
@@ -125,7 +126,7 @@ class _Channels(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
 
@@ -147,7 +148,7 @@ class _Touch(torch.autograd.Function):
         ctx.like = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
 
 

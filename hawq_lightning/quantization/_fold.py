@@ -21,8 +21,8 @@ def norms_to_fold(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Mod
     """
     listed = tuple(layers)
     users = Counter(x.weight for x in listed)
-    wanted = {x.name: x.norm for x in listed if x.norm is not None and users[x.weight] == 1}
-    if not wanted:
+    foldable = {x.name: x.norm for x in listed if x.norm is not None and users[x.weight] == 1}
+    if not foldable:
         return {}
     plain = {".".join(p for p in n.split(".") if p not in WRAPPERS): m for n, m in model.named_modules()}
-    return {name: plain[norm] for name, norm in wanted.items() if norm in plain and is_norm(plain[norm])}
+    return {name: plain[norm] for name, norm in foldable.items() if norm in plain and is_norm(plain[norm])}

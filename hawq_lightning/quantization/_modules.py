@@ -1,195 +1,113 @@
-"""Fake-quant twins of the quantizable layers, made in place: same object, Parameters and names, another class.
-
-Swapping ``__class__`` keeps aliases, hooks, Python lists, tied weights, pickling and deepcopy intact, which replacing
-the module does not.
-"""
+"""Layers into fake-quant layers and back, in place; and the weights of such layers, each with its quantizers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from hawq_lightning._sites import channel_axis
+from hawq_lightning.layers import (
+    FakeQuantLayer,
+    WeightReader,
+    kind_of,
+    must_be_called,
+    quantizer_attribute,
+    weight_of,
+)
+from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
-from hawq_lightning.quantization._recompute import recompute_in_backward
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 
+QuantizedLayer: TypeAlias = FakeQuantLayer[WeightQuantizer, ActivationQuantizer]
 
-class QuantizedLayer(nn.Module):
-    """What all twins share. ``float_type`` is the layer type that a twin stands in for."""
 
-    float_type: type[nn.Module]
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer
-    weight: torch.Tensor
-    quantizer_options: dict[str, Any]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Twins that were pickled by an earlier version lack some things."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("quantizer_options", {})
-        if must_be_called not in self._forward_pre_hooks.values():
-            self.register_forward_pre_hook(must_be_called)
+class QuantizedWeight(WeightReader):
+    """A weight of a fake-quant layer, with its quantizer and that of what it is multiplied with."""
 
     @property
-    def spec(self) -> QuantizerSpec:
-        """The quantizer with its options."""
-        return quantizer_named(self.weight_quantizer.name, self.quantizer_options)
+    def weight_quantizer(self) -> WeightQuantizer:
+        """Of the weight."""
+        return cast(WeightQuantizer, getattr(self.module, self.quantizer_attribute))
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer:
+        """Of what the layer reads; it stays off where that is no activation."""
+        return cast(QuantizedLayer, self.module).input_quantizer
 
     @property
     def quantized_weight(self) -> torch.Tensor:
         """The weight as the forward pass uses it."""
-        return self.weight_quantizer(self.weight)
+        return cast(torch.Tensor, self.weight_quantizer(self.weight))
+
+    @property
+    def spec(self) -> QuantizerSpec:
+        """The quantizer with its options."""
+        return spec_of(cast(QuantizedLayer, self.module))
 
 
-class QLinear(QuantizedLayer, nn.Linear):
-    """Linear layer, both operands quantized."""
-
-    float_type = nn.Linear
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As ``nn.Linear``."""
-        if input.is_nested:  # what torch's Transformer makes of padded sequences
-            parts = [self.input_quantizer(t) for t in input.unbind()]
-            return F.linear(torch.nested.as_nested_tensor(parts), self.quantized_weight, self.bias)
-        x, weight = self.input_quantizer(input), self.quantized_weight
-        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
-            return F.linear(x, weight, self.bias)
+def with_quantizers(reader: WeightReader) -> QuantizedWeight:
+    """The same weight of a layer that is a fake-quant layer by now."""
+    return QuantizedWeight(reader.name, reader.site, reader.module, reader.parameter, reader.read)
 
 
-class _QConv(QuantizedLayer, nn.modules.conv._ConvNd):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As the float convolution."""
-        x, weight = self.input_quantizer(input), self.quantized_weight
-        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
-            return self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+def quantizers_in(layer: nn.Module) -> dict[str, Quantizer]:
+    """A fake-quant layer's quantizers by attribute, in the order of registration."""
+    return {name: m for name, m in layer._modules.items() if isinstance(m, Quantizer)}
 
 
-class QConv1d(_QConv, nn.Conv1d):
-    """1-D convolution, both operands quantized."""
-
-    float_type = nn.Conv1d
-
-
-class QConv2d(_QConv, nn.Conv2d):
-    """2-D convolution, both operands quantized."""
-
-    float_type = nn.Conv2d
-
-
-class QConv3d(_QConv, nn.Conv3d):
-    """3-D convolution, both operands quantized."""
-
-    float_type = nn.Conv3d
-
-
-class _QConvTranspose(QuantizedLayer, nn.modules.conv._ConvTransposeNd):
-    spatial: int
-    stride: Any
-    padding: Any
-    kernel_size: Any
-    dilation: Any
-
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        """As the float transposed convolution."""
-        pad = self._output_padding(
-            input,
-            output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
-            self.spatial,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
-        x = self.input_quantizer(input)
-        weight = self.quantized_weight
-        with recompute_in_backward((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
-            return run(x, weight, self.bias, self.stride, self.padding, pad, self.groups, self.dilation)  # type: ignore[arg-type]
-
-
-class QConvTranspose1d(_QConvTranspose, nn.ConvTranspose1d):
-    """1-D transposed convolution, both operands quantized."""
-
-    float_type = nn.ConvTranspose1d
-    spatial = 1
-
-
-class QConvTranspose2d(_QConvTranspose, nn.ConvTranspose2d):
-    """2-D transposed convolution, both operands quantized."""
-
-    float_type = nn.ConvTranspose2d
-    spatial = 2
-
-
-class QConvTranspose3d(_QConvTranspose, nn.ConvTranspose3d):
-    """3-D transposed convolution, both operands quantized."""
-
-    float_type = nn.ConvTranspose3d
-    spatial = 3
-
-
-TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
-    twin.float_type: twin
-    for twin in (
-        QLinear,
-        QConv1d,
-        QConv2d,
-        QConv3d,
-        QConvTranspose1d,
-        QConvTranspose2d,
-        QConvTranspose3d,
-    )
-}
+def spec_of(layer: QuantizedLayer) -> QuantizerSpec:
+    """The quantizer of a fake-quant layer, with its options."""
+    name = next(q.name for q in quantizers_in(layer).values() if isinstance(q, WeightQuantizer))
+    return quantizer_named(name, layer.quantizer_options)
 
 
 def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = None) -> QuantizedLayer:
-    """Turn a layer into its twin in place, quantizers off.
+    """Turn a layer into its fake-quant class in place, quantizers off.
 
     Args:
-        layer: of a quantizable type, or a twin, which stays as it is unless it has another quantizer.
-        quantizer: registered name; ``None``: a twin's own, ``uniform`` for a float layer. A twin that has it with
-            other options gets new quantizers with the old ones' state.
+        layer: of a registered kind, or a fake-quant layer, which stays as it is unless it has another quantizer.
+        quantizer: registered name; ``None``: a fake-quant layer's own, ``uniform`` for a float layer. A layer that has
+            it with other options gets new quantizers with the old ones' state.
     """
-    if isinstance(layer, QuantizedLayer):
-        spec = layer.spec if quantizer is None else quantizer_named(quantizer)
-        if layer.weight_quantizer.name == spec.name:
+    if isinstance(layer, FakeQuantLayer):
+        spec = spec_of(layer) if quantizer is None else quantizer_named(quantizer)
+        if spec_of(layer).name == spec.name:
             if layer.quantizer_options != dict(spec.options):
-                old = layer.weight_quantizer, layer.input_quantizer
+                replaced = quantizers_in(layer)
                 _put_quantizers(layer, spec)
-                for new, known in zip((layer.weight_quantizer, layer.input_quantizer), old):
-                    new.load_state_dict(known.state_dict())
-                    new._parameters.update(known._parameters)  # an optimizer may know them
+                for name, new in quantizers_in(layer).items():
+                    new.load_state_dict(replaced[name].state_dict())
+                    new._parameters.update(replaced[name]._parameters)  # an optimizer may know them
             return layer
         to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
-    layer.__class__ = TWINS[type(layer)]
-    assert isinstance(layer, QuantizedLayer)
+    layer.__class__ = kind_of(layer).fake_quant_type
+    assert isinstance(layer, FakeQuantLayer)
     layer.register_forward_pre_hook(must_be_called)
     _put_quantizers(layer, spec)
     return layer
 
 
-def must_be_called(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: a module that has one is called, not read past, as fused Transformer layers do."""
-
-
 def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec) -> None:
-    axis = channel_axis(layer)
-    layer.weight_quantizer = spec.weight_quantizer(layer.weight.shape[axis], axis).to(layer.weight.device)
-    layer.input_quantizer = spec.activation_quantizer().to(layer.weight.device)
+    device = None
+    for parameter, read in kind_of(layer).weights(layer).items():
+        weight = weight_of(layer, parameter)
+        device = device or weight.device
+        quantizer = spec.weight_quantizer(weight.shape[read.channel_axis], read.channel_axis).to(weight.device)
+        setattr(layer, quantizer_attribute(parameter), quantizer)
+    layer.input_quantizer = spec.activation_quantizer().to(device)
     layer.quantizer_options = dict(spec.options)
-    layer.weight_quantizer.train(layer.training)
-    layer.input_quantizer.train(layer.training)
+    for q in quantizers_in(layer).values():
+        q.train(layer.training)
 
 
 def to_float(layer: nn.Module) -> nn.Module:
-    """Undo :func:`to_fake_quantized`: the plain layer again, with the weight that it holds."""
-    if isinstance(layer, QuantizedLayer):
-        del layer.weight_quantizer, layer.input_quantizer, layer.quantizer_options
+    """Undo :func:`to_fake_quantized`: the plain layer again, with the weights that it holds."""
+    if isinstance(layer, FakeQuantLayer):
+        for name in quantizers_in(layer):
+            delattr(layer, name)
+        del layer.quantizer_options
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is must_be_called]:
             del layer._forward_pre_hooks[key]
         layer.__class__ = layer.float_type  # type: ignore[assignment]

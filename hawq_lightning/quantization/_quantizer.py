@@ -8,7 +8,6 @@ whenever a state dict is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +28,8 @@ class Quantizer(nn.Module):
     Attributes:
         bits: code width; 0 means the identity.
         zero: ``zero_point`` as a Python number, as of the last :meth:`refresh`.
-        paused: the identity for a while, whatever the bits.
-        observing: whether ranges that follow the data may move in training; a schedule may switch it off.
+        fake_quant_disabled: the identity for a while, whatever the bits.
+        range_updates_enabled: whether ranges that follow the data may move in training; a schedule may switch it off.
     """
 
     def __init__(self, channels: int | None = None) -> None:
@@ -47,7 +46,7 @@ class Quantizer(nn.Module):
     num_bits: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
-    has_dynamic_range = False  # whether the grid moves in training without gradients
+    updates_range = False  # whether passes in training move the grid, by what they see
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
@@ -88,8 +87,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _take_state(self) -> None:
         for leader in self._tied_to:
-            for mine, theirs in zip(self._tensors(), leader._tensors()):
-                mine.copy_(theirs)
+            for tensor, leading in zip(self._tensors(), leader._tensors()):
+                tensor.copy_(leading)
             self.bits, self.zero = leader.bits, leader.zero
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -122,9 +121,9 @@ class Quantizer(nn.Module):
         return with_zero_grads(x, *learned) if learned and torch.is_grad_enabled() else x
 
     @property
-    def moves(self) -> bool:
-        """Whether training changes the grid: by gradients, or by watching what passes."""
-        return type(self).has_dynamic_range or next(self.parameters(), None) is not None
+    def has_dynamic_range(self) -> bool:
+        """Whether training changes the grid: by gradients, or by what passes see."""
+        return type(self).updates_range or next(self.parameters(), None) is not None
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
@@ -152,11 +151,11 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, *args: object) -> None:
         self._take_state()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a float checkpoint says nothing about quantizers; it must not disable them
         if f"{prefix}{_OLD_NUM_BITS}" in state_dict:

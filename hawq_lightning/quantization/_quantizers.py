@@ -1,22 +1,26 @@
 """Fake quantizers: Q(.) of the paper, with straight-through gradients.
 
 A new quantizer overrides :meth:`WeightQuantizer.quantize` or :meth:`ActivationQuantizer.quantize`, and is found by the
-name that :func:`hawq_lightning.quantization.register` gives it.
+name that :func:`hawq_lightning.quantization.register_quantizer` gives it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, along, fake_quantize_channels, fake_quantize_tensor
+from hawq_lightning.layers import deterministic
+from hawq_lightning.quantization._fake_quantize import (
+    MIDRISE_ZERO,
+    fake_quantize_channels,
+    fake_quantize_tensor,
+    per_channel_view,
+)
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
-from hawq_lightning.quantization._recompute import deterministic
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._widths import one_of
 
@@ -27,8 +31,8 @@ _MARK = "quantizer_"
 class WeightQuantizer(Quantizer):
     """Symmetric, one step a channel; levels ``(code - zero_point) * scale`` with ``code`` in [-2^(b-1), 2^(b-1)-1].
 
-    Code kind ``affine`` has zero_point 0; ``midrise`` has -1/2, so that all 2^b levels are symmetric about zero
-    (at one bit: sign times scale, as in DoReFa). Steps are fitted when armed and then stay.
+    Code format ``affine`` has zero_point 0; ``midrise`` has -1/2, so that all 2^b levels are symmetric about zero
+    (at one bit: sign times scale, as in DoReFa). Steps are fitted when the quantizer is enabled and then stay.
 
     Args:
         channels: length of the channel axis.
@@ -62,14 +66,14 @@ class WeightQuantizer(Quantizer):
 
     @property
     def code(self) -> str:
-        """Code kind."""
+        """Code format."""
         return "midrise" if self.zero % 1 else "affine"
 
-    def kinds(self, bits: int) -> tuple[str, ...]:
-        """Code kinds that this quantizer has at a width; where several do, the first is tried first."""
+    def code_formats(self, bits: int) -> tuple[str, ...]:
+        """Code formats that this quantizer has at a width; where several do, the first is tried first."""
         return ("midrise",) if bits == 1 else ("affine", "midrise")
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if own and (trained := named_in(own)) != self.name:
             raise HawqError(
@@ -92,7 +96,7 @@ class WeightQuantizer(Quantizer):
         Args:
             weight: any shape whose ``axis`` has ``channels`` entries.
             bits: 1 to 8.
-            code: one of :meth:`kinds`.
+            code: one of :meth:`code_formats`.
 
         Returns:
             ``||Q(W) - W||^2``.
@@ -110,13 +114,13 @@ class WeightQuantizer(Quantizer):
         return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
 
     @torch.no_grad()
-    def settled(self, weight: torch.Tensor) -> torch.Tensor:
+    def eval_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The quantized weight as evaluation sees it: in training mode too, no range moves."""
         if self._tied_to:
             self.refresh()
             leader = self._tied_to[0]
             assert isinstance(leader, WeightQuantizer)
-            return leader.settled(weight)
+            return leader.eval_weight(weight)
         mode, self.training = self.training, False
         try:
             return self(weight)
@@ -132,13 +136,13 @@ class WeightQuantizer(Quantizer):
         """
         if self.bits == 0:
             raise HawqError("This quantizer is off; it has no codes.")
-        levels = self.settled(weight)
-        return torch.round(levels / along(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
+        levels = self.eval_weight(weight)
+        return torch.round(levels / per_channel_view(self.scale, weight, self.axis) + self.zero_point).to(torch.int32)
 
     @torch.no_grad()
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """The float32 weight that integer ``codes`` stand for, bit-identical to ``self(weight)``."""
-        return (codes.to(torch.float32) - self.zero_point) * along(self.scale, codes, self.axis)
+        return (codes.to(torch.float32) - self.zero_point) * per_channel_view(self.scale, codes, self.axis)
 
     @torch.no_grad()
     def storage(self) -> Storage:
@@ -220,7 +224,7 @@ def named_in(keys: Iterable[str]) -> str:
     return next((k.removeprefix(_MARK) for k in keys if k.startswith(_MARK)), _DEFAULT)
 
 
-def quantizers_in(state_dict: Iterable[str]) -> dict[str, str]:
+def trained_quantizers(state_dict: Iterable[str]) -> dict[str, str]:
     """The fake-quant layers that a state dict is of, with the registered names of their quantizers.
 
     Args:

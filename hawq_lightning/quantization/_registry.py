@@ -1,10 +1,9 @@
-"""Quantizers by name. A user's own is a class in the user's own file, under ``@register("name")``."""
+"""Quantizers by name. A user's own is a class in the user's own file, under ``@register_quantizer("name")``."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._registry import Registry
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 
 Weight = TypeVar("Weight", bound=type[WeightQuantizer])
@@ -33,7 +33,7 @@ class QuantizerSpec:
     weight: type[WeightQuantizer]
     activation: type[ActivationQuantizer]
     freezes_norms: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     def weight_quantizer(self, channels: int, axis: int = 0) -> WeightQuantizer:
         """A new weight quantizer, off.
@@ -54,14 +54,14 @@ class QuantizerSpec:
         return self.activation(**self._options(self.activation))
 
     def _options(self, of: type) -> dict[str, Any]:
-        known = option_names(of)
-        return {k: v for k, v in self.options.items() if k in known}
+        possible = option_names(of)
+        return {k: v for k, v in self.options.items() if k in possible}
 
 
-_REGISTERED: dict[str, QuantizerSpec] = {}
+QUANTIZERS: Registry[QuantizerSpec] = Registry("quantizer")
 
 
-def register(
+def register_quantizer(
     name: str, *, activation: type[ActivationQuantizer] = ActivationQuantizer, freezes_norms: bool = False
 ) -> Callable[[Weight], Weight]:
     """Class decorator: make a weight quantizer known by name, together with the activation quantizer beside it.
@@ -74,20 +74,9 @@ def register(
     Raises:
         HawqError: another quantizer has this name.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise HawqError(f"{name!r} is no name for a quantizer; use lower-case letters, digits and underscores.")
 
     def add(weight: Weight) -> Weight:
-        known = _REGISTERED.get(name)
-        # a module that is imported again brings a new class of the same name
-        if known is not None and (known.weight.__module__, known.weight.__qualname__) != (
-            weight.__module__,
-            weight.__qualname__,
-        ):
-            raise HawqError(
-                f"There is a quantizer {name!r} already, {known.weight.__module__}.{known.weight.__name__}."
-            )
-        _REGISTERED[name] = QuantizerSpec(name, weight, activation, freezes_norms)
+        QUANTIZERS.add(name, QuantizerSpec(name, weight, activation, freezes_norms), source=weight)
         return weight
 
     return add
@@ -95,10 +84,10 @@ def register(
 
 def quantizer_names() -> tuple[str, ...]:
     """Every registered name."""
-    return tuple(_REGISTERED)
+    return QUANTIZERS.names
 
 
-def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, Any] | None = None) -> QuantizerSpec:
+def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, object] | None = None) -> QuantizerSpec:
     """A quantizer by name, its options checked.
 
     Args:
@@ -110,19 +99,13 @@ def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, Any] | None
     """
     if isinstance(name, QuantizerSpec):
         return quantizer_named(name.name, {**name.options, **options}) if options else name
-    if name not in _REGISTERED:
-        near = nearest(str(name), _REGISTERED)
-        raise HawqError(
-            f"There is no quantizer {name!r}; known are {', '.join(_REGISTERED)}.{near} "
-            "A quantizer of your own is known once its file is imported."
-        )
-    spec = _REGISTERED[name]
-    known = option_names(spec.weight) | option_names(spec.activation)
+    spec = QUANTIZERS[name]
+    possible = option_names(spec.weight) | option_names(spec.activation)
     for key in options or {}:
-        if key not in known:
+        if key not in possible:
             raise HawqError(
-                f"Quantizer {name!r} has no option {key!r}; it has {', '.join(sorted(known)) or 'none'}."
-                f"{nearest(str(key), known)}"
+                f"Quantizer {name!r} has no option {key!r}; it has {', '.join(sorted(possible)) or 'none'}."
+                f"{nearest(str(key), possible)}"
             )
     spec = QuantizerSpec(spec.name, spec.weight, spec.activation, spec.freezes_norms, dict(options or {}))
     spec.weight_quantizer(1), spec.activation_quantizer()  # values are checked before anything is measured
@@ -162,4 +145,4 @@ def import_quantizers(files: Iterable[str]) -> None:
             raise HawqError(f"Cannot import quantizers from {name}: {type(error).__name__}: {error}.") from error
 
 
-register("uniform")(WeightQuantizer)
+register_quantizer("uniform")(WeightQuantizer)

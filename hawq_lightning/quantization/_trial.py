@@ -12,7 +12,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import Site, SiteTable
-from hawq_lightning._sites import channel_axis, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -23,7 +23,7 @@ from hawq_lightning.quantization._apply import (
     quantizers,
 )
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._modules import QuantizedLayer, to_float
+from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import isolated_eval, to_device
 
@@ -31,16 +31,15 @@ from hawq_lightning.sensitivity import isolated_eval, to_device
 @contextmanager
 def temporarily_quantized(
     model: nn.Module, quantizer: str | QuantizerSpec | None = None
-) -> Iterator[dict[str, QuantizedLayer]]:
+) -> Iterator[dict[str, QuantizedWeight]]:
     """Inside, every quantizable layer is a fake-quant layer with its quantizers off; afterwards all is as it was.
 
     Args:
         model: float, or with quantizers in any state.
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float layer.
     """
-    had = {
-        id(x): (x.weight_quantizer, x.input_quantizer, x.quantizer_options) for x in quantized_layers(model).values()
-    }
+    modules = {id(x.module): x.module for x in quantized_layers(model).values()}
+    before = {key: (quantizers_in(m), m.quantizer_options) for key, m in modules.items()}
     states = [(q, [(t, t.detach().clone()) for t in q._tensors()], _plain(q)) for q in quantizers(model)]
     layers = prepare(model, quantizer=quantizer)
     disable(model)
@@ -50,10 +49,11 @@ def temporarily_quantized(
         yield layers
     finally:
         for layer in layers.values():
-            if id(layer) in had:
-                layer.weight_quantizer, layer.input_quantizer, layer.quantizer_options = had[id(layer)]
-            else:
-                to_float(layer)
+            if id(layer.module) not in before:
+                to_float(layer.module)
+        for key, (held, options) in before.items():
+            modules[key]._modules.update(held)
+            modules[key].quantizer_options = options  # type: ignore[assignment]
         with torch.no_grad():
             for q, tensors, plain in states:
                 for tensor, value in tensors:
@@ -181,7 +181,7 @@ def first_order_term(
         for s in plan.weights:
             layer = weights[s.name]
             w = layer.weight.detach()
-            axis = channel_axis(layer)
+            axis = layer.channel_axis
             quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
             quantizer.fold(norms.get(s.layers[0]))
             quantizer.fit(w, s.bits, s.code)

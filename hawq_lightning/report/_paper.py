@@ -10,6 +10,7 @@ from torch import nn
 
 from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
 from hawq_lightning.report._landscape import draw_landscapes
 from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigenpairs, trace_history
@@ -63,9 +64,10 @@ def paper_figures(
     if sharpest > 0 and points > 1:
         span = (2 / sharpest) ** 0.5  # where the sharpest parabola has risen by one
         offsets = [span * (2 * i / (points - 1) - 1) for i in range(points)]
-        owner = {x.weight: model.get_submodule(x.name).weight for x in reversed(sites.layers)}
+        layers, _ = quantizable_layers(model)
+        weights_of = {x.weight: layers[x.name].weight for x in reversed(sites.layers)}
         grids = {
-            n: landscape(model, few, loss_fn, owner[n], (e.vectors[0], e.vectors[1]), offsets)  # type: ignore[arg-type]
+            n: landscape(model, few, loss_fn, weights_of[n], (e.vectors[0], e.vectors[1]), offsets)
             for n, e in pairs.items()
         }
         drawings.append(draw_landscapes(grids, offsets, {n: e.values for n, e in pairs.items()}))

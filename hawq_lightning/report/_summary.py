@@ -10,6 +10,7 @@ from hawq_lightning.report import _text as text
 from hawq_lightning.report._checks import rank_correlations
 from hawq_lightning.report._run import Run
 from hawq_lightning.report._site_figures import KINDS, uncertain
+from hawq_lightning.selection import COSTS
 
 STAGE_NAMES = {"float": "float", "quantized": "after quantizing", "fine_tuned": "after fine-tuning"}
 _UNSTABLE = 0.9  # share of bootstrap draws that choose the same bits
@@ -26,6 +27,9 @@ def accuracy_rows(run: Run) -> list[tuple[str, str, str]]:
         gap = "" if start is None or stage == "float" else _gap(value - start, metric)
         rows.append((STAGE_NAMES[stage], text.score(value, metric), gap))
     return rows
+
+
+_COMPLETED = ("weight_bytes", "act_bytes", "file_bytes", "bops")  # rows of their own: metrics.json completes them
 
 
 def size_rows(run: Run) -> list[tuple[str, str, str]]:
@@ -53,8 +57,8 @@ def size_rows(run: Run) -> list[tuple[str, str, str]]:
                 f"{cost['bops'] / of:.1%} of 8 bits" if of else "",
             )
         )
-    if run.plan and isinstance(latency := run.plan.costs.get("latency_ms"), (int, float)):
-        rows.append(("latency by the table, one image", f"{latency:.3g} ms", ""))
+    others = {n: COSTS[n] for n in COSTS if run.plan and n in run.plan.costs and n not in _COMPLETED}
+    rows += [(entry.title or name, entry.unit.format(cost[name]), "") for name, entry in others.items()]
     return [r for r in rows if r[1] != "–"]
 
 

@@ -123,7 +123,7 @@ class ActivationBytes(SiteCost):
 class PeakActivationBytes(SiteCost):
     """The most activation memory at any time step: one row a step."""
 
-    kind, words, title = "activation", ("act_peak",), "activations, most at a time"
+    kind, words, title = "activation", ("act_peak",), "activations, most at a time (one image)"
     unit, forms, shown_as, examples, table = BYTES, ("x", "%"), "x", ('"256KiB"', '"4x"'), "steps"
     without_table = "Peak activation memory needs time steps: pass steps=activation_steps(model, batch)."
 
@@ -155,7 +155,7 @@ class PeakActivationBytes(SiteCost):
 class Latency(LayerCost):
     """Milliseconds of a table, added up over layers."""
 
-    words, title, unit, forms, table = ("latency",), "latency", MILLISECONDS, ("%",), "latency"
+    words, title, unit, forms, table = ("latency",), "latency by the table, one image", MILLISECONDS, ("%",), "latency"
     examples = ('"3ms"', '"50%"')
     without_table = (
         "A latency budget needs a latency table: give latency=latency.csv, a CSV of layer, weight_bits, ms "

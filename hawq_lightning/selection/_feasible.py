@@ -43,7 +43,7 @@ def nominal_problem(
     """
     weights = quantizer_named(quantizer).weight_quantizer(1, 0)
     candidates = {
-        s.name: tuple(Candidate(b, weights.kinds(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights
+        s.name: tuple(Candidate(b, weights.code_formats(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights
     }
     for s in sites.activations if activation_bits is not None else ():
         widths = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()

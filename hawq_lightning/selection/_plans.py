@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Site, SiteTable
+from hawq_lightning.layers import channel_axis_of
 from hawq_lightning.selection._costs import costs_of
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._problem import Problem
@@ -83,7 +84,7 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
     types = {x.name: x.type for x in plan.layers}
     sites, candidates, traces = [], {}, []
     for s in plan.sites:
-        axis = 1 if types.get(s.layers[0] if s.layers else "", "").startswith("ConvTranspose") else 0
+        axis = channel_axis_of(types.get(s.layers[0] if s.layers else "", ""))
         channels = s.shape[axis] if s.kind == "weight" and len(s.shape) > axis else 1
         sites.append(Site(s.name, s.kind, s.layers, s.shape, s.numel, channels))
         if s.options:

@@ -7,7 +7,6 @@ from hawq_lightning.sensitivity._context import LossFn, MeasureContext, forward_
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
 from hawq_lightning.sensitivity._eigen import Eigenpairs, top_eigenpairs, top_eigenvalues
 from hawq_lightning.sensitivity._ggn import RademacherProbes, concave_share, independent_images, probe_batch, send_back
-from hawq_lightning.sensitivity._grad_norms import inner_products
 from hawq_lightning.sensitivity._hutchinson import hutchinson_batch
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 from hawq_lightning.sensitivity._isolate import (
@@ -27,8 +26,6 @@ from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
 from hawq_lightning.sensitivity._sampling import DRAWS, check_draw, chunks, design, join
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
 from hawq_lightning.sensitivity._trace_loop import ProcessShard, TraceLoop
-from hawq_lightning.sensitivity._unfold import LayerCall
-from hawq_lightning.sensitivity._weight_gradients import by_kernel
 
 __all__ = [
     "DRAWS",
@@ -38,7 +35,6 @@ __all__ = [
     "Eigenpairs",
     "Heap",
     "InputHooks",
-    "LayerCall",
     "LossFn",
     "MeasureContext",
     "OutputHessian",
@@ -50,7 +46,6 @@ __all__ = [
     "SiteTrace",
     "TraceCache",
     "TraceLoop",
-    "by_kernel",
     "check_draw",
     "check_linearity",
     "check_precision",
@@ -64,7 +59,6 @@ __all__ = [
     "guarded_mean_traces",
     "hutchinson_batch",
     "independent_images",
-    "inner_products",
     "isolated_eval",
     "join",
     "landscape",

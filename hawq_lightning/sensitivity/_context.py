@@ -12,6 +12,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -24,7 +25,7 @@ class MeasureContext:
     """What stays the same over all batches of a measurement."""
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, WeightReader]
     table: SiteTable
     loss_fn: LossFn
     keep_copies: set[str] = field(default_factory=set)
@@ -99,7 +100,8 @@ def outputs_of(setting: MeasureContext, batch: Any) -> Iterator[OutputHessian]:
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
-    with InputHooks(setting.layers, {n: n for n in setting.layers}, _in_graph), Outputs(setting.model) as outputs:
+    readers = {n: n for n, layer in setting.layers.items() if as_reader(layer).read.reads_activation}
+    with InputHooks(setting.layers, readers, _in_graph), Outputs(setting.model) as outputs:
         with torch.enable_grad():
             loss = setting.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
@@ -132,13 +134,13 @@ def check_loss(loss: Any) -> torch.Tensor:
     return loss.reshape(())
 
 
-def check_weights(layers: Mapping[str, nn.Module]) -> None:
+def check_weights(layers: Mapping[str, WeightReader]) -> None:
     """Refuse weights that hold NaN or infinity.
 
     Raises:
         HawqError: it names the layer.
     """
-    for name, module in layers.items():
-        for key, parameter in module.named_parameters(recurse=False):
+    for name, layer in layers.items():
+        for key, parameter in layer.module.named_parameters(recurse=False):
             if not bool(torch.isfinite(parameter.detach()).all()):
                 raise HawqError(f"Layer {name!r}: its {key} holds NaN or infinity.")

@@ -11,7 +11,7 @@ from torch import nn
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import find_sites
+from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning.sensitivity._context import LossFn, MeasureContext
 from hawq_lightning.sensitivity._ggn import independent_images
 from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
@@ -56,7 +56,8 @@ def trace_history(
     images = [batch_size_fn(b) for b in kept]
     with isolated_eval(model, seed):
         table = sites or find_sites(model, lambda: loss_fn(model, kept[0]), images[0])
-        setting = MeasureContext(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+        layers, _ = quantizable_layers(model)
+        setting = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
         probes = ProbeRunner(
             setting, estimator, independent_images(setting, kept[0], images[0]), batch_size_fn, seed=seed
         )

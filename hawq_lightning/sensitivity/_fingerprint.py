@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import parts_of
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 
@@ -36,10 +37,10 @@ def fingerprint(
 
 
 def _idle_quantizers(model: nn.Module) -> Iterator[str]:
-    # which quantizer waits in a twin does not change its traces
+    # which quantizer waits in a fake-quant layer does not change its traces
     for name, layer in model.named_modules():
-        if hasattr(layer, "float_type"):
-            for key in ("weight_quantizer", "input_quantizer"):
+        if isinstance(layer, FakeQuantLayer):
+            for key in [k for k in layer._modules if k.endswith("_quantizer")]:
                 quantizer = getattr(layer, key)
                 if not quantizer.bits or quantizer.fake_quant_disabled:
                     yield f"{name}.{key}." if name else f"{key}."

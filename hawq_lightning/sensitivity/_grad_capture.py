@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.sensitivity._grad_norms import inner_products, row_dots
+from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
-from hawq_lightning.sensitivity._unfold import LayerCall
 
 
 class Overwritten(Exception):
@@ -28,7 +27,7 @@ class CallRecord:
 
     site: str
     name: str
-    layer: nn.Module | None
+    layer: WeightReader | None
     value: torch.Tensor
     version: int
     grads: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
@@ -39,13 +38,14 @@ class GradCapture:
     """Hooks on the layers of ``table``; active inside ``with``.
 
     Args:
-        layers: layer name -> module.
+        layers: layer name -> reader of a weight, or the module if it reads a single one.
         table: their sites.
         keep_copies: layers whose input is overwritten later.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], table: SiteTable, keep_copies: set[str]) -> None:
-        self._layers, self._table, self._keep = layers, table, keep_copies
+    def __init__(self, layers: Mapping[str, nn.Module | WeightReader], table: SiteTable, keep_copies: set[str]) -> None:
+        self._layers = {name: as_reader(layer) for name, layer in layers.items()}
+        self._table, self._keep = table, keep_copies
         self._reads_of = {x.name: x.activation for x in table.layers if x.activation is not None}
         self._weight_of = {x.name: x.weight for x in table.layers}
         self._calls: dict[str, list[CallRecord]] = {}
@@ -63,8 +63,8 @@ class GradCapture:
 
     def __enter__(self) -> GradCapture:
         self._reader.__enter__()
-        for name, module in self._layers.items():
-            self._handles.append(module.register_forward_hook(self._called(name), with_kwargs=True))
+        for name, layer in self._layers.items():
+            self._handles.append(layer.on_call(self._called(name)))
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -122,16 +122,22 @@ class GradCapture:
         self._handles.append(alias.register_hook(self._arrived(call)))
         return alias
 
-    def _called(self, name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+    def _called(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        def record(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             if not self.recording or not torch.is_grad_enabled():
-                return
-            read = (args[0] if args else kwargs["input"]).detach()
+                return None
+            read, product = x.detach(), output
+            if not output.requires_grad:  # a look-up by indices, which have no gradient
+                leaf = output.detach().requires_grad_(True)
+                product = leaf.view_as(leaf)
             if name in self._keep:
                 read = read.clone()
-            call = CallRecord(self._weight_of[name], name, module, read, read._version, node=output.grad_fn)
+            call = CallRecord(
+                self._weight_of[name], name, self._layers[name], read, read._version, node=product.grad_fn
+            )
             self._calls.setdefault(call.site, []).append(call)
-            self._handles.append(output.register_hook(self._arrived(call)))
+            self._handles.append(product.register_hook(self._arrived(call)))
+            return None if product is output else product
 
         return record
 
@@ -171,7 +177,9 @@ class GradCapture:
                 if c.value._version != c.version:
                     raise Overwritten(c.name)
             uses = [
-                LayerCall(c.layer, c.value.to(c.grads[0].dtype), c.grads[0], c.grads[1] if two else None)
+                LayerCall(
+                    c.layer.module, _as(c.value, c.grads[0]), c.grads[0], c.grads[1] if two else None, c.layer.parameter
+                )
                 for c in live
                 if c.layer is not None and c.grads[0] is not None
             ]
@@ -193,3 +201,7 @@ class GradCapture:
             value = self._coefficient * value.cpu()
             self._rows[site] = self._rows[site] + value if site in self._rows else value
         self._waiting[site] = 0
+
+
+def _as(read: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return read.to(grad.dtype) if read.is_floating_point() else read  # indices of a table stay what they are

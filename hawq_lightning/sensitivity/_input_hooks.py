@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._sites import version_of
+from hawq_lightning.layers import WeightReader, as_reader
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -22,21 +23,22 @@ class InputHooks:
     that was changed in place counts as another one.
 
     Args:
-        layers: layer name -> module.
+        layers: layer name -> reader of a weight, or the module if it reads a single one.
         site_of: layer name -> activation site name.
         visit: called once for every tensor; what it returns is what the layers read.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], site_of: Mapping[str, str], visit: Replace) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module | WeightReader], site_of: Mapping[str, str], visit: Replace
+    ) -> None:
         self._layers, self._site_of, self._visit = layers, site_of, visit
         self._seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> InputHooks:
-        for name, module in self._layers.items():
+        for name, layer in self._layers.items():
             if name in self._site_of:
-                hook = self._hook(self._site_of[name])
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(as_reader(layer).on_read(self._visit_once(self._site_of[name])))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -49,16 +51,13 @@ class InputHooks:
         """Forget the tensors seen: a new forward pass begins."""
         self._seen.clear()
 
-    def _hook(self, site: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = args[0] if args else kwargs["input"]
+    def _visit_once(self, site: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def replace(x: torch.Tensor) -> torch.Tensor:
             key = (id(x), version_of(x))
-            known = self._seen.get(key)
-            if known is None or known[0]() is not x:
-                known = (weakref.ref(x), self._visit(site, x))
-                self._seen[key] = known
-            if args:
-                return (known[1], *args[1:]), kwargs
-            return args, {**kwargs, "input": known[1]}
+            seen = self._seen.get(key)
+            if seen is None or seen[0]() is not x:
+                seen = (weakref.ref(x), self._visit(site, x))
+                self._seen[key] = seen
+            return seen[1]
 
         return replace

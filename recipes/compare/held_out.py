@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from hawq_lightning import Plan, SiteTable, quantize
 from hawq_lightning.cli import make_data, make_task
-from hawq_lightning.quantization import QuantizedLayer, along, loss_per_site
+from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.quantization import loss_per_site, per_channel_view
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import Problem
 from hawq_lightning.tasks import make_optimizer
@@ -105,10 +106,10 @@ class HeldOut:
 def with_norms(net: LightningModule) -> LightningModule:
     """Weights as quantized, but as long as they were, channel by channel; activations stay quantized."""
     for layer in net.modules():
-        if isinstance(layer, QuantizedLayer):
+        if isinstance(layer, FakeQuantLayer):
             rounded = layer.quantized_weight
             norms = [w.flatten(1).norm(dim=1).clamp_min(1e-30) for w in (layer.weight, rounded)]
-            longer = along(norms[0] / norms[1], rounded, 0)
+            longer = per_channel_view(norms[0] / norms[1], rounded, 0)
             layer.weight.copy_(rounded * longer)
             layer.weight_quantizer.disable()
     return net

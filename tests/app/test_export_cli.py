@@ -70,8 +70,8 @@ def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
 
 def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
     (tmp_path / "halving.py").write_text(
-        "from hawq_lightning.quantization import WeightQuantizer, register\n\n\n"
-        "@register('halving_steps')\nclass Halving(WeightQuantizer):\n"
+        "from hawq_lightning.quantization import WeightQuantizer, register_quantizer\n\n\n"
+        "@register_quantizer('halving_steps')\nclass Halving(WeightQuantizer):\n"
         "    def fit(self, weight, bits, code):\n"
         "        super().fit(weight, bits, code)\n"
         "        self.enable(bits, self.scale.log2().ceil().exp2(), float(self.zero_point))\n"

@@ -109,7 +109,7 @@ def test_averaged_zero_points_are_whole(tmp_path):
     trainer(tmp_path, callback, EMAWeightAveraging(decay=0.5), max_epochs=3).fit(model, loader())
     for layer in quantized_layers(model).values():
         q = layer.weight_quantizer
-        assert (q.settled(torch.zeros_like(layer.weight)) == 0).all()
+        assert (q.eval_weight(torch.zeros_like(layer.weight)) == 0).all()
         assert float(q.zero_point) % 1 == 0 and q.code == "affine"
-        assert torch.equal(q.dequantize(q.codes(layer.weight)), q.settled(layer.weight))
+        assert torch.equal(q.dequantize(q.codes(layer.weight)), q.eval_weight(layer.weight))
     assert {s.code for s in plan_of(model).weights} == {"affine"}

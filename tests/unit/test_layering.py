@@ -10,7 +10,14 @@ from pathlib import Path
 import hawq_lightning
 
 ROOT = Path(hawq_lightning.__file__).parent
-LIBRARY = ["sensitivity", "quantization", "selection", "export", "callbacks"]  # each may import those before it
+LIBRARY = [
+    "layers",
+    "sensitivity",
+    "quantization",
+    "selection",
+    "export",
+    "callbacks",
+]  # each may import those before it
 APPLICATION = ["report", "tasks", "models", "data", "cli"]
 APPLICATION_MAY = {("data", "models"), ("tasks", "models"), ("tasks", "data"), ("cli", "report"), ("cli", "tasks"),
                    ("cli", "models"), ("cli", "data")}  # fmt: skip
@@ -51,8 +58,8 @@ def test_imports_point_up_the_list():
                 good = target in LIBRARY and LIBRARY.index(target) < LIBRARY.index(part)
             elif part in APPLICATION:
                 good = target in LIBRARY or (part, target) in APPLICATION_MAY
-            else:  # a file at the top: what the rest stands on
-                good = False
+            else:  # a file at the top: what the rest stands on, and it on what is known of layers
+                good = target == "layers"
             if not good:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, wrong

@@ -16,9 +16,8 @@ from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning.export._extra import require
 from hawq_lightning.export._inventory import plain
+from hawq_lightning.layers import FakeQuantLayer, kinds
 from hawq_lightning.quantization import ActivationQuantizer, QuantizedLayer
-
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def compare(
     """
     whole = session(path)
     inside, reads, stored = _with_codes(path) if codes else (None, {}, set())
-    layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)}
     alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
@@ -191,10 +190,11 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[
     onnx = require("onnx")
     proto = onnx.load(str(path))
     made = {out: node for node in proto.graph.node for out in node.output}
+    products = {op for kind in kinds() for op in kind.onnx_ops}
     calls: dict[str, int] = defaultdict(int)
     reads: dict[str, tuple[str, int]] = {}
     for node in proto.graph.node:
-        if node.op_type not in _LAYERS:
+        if node.op_type not in products:
             continue
         weight = made.get(node.input[1])
         while weight is not None and weight.op_type != "DequantizeLinear":

@@ -14,8 +14,8 @@ import numpy as np
 
 from hawq_lightning.export._extra import require
 from hawq_lightning.export.onnx._low_bits import replace_nodes
+from hawq_lightning.layers import LayerKind, kinds
 
-_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _BIAS = 2  # the bias is their third input
 
 
@@ -48,8 +48,9 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
             bias = onnx.numpy_helper.to_array(stored[node.input[_BIAS]]).reshape(shape)
         elif len(node.input) <= _BIAS:
             groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-            count = dims[1] * groups if node.op_type == "ConvTranspose" else dims[0]
-            bias = np.zeros(count, np.float32).reshape(shape)
+            kind = _kind(node)
+            assert kind is not None
+            bias = np.zeros(kind.onnx_channels(dims, groups), np.float32).reshape(shape)
         else:
             continue
         result = node.output[0]
@@ -62,9 +63,13 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
     return len(added)
 
 
+def _kind(node: Any) -> LayerKind | None:
+    return next((kind for kind in kinds() if kind.onnx_op == node.op_type), None)
+
+
 def _codes(node: Any, made: Mapping[str, Any]) -> str:
     """The initializer of the codes that a layer's weight comes from."""
-    if node.op_type not in _LAYERS:
+    if _kind(node) is None:
         return ""
     weight = made.get(node.input[1])
     if weight is not None and weight.op_type == "Add":

@@ -22,11 +22,11 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import QUANTIZABLE, channel_axis, layer_type
 from hawq_lightning.export._extra import require
 from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
+from hawq_lightning.layers import channel_axis, find_kind, kind_of
 
 _PROCESS = Path(__file__).with_name("_speed_process.py")
 _FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
@@ -100,7 +100,9 @@ def layer_latencies(
     Raises:
         HawqError: the extra is missing.
     """
-    layers = {plain(n): m for n, m in model.named_modules() if layer_type(m) in QUANTIZABLE}
+    layers = {
+        plain(n): m for n, m in model.named_modules() if (kind := find_kind(m)) is not None and kind.onnx_op is not None
+    }
     shapes = _input_shapes(layers, model, inputs)
     reads = {name: s for s in plan.activations for name in s.layers}
     known: dict[Any, float] = {}
@@ -115,7 +117,8 @@ def layer_latencies(
             for bits in widths:
                 for grid in grids:
                     layer = layers[name]
-                    key = (_attributes(layer), tuple(site.shape), shapes[name], bits, grid)
+                    attributes = tuple(kind_of(layer).onnx_attributes(layer).items())
+                    key = (kind_of(layer).onnx_op, attributes, tuple(site.shape), shapes[name], bits, grid)
                     if key not in known:
                         known[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
                     rows.append(dict(zip(_FIELDS, (name, bits, grid, round(known[key], 6)))))
@@ -146,7 +149,7 @@ def _input_shapes(
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = kind_of(module).input(args, kwargs)
             found.setdefault(name, tuple(x.shape[1:]) if x.ndim > 1 else tuple(x.shape))
 
         return record
@@ -163,19 +166,6 @@ def _input_shapes(
     return found
 
 
-def _attributes(layer: Any) -> tuple[tuple[str, Any], ...]:
-    if issubclass(layer_type(layer), nn.Linear):
-        return ()
-    found: dict[str, Any] = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
-    if isinstance(layer.padding, str):
-        found["auto_pad"] = "SAME_UPPER" if layer.padding == "same" else "VALID"
-    else:
-        found["pads"] = (*layer.padding, *layer.padding)
-    if channel_axis(layer) == 1:
-        found["output_padding"] = layer.output_padding
-    return tuple(found.items())
-
-
 def _milliseconds(
     layer: nn.Module, shape: tuple[int, ...], reads: tuple[int, ...], bits: int, grid: int | None, threads: int
 ) -> float:
@@ -185,10 +175,8 @@ def _milliseconds(
     rng = np.random.default_rng(0)
     half = 1 << (bits - 1)
     codes = np.asarray(rng.integers(-half, half, shape), np.int8) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1
-    linear = issubclass(layer_type(layer), nn.Linear)
-    axis = channel_axis(layer)
-    # a linear layer over positions is one product of all of them
-    size = [int(np.prod(reads[:-1], dtype=int)), reads[-1]] if linear else [1, *reads]
+    kind = kind_of(layer)
+    axis, size = channel_axis(layer), kind.onnx_input_shape(reads)
     byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
     values = [
         arrays.from_array(np.asarray(codes, np.int8), "codes"),
@@ -202,9 +190,8 @@ def _milliseconds(
         if grid < 8:
             nodes.append(helper.make_node("Clip", ["q", "zero", "top"], ["clipped"]))
         nodes.append(helper.make_node("DequantizeLinear", [nodes[-1].output[0], "step", "zero"], ["read"]))
-    kind = "Gemm" if linear else "Conv" if axis == 0 else "ConvTranspose"
-    attributes = {"transB": 1} if linear else dict(_attributes(layer))
-    nodes.append(helper.make_node(kind, ["x" if grid is None else "read", "weight"], ["y"], **attributes))
+    operands = ["x" if grid is None else "read", "weight"]
+    nodes.append(helper.make_node(kind.onnx_op, operands, ["y"], **kind.onnx_attributes(layer)))
     graph = helper.make_graph(
         nodes,
         "layer",

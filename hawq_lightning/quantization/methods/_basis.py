@@ -8,18 +8,18 @@ AVERAGE = 0.1  # weight of the new basis: the paper's moving average keeps 0.9
 _RIDGE = 1e-9
 
 
-def members(bits: int, off: float, device: torch.device) -> torch.Tensor:
+def bit_table(bits: int, off: float, device: torch.device) -> torch.Tensor:
     """What every code takes of every member of the basis, ``[bits, 2^bits]``: 1 where its bit is set, ``off`` else."""
     numbers = torch.arange(1 << bits, device=device)
     return torch.stack([((numbers >> k) & 1) * (1.0 - off) + off for k in range(bits)])
 
 
-def spanned(basis: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def basis_levels(basis: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Level of every code; always summed in the same order.
 
     Args:
         basis: ``[..., b or more]``.
-        table: of :func:`members`.
+        table: of :func:`bit_table`.
     """
     total = basis[..., :1] * table[0]
     for k in range(1, len(table)):
@@ -37,8 +37,8 @@ def step_to_least_squares(residual: torch.Tensor, codes: torch.Tensor, table: to
 
     Args:
         residual: ``[rows, columns]``, values less their present levels.
-        codes: likewise.
-        table: of :func:`members`.
+        codes: ``[rows, columns]``, the code of each value.
+        table: of :func:`bit_table`.
 
     Returns:
         ``[rows, b]``, float64; directions that no value shows stay as they are.

@@ -8,8 +8,8 @@ from torch import nn
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_channels
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite
-from hawq_lightning.quantization._registry import register
-from hawq_lightning.quantization.methods._learned import learned_range, passed_through
+from hawq_lightning.quantization._registry import register_quantizer
+from hawq_lightning.quantization.methods._learned import learned_range, straight_through
 
 _MOST = 1.7e38  # twice it is still a float32
 
@@ -51,8 +51,8 @@ class ActivationPACT(ActivationQuantizer):
         return learned_range(x, self._width(), round(self.zero), self._top)
 
 
-@register("pact", activation=ActivationPACT)
-@register("dorefa")
+@register_quantizer("pact", activation=ActivationPACT)
+@register_quantizer("dorefa")
 class WeightDoReFa(WeightQuantizer):
     """``gain * (2 quantize_b(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1)``, and ``sign(w) * mean|w|`` at one bit.
 
@@ -71,7 +71,7 @@ class WeightDoReFa(WeightQuantizer):
         super().__init__(channels, axis)
         self.register_buffer("gain", torch.ones(()))
 
-    def kinds(self, bits: int) -> tuple[str, ...]:
+    def code_formats(self, bits: int) -> tuple[str, ...]:
         """Levels at odd halves at every width."""
         return ("midrise",)
 
@@ -97,7 +97,7 @@ class WeightDoReFa(WeightQuantizer):
                 mean = (weight.detach().float().abs() / max(1, weight.numel())).sum().clamp(TINY, _MOST)
                 self.scale.copy_((2 * mean).expand(self.scale.shape))
                 levels = torch.where(weight < 0, -0.5 * (2 * mean), 0.5 * (2 * mean))
-            return passed_through(weight, levels.to(weight.dtype))
+            return straight_through(weight, levels.to(weight.dtype))
         tanh = torch.tanh(weight)
         if tanh.requires_grad and not torch.compiler.is_compiling():
             tanh.register_hook(torch.nan_to_num)  # weights near the end of float32 have infinite gradients here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
-from hawq_lightning.quantization._registry import register
+from hawq_lightning.quantization._registry import register_quantizer
 
 
 class ActivationFQN(ActivationQuantizer):
@@ -17,7 +17,7 @@ class ActivationFQN(ActivationQuantizer):
         super().__init__(ranges=ranges)
 
 
-@register("fqn", activation=ActivationFQN, freezes_norms=True)
+@register_quantizer("fqn", activation=ActivationFQN, freezes_norms=True)
 class WeightFQN(WeightQuantizer):
     """Weights between their extremes, one symmetric range a channel; BatchNorm is frozen in training.
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from hawq_lightning._batchnorm import gain
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import along
+from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY, check_finite
-from hawq_lightning.quantization._registry import register
+from hawq_lightning.quantization._registry import register_quantizer
 
 
 class ActivationEMA(ActivationQuantizer):
@@ -25,7 +25,7 @@ class ActivationEMA(ActivationQuantizer):
         momentum: share of each batch's extremes.
     """
 
-    has_dynamic_range = True
+    updates_range = True
     low: torch.Tensor
     high: torch.Tensor
 
@@ -57,7 +57,7 @@ class ActivationEMA(ActivationQuantizer):
         return super().quantize(x)
 
 
-@register("int_only", activation=ActivationEMA)
+@register_quantizer("int_only", activation=ActivationEMA)
 class WeightIntOnly(WeightQuantizer):
     """One affine range a tensor, from the least weight to the greatest, with a whole zero point (eq. 1, 12 and 13).
 
@@ -83,7 +83,7 @@ class WeightIntOnly(WeightQuantizer):
         step: s.
     """
 
-    zero_points = has_dynamic_range = True
+    zero_points = updates_range = True
     factor: torch.Tensor
     step: torch.Tensor
 
@@ -93,7 +93,7 @@ class WeightIntOnly(WeightQuantizer):
         self.register_buffer("step", torch.ones(()))
         self._norm: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
 
-    def kinds(self, bits: int) -> tuple[str, ...]:
+    def code_formats(self, bits: int) -> tuple[str, ...]:
         """Integers with a zero point; sign times scale at one bit."""
         return ("midrise",) if bits == 1 else ("affine",)
 
@@ -124,7 +124,7 @@ class WeightIntOnly(WeightQuantizer):
         check_finite(weight)
         self._take_state()
         self.enable(bits, *self._range(weight, bits))
-        return float((self.settled(weight.detach()).double() - weight.double()).square().sum())
+        return float((self.eval_weight(weight.detach()).double() - weight.double()).square().sum())
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range is the present weights' own."""
@@ -153,14 +153,14 @@ class WeightIntOnly(WeightQuantizer):
         lowest = -half + (bits == 8)
         weight = weight.detach().float()
         factor = torch.where((self.factor > 0).any(), self.factor, 1.0)
-        folded = (weight * along(factor, weight, self.axis)).clamp(-HUGE, HUGE)
+        folded = (weight * per_channel_view(factor, weight, self.axis)).clamp(-HUGE, HUGE)
         step, zero = nudged(*torch.aminmax(folded), lowest, half - 1)
         self.step.copy_(step)
         peak = weight.transpose(0, self.axis).flatten(1).abs().amax(1)
-        own = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
-        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), own), float(zero)
+        alone = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
+        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), alone), float(zero)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if f"{prefix}scale" in state_dict and f"{prefix}factor" not in state_dict:  # of a version that did not fold
             state_dict[f"{prefix}factor"] = torch.ones_like(self.factor)
             state_dict[f"{prefix}step"] = state_dict[f"{prefix}scale"].flatten()[0]

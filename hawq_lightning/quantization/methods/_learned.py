@@ -45,7 +45,7 @@ def learned_range(x: torch.Tensor, width: torch.Tensor, zero: int, top: int) -> 
     return _LearnedRange.apply(wide, width, zero, top, eager(wide)).to(x.dtype)
 
 
-def passed_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+def straight_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """``levels``, with the gradient of the identity with respect to ``x``."""
     return _Through.apply(x, levels)
 
@@ -73,18 +73,18 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor]) -> None:
         x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
-        ctx.alone = False
+        ctx.grad_is_exclusive = False
         ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, step), (zero, low, high) = grads, ctx.saved_tensors, ctx.grid
         levels = _levels(x, step, zero, low, high)
         low, high = low - zero, high - zero
         if ctx.fast:
             s = float(step.detach())
             moved = torch.dot(g.reshape(-1), levels.reshape(-1))
-            passed = clipped_grad(g, x, low * s, high * s, ctx.alone)
+            passed = clipped_grad(g, x, low * s, high * s, ctx.grad_is_exclusive)
             moved = moved - torch.dot(passed.reshape(-1), x.reshape(-1))
         else:
             v = x * step.reciprocal()
@@ -106,7 +106,7 @@ class _LearnedRange(torch.autograd.Function):
         ctx.save_for_backward(x, width)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, width) = grads, ctx.saved_tensors
         low, high = (width * share for share in ctx.shares)
         moved = (g * (x >= high)).sum() * ctx.shares[1]
@@ -129,5 +129,5 @@ class _Through(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], None

@@ -13,9 +13,9 @@ from hawq_lightning.quantization._ranges import HUGE, TINY
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
+    basis_levels,
+    bit_table,
     decision_thresholds,
-    members,
-    spanned,
     step_to_least_squares,
 )
 
@@ -40,7 +40,7 @@ class ActivationLQ(ActivationQuantizer):
         basis: v; zeros where steps are even.
     """
 
-    has_dynamic_range = True
+    updates_range = True
     basis: torch.Tensor
 
     def __init__(self, *, ranges: str = "mse") -> None:
@@ -71,7 +71,7 @@ class ActivationLQ(ActivationQuantizer):
 
     def levels(self) -> torch.Tensor:
         """Level of every code, ``[2^b]``."""
-        return spanned(self.basis, self._table())
+        return basis_levels(self.basis, self._table())
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """The nearest level; in training the basis moves first."""
@@ -104,7 +104,7 @@ class ActivationLQ(ActivationQuantizer):
         self.enable_basis(basis)
 
     def _table(self) -> torch.Tensor:
-        return members(self.bits, 0.0, self.basis.device)
+        return bit_table(self.bits, 0.0, self.basis.device)
 
     @torch.no_grad()
     def _refit(self, x: torch.Tensor) -> None:
@@ -120,7 +120,7 @@ class ActivationLQ(ActivationQuantizer):
         moved = self.basis[: self.bits] + AVERAGE * change
         self.basis[: self.bits] = moved.clamp(-HUGE / 16, HUGE / 16).float()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if f"{prefix}scale" in state_dict:  # a version without it had even steps
             state_dict.setdefault(f"{prefix}basis", torch.zeros_like(self.basis))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -139,8 +139,8 @@ class _Nearest(torch.autograd.Function):
         passed, count = torch.empty_like(wide), torch.zeros_like(wide)
         for middle in between.tolist():
             count.add_(torch.gt(wide, middle, out=passed))
-        found = ascending.index_select(0, count.reshape(-1).to(torch.int32)).view(count.shape)
-        return found.to(x.dtype)
+        nearest = ascending.index_select(0, count.reshape(-1).to(torch.int32)).view(count.shape)
+        return nearest.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ class _Nearest(torch.autograd.Function):
         ctx.save_for_backward(x, levels)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):

@@ -7,22 +7,22 @@ import torch
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._quantizers import WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite, weight_step
-from hawq_lightning.quantization._registry import register
+from hawq_lightning.quantization._registry import register_quantizer
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
+    basis_levels,
+    bit_table,
     decision_thresholds,
-    members,
-    spanned,
     step_to_least_squares,
 )
-from hawq_lightning.quantization.methods._learned import passed_through
+from hawq_lightning.quantization.methods._learned import straight_through
 from hawq_lightning.quantization.methods._lq_activations import ActivationLQ
 
 _SWEEPS = 20
 
 
-@register("lq_nets", activation=ActivationLQ)
+@register_quantizer("lq_nets", activation=ActivationLQ)
 class WeightLQ(WeightQuantizer):
     """Levels ``sum_k e_k v_k`` with signs ``e`` in {-1, 1} and a basis ``v`` of b numbers a channel (eq. 3).
 
@@ -35,7 +35,7 @@ class WeightLQ(WeightQuantizer):
         axis: channel axis of the weight.
     """
 
-    has_dynamic_range = True
+    updates_range = True
     basis: torch.Tensor
 
     def __init__(self, channels: int, axis: int = 0) -> None:
@@ -44,10 +44,10 @@ class WeightLQ(WeightQuantizer):
 
     @property
     def code(self) -> str:
-        """Code kind."""
+        """Code format."""
         return "codebook"
 
-    def kinds(self, bits: int) -> tuple[str, ...]:
+    def code_formats(self, bits: int) -> tuple[str, ...]:
         """Codes are numbers of levels in a table."""
         return ("codebook",)
 
@@ -70,7 +70,7 @@ class WeightLQ(WeightQuantizer):
 
     def levels(self) -> torch.Tensor:
         """Level of every code, ``[channels, 2^b]``; always summed in the same order."""
-        return spanned(self.basis, self._signs())
+        return basis_levels(self.basis, self._signs())
 
     @torch.no_grad()
     def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
@@ -97,7 +97,7 @@ class WeightLQ(WeightQuantizer):
         if self.training and self.range_updates_enabled:
             with torch.no_grad():
                 self.basis.copy_(self._refit(self._rows(weight), AVERAGE))
-        return passed_through(weight, self._levels_of(weight))
+        return straight_through(weight, self._levels_of(weight))
 
     @torch.no_grad()
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class WeightLQ(WeightQuantizer):
         self.enable_basis(bits, storage.tensor("basis", (len(self.basis), bits)))
 
     def _signs(self) -> torch.Tensor:
-        return members(self.bits, -1.0, self.basis.device)
+        return bit_table(self.bits, -1.0, self.basis.device)
 
     def _rows(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().transpose(0, self.axis).reshape(weight.shape[self.axis], -1).float().contiguous()

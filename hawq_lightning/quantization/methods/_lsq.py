@@ -7,12 +7,12 @@ import math
 import torch
 from torch import nn
 
-from hawq_lightning.quantization._fake_quantize import along
+from hawq_lightning.layers import deterministic
+from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY
-from hawq_lightning.quantization._recompute import deterministic
-from hawq_lightning.quantization._registry import register
+from hawq_lightning.quantization._registry import register_quantizer
 from hawq_lightning.quantization.methods._learned import learned_step
 
 
@@ -57,7 +57,7 @@ class ActivationLSQ(_LearnedStep, ActivationQuantizer):
         return learned_step(x, self.positive_step(), zero, 0, top, factor)
 
 
-@register("lsq", activation=ActivationLSQ)
+@register_quantizer("lsq", activation=ActivationLSQ)
 class WeightLSQ(_LearnedStep, WeightQuantizer):
     """One learned step a channel; signed codes, or at one bit sign times step / 2.
 
@@ -81,5 +81,5 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
         half, zero = 1 << (self.bits - 1), -0.5 if self.code == "midrise" else 0.0
         sharing = weight.numel() // max(1, weight.shape[self.axis])
         factor = 1 / math.sqrt(max(1, sharing) * (half - 1 - zero))
-        step = along(self.positive_step(), weight, self.axis)
+        step = per_channel_view(self.positive_step(), weight, self.axis)
         return learned_step(weight, step, zero, -half, half - 1, factor)

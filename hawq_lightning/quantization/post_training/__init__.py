@@ -6,7 +6,7 @@ from hawq_lightning.quantization.post_training._batchnorm import reestimate_batc
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference
 from hawq_lightning.quantization.post_training._rounding import learn_rounding
-from hawq_lightning.quantization.post_training._second_moments import Moments, groups_of, patches
+from hawq_lightning.quantization.post_training._second_moments import Moments
 
 __all__ = [
     "METHODS",
@@ -15,9 +15,7 @@ __all__ = [
     "adaround",
     "bias_correction",
     "check_methods",
-    "groups_of",
     "learn_rounding",
-    "patches",
     "post_training",
     "reestimate_batchnorm",
 ]

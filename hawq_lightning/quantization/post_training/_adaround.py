@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._progress import Bar, progress_bar
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning._types import Batch
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
     FloatReference,
     Forward,
@@ -20,12 +20,14 @@ from hawq_lightning.quantization.post_training._reference import (
     still,
 )
 from hawq_lightning.quantization.post_training._rounding import learn_rounding
-from hawq_lightning.quantization.post_training._second_moments import Moments, groups_of, patches, supports
+from hawq_lightning.quantization.post_training._second_moments import Moments
+
+_POSITIONS = 32_768  # a call, about
 
 
 def adaround(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
@@ -40,7 +42,7 @@ def adaround(
     packed files hold the learned codes without knowing of it.
 
     Args:
-        model: armed; its weights are changed in place.
+        model: with quantizers enabled; its weights are changed in place.
         batches: a few hundred images; labels are not used unless ``forward`` does.
         forward: runs the model on a batch.
         reference: the float network; default: the model's own present weights.
@@ -55,35 +57,40 @@ def adaround(
         no even grid.
 
     Raises:
-        HawqError: nothing is armed, or no batches.
+        HawqError: no quantizer is enabled, or no batches.
     """
-    layers, kept = prepared(model, batches)
+    layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
-    found: dict[str, dict[str, float]] = {}
+    report: dict[str, dict[str, float]] = {}
     with still(model), progress_bar(bool(progress)) as bar:
-        order = calls_in_order(model, layers, kept[0], forward)
+        order = calls_in_order(model, layers, calibration[0], forward)
         task = bar.begin("Rounding", len(order))
         for done, (name, calls) in enumerate(order.items()):
             layer = layers[name]
             if _on_even_grid(layer) and not _shared(layer, model):
-                moments = _moments(model, layer, calls, kept, forward, reference)
-                found[name] = _round(layer, moments, ridge)
+                moments = _moments(model, layer, calls, calibration, forward, reference)
+                report[name] = _round(layer, moments, ridge)
             bar.advance(task, done + 1)
-    return found
+    return report
 
 
 def _moments(
-    model: nn.Module, layer: QuantizedLayer, calls: int, batches: list[Any], forward: Forward, reference: FloatReference
+    model: nn.Module,
+    layer: QuantizedWeight,
+    calls: int,
+    batches: list[Batch],
+    forward: Forward,
+    reference: FloatReference,
 ) -> Moments:
     moments = Moments(_rows(layer))
     for batch in batches:
         floating: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor, _: torch.Tensor, into: list[torch.Tensor] = floating) -> None:
-            into.append(patches(layer, x))
+            into.append(_patches(layer, x))
 
         def add(x: torch.Tensor, _: torch.Tensor, rest: list[torch.Tensor] = floating) -> None:
-            moments.add(rest.pop(0), patches(layer, layer.input_quantizer(x)))
+            moments.add(rest.pop(0), _patches(layer, layer.input_quantizer(x)))
 
         with reference.in_place():
             look_at(model, layer, calls, batch, forward, keep)
@@ -91,23 +98,27 @@ def _moments(
     return moments
 
 
-def _rows(layer: QuantizedLayer) -> torch.Tensor:
-    return layer.weight.detach().float().reshape(groups_of(layer), -1, layer.weight[0].numel())
+def _patches(layer: QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+    return layer.kind.patches(layer.module, x, _POSITIONS)
 
 
-def _round(layer: QuantizedLayer, moments: Moments, ridge: float) -> dict[str, float]:
+def _rows(layer: QuantizedWeight) -> torch.Tensor:
+    return layer.weight.detach().float().reshape(layer.kind.groups(layer.module), -1, layer.weight[0].numel())
+
+
+def _round(layer: QuantizedWeight, moments: Moments, ridge: float) -> dict[str, float]:
     quantizer, rows = layer.weight_quantizer, _rows(layer)
-    own, mixed, power = moments.mean()
+    gram, mixed, power = moments.mean()
     half, zero = 1 << (quantizer.bits - 1), float(quantizer.zero_point)
     steps = quantizer.scale.detach().expand(layer.weight.shape[0]).reshape(rows.shape[:2])
     nearest = quantizer.codes(layer.weight).reshape(rows.shape)
     codes, after, before = [], 0.0, 0.0
     for g in range(len(rows)):
-        damp = ridge * own[g].diagonal().mean().clamp_min(1e-30) * torch.eye(len(own[g]), device=own.device)
-        best, *_ = learn_rounding(rows[g], steps[g], -half, half - 1, zero, own[g] + damp, mixed[g] + damp)
+        damp = ridge * gram[g].diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram[g]), device=gram.device)
+        best, *_ = learn_rounding(rows[g], steps[g], -half, half - 1, zero, gram[g] + damp, mixed[g] + damp)
         codes.append(best)
-        after += _error(best, steps[g], zero, rows[g], own[g], mixed[g], power[g])
-        before += _error(nearest[g], steps[g], zero, rows[g], own[g], mixed[g], power[g])
+        after += _error(best, steps[g], zero, rows[g], gram[g], mixed[g], power[g])
+        before += _error(nearest[g], steps[g], zero, rows[g], gram[g], mixed[g], power[g])
     learned = torch.stack(codes)
     layer.weight.copy_(quantizer.dequantize(learned.reshape(layer.weight.shape)).to(layer.weight.dtype))
     total = float(power.sum())
@@ -119,17 +130,17 @@ def _round(layer: QuantizedLayer, moments: Moments, ridge: float) -> dict[str, f
 
 
 def _error(
-    codes: torch.Tensor, step: torch.Tensor, zero: float, rows: torch.Tensor, own: torch.Tensor, mixed: torch.Tensor,
+    codes: torch.Tensor, step: torch.Tensor, zero: float, rows: torch.Tensor, gram: torch.Tensor, mixed: torch.Tensor,
     power: torch.Tensor,
 ) -> float:  # fmt: skip
     v = (codes.float() - zero) * step[:, None]
-    return float(((v @ own - 2 * rows @ mixed) * v).sum() + power.sum())
+    return float(((v @ gram - 2 * rows @ mixed) * v).sum() + power.sum())
 
 
-def _on_even_grid(layer: QuantizedLayer) -> bool:
+def _on_even_grid(layer: QuantizedWeight) -> bool:
     """Whether codes can be chosen freely: a weight put on any grid point is quantized to that very point."""
     quantizer = layer.weight_quantizer
-    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not supports(layer):
+    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not layer.kind.reconstructs:
         return False
     half = 1 << (quantizer.bits - 1)
     codes = (
@@ -139,5 +150,5 @@ def _on_even_grid(layer: QuantizedLayer) -> bool:
     return torch.equal(quantizer.codes(points), codes.to(torch.int32))
 
 
-def _shared(layer: QuantizedLayer, model: nn.Module) -> bool:
+def _shared(layer: QuantizedWeight, model: nn.Module) -> bool:
     return sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) > 1

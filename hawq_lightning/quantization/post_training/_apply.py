@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._progress import Bar
+from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.quantization.post_training._adaround import adaround
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward
 
-METHODS: dict[str, Callable[..., dict[str, Any]]] = {
+METHODS: dict[str, Callable[..., JsonObject]] = {
     "adaround": adaround,
     "bias_correction": bias_correction,
     "batchnorm": reestimate_batchnorm,
@@ -42,16 +42,16 @@ def check_methods(methods: bool | str | Sequence[str] | None) -> tuple[str, ...]
 
 def post_training(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     methods: bool | str | Sequence[str] = True,
     *,
     forward: Forward = default_forward,
     progress: bool | Bar = False,
-) -> dict[str, dict[str, Any]]:
-    """Improve an armed model without training it.
+) -> dict[str, JsonObject]:
+    """Improve a quantized model without training it.
 
     Args:
-        model: armed (:func:`hawq_lightning.quantize`); changed in place.
+        model: with quantizers enabled (:func:`hawq_lightning.quantize`); changed in place.
         batches: a few hundred images, inputs first; labels are not used unless ``forward`` does.
         methods: of :data:`METHODS`, in this order; ``True``: rounding, then bias correction, and between them
             BatchNorm's statistics if no layer's rounding can be learned (codebooks), where they are what helps most;
@@ -63,18 +63,18 @@ def post_training(
         method -> what it reports of each layer.
 
     Raises:
-        HawqError: an unknown method, nothing is armed, or no batches.
+        HawqError: an unknown method, no quantizer is enabled, or no batches.
     """
     names = check_methods(methods)
-    kept = list(batches)
+    calibration = list(batches)
     reference = FloatReference(model)
-    found: dict[str, dict[str, Any]] = {}
+    reports: dict[str, JsonObject] = {}
 
     def run(name: str) -> None:
-        found[name] = METHODS[name](model, kept, forward=forward, reference=reference, progress=progress)
+        reports[name] = METHODS[name](model, calibration, forward=forward, reference=reference, progress=progress)
 
     for name in names:
-        if methods is True and name == "bias_correction" and not found["adaround"]:
+        if methods is True and name == "bias_correction" and not reports["adaround"]:
             run("batchnorm")
         run(name)
-    return found
+    return reports

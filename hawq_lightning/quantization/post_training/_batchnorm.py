@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from hawq_lightning._batches import default_forward
+from hawq_lightning._types import Batch
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward, prepared, still
 
 _MOMENTUM = 0.1
@@ -16,7 +16,7 @@ _UPDATES = 32
 
 def reestimate_batchnorm(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
@@ -30,19 +30,19 @@ def reestimate_batchnorm(
     variance. Both then move together in small steps, as in training: a moving average instead of the plain one.
 
     Args:
-        model: armed; running statistics are changed in place.
+        model: with quantizers enabled; running statistics are changed in place.
         batches: some hundred images.
         forward: runs the model on a batch.
         reference: not needed; here so that all methods are called alike.
-        progress: likewise.
+        progress: show a bar.
 
     Returns:
         BatchNorm -> mean ratio of the new standard deviation to the old.
 
     Raises:
-        HawqError: nothing is armed, or no batches.
+        HawqError: no quantizer is enabled, or no batches.
     """
-    layers, kept = prepared(model, batches)
+    layers, calibration = prepared(model, batches)
     norms = {
         n: m
         for n, m in model.named_modules()
@@ -57,8 +57,8 @@ def reestimate_batchnorm(
                     m.reset_running_stats()
                 m.momentum = _MOMENTUM if folding else None  # None: the plain average of all batches
                 m.training = True
-            for _ in range(-(-_UPDATES // len(kept)) if folding else 1):
-                for batch in kept:
+            for _ in range(-(-_UPDATES // len(calibration)) if folding else 1):
+                for batch in calibration:
                     forward(model, batch)
                     for layer in folding:
                         quantizer = layer.weight_quantizer

@@ -12,7 +12,9 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._progress import Bar, progress_bar
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning._types import Batch
+from hawq_lightning.layers import WeightReader
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
     FloatReference,
     Forward,
@@ -25,7 +27,7 @@ from hawq_lightning.quantization.post_training._reference import (
 
 def bias_correction(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
@@ -38,7 +40,7 @@ def bias_correction(
     has none, into the running mean of the BatchNorm that follows.
 
     Args:
-        model: armed; biases and running means are changed in place.
+        model: with quantizers enabled; biases and running means are changed in place.
         batches: a few hundred images.
         forward: runs the model on a batch.
         reference: the float network; default: the model's own present weights.
@@ -49,42 +51,42 @@ def bias_correction(
         nor a BatchNorm of their own do not appear.
 
     Raises:
-        HawqError: nothing is armed, or no batches.
+        HawqError: no quantizer is enabled, or no batches.
     """
-    layers, kept = prepared(model, batches)
+    layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
-    found: dict[str, float] = {}
+    shifts: dict[str, float] = {}
     with still(model), progress_bar(bool(progress)) as bar:
-        order = calls_in_order(model, layers, kept[0], forward)
-        norms = _own_norms(model, layers, kept[0], forward)
+        order = calls_in_order(model, layers, calibration[0], forward)
+        norms = _own_norms(model, layers, calibration[0], forward)
         targets = {n: ChannelMean() for n in order}
         with reference.in_place():
-            _means_of_all(model, layers, kept, forward, targets)
+            _means_of_all(model, layers, calibration, forward, targets)
             float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
         task = bar.begin("Bias correction", len(order))
         for done, (name, calls) in enumerate(order.items()):
-            layer: Any = layers[name]
-            if layer.bias is not None or name in norms:
+            layer = layers[name]
+            bias = getattr(layer.module, "bias", None)
+            if bias is not None or name in norms:
                 mean = ChannelMean()
-                for batch in kept:
+                for batch in calibration:
                     look_at(model, layer, calls, batch, forward, _mean_into(mean, _channels(layer)))
                 shift = targets[name].value - mean.value
-                if layer.bias is not None:
-                    layer.bias.add_(shift.to(layer.bias.dtype))
+                if bias is not None:
+                    bias.add_(shift.to(bias.dtype))
                 else:
                     running: Any = norms[name].running_mean
                     running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
-                found[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
+                shifts[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
             bar.advance(task, done + 1)
-    return found
+    return shifts
 
 
 class ChannelMean:
     """Mean and variance of each channel over batches."""
 
     def __init__(self) -> None:
-        self._sum: Any = 0.0
-        self._square: Any = 0.0
+        self._sum = self._square = torch.zeros((), dtype=torch.float64)
         self._count = 0
 
     def add(self, y: torch.Tensor, axis: int) -> None:
@@ -97,7 +99,7 @@ class ChannelMean:
     @property
     def value(self) -> torch.Tensor:
         """Mean of each channel."""
-        return self._sum / self._count  # type: ignore[no-any-return]
+        return self._sum / self._count
 
     @property
     def variance(self) -> torch.Tensor:
@@ -106,30 +108,28 @@ class ChannelMean:
 
 
 def _own_norms(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Batch, forward: Forward
 ) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """Layer -> the BatchNorm that reads its outputs, all of them and nothing else, and no other layer's."""
-    found = norms_behind(model, dict(model.named_modules()), layers, lambda: forward(model, batch))
-    readers = Counter(found.values())
-    return {n: model.get_submodule(norm) for n, norm in found.items() if readers[norm] == 1}  # type: ignore[misc]
+    modules = {n: layer.module for n, layer in layers.items()}
+    norm_of = norms_behind(model, dict(model.named_modules()), modules, lambda: forward(model, batch))
+    readers = Counter(norm_of.values())
+    return {n: model.get_submodule(norm) for n, norm in norm_of.items() if readers[norm] == 1}  # type: ignore[misc]
 
 
-def _channels(layer: Any) -> int:
-    return 1 - int(layer.weight.ndim)  # from the end: there may be no batch axis
+def _channels(layer: WeightReader) -> int:
+    return layer.kind.channels_from_end(layer.module)
 
 
-def _mean_into(mean: ChannelMean, axis: int) -> Callable[[Any, torch.Tensor], None]:
+def _mean_into(mean: ChannelMean, axis: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
     return lambda _, y: mean.add(y, axis)
 
 
 def _means_of_all(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any], forward: Forward,
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: list[Batch], forward: Forward,
     into: Mapping[str, ChannelMean],
 ) -> None:  # fmt: skip
-    def hook(name: str, axis: int) -> Any:
-        return lambda module, args, y: into[name].add(y, axis)
-
-    handles = [layers[n].register_forward_hook(hook(n, _channels(layers[n]))) for n in into]
+    handles = [layers[n].on_call(_mean_into(into[n], _channels(layers[n]))) for n in into]
     try:
         for batch in batches:
             forward(model, batch)

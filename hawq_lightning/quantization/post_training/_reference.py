@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, Outputs
+from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
-from hawq_lightning.quantization._modules import QuantizedLayer
+from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
 
-Forward = Callable[[nn.Module, Any], Any]
+Forward = Callable[[nn.Module, Batch], Outputs]
 
 
 class FloatReference:
     """Remembers a network's weights, biases and statistics, so that it can be run as it was later.
 
     Args:
-        model: armed; what is changed in it afterwards does not change the reference.
+        model: with quantizers enabled; what is changed in it afterwards does not change the reference.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        mine = {id(t) for q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
-        self._kept = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if id(t) not in mine]
+        of_quantizers = {id(t) for q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+        self._kept = [
+            (t, t.detach().clone()) for t in (*model.parameters(), *model.buffers()) if id(t) not in of_quantizers
+        ]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -58,30 +61,32 @@ def still(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def prepared(model: nn.Module, batches: Any) -> tuple[dict[str, QuantizedLayer], list[Any]]:
-    """The armed layers, and the batches on the model's device.
+def prepared(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, QuantizedWeight], list[Batch]]:
+    """The layers whose quantizers are enabled, and the batches on the model's device.
 
     Raises:
-        HawqError: nothing is armed, or there are no batches.
+        HawqError: no quantizer is enabled, or there are no batches.
     """
     layers = {n: m for n, m in quantized_layers(model).items() if m.weight_quantizer.bits or m.input_quantizer.bits}
     if not layers:
-        raise HawqError("No quantizer of this model is armed: call hawq_lightning.quantize(model, plan) first.")
+        raise HawqError("No quantizer of this model is enabled: call hawq_lightning.quantize(model, plan) first.")
     device = next(m.weight.device for m in layers.values())
-    kept = [to_device(b, device) for b in batches]
-    if not kept:
+    calibration = [to_device(b, device) for b in batches]
+    if not calibration:
         raise HawqError("There are no batches to calibrate on.")
-    return layers, kept
+    return layers, calibration
 
 
-def calls_in_order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward) -> dict[str, int]:
+def calls_in_order(
+    model: nn.Module, layers: Mapping[str, WeightReader], batch: Batch, forward: Forward
+) -> dict[str, int]:
     """Layers in the order of their first call, and how often each is called in a pass."""
     counts: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[..., None]:
         return lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1)
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    handles = [layer.on_call(hook(n)) for n, layer in layers.items()]
     try:
         forward(model, batch)
     finally:
@@ -96,23 +101,23 @@ class _Reached(BaseException):
 
 def look_at(
     model: nn.Module,
-    layer: nn.Module,
+    layer: WeightReader,
     calls: int,
-    batch: Any,
+    batch: Batch,
     forward: Forward,
     look: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> None:
     """Run a batch until ``layer`` was called ``calls`` times; ``look(input, output)`` at every call."""
     seen = 0
 
-    def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+    def record(x: torch.Tensor, output: torch.Tensor) -> None:
         nonlocal seen
-        look(args[0] if args else kwargs["input"], output)
+        look(x, output)
         seen += 1
         if seen >= calls:
             raise _Reached
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    handle = layer.on_call(record)
     try:
         with contextlib.suppress(_Reached):
             forward(model, batch)

@@ -16,7 +16,7 @@ def learn_rounding(
     low: float,
     high: float,
     zero: float,
-    own: torch.Tensor,
+    gram: torch.Tensor,
     mixed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, each the one below or the one above its weight, of least mean squared output error.
@@ -32,8 +32,8 @@ def learn_rounding(
         low: least code.
         high: greatest code.
         zero: what stands for 0.
-        own: ``E[q q^T]``, ``[columns, columns]``.
-        mixed: ``E[x q^T]``, likewise.
+        gram: ``E[q q^T]``, ``[columns, columns]``.
+        mixed: ``E[x q^T]``, ``[columns, columns]``.
 
     Returns:
         codes ``[rows, columns]`` (float), and per row the error of the learned and of the nearest codes, up to one
@@ -50,10 +50,10 @@ def learn_rounding(
 
     def error(codes: torch.Tensor) -> torch.Tensor:
         v = (codes - zero) * s
-        return ((v @ own - 2 * target) * v).sum(1)
+        return ((v @ gram - 2 * target) * v).sum(1)
 
-    first = _descend(nearest, below, above, s, zero, own, target)
-    second = _descend(_one_by_one(weight, below, above, s, zero, own, target), below, above, s, zero, own, target)
+    first = _descend(nearest, below, above, s, zero, gram, target)
+    second = _descend(_one_by_one(weight, below, above, s, zero, gram, target), below, above, s, zero, gram, target)
     better = (error(second) < error(first))[:, None]
     best = torch.where(better, second, first)
     worse = (error(best) > error(nearest))[:, None]  # by rounding of the arithmetic only
@@ -62,25 +62,25 @@ def learn_rounding(
 
 
 def _one_by_one(
-    weight: torch.Tensor, below: torch.Tensor, above: torch.Tensor, s: torch.Tensor, zero: float, own: torch.Tensor,
+    weight: torch.Tensor, below: torch.Tensor, above: torch.Tensor, s: torch.Tensor, zero: float, gram: torch.Tensor,
     target: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    slope = 2 * (weight @ own - target)
+    slope = 2 * (weight @ gram - target)
     down, up = (below - zero) * s - weight, (above - zero) * s - weight
 
     def choose(j: int, at: torch.Tensor, curve: torch.Tensor) -> torch.Tensor:
         rise = up[:, j] * (at + curve * up[:, j]) < down[:, j] * (at + curve * down[:, j])
         return torch.where(rise, up[:, j], down[:, j])
 
-    moves = _column_by_column(slope, own, choose)
+    moves = _column_by_column(slope, gram, choose)
     return torch.where((moves - up).abs() < (moves - down).abs(), above, below)
 
 
 def _descend(
-    codes: torch.Tensor, below: torch.Tensor, above: torch.Tensor, s: torch.Tensor, zero: float, own: torch.Tensor,
+    codes: torch.Tensor, below: torch.Tensor, above: torch.Tensor, s: torch.Tensor, zero: float, gram: torch.Tensor,
     target: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    slope = 2 * (((codes - zero) * s) @ own - target)
+    slope = 2 * (((codes - zero) * s) @ gram - target)
     for _ in range(_SWEEPS):
         flip = (below + above - 2 * codes) * s
 
@@ -88,7 +88,7 @@ def _descend(
             move = flip[:, j]
             return torch.where(move * (at + curve * move) < 0, move, torch.zeros_like(move))
 
-        moves = _column_by_column(slope, own, choose)
+        moves = _column_by_column(slope, gram, choose)
         if not bool(moves.any()):
             break
         codes = torch.where(moves != 0, below + above - codes, codes)
@@ -96,7 +96,7 @@ def _descend(
 
 
 def _column_by_column(
-    slope: torch.Tensor, own: torch.Tensor, choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+    slope: torch.Tensor, gram: torch.Tensor, choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Move one column after another; ``slope`` follows, in place, a block of columns at a time."""
     moves = torch.zeros_like(slope)
@@ -104,7 +104,7 @@ def _column_by_column(
         block = slice(start, min(start + _BLOCK, slope.shape[1]))
         here = slope[:, block].clone()
         for j in range(block.start, block.stop):
-            moves[:, j] = choose(j, here[:, j - start], own[j, j])
-            here += 2 * moves[:, j, None] * own[j, block]
-        slope += 2 * moves[:, block] @ own[block]
+            moves[:, j] = choose(j, here[:, j - start], gram[j, j])
+            here += 2 * moves[:, j, None] * gram[j, block]
+        slope += 2 * moves[:, block] @ gram[block]
     return moves

@@ -8,18 +8,18 @@ from torch import nn
 
 from hawq_lightning import HawqError, Plan, PlanSite, load_packed, quantize, save_packed, sites
 from hawq_lightning.export import export, packed_overhead
-from hawq_lightning.quantization import Storage, WeightQuantizer, register, register_code_format
+from hawq_lightning.quantization import Storage, WeightQuantizer, register_code_format, register_quantizer
 
 register_code_format("test_powers", lambda channels, bits: 4 * channels)
 
 
-@register("test_powers_of_two")
+@register_quantizer("test_powers_of_two")
 class PowersOfTwo(WeightQuantizer):
     """Levels ``sign * peak * 2^-k``: shifts in the place of products."""
 
     code = "test_powers"  # type: ignore[assignment]
 
-    def kinds(self, bits: int) -> tuple[str, ...]:
+    def code_formats(self, bits: int) -> tuple[str, ...]:
         return ("test_powers",)
 
     @property
@@ -49,8 +49,6 @@ class PowersOfTwo(WeightQuantizer):
     @torch.no_grad()
     def eval_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return self.dequantize(self.codes(weight))
-
-    settled = eval_weight
 
     def _along(self, like: torch.Tensor) -> torch.Tensor:
         return self.scale.view([-1 if i == self.axis else 1 for i in range(like.ndim)])

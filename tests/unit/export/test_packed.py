@@ -16,7 +16,8 @@ from torch import nn
 
 from hawq_lightning import HawqError, Plan, PlanSite, SiteTable, sites
 from hawq_lightning.export import load_packed, packed_overhead, read_packed, save_packed
-from hawq_lightning.quantization import QuantizedLayer, to_fake_quantized
+from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.quantization import to_fake_quantized
 from tests.internals import internal
 
 
@@ -156,7 +157,7 @@ def test_everything_else_is_exact(packed: tuple[nn.Module, Plan, Path]) -> None:
     assert other.training  # the mode stays as given
     mine, theirs = net.state_dict(), other.state_dict()
     assert mine.keys() == theirs.keys()
-    owned = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, QuantizedLayer)} - {"head.weight"}
+    owned = {f"{n}.weight" for n, m in net.named_modules() if isinstance(m, FakeQuantLayer)} - {"head.weight"}
     assert len(owned) == 4
     for key in mine.keys() - owned:
         assert torch.equal(mine[key], theirs[key]), key
@@ -360,7 +361,7 @@ def test_another_model_is_named_and_left_alone(packed: tuple[nn.Module, Plan, Pa
     with pytest.raises(HawqError, match=r"another model.*extra\.weight.*grouped\.weight"):
         load_packed(packed[2], other)
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
-    assert not any(isinstance(m, QuantizedLayer) for m in other.modules())
+    assert not any(isinstance(m, FakeQuantLayer) for m in other.modules())
     with pytest.raises(HawqError, match=r"only in the file: first\.weight"):
         load_packed(packed[2], nn.Sequential(nn.Linear(2, 2)))
     untied = built()

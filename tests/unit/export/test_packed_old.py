@@ -26,7 +26,7 @@ def test_the_same_codes_weights_and_outputs(name: str, tmp_path: Path) -> None:
         for layer_name, layer in quantized_layers(network).items():
             quantizer = layer.weight_quantizer
             assert torch.equal(quantizer.codes(layer.weight), expected[f"{layer_name}.codes"].int())
-            assert torch.equal(quantizer.settled(layer.weight), expected[f"{layer_name}.quantized"])
+            assert torch.equal(quantizer.eval_weight(layer.weight), expected[f"{layer_name}.quantized"])
         assert torch.allclose(network(images()), expected["y"], rtol=1e-5, atol=1e-6)
 
 

@@ -75,7 +75,7 @@ def test_edited_to_one_bit_is_midrise_and_packs(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(code="codebook"), "code kind 'codebook'"),
+        (lambda s: s.update(code="codebook"), "code format 'codebook'"),
         (lambda s: s.update(zero_point="a") if s["kind"] == "activation" else None, "zero_point is 'a'"),
         (lambda s: s.update(zero_point=20, scale=0.5, bits=4) if s["kind"] == "activation" else None, "cannot hold"),
         (lambda s: s.update(bits=5) if s["kind"] == "activation" else None, "the nearest is 4"),

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from hawq_lightning import Candidate, HawqError, Plan, PlanSite, layer_type, quantize, sites
+from hawq_lightning import Candidate, HawqError, Plan, PlanSite, quantize, sites
+from hawq_lightning.layers import layer_type, must_be_called
 from hawq_lightning.quantization import (
     check_bits,
     enabled_bits,
     import_quantizers,
     loss_of_plan,
     loss_per_site,
-    must_be_called,
     plan_of,
     quantized_layers,
     quantizer_named,

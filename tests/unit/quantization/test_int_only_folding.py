@@ -16,7 +16,7 @@ from hawq_lightning.quantization import (
     prepare,
     quantized_layers,
     quantizer_named,
-    share,
+    tie_scales,
     weight_candidates,
     with_quantizer,
 )
@@ -196,7 +196,7 @@ def test_state_dicts_come_back_exactly_whether_norms_are_known_or_not():
         assert torch.equal(copy.deepcopy(net)(x), expected)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())  # evaluation moves nothing
     assert not quantized_layers(alone)["a"].weight_quantizer.folding
-    share(alone, plan)
+    tie_scales(alone, plan)
     assert quantized_layers(alone)["a"].weight_quantizer.folding
     with torch.no_grad():
         assert torch.equal(alone(x), expected)

@@ -134,7 +134,7 @@ def test_training_packing_and_integer_arithmetic(tmp_path, bits):
     file = read_packed(tmp_path / "net")
     if bits < 8:  # products of bits alone, one for every pair of members
         image = torch.rand(2, 4, 5, 5) * 2
-        q, layer = layers["2"].input_quantizer, layers["2"]
+        q, layer = layers["2"].input_quantizer, layers["2"].module
         codes = (q(image)[..., None] == q.levels()).int().argmax(-1)
         stored = file.codes["2.weight"] + 4
         out = layer.bias.detach().double().view(-1, 1, 1)

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hawq_lightning import Plan
 from hawq_lightning.callbacks import load_from_checkpoint
-from hawq_lightning.quantization import enabled_bits, prepare, quantize, quantizers_in
+from hawq_lightning.quantization import enabled_bits, prepare, quantize, trained_quantizers
 from tests.unit.export.old_network import Small, images
 
 FILES = Path(__file__).parents[1] / "export" / "files"
@@ -19,7 +19,7 @@ FILES = Path(__file__).parents[1] / "export" / "files"
 @pytest.mark.parametrize("name", ["lsq", "int_only"])
 def test_a_state_dict_of_0_1_0_gives_the_same_network(name: str) -> None:
     old = torch.load(FILES / f"release_0_1_0_{name}.pt", weights_only=True)
-    assert quantizers_in(old["state_dict"]) == dict.fromkeys(("conv", "up", "head"), name)
+    assert trained_quantizers(old["state_dict"]) == dict.fromkeys(("conv", "up", "head"), name)
     net = Small()
     prepare(net, quantizer=name)
     assert not enabled_bits(net)

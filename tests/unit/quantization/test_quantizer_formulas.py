@@ -26,7 +26,7 @@ ODD = {
 
 def weights(name, weight, bits, code=None, axis=0, **options):
     q = quantizer_named(name, options).weight_quantizer(weight.shape[axis], axis)
-    error = q.eval().fit(weight, bits, code or q.kinds(bits)[0])
+    error = q.eval().fit(weight, bits, code or q.code_formats(bits)[0])
     return q, error
 
 
@@ -42,7 +42,7 @@ def test_levels_codes_error_and_dequantization(name, bits):
     torch.manual_seed(bits)
     for shape, axis in (((3, 700), 0), ((2, 3, 5, 5), 1)):
         w = torch.randn(shape) * torch.tensor([0.1, 1.0, 4.0]).view([-1 if i == axis else 1 for i in range(len(shape))])
-        for code in quantizer_named(name).weight_quantizer(1).kinds(bits):
+        for code in quantizer_named(name).weight_quantizer(1).code_formats(bits):
             q, error = weights(name, w, bits, code, axis)
             out, codes = q(w).detach(), q.codes(w)
             assert q.code == code and q.bits == bits
@@ -59,7 +59,7 @@ def test_levels_codes_error_and_dequantization(name, bits):
 def test_odd_weights_give_numbers(name, odd):
     w = ODD[odd]
     for bits in range(1, 9):
-        for code in quantizer_named(name).weight_quantizer(1).kinds(bits):
+        for code in quantizer_named(name).weight_quantizer(1).code_formats(bits):
             q, error = weights(name, w, bits, code)
             x = w.clone().requires_grad_()
             q.train()

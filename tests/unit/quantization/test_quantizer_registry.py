@@ -29,7 +29,7 @@ from hawq_lightning.quantization import (
     prepare,
     quantized_layers,
     quantizer_named,
-    register,
+    register_quantizer,
     unquantize,
     with_quantizer,
 )
@@ -41,9 +41,9 @@ LEARNED = ("lsq", "pact")
 
 USER_FILE = '''
 import torch
-from hawq_lightning.quantization import WeightQuantizer, register
+from hawq_lightning.quantization import WeightQuantizer, register_quantizer
 
-@register("shrunk")
+@register_quantizer("shrunk")
 class Shrunk(WeightQuantizer):
     """Even steps of three quarters of the fitted size."""
 
@@ -135,7 +135,7 @@ def test_integer_arithmetic_on_packed_codes_is_the_fake_quantized_layer(tmp_path
                 assert torch.equal(whole, whole.round())
                 out = whole * scale.view([1, -1] + [1] * (x.ndim - 2))
             with torch.no_grad():
-                expected = layers[layer](x)
+                expected = layers[layer].module(x)
             assert torch.allclose(
                 out * grid.scale, expected.double(), rtol=1e-4, atol=1e-5 * float(expected.abs().max())
             )
@@ -271,7 +271,7 @@ def test_a_users_own_quantizer_from_a_file(tmp_path, monkeypatch):
 
 
 def test_a_quantizer_off_its_grid_is_not_packed(tmp_path):
-    @register("test_off_grid")
+    @register_quantizer("test_off_grid")
     class OffGrid(WeightQuantizer):
         def quantize(self, weight):
             return super().quantize(weight) + 0.001
@@ -293,8 +293,8 @@ def test_names_and_options_are_checked(tmp_path):
         (lambda: quantizer_named("int_only", {"momentum": 2}), "momentum is 2"),
         (lambda: quantizer_named("lsq", {"reestimate": 3}), "'lsq' has no option 'reestimate'"),
         (lambda: hawq(quantizer="nothing"), "no quantizer 'nothing'"),
-        (lambda: register("Not A Name"), "no name for a quantizer"),
-        (lambda: register("lsq")(type("Other", (WeightQuantizer,), {})), "a quantizer 'lsq' already"),
+        (lambda: register_quantizer("Not A Name")(WeightQuantizer), "no name for a quantizer"),
+        (lambda: register_quantizer("lsq")(type("Other", (WeightQuantizer,), {})), "a quantizer 'lsq' already"),
         (lambda: import_quantizers([str(tmp_path / "none.py")]), "No file"),
         (lambda: import_quantizers(["no_such_module_here"]), "Cannot import quantizers from no_such_module_here"),
     ):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hawq_lightning import Candidate, HawqError, Plan, PlanSite, quantize
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization import (
     ActivationQuantizer,
-    QuantizedLayer,
     WeightQuantizer,
     activation_step,
     check_bits,
@@ -158,7 +158,8 @@ def test_twins_off_are_the_float_model_and_keep_everything(kind):
     x = batch_for(kind)[0].float()
     want, parameters, keys = net(x), list(net.parameters()), set(net.state_dict())
     twins = prepare(net)
-    assert all(isinstance(m, QuantizedLayer) and isinstance(m, m.float_type) for m in twins.values())
+    modules = [layer.module for layer in twins.values()]
+    assert all(isinstance(m, FakeQuantLayer) and isinstance(m, m.float_type) for m in modules)
     assert torch.equal(net(x), want)
     assert all(a is b for a, b in zip(parameters, net.parameters()))
     assert keys < set(net.state_dict())

@@ -8,13 +8,26 @@ backward pass need memory: the layer alone has the gradient that comes to it, wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Method = TypeVar("Method", bound=Callable[..., torch.Tensor])
+Operand = tuple[torch.Tensor, torch.Tensor, "Recomputable"]
 _NOTHING = contextlib.nullcontext()
+
+
+class Recomputable(Protocol):
+    """What a quantizer has that is run again: ``quantize``, and what tells whether it would give the same."""
+
+    bits: int
+    fake_quant_disabled: bool
+    _tied_to: tuple[object, ...]
+    _forward_hooks: Mapping[int, Callable[..., object]]
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounded to the grid."""
 
 
 def deterministic(method: Method) -> Method:
@@ -23,7 +36,7 @@ def deterministic(method: Method) -> Method:
     return method
 
 
-def recompute_in_backward(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> contextlib.AbstractContextManager[Any]:
+def recompute_in_backward(*operands: Operand) -> contextlib.AbstractContextManager[object]:
     """Inside, operations that would keep a quantized operand for their backward pass keep what it was made of.
 
     Args:
@@ -32,15 +45,15 @@ def recompute_in_backward(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> 
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
-    own = [operand for operand in operands if _can_repeat(*operand)]
-    if not own:
+    repeated = [operand for operand in operands if _can_repeat(*operand)]
+    if not repeated:
         return _NOTHING
-    recipes = [_Recipe(*operand) for operand in own]
-    for made, _, _ in own:  # one operation reads it, and makes a gradient of its own for it
-        if hasattr(made.grad_fn, "alone"):
-            made.grad_fn.alone = True  # type: ignore[union-attr]
+    recipes = [_Recipe(*operand) for operand in repeated]
+    for output, _, _ in repeated:  # one operation reads it, and makes a gradient of its own for it
+        if hasattr(output.grad_fn, "grad_is_exclusive"):
+            output.grad_fn.grad_is_exclusive = True  # type: ignore[union-attr]
 
-    def pack(tensor: torch.Tensor) -> Any:
+    def pack(tensor: torch.Tensor) -> object:
         for recipe in recipes:
             if recipe.makes(tensor):
                 return recipe, tuple(tensor.shape), tensor.stride()  # a view of it, perhaps
@@ -56,8 +69,8 @@ def recompute_in_backward(*operands: tuple[torch.Tensor, torch.Tensor, Any]) -> 
 
 
 class _Recipe:
-    def __init__(self, made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> None:
-        self._address, self._numel = made.data_ptr(), made.numel()
+    def __init__(self, output: torch.Tensor, source: torch.Tensor, quantizer: Recomputable) -> None:
+        self._address, self._numel = output.data_ptr(), output.numel()
         self._source, self._version, self._quantizer = source.detach(), source._version, quantizer
 
     def makes(self, tensor: torch.Tensor) -> bool:
@@ -71,11 +84,11 @@ class _Recipe:
                 "in-place operation."
             )
         with torch.no_grad():
-            return self._quantizer.quantize(self._source)  # type: ignore[no-any-return]
+            return self._quantizer.quantize(self._source)
 
 
-def _can_repeat(made: torch.Tensor, source: torch.Tensor, quantizer: Any) -> bool:
-    if made is source or not quantizer.bits or quantizer.fake_quant_disabled or quantizer._tied_to:
+def _can_repeat(output: torch.Tensor, source: torch.Tensor, quantizer: Recomputable) -> bool:
+    if output is source or not quantizer.bits or quantizer.fake_quant_disabled or quantizer._tied_to:
         return False
     return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "deterministic", False)
 

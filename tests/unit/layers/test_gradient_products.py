@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity import LayerCall, by_kernel, inner_products
+from hawq_lightning.layers import LayerCall, by_kernel, inner_products
 from tests.internals import internal
 
 LAYERS = {
@@ -47,6 +47,12 @@ def _uses(
     return uses, first, second
 
 
+def _take(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    for module in ("layers._conv", "layers._linear"):
+        monkeypatch.setattr(internal(module), "gram_is_less", lambda *a: how == "ghost")
+    monkeypatch.setattr(internal("layers._conv"), "by_kernel", lambda *a: how == "kernel")
+
+
 @pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("calls", [1, 2])
@@ -55,7 +61,7 @@ def _uses(
 def test_every_way_agrees_with_autograd(name, how, calls, two, per_image, monkeypatch):
     if how == "kernel" and name == "linear":
         pytest.skip("a linear layer has no convolution kernel")
-    monkeypatch.setattr(internal("sensitivity._grad_norms"), "_how", lambda *a: (how == "ghost", how == "kernel"))
+    _take(monkeypatch, how)
     uses, first, second = _uses(name, 3, calls, two)
     g, h = (torch.stack(x).sum(0) for x in (first, second if two else first))
     if not per_image:
@@ -69,9 +75,9 @@ def test_every_way_agrees_with_autograd(name, how, calls, two, per_image, monkey
 def test_images_side_by_side_and_one_by_one_are_the_same(name, images, monkeypatch):
 
     uses, *_ = _uses(name, images, 1, False)
-    monkeypatch.setattr(internal("sensitivity._grad_norms"), "_how", lambda *a: (False, True))
+    _take(monkeypatch, "kernel")
     together = inner_products(uses, True)
-    monkeypatch.setattr(internal("sensitivity._weight_gradients"), "_LIGHT", 0)
+    monkeypatch.setattr(internal("layers._conv"), "_LIGHT", 0)
     assert torch.allclose(together, inner_products(uses, True), rtol=1e-11)
 
 

@@ -1,0 +1,27 @@
+"""Modules with parameters that are of no kind: what a user is told about them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hawq_lightning.layers._kind import kinds
+
+RECURRENT, ATTENTION = "recurrent", "functional attention"
+_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.RNNBase, nn.RNNCellBase), RECURRENT),
+    ((nn.Embedding, nn.EmbeddingBag), "a look-up, not a product"),
+    ((nn.MultiheadAttention,), ATTENTION),
+)
+
+
+def why_float(module: nn.Module) -> str:
+    """Why a module's parameters stay float, in a few words."""
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    for kind in kinds():
+        if isinstance(module, kind.float_type):
+            return f"a subclass of {kind.float_type.__name__} with a forward of its own"
+    for types, reason in _REASONS:
+        if isinstance(module, types):
+            return reason
+    return "not a convolution or linear layer"

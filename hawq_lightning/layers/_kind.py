@@ -1,0 +1,275 @@
+"""What a kind of layer is to the method, and the table of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._registry import Registry
+from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
+from hawq_lightning.layers._gradients import Pairs, row_dots
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Record = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class WeightRead:
+    """How a layer reads one of its parameters.
+
+    Attributes:
+        channel_axis: axis of the parameter that gets one scale an index: the output channels.
+        reads_activation: whether what it is multiplied with is an activation, which gets a quantizer too.
+    """
+
+    channel_axis: int = 0
+    reads_activation: bool = True
+
+
+@dataclass
+class LayerCall:
+    """One call of a layer.
+
+    Attributes:
+        layer: the module.
+        read: the tensor that it read.
+        grad: gradient at its output, of one backward pass.
+        other: the same of a second backward pass, of ``grad``'s shape; ``None``: there was none.
+        parameter: the weight that it used.
+    """
+
+    layer: nn.Module
+    read: torch.Tensor
+    grad: torch.Tensor
+    other: torch.Tensor | None = None
+    parameter: str = "weight"
+
+
+class LayerKind:
+    """A kind of layer: all that the method knows of it. Subclasses say what is different from a linear layer.
+
+    Attributes:
+        float_type: the layer's class; subclasses of it may do something else and are not of this kind.
+        fake_quant_type: the class that a layer takes on when it is quantized.
+        input_name: keyword of the tensor that ``forward`` reads.
+        channel_axis: output channels of the weight.
+        onnx_op: the ONNX operator of its product, whose third input is the bias; ``None``: not known.
+        onnx_ops: every operator that an exporter may make of it.
+        foldable: whether a BatchNorm after it can go into its weights and bias.
+        reconstructs: whether :meth:`patches` is there, which AdaRound needs.
+    """
+
+    float_type: ClassVar[type[nn.Module]]
+    fake_quant_type: ClassVar[type[FakeQuantLayer[Any, Any]]]
+    input_name: ClassVar[str] = "input"
+    channel_axis: ClassVar[int] = 0
+    onnx_op: ClassVar[str | None] = None
+    onnx_ops: ClassVar[tuple[str, ...]] = ()
+    foldable: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
+
+    def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
+        """Name of each parameter that is a weight (dotted where a child holds it) -> how it is read.
+
+        Parameters that are not named stay float, as biases do.
+        """
+        return {"weight": WeightRead(self.channel_axis)}
+
+    def input(self, args: Args, kwargs: Kwargs) -> torch.Tensor:
+        """The tensor that a call reads, positional or by keyword."""
+        return args[0] if args else kwargs[self.input_name]  # type: ignore[no-any-return]
+
+    def with_input(self, args: Args, kwargs: Kwargs, x: torch.Tensor) -> tuple[Args, Kwargs]:
+        """The same call, reading ``x``."""
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self.input_name: x})
+
+    def on_read(
+        self, module: nn.Module, parameter: str, visit: Callable[[torch.Tensor], torch.Tensor]
+    ) -> RemovableHandle:
+        """Before each call show the tensor that ``parameter`` will be multiplied with; what ``visit`` returns is read.
+
+        Kinds that read elsewhere than in the call of the module itself override this and :meth:`on_call`.
+        """
+
+        def hook(_: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+            return self.with_input(args, kwargs, visit(self.input(args, kwargs)))
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def on_call(self, module: nn.Module, parameter: str, record: Record) -> RemovableHandle:
+        """After each call show what was read and the product with ``parameter``.
+
+        A tensor that ``record`` returns takes the product's place.
+        """
+
+        def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor | None:
+            return record(self.input(args, kwargs), output)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def macs(self, module: nn.Module, parameter: str, x: torch.Tensor, output: torch.Tensor) -> int:
+        """Multiply-accumulates of one call: each output element is a sum over a row of the weight."""
+        return output.numel() * weight_of(module, parameter)[0].numel()
+
+    def weight_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Pairs:
+        """Gradients of one weight from ``grad`` and from ``other``, summed over ``calls``, some rows at a time.
+
+        Args:
+            calls: of layers of this kind that share the weight.
+            per_sample: a row is a sample, an index of the first axis; otherwise all of the batch is one row.
+
+        Yields:
+            two tensors ``[rows, *weight.shape]``; the same one twice where no call has ``other``.
+        """
+        raise NotImplementedError
+
+    def inner_products(self, calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
+        """``<G_n, G'_n>`` of every row; see :func:`inner_products`. Override it where there is a way without G."""
+        return torch.cat([row_dots(g, h) for g, h in self.weight_gradients(calls, per_sample)])
+
+    def output_axes(self, module: nn.Module) -> int:
+        """Number of axes of the output when axis 1 holds its channels, so that a BatchNorm can be folded."""
+        return 2
+
+    def channels_from_end(self, module: nn.Module) -> int:
+        """The output's channel axis, counted from the end: there may be no batch axis."""
+        return -1
+
+    def why_not_folded(self, module: nn.Module) -> str | None:
+        """Why a BatchNorm behind this layer has to stay; ``None``: it need not."""
+        return None if self.foldable else "it is no factor of the layer's weights"
+
+    def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
+        """Attributes of the ONNX node, as far as time depends on them."""
+        return {}
+
+    def onnx_channels(self, shape: Sequence[int], groups: int) -> int:
+        """Output channels of a node with a weight of this ``shape``."""
+        return shape[0]
+
+    def onnx_input_shape(self, shape: Sequence[int]) -> list[int]:
+        """Shape of the node's input for one sample, whose input to the layer has this ``shape``."""
+        return [1, *shape]
+
+    def groups(self, module: nn.Module) -> int:
+        """Into how many independent products the layer falls."""
+        return 1
+
+    def patches(self, module: nn.Module, x: torch.Tensor, most: int) -> torch.Tensor:
+        """What each output position multiplies with the weight.
+
+        Args:
+            module: the layer.
+            x: its input.
+            most: positions to lay out, about; of every so many samples where there are more.
+
+        Returns:
+            ``[groups, positions, weights of one output channel]``.
+        """
+        raise NotImplementedError
+
+
+Kind = TypeVar("Kind", bound=type[LayerKind])
+LAYER_KINDS: Registry[LayerKind] = Registry("layer kind")
+_BY_TYPE: dict[type[nn.Module], LayerKind] = {}
+_NAMES: dict[type[nn.Module], str] = {}
+
+
+def register_layer(name: str) -> Callable[[Kind], Kind]:
+    """Class decorator: layers of this kind are sites from now on.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+
+    Raises:
+        HawqError: another kind has the name or the layer type, or the class lacks what every kind has.
+    """
+
+    def add(kind: Kind) -> Kind:
+        for attribute in ("float_type", "fake_quant_type"):
+            if not hasattr(kind, attribute):
+                raise HawqError(f"The layer kind {name!r} has no {attribute}; it is a class of modules.")
+        present = _NAMES.get(kind.float_type, name)
+        if present != name:
+            raise HawqError(f"{kind.float_type.__name__} is of the layer kind {present!r} already.")
+        _BY_TYPE[kind.float_type], _NAMES[kind.float_type] = LAYER_KINDS.add(name, kind()), name
+        return kind
+
+    return add
+
+
+def find_kind(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer, float or fake-quant; ``None`` for modules that are no layers."""
+    return _BY_TYPE.get(layer_type(module))
+
+
+def kind_of(module: nn.Module) -> LayerKind:
+    """The kind of a layer, float or fake-quant.
+
+    Raises:
+        HawqError: the module is of no registered kind.
+    """
+    kind = find_kind(module)
+    if kind is None:
+        raise HawqError(f"{layer_type(module).__name__} is no layer kind; there are {', '.join(type_names())}.")
+    return kind
+
+
+def type_names() -> list[str]:
+    """Class names of the layers of every kind."""
+    return [t.__name__ for t in _BY_TYPE]
+
+
+def kinds() -> Iterator[LayerKind]:
+    """Every kind, in the order of registration."""
+    return iter(_BY_TYPE.values())
+
+
+def weight_of(module: nn.Module, parameter: str = "weight") -> torch.Tensor:
+    """A parameter by its dotted name, also where a hook has put a plain tensor in its place."""
+    return reduce(getattr, parameter.split("."), module)  # type: ignore[arg-type, return-value]
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of a layer's ``weight`` that holds its output channels."""
+    return kind_of(module).channel_axis
+
+
+def channel_axis_of(type_name: str) -> int:
+    """The same for a layer type by its class name, as plans hold it; 0 where no kind has such a type."""
+    return next((kind.channel_axis for t, kind in _BY_TYPE.items() if t.__name__ == type_name), 0)
+
+
+def inner_products(calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
+    """``<G_n, G'_n>`` of every row n, G the weight gradient from ``grad`` and G' from ``other`` (or ``grad`` again).
+
+    Args:
+        calls: all calls that share one weight; their gradients are added before the product.
+        per_sample: a row is an index of the first axis; otherwise all of the batch is one row.
+
+    Returns:
+        float64, one value a row.
+    """
+    filled = [call for call in calls if call.grad.numel()]  # a head for objects may get none
+    if not filled:
+        return calls[0].grad.new_zeros(len(calls[0].grad) if per_sample else 1, dtype=torch.float64)
+    of_kind: dict[LayerKind, list[LayerCall]] = {}
+    for call in filled:
+        of_kind.setdefault(kind_of(call.layer), []).append(call)
+    if len(of_kind) == 1:
+        return next(iter(of_kind)).inner_products(filled, per_sample)
+    # kinds that share a weight, as an embedding and the projection tied to it: only whole gradients can be added
+    sums: list[torch.Tensor] | None = None
+    for kind, some in of_kind.items():
+        gradients = [torch.cat(sides) for sides in zip(*kind.weight_gradients(some, per_sample))]
+        sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients)]
+    assert sums is not None
+    return row_dots(*sums)
