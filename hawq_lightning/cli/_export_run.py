@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterable
@@ -42,7 +43,9 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     require("onnxruntime")
     folder = Path(cfg.run_folder)
     run = _settings(folder, cfg.data_root)
-    exporters = [EXPORTERS[name] for name in dict.fromkeys(("onnx", *(cfg.formats or ())))]  # all the others go by it
+    exporters = [
+        EXPORTERS[name] for name in dict.fromkeys(("onnx", *(cfg.get("formats") or ())))
+    ]  # all the others go by it
     for name in (*(f"model{e.suffix}" for e in exporters), *_WRITTEN):
         check_writable(folder / name)
     plan = Plan.load(folder / "plan.json")
@@ -54,7 +57,7 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
     record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
     for exporter in exporters[1:]:
         path = folder / f"model{exporter.suffix}"
-        fold = {"fold": cfg.fold} if exporter.needs_example else {}
+        fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
         export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
         record.setdefault("files", {})[path.name] = path.stat().st_size
     if cfg.speed:

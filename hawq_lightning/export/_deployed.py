@@ -105,7 +105,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
         fold: fold BatchNorm into scales and biases.
 
     Raises:
-        HawqError: the model is float, was never armed, carries another plan, or cannot run on the example.
+        HawqError: the model is float, was never enabled, carries another plan, or cannot run on the example.
     """
     if plan is not None and not isinstance(plan, Plan):
         raise HawqError(f"The plan must be a Plan (Plan.load reads a file), not {type(plan).__name__}.")

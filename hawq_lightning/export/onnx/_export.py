@@ -61,7 +61,7 @@ def to_onnx(
         the deployed network that the file holds, and what became of every BatchNorm.
 
     Raises:
-        HawqError: the model is float, was never armed or carries another plan; an operation that cannot be exported;
+        HawqError: the model is float, was never enabled or carries another plan; an operation that cannot be exported;
             the extra ``export`` is missing; or the path cannot be written. Nothing is left half-written.
     """
     require("onnx")
