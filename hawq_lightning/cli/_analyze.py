@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from hawq_lightning.cli._entry import CONFIG_PATH, run_job, run_main
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="analyze")
-def _main(cfg: DictConfig) -> Any:
+def _main(cfg: DictConfig) -> object:
     def job() -> None:
         if cfg.dry_run:
             from hawq_lightning.cli._dry_run import dry_run

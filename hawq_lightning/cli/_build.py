@@ -30,19 +30,22 @@ def check_settings(cfg: DictConfig) -> None:
 
 def make_data(cfg: DictConfig) -> pl.LightningDataModule:
     """The DataModule of the group ``data``."""
-    return instantiate(cfg.data, _convert_="all")
+    data: pl.LightningDataModule = instantiate(cfg.data, _convert_="all")
+    return data
 
 
 def make_task(cfg: DictConfig) -> pl.LightningModule:
     """The task of the group ``task`` around the network of the group ``model``."""
     net: nn.Module = instantiate(cfg.model, _convert_="all")
-    return instantiate(cfg.task, net=net, _convert_="all")
+    task: pl.LightningModule = instantiate(cfg.task, net=net, _convert_="all")
+    return task
 
 
 def make_callback(cfg: DictConfig) -> HAWQ:
     """The callback of the group ``hawq``; the user's own quantizers are imported first."""
     import_quantizers(cfg.quantizer.imports or ())
-    return instantiate(cfg.hawq, _convert_="all")
+    callback: HAWQ = instantiate(cfg.hawq, _convert_="all")
+    return callback
 
 
 def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **changes: Any) -> pl.Trainer:
@@ -61,7 +64,7 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
         changes.setdefault("enable_checkpointing", False)
     if not any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks):
         changes.setdefault("enable_progress_bar", False)
-    trainer = instantiate(
+    trainer: pl.Trainer = instantiate(
         cfg.trainer,
         callbacks=[*extra, *callbacks],
         logger=loggers or False,

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("hawq-lightning-collect", description=_WHAT)
     parser.add_argument("folder", type=Path, help="of the sweep, such as runs/digits_resnet20/sweep")
     parser.add_argument("--out", type=Path, default=None, help="folder to write to; the sweep's own by default")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -26,21 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from hawq_lightning.report import collect, mean_table, sweep_facts
 
     try:
-        sweep = collect(asked.folder, asked.out)
+        sweep = collect(options.folder, options.out)
     except HawqError as error:
         stop(error)
     columns, rows = mean_table(sweep)
     table = Table(title=sweep_facts(sweep))
     # what is the same in every row only takes width
-    told = [i for i, c in enumerate(columns) if c not in ("name", "metric") or len({r[i] for r in rows}) > 1]
-    for i in told:
+    places = [i for i, c in enumerate(columns) if c not in ("name", "metric") or len({r[i] for r in rows}) > 1]
+    for i in places:
         table.add_column(escape(columns[i]))
     for row in rows:
-        table.add_row(*(escape(row[i]) for i in told))
+        table.add_row(*(escape(row[i]) for i in places))
     Console().print(table)
     for name, reason in sweep.left_out.items():
         print(f"left out: {name}: {reason}")
-    print(f"written: {(asked.out or asked.folder) / 'sweep.html'}, sweep.md, sweep.csv, figures/accuracy_size.png")
+    print(f"written: {(options.out or options.folder) / 'sweep.html'}, sweep.md, sweep.csv, figures/accuracy_size.png")
 
 
 if __name__ == "__main__":

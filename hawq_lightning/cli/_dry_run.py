@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import Batch
 from hawq_lightning.callbacks import HAWQ, preview
 from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task
 from hawq_lightning.selection import Problem, available_costs, cost_of, cost_rows, format_cost, solve
@@ -45,13 +46,14 @@ def dry_run(cfg: DictConfig) -> None:
     )
 
 
-def _loss(module: Any, batch: Any) -> torch.Tensor:
-    return module.training_step(batch, 0)
+def _loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+    loss: torch.Tensor = module.training_step(batch, 0)  # type: ignore[operator]
+    return loss
 
 
 def first_look(
     callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule
-) -> tuple[Any, SiteTable, Problem]:
+) -> tuple[Batch, SiteTable, Problem]:
     """A batch, the sites, and the problem before anything is measured.
 
     Raises:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError, nearest
 
+T = TypeVar("T")
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
@@ -48,10 +49,10 @@ def check_choices(argv: Sequence[str]) -> None:
         folder = conf.joinpath(match["group"]) if match else conf
         if match is None or not folder.is_dir():
             continue
-        known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+        options = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
         for name in match["names"].split(","):
-            if name.strip() not in (*known, "null"):
-                hint = nearest(name.strip(), known) or f" Known: {', '.join(known)}."
+            if name.strip() not in (*options, "null"):
+                hint = nearest(name.strip(), options) or f" Known: {', '.join(options)}."
                 raise HawqError(f"There is no {match['group']}={name.strip()}.{hint}")
 
 
@@ -76,11 +77,11 @@ def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
         return []  # Hydra will say what is wrong
     conf: Any = OmegaConf.load(str(files("hawq_lightning.conf").joinpath("hydra/default.yaml")))
     without = list(conf.job.config.override_dirname.exclude_keys)
-    kept = [key for key in without if key not in swept]
-    return [] if len(kept) == len(without) else [f"{_EXCLUDED}=[{','.join(kept)}]"]
+    still_excluded = [key for key in without if key not in swept]
+    return [] if len(still_excluded) == len(without) else [f"{_EXCLUDED}=[{','.join(still_excluded)}]"]
 
 
-def run_main(main: Callable[[], Any]) -> None:
+def run_main(main: Callable[[], object]) -> None:
     """Run a Hydra main; bad input ends the program with one line and exit code 1."""
     try:
         check_choices(sys.argv[1:])
@@ -90,16 +91,16 @@ def run_main(main: Callable[[], Any]) -> None:
     main()
 
 
-def run_job(job: Callable[[], Any]) -> Any:
+def run_job(job: Callable[[], T]) -> T:
     """Run the body of a Hydra main; bad input ends it with one line unless ``HYDRA_FULL_ERROR=1``."""
     quiet_down()
     try:
         return job()
     except Exception as error:
-        known = explain(error)
-        if known is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        sentence = explain(error)
+        if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        stop(known)
+        stop(sentence)
 
 
 def explain(error: BaseException) -> str | None:
@@ -114,6 +115,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.full_key} is not set; add {error.full_key}=..."
     if isinstance(error, (InstantiationException, OmegaConfBaseException, MisconfigurationException)):
         return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error}: pip install it, or hawq-lightning with its extra."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename2 or error.filename}: {error.strerror}."
     return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hydra
 from omegaconf import DictConfig
 
@@ -11,7 +9,7 @@ from hawq_lightning.cli._entry import CONFIG_PATH, run_job, run_main
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="export")
-def _main(cfg: DictConfig) -> Any:
+def _main(cfg: DictConfig) -> object:
     def job() -> None:
         from hawq_lightning.cli._export_run import export_run
 

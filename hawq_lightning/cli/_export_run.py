@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -17,6 +17,7 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
 from hawq_lightning.cli._onnx import Images, write_onnx
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
@@ -26,10 +27,12 @@ from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
 
 _WRITTEN = ("latency.csv", "export.json")
+# 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
+_TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
-def export_run(cfg: DictConfig) -> dict[str, Any]:
+def export_run(cfg: DictConfig) -> JsonObject:
     """Write ``model.onnx`` and the other formats, ``latency.csv`` and ``export.json`` into a run folder.
 
     Returns:
@@ -68,9 +71,9 @@ def export_run(cfg: DictConfig) -> dict[str, Any]:
         )  # fmt: skip
         show(record, note)
     if cfg.table:
-        own = inner(plan, net)
-        rows = layer_latencies(network_of(net), own, (first[:1],), threads=cfg.threads)
-        if own is not plan:  # the run reads the table under its own names
+        inner_plan = inner(plan, net)
+        rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads)
+        if inner_plan is not plan:  # the run reads the table under its own names
             rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
         write_table(rows, folder / "latency.csv")
     write_text(folder / "export.json", json.dumps(record, indent=1))
@@ -104,6 +107,9 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     OmegaConf.set_struct(run, False)
     import_quantizers(run.quantizer.get("imports") or ())
     run.paths.output_dir = str(folder)
+    for part in (run.model, run.data):
+        if match := _TARGET_OF_0_1_0.fullmatch(part.get("_target_", "")):
+            part._target_ = f"hawq_lightning.{match[1]}.{match['name']}"
     for key in _NO_DOWNLOAD:
         if key in run.model:
             run.model[key] = _NO_DOWNLOAD[key]
@@ -115,14 +121,16 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
 
 
 def _fresh(run: DictConfig) -> nn.Module:
-    return instantiate(run.model, _convert_="all")
+    net: nn.Module = instantiate(run.model, _convert_="all")
+    return net
 
 
-def _batches(run: DictConfig) -> Iterable[Any]:
+def _batches(run: DictConfig) -> Iterable[Batch]:
     data = make_data(run)
     data.prepare_data()
     data.setup("validate")
-    return data.val_dataloader()
+    batches: Iterable[Batch] = data.val_dataloader()
+    return batches
 
 
 def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
@@ -131,10 +139,10 @@ def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
     if path.is_file():
         state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
         net = _fresh(run)
-        own = net.state_dict()
-        given = {k.removeprefix(TASK): v for k, v in state.items()}
-        if set(own) <= set(given):
-            net.load_state_dict({k: given[k] for k in own})
+        fresh_state = net.state_dict()
+        trained_state = {k.removeprefix(TASK): v for k, v in state.items()}
+        if set(fresh_state) <= set(trained_state):
+            net.load_state_dict({k: trained_state[k] for k in fresh_state})
             return net.eval(), ""
     net = load_packed(folder / "model.safetensors", _fresh(run))
     note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"

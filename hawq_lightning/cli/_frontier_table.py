@@ -23,8 +23,8 @@ def frontier_rows(folder: Path, rows: int = _ROWS) -> list[dict[str, float | boo
     nearest = min(range(len(points)), key=lambda i: abs(points[i]["cost"] - size))
     low, high = points[0]["cost"], points[-1]["cost"]
     aims = [low + (high - low) * i / max(rows - 1, 1) for i in range(rows)]
-    shown = {min(range(len(points)), key=lambda i, aim=aim: abs(points[i]["cost"] - aim)) for aim in aims}  # type: ignore[misc]
-    return [{**points[i], "chosen": i == nearest} for i in sorted(shown | {nearest})]
+    places = {min(range(len(points)), key=lambda i, aim=aim: abs(points[i]["cost"] - aim)) for aim in aims}  # type: ignore[misc]
+    return [{**points[i], "chosen": i == nearest} for i in sorted(places | {nearest})]
 
 
 def show_frontier(folder: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import compare, network_of, to_onnx
 from hawq_lightning.models import require
@@ -31,7 +31,7 @@ class Images:
         batches: images first, with or without targets.
     """
 
-    def __init__(self, net: nn.Module, batches: Iterable[Any]) -> None:
+    def __init__(self, net: nn.Module, batches: Iterable[Batch]) -> None:
         self.net, self.batches = net, batches
         self.size: torch.Size | None = None
         self.left_out = 0
@@ -62,12 +62,12 @@ def write_onnx(
     folder: Path,
     module: nn.Module,
     plan: Plan,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     images: int | None = None,
     seconds: float = 0.0,
     score: bool = False,
-    **how: Any,
-) -> dict[str, Any]:
+    **how: bool,
+) -> JsonObject:
     """Write ``model.onnx`` and ``export.json`` and print one line.
 
     Args:
@@ -89,16 +89,16 @@ def write_onnx(
     net = getattr(module, "net", module)
     inner, real = network_of(net).eval(), Images(net, batches)
     deployed = to_onnx(inner, plan, real.first(), folder / "model.onnx", **how)
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "onnx_bytes": (folder / "model.onnx").stat().st_size,
         "folded": len(deployed.folding.folded),
         "not_folded": dict(deployed.folding.kept),
     }
     text = f"model.onnx: {record['onnx_bytes']:,} bytes"
     if images != 0:
-        found = compare(inner, folder / "model.onnx", real, images=images)
-        record["agreement"] = found.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
-        text += f"; {found}"
+        agreement = compare(inner, folder / "model.onnx", real, images=images)
+        record["agreement"] = agreement.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
+        text += f"; {agreement}"
         if real.left_out:
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
@@ -115,7 +115,7 @@ def write_onnx(
 
 @torch.no_grad()
 def mean_average_precision(
-    net: nn.Module, path: Path, batches: Iterable[Any], images: int | None = None
+    net: nn.Module, path: Path, batches: Iterable[Batch], images: int | None = None
 ) -> dict[str, float]:
     """COCO's mAP of a RetinaNet and of its file, over the same images.
 
@@ -141,8 +141,8 @@ def mean_average_precision(
         left = len(pictures) if images is None else images - count
         for k, run in runs.items():
             metrics[k].warn_on_many_detections = False
-            wanted = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
-            metrics[k].update(run(list(pictures[:left])), wanted)
+            objects = [{n: t[n] for n in ("boxes", "labels", "iscrowd", "area") if n in t} for t in targets[:left]]
+            metrics[k].update(run(list(pictures[:left])), objects)
         count += min(left, len(pictures))
         if images is not None and count >= images:
             break

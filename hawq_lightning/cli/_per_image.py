@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from hawq_lightning._io import write_bytes
 NAME = "per_image.npz"
 
 
-def keep_per_image(folder: Path, stage: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+def keep_per_image(folder: Path, stage: str, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Add a stage (``quantized``, ``fine_tuned``) to the file, atomically; what it held of that stage is replaced.
 
     Args:
@@ -26,7 +25,7 @@ def keep_per_image(folder: Path, stage: str, arrays: Mapping[str, NDArray[Any]])
         arrays: by name, such as ``correct`` ``[N]``; booleans are kept as bits.
     """
     path = folder / NAME
-    stored: dict[str, NDArray[Any]] = {}
+    stored: dict[str, NDArray[np.generic]] = {}
     if path.is_file():
         # a damaged file is replaced: the run that is going on matters more than what it held
         with (
@@ -36,8 +35,8 @@ def keep_per_image(folder: Path, stage: str, arrays: Mapping[str, NDArray[Any]])
         ):
             stored = {k: file[k] for k in file.files if not k.startswith(f"{stage}/")}
     for name, values in arrays.items():
-        if values.dtype == bool:
-            stored[f"{stage}/{name}.bits"] = np.packbits(values)
+        if values.dtype == np.bool_:
+            stored[f"{stage}/{name}.bits"] = np.packbits(values.astype(np.bool_))
             stored[f"{stage}/{name}.shape"] = np.asarray(values.shape)
         else:
             stored[f"{stage}/{name}"] = values

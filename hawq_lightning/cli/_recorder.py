@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
+from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._resume import RunState
@@ -25,10 +27,10 @@ SCORES = {
 }
 
 
-def scores(metrics: Any) -> dict[str, float]:
+def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
     """The validation scores among Lightning's metrics under their names in metrics.json, finite ones only."""
-    found = {name: float(metrics[key]) for key, name in SCORES.items() if key in metrics}
-    return {k: v for k, v in found.items() if math.isfinite(v)}
+    values = {name: float(metrics[key]) for key, name in SCORES.items() if key in metrics}
+    return {k: v for k, v in values.items() if math.isfinite(v)}
 
 
 class Recorder(pl.Callback):
@@ -41,7 +43,7 @@ class Recorder(pl.Callback):
         progress: where the record is kept until the run has come to its end.
     """
 
-    def __init__(self, hawq: HAWQ, folder: Path, record: dict[str, Any], progress: RunState) -> None:
+    def __init__(self, hawq: HAWQ, folder: Path, record: JsonObject, progress: RunState) -> None:
         self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
         self._clock = time.perf_counter()
 
@@ -69,14 +71,14 @@ class Recorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row of the history an epoch."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            known = scores(trainer.callback_metrics)
-            self._put("fine_tuned", known)  # the last one stays
+            values = scores(trainer.callback_metrics)
+            self._put("fine_tuned", values)  # the last one stays
             self._keep_images("fine_tuned", trainer, pl_module)
-            found = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in known.items()}
+            columns = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in values.items()}
             epoch = trainer.current_epoch + 1
             # an epoch that was cut short after its validation comes twice
             rows = [row for row in self.record["history"] if row["epoch"] < epoch]
-            self.record["history"] = [*rows, {"epoch": epoch, "phase": "fine_tuning", **found}]
+            self.record["history"] = [*rows, {"epoch": epoch, "phase": "fine_tuning", **columns}]
             if trainer.is_global_zero:
                 self.progress.keep(self.record)
 
@@ -109,12 +111,12 @@ class Recorder(pl.Callback):
         self.progress.done()
 
     def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = getattr(pl_module, "per_image", None)
-        if found and trainer.world_size == 1:  # else each process saw a part
-            keep_per_image(self.folder, stage, {k: v.numpy() for k, v in found.items()})
+        arrays = getattr(pl_module, "per_image", None)
+        if arrays and trainer.world_size == 1:  # else each process saw a part
+            keep_per_image(self.folder, stage, {k: v.numpy() for k, v in arrays.items()})
 
-    def _put(self, stage: str, found: dict[str, float]) -> None:
-        for name, value in found.items():
+    def _put(self, stage: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
             self.record.setdefault(name, {})[stage] = value
 
     def _lap(self, name: str) -> None:

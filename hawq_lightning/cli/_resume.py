@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import read_json, write_text
+from hawq_lightning._types import JsonObject
 from hawq_lightning.export import EXPORTERS
 
 UNFINISHED = "unfinished.json"
@@ -32,8 +33,8 @@ def settings_hash(cfg: DictConfig) -> str:
         plain: Any = OmegaConf.to_container(copy, resolve=True)
     except OmegaConfBaseException:  # an environment variable that nothing else needs, for example
         plain = OmegaConf.to_container(copy, resolve=False)
-    kept = {k: v for k, v in plain.items() if k not in _SAME}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    relevant = {k: v for k, v in plain.items() if k not in _SAME}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 class RunState:
@@ -47,12 +48,12 @@ class RunState:
     def __init__(self, folder: Path, settings: str) -> None:
         self.folder, self.settings = folder, settings
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> JsonObject | None:
         """The record of a run that came to its end."""
         record = self._read("metrics.json")
         return record if record is not None and (self.folder / "model.safetensors").is_file() else None
 
-    def unfinished(self) -> dict[str, Any] | None:
+    def unfinished(self) -> JsonObject | None:
         """The record of a run that was cut short, as far as it came."""
         return self._read(UNFINISHED)
 
@@ -61,7 +62,7 @@ class RunState:
         path = self.folder / "checkpoints" / phase / "last.ckpt"
         return path if path.is_file() else None
 
-    def keep(self, record: dict[str, Any]) -> None:
+    def keep(self, record: JsonObject) -> None:
         """Write down how far the run is."""
         write_text(self.folder / UNFINISHED, json.dumps(record | {"settings": self.settings}))
 
@@ -74,7 +75,7 @@ class RunState:
         for name in (*_RESULTS, *(f"model{EXPORTERS[e].suffix}" for e in EXPORTERS)):
             (self.folder / name).unlink(missing_ok=True)
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> JsonObject | None:
         try:
             record = read_json(self.folder / name, "record")
         except (HawqError, OSError):

@@ -10,12 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from hawq_lightning._plan import Plan
+from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
 from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task, make_trainer
@@ -26,7 +27,7 @@ from hawq_lightning.cli._resume import RunState, settings_hash
 from hawq_lightning.export import EXPORTERS, load_packed, require
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig) -> JsonObject:
     """Carry out a configuration and leave everything in its run folder.
 
     A finished run with the same settings in the same folder is not repeated; an unfinished one goes on from its last
@@ -78,7 +79,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record
-    written: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    written: JsonObject = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     try:
         if cfg.onnx:
             write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
@@ -88,7 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return written
 
 
-def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> dict[str, Any]:
+def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> JsonObject:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "name": cfg.name,
@@ -111,7 +112,7 @@ def train_float(
     cfg: DictConfig,
     task: pl.LightningModule,
     data: pl.LightningDataModule,
-    record: dict[str, Any],
+    record: JsonObject,
     progress: RunState,
     hawq: HAWQ,
 ) -> None:
@@ -121,18 +122,18 @@ def train_float(
     """
     start = time.perf_counter()
     fine_tuning_lr = task.lr
-    known = progress.checkpoint("float") if cfg.resume else None
+    float_checkpoint = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates()]
-    if known is None and cfg.hawq.plan is None:
+    if float_checkpoint is None and cfg.hawq.plan is None:
         extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr
-        trainer.fit(task, datamodule=data, ckpt_path=known)
+        trainer.fit(task, datamodule=data, ckpt_path=float_checkpoint)
         task.lr = fine_tuning_lr
-    wanted = trainer.limit_val_batches and cfg.float_validation
-    found: Any = trainer.validate(task, datamodule=data, verbose=False) if wanted else []
-    for name, value in scores(found[0] if found else {}).items():
+    validates = trainer.limit_val_batches and cfg.float_validation
+    results: Any = trainer.validate(task, datamodule=data, verbose=False) if validates else []
+    for name, value in scores(results[0] if results else {}).items():
         record.setdefault(name, {})["float"] = value
     label = "float_training" if cfg.float_epochs else "float_validation"
     record["seconds"][label] = record["seconds"].get(label, 0.0) + time.perf_counter() - start
@@ -140,7 +141,7 @@ def train_float(
         progress.keep(record)
 
 
-def show(record: dict[str, Any], folder: Path) -> None:
+def show(record: JsonObject, folder: Path) -> None:
     """Print the table that a user came for."""
     console = Console()
     metric, scale = next(((m, s) for m, s in (("accuracy", 100), ("map", 100), ("loss", 1)) if m in record), ("", 1))
@@ -151,14 +152,14 @@ def show(record: dict[str, Any], folder: Path) -> None:
     ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
     for key, label in (("float", "float"), ("quantized", "quantized"), ("fine_tuned", "fine-tuned")):
         value = record.get(metric, {}).get(key)
-        shown = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
+        cell = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
         if key == "float":
             cells = [_bytes(sizes["float_weight_bytes"]), _bytes(sizes["float_bytes"])]
         elif key == "fine_tuned" and value is None:
             continue
         else:
             cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
-        table.add_row(label, shown, *cells)
+        table.add_row(label, cell, *cells)
     console.print(table)
     seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
     console.print(seconds, highlight=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from hawq_lightning._plan import Plan, PlanSite
+from hawq_lightning._types import JsonObject
 from hawq_lightning.export import require, to_onnx
 from hawq_lightning.export.onnx import float_onnx, measure_file
 from hawq_lightning.quantization import quantize
@@ -31,7 +32,7 @@ def speeds(
     seconds: float = 1.0,
     fold: bool = True,
     exact: bool = True,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure the three files; ``speed`` and ``speed_settings`` of export.json.
 
     Args:
@@ -48,20 +49,19 @@ def speeds(
     Raises:
         HawqError: the extra is missing, or the network cannot be exported.
     """
-    how: dict[str, Any] = {"threads": threads, "batch": batch_size, "seconds": seconds}
-    shape = tuple(first.shape[1:])
+    measure = partial(measure_file, shape=tuple(first.shape[1:]), threads=threads, batch=batch_size, seconds=seconds)
     with tempfile.TemporaryDirectory() as folder:
         float_onnx(whole, first, Path(folder) / "float.onnx")
         even = uniform(inner(plan, whole), 8)
         to_onnx(quantize(whole, even), even, first, Path(folder) / "uniform.onnx", fold=fold, exact=exact)
-        found = {
-            "float": measure_file(Path(folder) / "float.onnx", shape, **how),
-            "uniform 8": measure_file(Path(folder) / "uniform.onnx", shape, **how),
-            "plan": measure_file(path, shape, **how),
+        measured = {
+            "float": measure(Path(folder) / "float.onnx"),
+            "uniform 8": measure(Path(folder) / "uniform.onnx"),
+            "plan": measure(path),
         }
     version = require("onnxruntime").__version__
     return {
-        "speed": {k: asdict(v) for k, v in found.items()},
+        "speed": {k: asdict(v) for k, v in measured.items()},
         "speed_settings": {"onnxruntime": version, "threads": threads, "batch_size": batch_size},
     }
 
@@ -90,7 +90,7 @@ def inner(plan: Plan, net: nn.Module) -> Plan:
     return plan.replace(sites=sites, layers=())
 
 
-def show(record: dict[str, Any], note: str = "") -> None:
+def show(record: JsonObject, note: str = "") -> None:
     """Print the table of sizes and speeds, and say so where low bits bring no time."""
     how, rows = record["speed_settings"], record["speed"]
     table = Table(title=f"onnxruntime {how['onnxruntime']} on this machine's CPU, threads={how['threads']}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hydra
 from omegaconf import DictConfig
 
@@ -11,14 +9,15 @@ from hawq_lightning.cli._entry import CONFIG_PATH, run_job, run_main
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="train")
-def _main(cfg: DictConfig) -> Any:
+def _main(cfg: DictConfig) -> object:
     def job() -> float | None:
         from hawq_lightning.cli._run import run
 
         record = run(cfg)
         for metric in ("accuracy", "map"):  # what a sweeper maximizes
             if metric in record:
-                return record[metric].get("fine_tuned", record[metric].get("quantized"))
+                score: float | None = record[metric].get("fine_tuned", record[metric].get("quantized"))
+                return score
         return None
 
     return run_job(job)

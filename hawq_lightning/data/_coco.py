@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import read_json
+from hawq_lightning._types import JsonObject
 from hawq_lightning.data._image_files import read_image
 
 LABELS = ("contiguous", "category_id")
@@ -68,9 +68,9 @@ def read_coco(
     Raises:
         HawqError: not COCO's layout, an unknown image or category, a bad box, or a missing image file; each by name.
     """
-    for value, known, what in ((labels, LABELS, "labels"), (bad_boxes, BAD_BOXES, "bad_boxes")):
-        if value not in known:
-            raise HawqError(f"{what} is {value!r}; use one of {', '.join(known)}.")
+    for value, options, what in ((labels, LABELS, "labels"), (bad_boxes, BAD_BOXES, "bad_boxes")):
+        if value not in options:
+            raise HawqError(f"{what} is {value!r}; use one of {', '.join(options)}.")
     path, folder = Path(path), Path(folder)
     if not folder.is_dir():
         raise HawqError(f"No image folder at {folder}.")
@@ -191,8 +191,8 @@ def random_flips(
     """Mirror an image and its boxes along either axis, each with probability one half."""
 
     def flip(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for wanted, axis in ((horizontal, 2), (vertical, 1)):
-            if wanted and torch.rand(()) < 0.5:
+        for enabled, axis in ((horizontal, 2), (vertical, 1)):
+            if enabled and torch.rand(()) < 0.5:
                 image = image.flip(axis)
                 low, high = (0, 2) if axis == 2 else (1, 3)
                 boxes = boxes.clone()
@@ -202,7 +202,7 @@ def random_flips(
     return flip
 
 
-def _tables(raw: Any, path: Path) -> tuple[list[dict[str, Any]], ...]:
+def _tables(raw: object, path: Path) -> tuple[list[JsonObject], ...]:
     keys = ("images", "annotations", "categories")
     if not isinstance(raw, dict):
         raise HawqError(f"{path} is not COCO's format: expected an object with {', '.join(keys)}.")
@@ -216,7 +216,7 @@ def _tables(raw: Any, path: Path) -> tuple[list[dict[str, Any]], ...]:
     return tuple(raw[key] for key in keys)
 
 
-def _whole(entry: dict[str, Any], key: str, what: str, path: Path, least: int = 0) -> int:
+def _whole(entry: JsonObject, key: str, what: str, path: Path, least: int = 0) -> int:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise HawqError(f"{path}: {what} {entry.get('id', '?')} has {key}={value!r}; expected a whole number.")
@@ -236,7 +236,7 @@ def _check_files(files: dict[int, str], folder: Path) -> None:
         raise HawqError(f"{len(missing)} of {len(files)} images are missing in {folder}; the first is {missing[0]}.")
 
 
-def _corners(raw: Any, size: tuple[int, int], what: str) -> tuple[list[float] | None, str]:
+def _corners(raw: object, size: tuple[int, int], what: str) -> tuple[list[float] | None, str]:
     """The box x, y, width, height as corners inside the image (None: no area), and what is wrong with it."""
     if (
         not isinstance(raw, list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from hawq_lightning._errors import HawqError
 from hawq_lightning.data._coco import Annotations, CocoDataset, random_flips, read_coco
 
+Sample = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Batch = tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]
 
 
@@ -65,42 +65,42 @@ class CocoData(LightningDataModule):
         if not self.root.is_dir():
             raise HawqError(f"No COCO folder at {self.root}; set data.root=/path/to/it.")
         if stage in (None, "fit") and self.train_set is None:
-            found = self._read(self.train)
+            annotations = self._read(self.train)
             # an image without boxes trains on background alone; COCO's reference trainings leave it out
-            pictures = [p for p in found.pictures if bool((~p.crowd).any())]
+            pictures = [p for p in annotations.pictures if bool((~p.crowd).any())]
             if not pictures:
                 raise HawqError(f"Split {self.train!r} of {self.root} has no image with a box.")
             self.train_set = CocoDataset(pictures[: self.subset], self.augment, self.longest, crowd=False)
         if self.val_set is None:
             self.val_set = CocoDataset(self._read(self.val).pictures[: self.subset], None, self.longest)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled, augmented."""
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Sample]:
         """In order, not augmented."""
         return self._loader(self.val_set, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Sample]:
         """The validation split: COCO's test boxes are not public."""
         return self.val_dataloader()
 
     def _read(self, split: str) -> Annotations:
         path = self.root / "annotations" / f"instances_{split}.json"
-        found = read_coco(path, self.root / split, self.labels, self.bad_boxes)
-        if self.num_classes is not None and max(found.classes) >= self.num_classes:
-            last = max(found.classes)
+        annotations = read_coco(path, self.root / split, self.labels, self.bad_boxes)
+        if self.num_classes is not None and max(annotations.classes) >= self.num_classes:
+            last = max(annotations.classes)
             raise HawqError(
-                f"{path} needs {last + 1} outputs: label {last} is {found.classes[last]!r} with labels={self.labels}; "
-                f"the model's head has {self.num_classes}."
+                f"{path} needs {last + 1} outputs: label {last} is {annotations.classes[last]!r} with "
+                f"labels={self.labels}; the model's head has {self.num_classes}."
             )
-        if self.classes and found.classes != self.classes:
+        if self.classes and annotations.classes != self.classes:
             raise HawqError(f"Splits {self.train!r} and {self.val!r} of {self.root} have different categories.")
-        self.classes = found.classes
-        return found
+        self.classes = annotations.classes
+        return annotations
 
-    def _loader(self, data: Dataset[Any] | None, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, data: Dataset[Sample] | None, shuffle: bool) -> DataLoader[Sample]:
         if data is None:
             raise HawqError("Call setup() before asking for batches.")
         return DataLoader(
@@ -114,6 +114,6 @@ class CocoData(LightningDataModule):
         )
 
 
-def collate(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
     """A list of images and a list of targets: images of several sizes make no tensor."""
     return [image for image, _ in samples], [target for _, target in samples]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -54,8 +52,11 @@ class DigitsDataModule(pl.LightningDataModule):
         """Read, scale to mean 0 and standard deviation 1 over the training pixels, and split."""
         if self._sets:
             return
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise HawqError(f"The digits come with scikit-learn ({error}): pip install scikit-learn.") from error
 
         raw = load_digits()
         images = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1)
@@ -71,16 +72,16 @@ class DigitsDataModule(pl.LightningDataModule):
             "val": TensorImages(images[val], labels[val]),
         }
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Shuffled batches ``([B, 1, 8, 8], [B])``."""
         # a last batch of one or two images would spoil BatchNorm's statistics
         whole = len(self._sets["train"]) > self.batch_size  # type: ignore[arg-type]
         return DataLoader(self._sets["train"], self.batch_size, shuffle=True, drop_last=whole)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return DataLoader(self._sets["val"], 270)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self.val_dataloader()

@@ -26,7 +26,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         resize: short side before the centre crop; ``None``: scale the whole image to the square.
         random_crop: crop a random 8 to 100% of the image's area and mirror half of the time, instead.
         mean: of each channel on the 0 to 1 scale.
-        std: likewise.
+        std: of each channel on the same scale.
     """
 
     def __init__(

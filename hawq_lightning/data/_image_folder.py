@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -33,12 +32,12 @@ class ImageFolderDataModule(pl.LightningDataModule):
         shift: largest offset of ``shift_flip`` in pixels.
         resize: short side before the centre crop in evaluation (256 for 224 pixels); ``None``: the whole image.
         mean: of each channel on the 0 to 1 scale.
-        std: likewise.
+        std: of each channel on the same scale.
         train: folder name of the training split.
         val: folder name of the held-out split, used for validation and test.
         subset: use only this many images of each split, spread evenly over the classes.
         held_out: take this many images, equally many of each class, out of the training split.
-        train_subset: train on this many of the others, likewise.
+        train_subset: train on this many of the others, equally many of each class.
         evaluate_on: ``val``, or ``held_out`` to tune settings without looking at ``val``.
         split_seed: of these draws; keep it to compare runs.
         memory: decode every image once and keep it as uint8; for small images.
@@ -96,15 +95,15 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """
         if self._sets:
             return
-        found = {split: list_classes(self.root / name) for split, name in self.splits.items()}
-        self.classes = sorted(found["train"])
-        if differ := sorted(set(found["train"]) ^ set(found["val"])):
+        files_of_split = {split: list_classes(self.root / name) for split, name in self.splits.items()}
+        self.classes = sorted(files_of_split["train"])
+        if differ := sorted(set(files_of_split["train"]) ^ set(files_of_split["val"])):
             name = differ[0]
-            only, other = ("train", "val") if name in found["train"] else ("val", "train")
+            only, other = ("train", "val") if name in files_of_split["train"] else ("val", "train")
             more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
             raise HawqError(
                 f"Class folder {name!r}{more} is in {self.root / self.splits[only]} only, "
-                f"not in {self.root / self.splits[other]}.{nearest(name, found[other])}"
+                f"not in {self.root / self.splits[other]}.{nearest(name, files_of_split[other])}"
             )
         if self.num_classes is not None and len(self.classes) != self.num_classes:
             raise HawqError(
@@ -113,7 +112,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             )
         labelled = {
             split: [(path, label) for label, name in enumerate(self.classes) for path in files_of[name]]
-            for split, files_of in found.items()
+            for split, files_of in files_of_split.items()
         }
         for split, files in self.parts.of(labelled).items():
             if self.subset is not None and self.subset < len(files):
@@ -135,19 +134,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
         labels = torch.tensor([label for _, label in files])
         return TensorImages(images, labels, self.shift if moving else 0, moving, mean=self.mean, std=self.std)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Shuffled, augmented batches ``([B, 3, size, size], [B])``."""
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self._loader("val", shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """The held-out images in fixed order."""
         return self.val_dataloader()
 
-    def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, split: str, shuffle: bool) -> DataLoader[tuple[Tensor, int]]:
         images = self._sets[split]
         return DataLoader(
             images,
@@ -170,11 +169,13 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
         raise HawqError(f"No image folder at {folder}; set data.root to the folder that holds {folder.name}/<class>/.")
     try:
         names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = {name: sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS) for name in names}
+        files_of = {
+            name: sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in EXTENSIONS) for name in names
+        }
     except OSError as error:
         raise HawqError(f"The image folder {folder} cannot be read: {error}.") from error
-    if not found:
+    if not files_of:
         raise HawqError(f"{folder} holds no class folders; expected {folder.name}/<class>/<image>.")
-    if empty := [name for name, files in found.items() if not files]:
+    if empty := [name for name, files in files_of.items() if not files]:
         raise HawqError(f"The class folder {folder / empty[0]} holds no image ({', '.join(EXTENSIONS)}).")
-    return found
+    return files_of

@@ -47,10 +47,10 @@ class Parts:
         if not self.held_out and self.train_subset is None:
             return {"train": train, "val": val}
         labels = np.asarray([label for _, label in train])
-        apart, kept = stratified(labels, self.held_out, self.train_subset, self.seed)
+        apart, trained_on = stratified(labels, self.held_out, self.train_subset, self.seed)
         if self.evaluate_on == "held_out":
             val = [train[i] for i in apart]
-        return {"train": [train[i] for i in kept], "val": val}
+        return {"train": [train[i] for i in trained_on], "val": val}
 
 
 def stratified(
@@ -73,8 +73,8 @@ def stratified(
         HawqError: more images asked for than there are.
     """
     count = len(labels)
-    wanted = count - held_out if subset is None else subset
-    if held_out + wanted > count or held_out >= count:
+    taken = count - held_out if subset is None else subset
+    if held_out + taken > count or held_out >= count:
         raise HawqError(
             f"data.held_out={held_out} and data.train_subset={subset} need {held_out + (subset or 1)} images; the "
             f"training split has {count}."
@@ -83,7 +83,7 @@ def stratified(
     rank = np.empty(count)
     draw = np.random.default_rng(seed)
     for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        rank[draw.permutation(own)] = (np.arange(len(own)) + 0.5) / len(own)
+        of_class = np.flatnonzero(labels == label)
+        rank[draw.permutation(of_class)] = (np.arange(len(of_class)) + 0.5) / len(of_class)
     order = np.argsort(rank, kind="stable")
-    return np.sort(order[:held_out]), np.sort(order[held_out : held_out + wanted])
+    return np.sort(order[:held_out]), np.sort(order[held_out : held_out + taken])

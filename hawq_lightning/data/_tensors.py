@@ -21,7 +21,7 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
         flip: mirror left and right half of the time.
         fill: what comes in at the border.
         mean: of each channel on the 0 to 1 scale; with ``std`` it turns uint8 images into normalised float ones.
-        std: likewise.
+        std: of each channel on the same scale.
     """
 
     def __init__(

@@ -20,13 +20,3 @@ def require(name: str) -> Any:
         raise HawqError(
             f"This needs {name.partition('.')[0]} ({error}): pip install 'hawq-lightning[export]'."
         ) from error
-
-
-def installed() -> bool:
-    """Whether ONNX files can be written and run here."""
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
-    except ImportError:
-        return False
-    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -37,10 +36,10 @@ def inception_v3(
     models = require("torchvision.models", "vision")
 
     def make(download: bool) -> nn.Module:
-        own: dict[str, Any] = {} if download else {"num_classes": num_classes, "init_weights": weights is None}
+        head: dict[str, int] = {} if download else {"num_classes": num_classes, "init_weights": weights is None}
         # the file that torchvision downloads holds the auxiliary head: built first, cut off where it is not wanted
         model = models.inception_v3(
-            weights="IMAGENET1K_V1" if download else None, aux_logits=True, dropout=dropout, **own
+            weights="IMAGENET1K_V1" if download else None, aux_logits=True, dropout=dropout, **head
         )
         if not auxiliary:
             model.aux_logits, model.AuxLogits = False, None
@@ -48,7 +47,8 @@ def inception_v3(
         model.transform_input = True
         model.quantization_exclude = (f"{AUXILIARY}.*",) if auxiliary else ()
         model.training_only = (AUXILIARY,) if auxiliary else ()
-        return model
+        net: nn.Module = model
+        return net
 
     return build(
         "inception_v3",

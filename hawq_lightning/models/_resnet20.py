@@ -39,7 +39,8 @@ class BasicBlock(nn.Module):
             before = self.widen // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.widen - before))
         out += x
-        return self.relu(out)
+        activated: Tensor = self.relu(out)
+        return activated
 
 
 class CifarResNet(nn.Module):
@@ -69,7 +70,8 @@ class CifarResNet(nn.Module):
         """Images ``[N, in_channels, H, W]`` to logits ``[N, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
 
 
 def resnet20(

@@ -197,9 +197,10 @@ def assemble(
     per_place = anchors.num_anchors_per_location()[0]
     head = detection.RetinaNetHead(channels, per_place, num_classes)
     head.regression_head.compute_loss = BoxLoss(head.regression_head.box_coder, 0.0 if box_loss == "l1" else BETA)
-    return detection.RetinaNet(
+    net: nn.Module = detection.RetinaNet(
         backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors, head=head
     )
+    return net
 
 
 class BoxLoss:
@@ -219,10 +220,10 @@ class BoxLoss:
         """Return the loss; ``matched_idxs`` holds the index of each anchor's box, or a negative number."""
         total = head_outputs["bbox_regression"].sum() * 0.0
         for target, offsets, places, matched in zip(targets, head_outputs["bbox_regression"], anchors, matched_idxs):
-            found = torch.where(matched >= 0)[0]
-            wanted = self.coder.encode_single(target["boxes"][matched[found]], places[found])  # type: ignore[attr-defined]
-            distance = F.smooth_l1_loss(offsets[found], wanted, reduction="sum", beta=self.beta)
-            total = total + distance / max(1, len(found))
+            positive = torch.where(matched >= 0)[0]
+            encoded = self.coder.encode_single(target["boxes"][matched[positive]], places[positive])  # type: ignore[attr-defined]
+            distance = F.smooth_l1_loss(offsets[positive], encoded, reduction="sum", beta=self.beta)
+            total = total + distance / max(1, len(positive))
         return total / max(1, len(targets))
 
 

@@ -26,7 +26,8 @@ def squeezenext(num_classes: int = 1000, pretrained: bool = False, weights: str 
         model = provider.sqnxt23_w2(pretrained=download, num_classes=num_classes)
         # the fixed 7x7 window averages the whole map at 224 pixels; so does this one, at any size
         model.features.final_pool = nn.AdaptiveAvgPool2d(1)
-        return model
+        net: nn.Module = model
+        return net
 
     return build(
         "squeezenext",

@@ -50,8 +50,8 @@ def model_card(folder: str | Path, *, title: str | None = None) -> Path:
             for s in run.plan.weights
         ]
         lines += [*markdown_table(["weight", "shape", "bits", "code", "bits of its input"], plan), ""]
-    if told := export_section.sentences(run):
-        lines += ["## ONNX", "", *(f"- {markdown_text(s)}" for s in told), ""]
+    if onnx_lines := export_section.sentences(run):
+        lines += ["## ONNX", "", *(f"- {markdown_text(s)}" for s in onnx_lines), ""]
         if speeds := export_section.speed_rows(run):
             lines += [*markdown_table(export_section.SPEED_COLUMNS, speeds), "", export_section.speed_note(run), ""]
     if doubts := summary.doubts(run):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import spearmanr
 
 from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
-from hawq_lightning.report._run import LossCheck, Run
+from hawq_lightning.report._run import LossCheck, Run, finite
 from hawq_lightning.report._site_figures import KINDS
 from hawq_lightning.report._text import score
 
@@ -25,18 +24,18 @@ _LEVELS = {  # dashed lines
 def draw_loss_check(run: Run) -> ReportFigure | None:
     """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
     rows = list(run.loss_check)
-    shown = [r for r in rows if r.predicted > 0 and r.measured > 0]
-    if len(shown) < 2:
+    drawn = [r for r in rows if r.predicted > 0 and r.measured > 0]
+    if len(drawn) < 2:
         return None
     ranks = rank_correlations(rows)
     tooltips = []
     with canvas(1, 5.2) as (figure, axes):
         ax = axes[0]
-        low = min(min(r.predicted, r.measured) for r in shown) / 2
-        high = max(max(r.predicted, r.measured) for r in shown) * 2
+        low = min(min(r.predicted, r.measured) for r in drawn) / 2
+        high = max(max(r.predicted, r.measured) for r in drawn) * 2
         ax.plot([low, high], [low, high], "--", color=SOFT, linewidth=1, zorder=1, label="as predicted")
         for kind, (label, colour, marker) in KINDS.items():
-            part = [r for r in shown if r.kind == kind]
+            part = [r for r in drawn if r.kind == kind]
             if part:
                 text = f"{label}, rank correlation {ranks[kind]:.2f}" if kind in ranks else label
                 xs, ys = [r.predicted for r in part], [r.measured for r in part]
@@ -48,21 +47,21 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
                 r.measured,
                 f"{r.site}\n{r.bits} bits\npredicted {r.predicted:.3g}\nmeasured {r.measured:.3g}",
             )
-            for r in shown
+            for r in drawn
         ]
         log_scale(ax, "x", "y")
         ax.set_xlabel("predicted rise of the loss, ½Ω", color=SOFT)
         ax.set_ylabel("measured rise of the loss", color=SOFT)
         ax.legend(loc="upper left")
-    hidden = len(rows) - len(shown)
-    said = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
+    hidden = len(rows) - len(drawn)
+    correlations = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
     return ReportFigure(
         "loss_check",
         "Does the prediction hold?",
-        f"Predicted against measured loss change for {len(shown)} pairs of site and width, log-log. "
-        f"Spearman's rank correlation: {said or 'not defined'}.",
+        f"Predicted against measured loss change for {len(drawn)} pairs of site and width, log-log. "
+        f"Spearman's rank correlation: {correlations or 'not defined'}.",
         f"Every site quantized alone, at every width, before any fine-tuning. Spearman's rank correlation over all "
-        f"{len(rows)}: {said or 'not defined'}."
+        f"{len(rows)}: {correlations or 'not defined'}."
         + (f" {hidden} with a measured change at or below zero cannot be drawn on a log scale." if hidden else ""),
         figure,
         ["site", "kind", "bits", "predicted", "measured"],
@@ -73,21 +72,20 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
 
 def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
     """Spearman's rank correlation of prediction and measurement, for all sites and for each kind."""
-    found = {}
+    correlations = {}
     for kind in ("all", *KINDS):
         part = [r for r in rows if kind in ("all", r.kind)]
         if len({r.predicted for r in part}) > 1 and len({r.measured for r in part}) > 1:
-            found[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
-    return found
+            correlations[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
+    return correlations
 
 
 def draw_training(run: Run) -> ReportFigure | None:
     """The validation metric by epoch of fine-tuning, between the levels before and after quantizing."""
     history = run.metrics.get("history")
-    key = _key(history)
-    if key is None:
+    key, points = next(((k, p) for k in _PREFERRED if (p := _points(history, k))), ("", []))
+    if not points:
         return None
-    points = [(float(h["epoch"]), float(h[key])) for h in history if _is_point(h, key)]  # type: ignore[union-attr]
     metric, stages = run.metric
     loss = "loss" in key
     levels = {} if loss else {s: stages[s] for s in _LEVELS if s in stages}
@@ -106,7 +104,10 @@ def draw_training(run: Run) -> ReportFigure | None:
         if metric == "accuracy" and not loss and max(y for _, y in points) <= 1:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         tooltips = [Tooltip(ax, x, y, f"epoch {x:g}\n{key} {y:.4f}") for x, y in points]
-    shown = (lambda v: f"{v:.4f}") if loss else (lambda v: score(v, metric))
+
+    def shown(value: float) -> str:
+        return f"{value:.4f}" if loss else score(value, metric)
+
     best = (min if loss else max)(points, key=lambda p: p[1])
     beside = "".join(f"; {_LEVELS[s][0]}: {shown(level)}" for s, level in levels.items())
     return ReportFigure(
@@ -122,18 +123,12 @@ def draw_training(run: Run) -> ReportFigure | None:
     )
 
 
-def _key(history: Any) -> str | None:
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        return None
-    for key in _PREFERRED:
-        if sum(_is_point(h, key) for h in history) >= 1:
-            return key
-    return None
-
-
-def _is_point(entry: Any, key: str) -> bool:
-    if not isinstance(entry, Mapping):
-        return False
-    if entry.get("phase", "fine_tuning") != "fine_tuning":
-        return False
-    return all(isinstance(entry.get(k), (int, float)) and not isinstance(entry.get(k), bool) for k in ("epoch", key))
+def _points(history: object, key: str) -> list[tuple[float, float]]:
+    """Epoch and value of the entries of fine-tuning that hold both as numbers; whatever else is there is left out."""
+    points = []
+    for entry in history if isinstance(history, list) else []:
+        if isinstance(entry, Mapping) and entry.get("phase", "fine_tuning") == "fine_tuning":
+            epoch, value = (finite(entry.get(k)) for k in ("epoch", key))
+            if epoch is not None and value is not None:
+                points.append((epoch, value))
+    return points

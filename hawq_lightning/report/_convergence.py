@@ -62,13 +62,13 @@ def draw_steps(
 
 
 def _running(series: Mapping[str, np.ndarray], name: str, title: str, unit: str, caption: str) -> ReportFigure | None:
-    kept = {n: x for n, x in series.items() if len(x) > 2 and x.mean() > 0}
-    if not kept:
+    positive = {n: x for n, x in series.items() if len(x) > 2 and x.mean() > 0}
+    if not positive:
         return None
     rows: list[list[object]] = []
     ends = []
     with canvas(1, 3.8) as (figure, (ax,)):
-        for (site, x), colour, style in zip(kept.items(), _COLOURS, _STYLES):
+        for (site, x), colour, style in zip(positive.items(), _COLOURS, _STYLES):
             n = np.arange(1, len(x) + 1)
             mean = np.cumsum(x) / n
             spread = np.cumsum(x * x) / n - mean**2
@@ -83,7 +83,7 @@ def _running(series: Mapping[str, np.ndarray], name: str, title: str, unit: str,
         ax.set_xlabel(unit)
         ax.set_ylabel("share of the final trace")
         ax.legend(fontsize=9, ncols=2, labelcolor=INK)
-        alt = f"Running means over {len(next(iter(kept.values())))} {unit}; two standard errors at the end: "
+        alt = f"Running means over {len(next(iter(positive.values())))} {unit}; two standard errors at the end: "
         return ReportFigure(
             name, title, alt + ", ".join(ends) + ".", caption, figure, ["site", unit, "mean", "stderr"], rows
         )

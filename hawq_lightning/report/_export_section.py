@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hawq_lightning.report import _text as text
 from hawq_lightning.report._run import Run, finite
@@ -18,34 +17,38 @@ def sentences(run: Run) -> list[str]:
     record = run.export
     if (size := finite(record.get("onnx_bytes"))) is None:
         return []
-    found = [f"model.onnx takes {text.size(size)} ({size:,.0f} bytes)."]
+    lines = [f"model.onnx takes {text.size(size)} ({size:,.0f} bytes)."]
     files = record.get("files")
     for name, taken in (files if isinstance(files, Mapping) else {}).items():
         if (size := finite(taken)) is not None:
-            found.append(f"{name} takes {text.size(size)} ({size:,.0f} bytes).")
-    folded, kept = finite(record.get("folded")), record.get("not_folded")
-    if folded is not None and isinstance(kept, Mapping):
-        rest = f"; {len(kept)} stayed ({'; '.join(f'{k}: {v}' for k, v in list(kept.items())[:2])})" if kept else ""
-        found.append(f"{folded:.0f} BatchNorms were folded into scales and biases{rest}.")
+            lines.append(f"{name} takes {text.size(size)} ({size:,.0f} bytes).")
+    folded, not_folded = finite(record.get("folded")), record.get("not_folded")
+    if folded is not None and isinstance(not_folded, Mapping):
+        rest = (
+            f"; {len(not_folded)} stayed ({'; '.join(f'{k}: {v}' for k, v in list(not_folded.items())[:2])})"
+            if not_folded
+            else ""
+        )
+        lines.append(f"{folded:.0f} BatchNorms were folded into scales and biases{rest}.")
     agreement = record.get("agreement")
     if isinstance(agreement, Mapping):
-        found += _agreement(agreement)
+        lines += _agreement(agreement)
     score = record.get("map")
     if isinstance(score, Mapping) and all(finite(score.get(k)) is not None for k in ("onnx", "network", "images")):
-        found.append(
+        lines.append(
             f"mAP on {score['images']:,.0f} images: {score['onnx']:.4f} by onnxruntime, {score['network']:.4f} by the "
             "network."
         )
     speed = _speeds(run)
     if "float" in speed and "plan" in speed:
         ratio = speed["float"]["ms"] / speed["plan"]["ms"]
-        found.append(
+        lines.append(
             f"One image takes {ratio:.2f} times less time than in float."
             if ratio > _FASTER
             else f"Low bits save size here, not time: this CPU runs the plan at {ratio:.2f} times the float network's "
             "speed, since its kernels turn the weights back into float32 before they multiply."
         )
-    return found
+    return lines
 
 
 def speed_rows(run: Run) -> list[tuple[str, ...]]:
@@ -82,45 +85,47 @@ def doubts(run: Run) -> list[str]:
     images, same = finite(agreement.get("images")), finite(agreement.get("same_top1"))
     if not images or same is None:
         return []
-    found = []
+    lines = []
     if same < _LOOSE * images:
-        found.append(f"model.onnx gives another class on {images - same:.0f} of {images:.0f} images.")
+        lines.append(f"model.onnx gives another class on {images - same:.0f} of {images:.0f} images.")
     if odd := [d for d in _disagreements(agreement) if d[0] > d[1]]:
-        found.append(f"{len(odd)} of them had a margin wider than the logits moved: the file is not this network's.")
-    return found
+        lines.append(f"{len(odd)} of them had a margin wider than the logits moved: the file is not this network's.")
+    return lines
 
 
-def _agreement(agreement: Mapping[str, Any]) -> list[str]:
+def _agreement(agreement: Mapping[str, object]) -> list[str]:
     images, same = finite(agreement.get("images")), finite(agreement.get("same_top1"))
-    found = []
+    lines = []
     if images and same is not None:
-        told = f"onnxruntime gives the same class on {same:,.0f} of {images:,.0f} images ({same / images:.2%})"
+        sentence = f"onnxruntime gives the same class on {same:,.0f} of {images:,.0f} images ({same / images:.2%})"
         if margins := _disagreements(agreement):
             close = sum(margin <= moved for margin, moved in margins)
             which = "all" if close == len(margins) else str(close)
-            told += f"; on {which} of the other {len(margins)} the two best classes lay closer than the logits moved"
-        found.append(f"{told}.")
+            sentence += (
+                f"; on {which} of the other {len(margins)} the two best classes lay closer than the logits moved"
+            )
+        lines.append(f"{sentence}.")
     outputs = agreement.get("outputs")
     if isinstance(outputs, Mapping) and len(outputs) > 1:
         each = [f"{k} by {v['mean_difference']:.2g} on average and {v['largest_difference']:.2g} at most"
                 for k, v in outputs.items() if _two(v)]  # fmt: skip
-        found.append(f"On {images or 0:,.0f} images the outputs differ: {', '.join(each)}.")
+        lines.append(f"On {images or 0:,.0f} images the outputs differ: {', '.join(each)}.")
     elif (worst := finite(agreement.get("largest_difference"))) is not None and images:
-        found.append(f"On {images:,.0f} images the outputs differ by at most {worst:.2g}.")
+        lines.append(f"On {images:,.0f} images the outputs differ by at most {worst:.2g}.")
     flipped, codes = finite(agreement.get("flipped_codes")), finite(agreement.get("codes"))
     if flipped is not None and codes:
-        found.append(
+        lines.append(
             f"{flipped:,.0f} of {codes:,.0f} activation codes flipped ({flipped / codes:.2%}), by float rounding."
         )
-    return found
+    return lines
 
 
-def _two(row: Any) -> bool:
+def _two(row: object) -> bool:
     keys = ("mean_difference", "largest_difference")
     return isinstance(row, Mapping) and all(finite(row.get(k)) is not None for k in keys)
 
 
-def _disagreements(agreement: Mapping[str, Any]) -> list[tuple[float, float]]:
+def _disagreements(agreement: Mapping[str, object]) -> list[tuple[float, float]]:
     """Margin and movement of every image with another class."""
     listed = agreement.get("disagreements")
     pairs = [
@@ -134,9 +139,9 @@ def _disagreements(agreement: Mapping[str, Any]) -> list[tuple[float, float]]:
 def _speeds(run: Run) -> dict[str, dict[str, float]]:
     keys = ("file_bytes", "gzip_bytes", "ms", "images_per_second", "peak_bytes")
     table = run.export.get("speed")
-    found = {}
+    speeds = {}
     for name, row in (table if isinstance(table, Mapping) else {}).items():
         values = {k: finite(row.get(k)) for k in keys} if isinstance(row, Mapping) else {}
         if values and all(values.values()):
-            found[str(name)] = {k: float(v) for k, v in values.items() if v is not None}
-    return found
+            speeds[str(name)] = {k: float(v) for k, v in values.items() if v is not None}
+    return speeds

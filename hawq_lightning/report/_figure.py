@@ -140,9 +140,9 @@ def log_scale(ax: Axes, *names: str) -> None:
     for name in names:
         axis = ax.xaxis if name == "x" else ax.yaxis
         ax.set(**{f"{name}scale": "log"})
-        axis.set_major_formatter(LogFormatter())  # type: ignore[no-untyped-call]
+        axis.set_major_formatter(LogFormatter())
         # an axis with one power of ten or none shows too few powers of ten to be read
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # type: ignore[no-untyped-call]
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
 
 
 @contextmanager

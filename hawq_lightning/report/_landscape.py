@@ -55,8 +55,8 @@ def draw_landscapes(
 
 def draw_landscape(run: Run) -> ReportFigure | None:
     """The surfaces that an earlier measurement left in the folder (``paper_figures=true``)."""
-    found = run.landscape
-    return draw_landscapes(found.grids, found.offsets, found.eigenvalues) if found else None
+    landscape = run.landscape
+    return draw_landscapes(landscape.grids, landscape.offsets, landscape.eigenvalues) if landscape else None
 
 
 def _two(values: Sequence[float]) -> list[float | str]:
@@ -77,12 +77,12 @@ def _surfaces(
         ax = figure.add_subplot(1, len(tables), i + 1, projection="3d")
         axes.append(ax)
         x, y = np.meshgrid(a, a, indexing="ij")
-        ax.plot_surface(x, y, t, cmap="viridis", norm=scale, linewidth=0, antialiased=True)  # type: ignore[attr-defined]
-        ax.set_zlim(low, high)  # type: ignore[attr-defined]
+        ax.plot_surface(x, y, t, cmap="viridis", norm=scale, linewidth=0, antialiased=True)
+        ax.set_zlim(low, high)
         values = ", ".join(f"{v:.3g}" for v in eigenvalues.get(name, ())[:2])
         ax.set_title(name.removesuffix(".weight") + (f"\neigenvalues {values}" if values else ""), fontsize=10)
         ax.tick_params(labelsize=7, colors=INK)
-        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):  # type: ignore[attr-defined]
+        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
             axis.set_pane_color((0, 0, 0, 0))  # the page may be dark
             axis.line.set_color(SOFT)
             axis._axinfo["grid"]["color"] = GRID

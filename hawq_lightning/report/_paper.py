@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
+from hawq_lightning._types import Batch
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
+from hawq_lightning.report._figure import ReportFigure
 from hawq_lightning.report._landscape import draw_landscapes
 from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigenpairs, trace_history
 
@@ -19,7 +20,7 @@ from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigen
 def paper_figures(
     folder: str | Path,
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     loss_fn: LossFn,
     sensitivity: Sensitivity,
     sites: SiteTable,
@@ -49,7 +50,7 @@ def paper_figures(
     bar, folder = bar or Bar(), Path(folder)
     few = batches[:1]
     task = bar.begin("Figures of the paper", 4)
-    drawings: list[Any] = [draw_images(sensitivity)]
+    drawings: list[ReportFigure | None] = [draw_images(sensitivity)]
     series = trace_history(model, few, loss_fn, steps=steps, sites=sites, seed=seed)
     drawings += [draw_steps(series, chosen_sites(sensitivity, k), kind=k) for k in ("weight", "activation")]
     bar.advance(task, 1)
@@ -72,7 +73,7 @@ def paper_figures(
         }
         drawings.append(draw_landscapes(grids, offsets, {n: e.values for n, e in pairs.items()}))
     bar.advance(task, 4)
-    found = [d for d in drawings if d is not None]
-    for d in found:
+    figures = [d for d in drawings if d is not None]
+    for d in figures:
         d.save(folder)
-    return [d.name for d in found]
+    return [d.name for d in figures]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import read_json
 from hawq_lightning._plan import Plan
+from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity import Sensitivity
 
+T = TypeVar("T")
 _MOST_ROWS = 200_000
 STAGES = {
     "float": ("float", "fp32", "before"),
@@ -87,9 +89,9 @@ class Run:
     plan: Plan | None = None
     sensitivity: Sensitivity | None = None
     frontier: Sequence[FrontierPoint] = ()
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     loss_check: Sequence[LossCheck] = ()
-    export: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, object] = field(default_factory=dict)
     landscape: Landscape | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
@@ -100,8 +102,8 @@ class Run:
         for key, name in METRICS.items():
             table = self.metrics.get(key)
             if isinstance(table, Mapping):
-                found = {stage: _first(table, names) for stage, names in STAGES.items()}
-                if values := {k: v for k, v in found.items() if v is not None}:
+                stages = {stage: _first(table, names) for stage, names in STAGES.items()}
+                if values := {k: v for k, v in stages.items() if v is not None}:
                     return name, values
         return "accuracy", {}
 
@@ -113,7 +115,7 @@ class Run:
 
     def number(self, *path: str) -> float | None:
         """A finite number in metrics.json, ``number("sizes", "file_bytes")``."""
-        value: Any = self.metrics
+        value: object = self.metrics
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return finite(value)
@@ -130,7 +132,7 @@ def read_run(folder: str | Path) -> Run:
         raise HawqError(f"No run folder at {folder}.")
     missing: dict[str, str] = {}
 
-    def attempt(name: str, read: Any) -> Any:
+    def attempt(name: str, read: Callable[[Path], T]) -> T | None:
         path = folder / name
         if not path.is_file():
             missing[name] = f"{name} is not in the run folder."
@@ -159,7 +161,7 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def _read_metrics(path: Path) -> JsonObject:
     data = read_json(path, "metrics file")
     if not isinstance(data, dict):
         raise HawqError("it holds no JSON object.")
@@ -222,7 +224,7 @@ def read_overrides(folder: Path) -> list[str]:
     return [str(item) for item in overrides] if isinstance(overrides, list) else []
 
 
-def _command(folder: Path, metrics: Mapping[str, Any]) -> str | None:
+def _command(folder: Path, metrics: Mapping[str, object]) -> str | None:
     command = metrics.get("command")
     if isinstance(command, list):
         return shlex.join(map(str, command))
@@ -232,11 +234,11 @@ def _command(folder: Path, metrics: Mapping[str, Any]) -> str | None:
     return shlex.join(["hawq-lightning", *overrides]) if overrides else None
 
 
-def _first(table: Mapping[str, Any], names: Sequence[str]) -> float | None:
+def _first(table: Mapping[str, object], names: Sequence[str]) -> float | None:
     return next((v for n in names if (v := finite(table.get(n))) is not None), None)
 
 
-def finite(value: Any) -> float | None:
+def finite(value: object) -> float | None:
     """The number, or ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None

@@ -141,12 +141,12 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
         at = [i for i, r in enumerate(records) if r.mean_trace > 0]
         low = [max(ys[i] - errors[i][which], floor) for i in at]
         ax.vlines(at, low, [ys[i] + errors[i][which] for i in at], color=colour, linewidth=width, zorder=2)
-    for face, shape, shown in (
+    for face, shape, places in (
         (colour, marker, [i for i, r in enumerate(records) if r.mean_trace > 0 and not uncertain(r)]),
         (PAPER, marker, [i for i, r in enumerate(records) if r.mean_trace > 0 and uncertain(r)]),
         (PAPER, "v", [i for i, r in enumerate(records) if r.mean_trace <= 0]),
     ):
-        where = [xs[i] for i in shown], [ys[i] for i in shown]
+        where = [xs[i] for i in places], [ys[i] for i in places]
         ax.plot(*where, shape, color=colour, markerfacecolor=face, markersize=6, zorder=3)
     log_scale(ax, "y")
     ax.set_ylim(bottom=floor / 1.3)

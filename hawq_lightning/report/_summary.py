@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from hawq_lightning.report import _export_section as export_section
 from hawq_lightning.report import _text as text
@@ -103,21 +102,21 @@ def summary(run: Run) -> str:
 
 def doubts(run: Run) -> list[str]:
     """What was uncertain, in sentences."""
-    found = []
+    lines = []
     if run.sensitivity:
-        found += list(run.sensitivity.notes)
+        lines += list(run.sensitivity.notes)
     lifted = run.plan.settings.get("lifted") if run.plan else None
     if isinstance(lifted, (list, tuple)) and lifted:
-        found += [str(s) for s in lifted[:_MOST_LIFTED]]
+        lines += [str(s) for s in lifted[:_MOST_LIFTED]]
         if len(lifted) > _MOST_LIFTED:
-            found.append(f"The same holds for {len(lifted) - _MOST_LIFTED} more sites; plan.json lists them.")
+            lines.append(f"The same holds for {len(lifted) - _MOST_LIFTED} more sites; plan.json lists them.")
     elif run.sensitivity:
         zero = [r.name for r in run.sensitivity if r.trace <= 0]
         noisy = [r.name for r in run.sensitivity if r.trace > 0 and uncertain(r)]
         if zero:
-            found.append(f"Zero or negative trace, so any width looks free: {text.names(zero)}.")
+            lines.append(f"Zero or negative trace, so any width looks free: {text.names(zero)}.")
         if noisy:
-            found.append(f"Trace within two standard errors of zero: {text.names(noisy)}.")
+            lines.append(f"Trace within two standard errors of zero: {text.names(noisy)}.")
     if run.plan:
         shaky = [
             f"{s.name} ({s.stability:.0%})"
@@ -125,46 +124,46 @@ def doubts(run: Run) -> list[str]:
             if s.stability is not None and s.stability < _UNSTABLE
         ]
         if shaky:
-            found.append(f"The choice changes when the images are drawn anew: {text.names(shaky)}.")
+            lines.append(f"The choice changes when the images are drawn anew: {text.names(shaky)}.")
     ranks = rank_correlations(run.loss_check)
     if loose := [f"{KINDS[k][0]} ({v:.2f})" for k, v in ranks.items() if k in KINDS and v < _LOOSE]:
         free = sum(c.measured <= 0 for c in run.loss_check)
-        found.append(
+        lines.append(
             f"Predicted and measured loss changes rank differently for {' and '.join(loose)}; {free} of "
             f"{len(run.loss_check)} measured changes are zero or negative, too small to rank."
         )
     predicted, real = _costs(run, measured=False).get("file_bytes"), run.packed_bytes
     if predicted and real and predicted != real:
-        found.append(f"The packed file has {real:,} bytes where {predicted:,.0f} were predicted.")
-    found += export_section.doubts(run)
-    return found
+        lines.append(f"The packed file has {real:,} bytes where {predicted:,.0f} were predicted.")
+    lines += export_section.doubts(run)
+    return lines
 
 
 def settings(run: Run) -> dict[str, str]:
     """What the numbers depend on."""
-    found: dict[str, str] = {}
+    table: dict[str, str] = {}
     if run.command:
-        found["command"] = run.command
+        table["command"] = run.command
     if run.plan:
-        found |= {"budget": text.plain(run.plan.budget), "selector": run.plan.selector}
-        found |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k != "lifted"}
+        table |= {"budget": text.plain(run.plan.budget), "selector": run.plan.selector}
+        table |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k != "lifted"}
     if run.sensitivity:
-        found |= {str(k): text.plain(v) for k, v in run.sensitivity.settings.items()}
+        table |= {str(k): text.plain(v) for k, v in run.sensitivity.settings.items()}
     for key in ("seed", "model", "data", "task", "torch", "lightning", "version"):
         if key in run.metrics:
-            found[key] = text.plain(run.metrics[key])
+            table[key] = text.plain(run.metrics[key])
     seconds = run.metrics.get("seconds")
     if isinstance(seconds, Mapping):
-        found["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if isinstance(v, (int, float)))
+        table["seconds"] = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if isinstance(v, (int, float)))
     fingerprint = (run.plan and run.plan.fingerprint) or (run.sensitivity and run.sensitivity.fingerprint)
     if fingerprint:
-        found["fingerprint"] = str(fingerprint)
-    return found
+        table["fingerprint"] = str(fingerprint)
+    return table
 
 
 def _costs(run: Run, measured: bool = True) -> dict[str, float]:
     """Costs of the plan, completed from metrics.json; the real file's size where it lies there."""
-    cost: dict[str, Any] = {}
+    cost: dict[str, float] = {}
     for key in (
         "float_bytes",
         "weight_bytes",

@@ -27,18 +27,18 @@ def draw_frontier(run: Run) -> ReportFigure | None:
     unit, unit_name = (1024, "KiB") if points[-1].cost < 4 << 20 else (1 << 20, "MiB")
     with canvas(1, 4.4) as (figure, axes):
         ax = axes[0]
-        shown = [max(p.omega, floor) for p in points]
+        omegas = [max(p.omega, floor) for p in points]
         dot = 4 if len(points) <= _MOST_MARKS else 1
         ax.plot(
             [p.cost / unit for p in points],
-            shown,
+            omegas,
             drawstyle="steps-post",
             color=BLUE,
             linewidth=1.6,
             label="frontier",
             zorder=2,
         )
-        ax.plot([p.cost / unit for p in points], shown, ".", color=BLUE, markersize=dot, zorder=3)
+        ax.plot([p.cost / unit for p in points], omegas, ".", color=BLUE, markersize=dot, zorder=3)
         if uniform:
             xs, ys = [c / unit for _, c, _ in uniform], [max(o, floor) for _, _, o in uniform]
             ax.plot(xs, ys, "^", color=GREEN, markersize=9, label="uniform", zorder=4)

@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Outputs
 from hawq_lightning.tasks._optimizers import check_names, make_optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -128,7 +129,7 @@ class ClassificationTask(pl.LightningModule):
 
     def _evaluate(self, stage: str, scores: MetricCollection, batch: Batch) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits: Tensor = self(images)
         scores.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(labels))
@@ -137,7 +138,7 @@ class ClassificationTask(pl.LightningModule):
         return logits.argmax(1) == labels
 
 
-def _split(output: Any) -> tuple[Tensor, list[Tensor]]:
+def _split(output: Outputs) -> tuple[Tensor, list[Tensor]]:
     """The answer and the auxiliary logits of a network's output."""
     if isinstance(output, Tensor):
         return output, []

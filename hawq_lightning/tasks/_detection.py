@@ -65,13 +65,14 @@ class DetectionTask(LightningModule):
         self.val_map = MeanAveragePrecision(backend="faster_coco_eval")
         self.test_map = MeanAveragePrecision(backend="faster_coco_eval")
         self.per_image: dict[str, torch.Tensor] = {}
-        self._matches: list[Any] = []
+        self._matches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         for metric in (self.val_map, self.test_map):
             metric.warn_on_many_detections = False
 
-    def forward(self, images: list[torch.Tensor]) -> Any:
+    def forward(self, images: list[torch.Tensor]) -> _Dicts:
         """Detections of each image in evaluation mode."""
-        return self.net(images)
+        detections: _Dicts = self.net(images)
+        return detections
 
     def train(self, mode: bool = True) -> DetectionTask:
         """Switch the mode; a frozen BatchNorm stays in evaluation mode."""
@@ -93,8 +94,8 @@ class DetectionTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> None:
         """Collect detections."""
-        found, targets = self._collect(self.val_map, batch)
-        self._matches += [(match_image(f, t), objects_of(t)) for f, t in zip(found, targets)]
+        detections, targets = self._collect(self.val_map, batch)
+        self._matches += [(match_image(f, t), objects_of(t)) for f, t in zip(detections, targets)]
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new record."""
@@ -122,11 +123,13 @@ class DetectionTask(LightningModule):
 
     def _collect(self, metric: MeanAveragePrecision, batch: Batch) -> tuple[_Dicts, _Dicts]:
         images, targets = batch
-        found = [
+        detections = [
             {k: v.detach().float() if v.is_floating_point() else v for k, v in d.items()} for d in self.net(images)
         ]
-        metric.update(found, [{k: t[k] for k in ("boxes", "labels", "iscrowd", "area") if k in t} for t in targets])
-        return found, targets
+        metric.update(
+            detections, [{k: t[k] for k in ("boxes", "labels", "iscrowd", "area") if k in t} for t in targets]
+        )
+        return detections, targets
 
     def _log_map(self, stage: str, metric: MeanAveragePrecision) -> None:
         result = metric.compute()

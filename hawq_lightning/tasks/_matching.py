@@ -12,30 +12,30 @@ THRESHOLDS = torch.linspace(0.5, 0.95, 10).double().numpy()  # as torchmetrics h
 _MOST = 100  # detections of a class on an image
 
 
-def match_image(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def match_image(detections: Mapping[str, Tensor], objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Match one image's detections: by class, best score first, each with the object of greatest IoU that is free.
 
     Args:
-        found: ``boxes`` ``[D, 4]`` as corners, ``labels``, ``scores`` ``[D]``.
-        wanted: ``boxes``, ``labels`` and, where there are crowds, ``iscrowd``.
+        detections: ``boxes`` ``[D, 4]`` as corners, ``labels``, ``scores`` ``[D]``.
+        objects: ``boxes``, ``labels`` and, where there are crowds, ``iscrowd``.
 
     Returns:
         ``label``, ``score`` ``[D]`` and ``matched`` ``[D, 10]`` (int8) at IoU 0.50, 0.55 ... 0.95: 1 an object, 0 none,
         -1 a crowd.
     """
-    crowd = wanted.get("iscrowd", torch.zeros_like(wanted["labels"])).bool()
+    crowd = objects.get("iscrowd", torch.zeros_like(objects["labels"])).bool()
     labels, scores, flags = [], [], []
-    for label in found["labels"].unique().tolist():
-        mine = (found["labels"] == label).nonzero()[:, 0]
-        mine = mine[found["scores"][mine].argsort(descending=True, stable=True)][:_MOST]
-        theirs = (wanted["labels"] == label).nonzero()[:, 0]
-        flag = torch.zeros(len(mine), len(THRESHOLDS), dtype=torch.int8)
-        if len(theirs):
-            theirs = theirs[crowd[theirs].int().argsort(stable=True)]  # crowds last
-            overlap = _overlap(found["boxes"][mine], wanted["boxes"][theirs], crowd[theirs]).cpu()
-            flag = _greedy(overlap, crowd[theirs].cpu())
-        labels.append(torch.full((len(mine),), label))
-        scores.append(found["scores"][mine].cpu().float())
+    for label in torch.unique(detections["labels"]).tolist():
+        of_class = (detections["labels"] == label).nonzero()[:, 0]
+        of_class = of_class[detections["scores"][of_class].argsort(descending=True, stable=True)][:_MOST]
+        candidates = (objects["labels"] == label).nonzero()[:, 0]
+        flag = torch.zeros(len(of_class), len(THRESHOLDS), dtype=torch.int8)
+        if len(candidates):
+            candidates = candidates[crowd[candidates].int().argsort(stable=True)]  # crowds last
+            overlap = _overlap(detections["boxes"][of_class], objects["boxes"][candidates], crowd[candidates]).cpu()
+            flag = _greedy(overlap, crowd[candidates].cpu())
+        labels.append(torch.full((len(of_class),), label))
+        scores.append(detections["scores"][of_class].cpu().float())
         flags.append(flag)
     if not labels:
         return {"label": torch.zeros(0, dtype=torch.int64), "score": torch.zeros(0),
@@ -43,10 +43,10 @@ def match_image(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     return {"label": torch.cat(labels), "score": torch.cat(scores), "matched": torch.cat(flags)}
 
 
-def objects_of(wanted: Mapping[str, Tensor]) -> Tensor:
+def objects_of(objects: Mapping[str, Tensor]) -> Tensor:
     """How many objects of each class, up to its highest, an image holds; crowds not counted."""
-    crowd = wanted.get("iscrowd", torch.zeros_like(wanted["labels"])).bool()
-    return torch.bincount(wanted["labels"][~crowd].cpu())
+    crowd = objects.get("iscrowd", torch.zeros_like(objects["labels"])).bool()
+    return torch.bincount(objects["labels"][~crowd].cpu())
 
 
 def join(matches: Sequence[Mapping[str, Tensor]], objects: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -58,13 +58,16 @@ def join(matches: Sequence[Mapping[str, Tensor]], objects: Sequence[Tensor]) -> 
     return {"image": image, **out, "objects": torch.stack(padded)}
 
 
-def _overlap(mine: Tensor, theirs: Tensor, crowd: Tensor) -> Tensor:
+def _overlap(detections: Tensor, objects: Tensor, crowd: Tensor) -> Tensor:
     from torchvision.ops import box_iou
 
-    iou = box_iou(mine, theirs)
+    iou: Tensor = box_iou(detections, objects)
     if bool(crowd.any()):  # the share of the detection that lies in the crowd
-        low, high = torch.maximum(mine[:, None, :2], theirs[:, :2]), torch.minimum(mine[:, None, 2:], theirs[:, 2:])
-        area = (mine[:, 2:] - mine[:, :2]).prod(1, keepdim=True)
+        low, high = (
+            torch.maximum(detections[:, None, :2], objects[:, :2]),
+            torch.minimum(detections[:, None, 2:], objects[:, 2:]),
+        )
+        area = (detections[:, 2:] - detections[:, :2]).prod(1, keepdim=True)
         iou = torch.where(crowd, (high - low).clamp(min=0).prod(2) / area, iou)
     return iou
 

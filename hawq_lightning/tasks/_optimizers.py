@@ -16,9 +16,11 @@ SCHEDULES = ("onecycle", "cosine", "none")
 
 def check_names(optimizer: str, schedule: str) -> None:
     """Raise HawqError for an optimizer or schedule that does not exist."""
-    for value, known, what in ((optimizer, OPTIMIZERS, "optimizer"), (schedule, SCHEDULES, "schedule")):
-        if value not in known:
-            raise HawqError(f"task.{what}={value!r} is unknown; use one of {', '.join(known)}.{nearest(value, known)}")
+    for value, options, what in ((optimizer, OPTIMIZERS, "optimizer"), (schedule, SCHEDULES, "schedule")):
+        if value not in options:
+            raise HawqError(
+                f"task.{what}={value!r} is unknown; use one of {', '.join(options)}.{nearest(value, options)}"
+            )
 
 
 def make_optimizer(
@@ -44,22 +46,22 @@ def make_optimizer(
     """
     free = [p for p in parameters if p.requires_grad]
     decaying = [p for p in free if p.ndim > 1 or getattr(p, "decays", False)]
-    own = {id(p) for p in decaying}
+    decaying_ids = {id(p) for p in decaying}
     groups = [
         {"params": decaying, "weight_decay": weight_decay},
-        {"params": [p for p in free if id(p) not in own], "weight_decay": 0.0},
+        {"params": [p for p in free if id(p) not in decaying_ids], "weight_decay": 0.0},
     ]
-    made: torch.optim.Optimizer
+    built: torch.optim.Optimizer
     if optimizer == "sgd":
-        made = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        built = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     else:
-        made = torch.optim.AdamW(groups, lr=lr)
+        built = torch.optim.AdamW(groups, lr=lr)
     steps = max(1, steps)
     scheduler: torch.optim.lr_scheduler.LRScheduler
     if schedule == "onecycle":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(made, max_lr=lr, total_steps=steps)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(built, max_lr=lr, total_steps=steps)
     elif schedule == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(made, T_max=steps)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(built, T_max=steps)
     else:
-        return made
-    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return built
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

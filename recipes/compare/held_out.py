@@ -97,7 +97,7 @@ class HeldOut:
         weights = tuple(s for s in problem.sites if s.kind == "weight")
         table = SiteTable(weights, problem.layers)
         rows = loss_per_site(
-            self.network(), self.still[:4], lambda m, b: F.cross_entropy(m(b[0]), b[1]), table, problem.options
+            self.network(), self.still[:4], lambda m, b: F.cross_entropy(m(b[0]), b[1]), table, problem.candidates
         )  # fmt: skip
         return {f"{r['site']}@{r['bits']}": r["measured"] for r in rows}
 

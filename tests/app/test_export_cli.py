@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch import nn
 
 from hawq_lightning import HawqError, Plan, Problem, candidates, measure, select, sites
-from hawq_lightning.cli import Images, export_run, uniform, write_onnx
+from hawq_lightning.cli import Images, explain, export_run, uniform, write_onnx
 from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
 from hawq_lightning.models import resnet20
@@ -209,7 +210,6 @@ def test_what_is_in_the_way_is_found_before_anything_is_written(folder, tmp_path
 
 def test_an_error_of_the_disk_is_one_line(tmp_path):
     from hawq_lightning import write_text
-    from hawq_lightning.cli import explain
 
     (tmp_path / "a.json").mkdir()
     with pytest.raises(HawqError, match=r"Cannot write .*a\.json: Is a directory\."):
@@ -228,6 +228,26 @@ def test_damaged_runs_are_one_line(folder, tmp_path):
     done = script("hawq-lightning-export", f"run_folder={copied}", cwd=tmp_path)
     assert done.returncode == 1 and "corrupt" in done.stderr and "Traceback" not in done.stderr
     assert {p.name for p in copied.iterdir()} == before
+
+
+def test_a_run_folder_of_0_1_0_names_modules_that_are_private_now(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    settings = OmegaConf.load(tmp_path / "run" / ".hydra" / "config.yaml")
+    settings.model._target_ = "hawq_lightning.models.resnet20.resnet20"
+    settings.data._target_ = "hawq_lightning.data.digits.DigitsDataModule"
+    OmegaConf.save(settings, tmp_path / "run" / ".hydra" / "config.yaml")
+    for name in ("model.onnx", "export.json"):
+        (tmp_path / "run" / name).unlink()
+    with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
+        few = ["images=8", "speed=false", "table=false", "program=false"]
+        export_run(compose("export", [f"run_folder={tmp_path / 'run'}", *few]))
+    assert (tmp_path / "run" / "model.onnx").is_file()
+
+
+def test_a_package_that_is_not_there_is_one_line():
+    assert explain(ModuleNotFoundError("No module named 'jinja2'", name="jinja2")) == (
+        "No module named 'jinja2': pip install it, or hawq-lightning with its extra."
+    )
 
 
 def test_a_missing_extra_is_known_before_the_training(tmp_path):

@@ -46,6 +46,49 @@ def test_the_method_is_useful_alone():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+WATCH_IMPORTS = """
+import builtins, sys
+original, seen = builtins.__import__, set()
+def watch(name, globals=None, *rest, **keywords):
+    importer = (globals or {}).get("__name__", "")
+    if importer.startswith("hawq_lightning") and name.split(".")[0] in APPLICATION_ONLY:
+        seen.add(f"{importer} imports {name}")
+    return original(name, globals, *rest, **keywords)
+builtins.__import__ = watch
+"""
+
+
+def test_the_five_lines_need_nothing_of_the_application(tmp_path):
+    """Lightning imports some of these packages itself: what counts is who imports them, not whether they are there."""
+    code = f"""
+APPLICATION_ONLY = ("matplotlib", "jinja2", "markupsafe", "sklearn", "PIL", "rich", "torchvision", "hydra", "omegaconf")
+{WATCH_IMPORTS}
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from hawq_lightning import HAWQ
+
+class Task(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
+silent = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+callback = HAWQ(weight_bits=(2, 4, 8), activation_bits=8, budget="6x", progress=False)
+trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **silent)
+trainer.fit(Task(), torch.utils.data.DataLoader(data, 16))
+assert callback.plan is not None
+application = {APPLICATION!r}
+loaded = [part for part in application if f"hawq_lightning.{{part}}" in sys.modules]
+assert not seen and not loaded, (seen, loaded)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=tmp_path)
+
+
 def test_imports_point_up_the_list():
     wrong = []
     for path in ROOT.rglob("*.py"):

@@ -53,6 +53,7 @@ def _take(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(internal("layers._conv"), "by_kernel", lambda *a: how == "kernel")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("calls", [1, 2])
