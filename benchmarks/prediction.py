@@ -277,7 +277,9 @@ def main() -> None:
 
     base = mean_loss(model, batches)
     table = sites(model, batches[0][0])
-    traces = timed("traces", lambda: measure(model, batches, loss_fn, sites=table, rtol=0.05, progress=False))
+    traces = timed(
+        "traces", lambda: measure(model, batches, loss_fn, sites=table, rtol=0.05, max_probes=200, progress=False)
+    )
     weights = [s.name for s in table if s.kind == "weight"]
     eigenvalues = timed(
         "eigenvalues",

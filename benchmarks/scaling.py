@@ -72,7 +72,7 @@ def traces(rank: int, world: int, args: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     measure(
         model, data, loss_fn, estimator="ggn", rtol=1e-9, max_probes=args.probes, progress=False,
-        share=ProcessShard(rank, world, all_reduce_sum if world > 1 else None),
+        shard=ProcessShard(rank, world, all_reduce_sum if world > 1 else None),
     )  # fmt: skip
     return {"seconds": time.perf_counter() - began, "communication": spent, "bytes": float(sent)}
 

@@ -92,13 +92,13 @@ def work(name: str, what: str, threads: int) -> None:
     else:
         from hawq_lightning import find_sites, quantizable_layers
         from hawq_lightning.sensitivity import (
+            GaussNewton,
             Heap,
             MeasureContext,
-            ProbeRunner,
-            RademacherProbes,
-            independent_images,
+            ProbeRequest,
+            ProcessShard,
+            independent_samples,
             isolated_eval,
-            probe_batch,
             release_memory,
         )
 
@@ -106,23 +106,21 @@ def work(name: str, what: str, threads: int) -> None:
         with isolated_eval(net, 0):
             layers, _ = quantizable_layers(net, None, exclude)
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
-            setting = MeasureContext(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
-            per_image = independent_images(setting, batch, count)
-            probes = ProbeRunner(setting, "ggn", per_image, lambda b: count)
-            probes.thin_concave([batch], None, 1000)
-            thin = probes.thin
+            context = MeasureContext(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
+            per_sample = independent_samples(context, batch, count)
+            estimator = GaussNewton().calibrate(context, [batch], ProcessShard(), 1000)
+            thin = estimator.period
             release_memory()
-        turn, known, heap = 0, False, Heap()
+        seed, heap = 0, Heap()
 
         def run(concave: float) -> None:
-            nonlocal turn, known
-            turn += 1
-            signs = RademacherProbes([(count, turn)])
+            nonlocal seed
+            seed += 1
+            # probe 0 of a period holds the concave part, probe 1 does not
+            first = 0 if concave else 1
+            request = ProbeRequest(batch, count, per_sample, [(count, seed)], 1, first_probe=first, batch_number=0)
             with isolated_eval(net, 0):
-                probed = probe_batch(
-                    setting, batch, count, per_image, signs, 1, concave=[concave], elementwise=known
-                )  # fmt: skip
-            known = probed.elementwise
+                estimator.probe(context, request)
             heap.tidy()  # as the loop does after every batch
 
     print(thin, flush=True)

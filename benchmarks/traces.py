@@ -287,7 +287,7 @@ def work(method: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
             return measure(
                 net, [(x, y)], loss, exclude=None if name == "bccd" else ["*short*"], seed=seed + exact, progress=False,
                 estimator="exact" if exact and name != "bccd" else "auto", rtol=TARGET,
-                draw="all" if exact else "auto", max_probes=REFERENCE_PROBES if exact else 1000,
+                sampling="all" if exact else "auto", max_probes=REFERENCE_PROBES if exact else 1000,
             )  # fmt: skip
 
         seconds, found = [], []

@@ -1,9 +1,10 @@
 """Mixed-precision quantization for PyTorch Lightning, bits chosen by Hessian traces (HAWQ-V2)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
+from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan, PlanSite
@@ -25,32 +26,50 @@ from hawq_lightning.selection import (
 from hawq_lightning.sensitivity import Sensitivity, measure
 
 if TYPE_CHECKING:
-    from hawq_lightning.callbacks import HAWQ, ApplyPlan, MeasureTraces, load_from_checkpoint
+    from hawq_lightning.callbacks import (
+        HAWQ,
+        ApplyPlan,
+        BlockwiseOrder,
+        Distillation,
+        FreezeSchedule,
+        MeasureTraces,
+        PostTraining,
+        load_from_checkpoint,
+    )
 
-_LIGHTNING = ("HAWQ", "ApplyPlan", "MeasureTraces", "load_from_checkpoint")
+_LIGHTNING = ("HAWQ", "ApplyPlan", "BlockwiseOrder", "Distillation", "FreezeSchedule", "MeasureTraces", "PostTraining",
+              "load_from_checkpoint")  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # lightning is imported only by those who use it: the method works in plain PyTorch
     if name in _LIGHTNING:
         from hawq_lightning import callbacks
 
-        return getattr(callbacks, name)
+        value: object = getattr(callbacks, name)
+        return value
     raise AttributeError(f"module 'hawq_lightning' has no attribute {name!r}")
 
 
 __all__ = [
     "HAWQ",
     "ApplyPlan",
+    "BlockwiseOrder",
     "Candidate",
     "Candidates",
+    "Distillation",
+    "FreezeSchedule",
     "Frontier",
     "HawqError",
     "Layer",
+    "MeasureConfig",
     "MeasureTraces",
     "Plan",
     "PlanSite",
+    "PostTraining",
     "Problem",
+    "QuantizerConfig",
+    "SelectConfig",
     "Sensitivity",
     "Site",
     "SiteTable",

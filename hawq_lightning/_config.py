@@ -1,19 +1,20 @@
 """Every setting of the method, its one default, and its check: what to quantize, how to measure, how to choose.
 
-Callback, functions and shell take these objects, so that they measure and choose alike. They are checked when made.
-Names of estimators, quantizers, selectors and scores are looked up in their registries.
+Callback, functions and shell take these objects, so that they measure and choose alike. They are checked when made:
+here what takes no knowledge of a package, and by :func:`config_check` what does (names, options, budgets).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from hawq_lightning._errors import HawqError, choice
+from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
 from hawq_lightning._registry import check_registered
 from hawq_lightning._sites import Patterns
 from hawq_lightning._types import LossFn
@@ -24,6 +25,45 @@ L1Curvature = Literal["fisher", "zero"]
 Precision = Literal["float32", "bf16"]
 StopWhen = Literal["rtol", "stable_plan"]
 Distribution = Literal["rademacher", "gaussian"]
+
+Config = TypeVar("Config", "QuantizerConfig", "MeasureConfig", "SelectConfig")
+_CHECKS: dict[str, list[Callable[[Any], None]]] = {}
+
+
+def config_check(config_class: type[Config]) -> Callable[[Callable[[Config], None]], Callable[[Config], None]]:
+    """Decorator of a package's function that is called with every config of a class as it is made, and may refuse it.
+
+    Configs stand before all packages and import none: what takes a package's knowledge comes to them by this.
+    """
+
+    def add(check: Callable[[Config], None]) -> Callable[[Config], None]:
+        _CHECKS.setdefault(config_class.__name__, []).append(check)
+        return check
+
+    return add
+
+
+def _check(config: object) -> None:
+    for check in _CHECKS.get(type(config).__name__, ()):
+        check(config)
+
+
+def with_shorthands(config: Config, **fields: object) -> Config:
+    """A config with fields that were given beside it, by a callback's own keywords.
+
+    Args:
+        config: as made by the user, or with defaults.
+        fields: field -> value.
+
+    Raises:
+        HawqError: the config sets one of them, to something else than its default.
+    """
+    default = type(config)()
+    for name in fields:
+        if getattr(config, name) != getattr(default, name):
+            kind = type(config).__name__
+            raise HawqError(f"{name} is given twice, by itself and in {kind}({name}={getattr(config, name)!r}).")
+    return replace(config, **fields) if fields else config  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -52,7 +92,17 @@ class QuantizerConfig:
     """The same forms as ``include``, over which it wins."""
 
     def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight")
+        if self.activation_bits is not None:
+            check_bits(self.activation_bits, "activation")
+        if self.input_bits is not None:
+            check_bits(self.input_bits, "input")
         choice("code_format", self.code_format, get_args(CodeFormat))
+        for name in ("weight_bits", "activation_bits"):  # lists, as YAML has them, become what the default is
+            value = getattr(self, name)
+            if isinstance(value, Iterable):
+                object.__setattr__(self, name, tuple(value))
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -103,6 +153,7 @@ class MeasureConfig:
         choice("l1_curvature", self.l1_curvature, get_args(L1Curvature))
         choice("precision", self.precision, get_args(Precision))
         choice("stop_when", self.stop_when, get_args(StopWhen))
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -127,6 +178,34 @@ class SelectConfig:
     """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
     seed: int | None = None
     """Of random selectors; ``None``: that of the measurement."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def check_bits(values: int | Iterable[int], kind: str) -> tuple[int, ...]:
+    """Bit-widths as an ascending tuple.
+
+    Args:
+        values: a width or several.
+        kind: ``weight``, ``activation``, or ``input``, which can have one width only.
+
+    Raises:
+        HawqError: not whole numbers, or out of range (1 to 8 for weights, 2 to 8 for activations).
+    """
+    allowed = WEIGHT_BITS if kind == "weight" else ACTIVATION_BITS
+    widths = list(values) if isinstance(values, Iterable) else [values]
+    if not widths:
+        raise HawqError(f"{kind}_bits is empty; give at least one width from {allowed[0]} to {allowed[-1]}.")
+    if kind == "input" and len(widths) > 1:
+        raise HawqError(f"input_bits is {values!r}; what the network reads has one width, such as {widths[-1]!r}.")
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, Integral) or width not in allowed:
+            near = min(allowed, key=lambda b: abs(b - float(width))) if isinstance(width, Real) else allowed[-1]
+            raise HawqError(
+                f"{kind}_bits has {width!r}; allowed are {allowed[0]} to {allowed[-1]}, the nearest is {near}."
+            )
+    return tuple(sorted({int(width) for width in widths}))
 
 
 def whole(what: str, value: object, least: int) -> int:

@@ -87,7 +87,7 @@ class Registry(Generic[Entry]):
         if name not in self._entries:
             raise HawqError(
                 f"There is no {self.what} {name!r}; use one of {', '.join(self._entries)}."
-                f"{nearest(str(name), self._entries)} A {self.what} of your own is known once its file is imported."
+                f"{nearest(str(name), self._entries)} {self.what.capitalize()}s of your own are known once imported."
             )
 
     def __contains__(self, name: object) -> bool:

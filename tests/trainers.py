@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hawq_lightning.callbacks import HAWQ
+from hawq_lightning import MeasureConfig, QuantizerConfig, SelectConfig
+from hawq_lightning.callbacks import HAWQ, MeasureTraces
 from hawq_lightning.quantization import enabled_bits, quantized_layers
 
 FEATURES, CLASSES, IMAGES = 12, 4, 64
@@ -81,9 +83,31 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
-def hawq(**kwargs):
-    settings = {"budget": "9x", "images": 32, "rtol": 0.5, "progress": False} | kwargs
-    return HAWQ(**settings)
+SMALL = {"budget": "9x", "images": 32, "rtol": 0.5, "progress": False}
+CONFIGS = {"quantizer": QuantizerConfig, "measure": MeasureConfig, "select": SelectConfig}
+
+
+def in_configs(**settings):
+    """Fields of the three configs, given side by side, in their configs; what is no field stays a keyword."""
+    keywords = {}
+    if isinstance(settings.get("quantizer"), str):
+        settings["name"] = settings.pop("quantizer")
+    for argument, config in CONFIGS.items():
+        names = {f.name for f in fields(config)} - ({"seed"} if argument == "select" else set())
+        own = {k: settings.pop(k) for k in list(settings) if k in names}
+        if own:
+            keywords[argument] = config(**own)
+    return keywords | settings
+
+
+def hawq(**settings):
+    """The callback for the small networks of this file."""
+    return HAWQ(**in_configs(**(SMALL | settings)))
+
+
+def measuring(**settings):
+    """The callback that only measures."""
+    return MeasureTraces(**in_configs(**(SMALL | settings)))
 
 
 def trainer(folder, *callbacks, **kwargs):

@@ -4,12 +4,14 @@ from hawq_lightning.callbacks._apply import ApplyPlan, weights_hash
 from hawq_lightning.callbacks._block_order import BlockwiseOrder
 from hawq_lightning.callbacks._channels_last import ChannelsLast
 from hawq_lightning.callbacks._checkpoint import load_from_checkpoint
+from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._distillation import Distillation
 from hawq_lightning.callbacks._feasible import preview
 from hawq_lightning.callbacks._freeze import FreezeSchedule
 from hawq_lightning.callbacks._hawq import HAWQ
 from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._mixed_training import MixedTraining
+from hawq_lightning.callbacks._post_training import PostTraining
 from hawq_lightning.callbacks._trainer import (
     draw_batches,
     in_middle_of_epoch,
@@ -27,10 +29,12 @@ __all__ = [
     "AtomicCheckpointIO",
     "BlockwiseOrder",
     "ChannelsLast",
+    "Companion",
     "Distillation",
     "FreezeSchedule",
     "MeasureTraces",
     "MixedTraining",
+    "PostTraining",
     "draw_batches",
     "in_middle_of_epoch",
     "load_from_checkpoint",

@@ -15,14 +15,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning._types import Batch
+from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
     check_namespace,
     has_parent,
+    insert_after,
     is_sharded,
     move_to_front,
     rerun_setup,
@@ -31,14 +35,13 @@ from hawq_lightning.callbacks._trainer import (
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
 from hawq_lightning.quantization import (
     QuantizedWeight,
-    QuantizerSpec,
     check_plan,
     enable,
     enabled_bits,
     plan_of,
     prepare,
     quantized_layers,
-    quantizer_named,
+    quantizer_of,
     quantizers_in,
     reestimate,
     refresh,
@@ -50,38 +53,42 @@ from hawq_lightning.selection import recost
 
 
 class ApplyPlan(Callback):
-    """Turn layers into fake-quant twins at every stage, and arm them with a plan when fitting starts.
+    """Turn layers into fake-quant layers at every stage, and enable them with a plan when fitting starts.
 
     A checkpoint carries the bits and ranges in the module's own state dict, so ``fit``, ``validate``, ``test`` and
     ``predict`` with ``ckpt_path`` rebuild the quantized network without the plan.
 
     Args:
-        plan: what to install, or its file; ``None``: only restore what a checkpoint holds.
-        include: layers to make twins of; see :func:`hawq_lightning.sites`.
-        exclude: likewise.
-        quantizer: registered name, which the plan's bits are then given to; ``None``: the plan's own, or ``uniform``.
-        quantizer_options: keywords of the quantizer.
+        plan: what to apply, or its file; ``None``: only restore what a checkpoint holds.
+        quantizer: which layers get quantizers, and of which kind; a registered name will do. The plan's bits are given
+            to it. ``None``: the plan's own, or ``uniform``.
 
     Attributes:
-        plan: the plan in force.
-        quantizer: the quantizer in force.
+        quantizer: the quantizer in force, with its options.
+        given_plan: ``plan``, with costs that follow from its bits.
+
+    Raises:
+        HawqError: a file that is no plan, or an unknown quantizer; at the start of ``fit``: a plan for another model.
     """
+
+    start_epoch = 0  # HAWQ has these three as arguments
+    measure_config = MeasureConfig()
+    progress = True
 
     def __init__(
         self,
         plan: Plan | str | Path | None = None,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        quantizer: str | QuantizerSpec | None = None,
-        quantizer_options: Mapping[str, Any] | None = None,
+        quantizer: str | QuantizerConfig | None = None,
     ) -> None:
         given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
         if quantizer is None and given is not None:
-            quantizer, quantizer_options = given.quantizer, {**given.quantizer_options, **(quantizer_options or {})}
-        self.quantizer = quantizer_named(quantizer or "uniform", quantizer_options)
-        self._given = None if given is None else with_quantizer(given, self.quantizer)
+            quantizer = QuantizerConfig(given.quantizer, options=given.quantizer_options)
+        elif quantizer is None or isinstance(quantizer, str):
+            quantizer = QuantizerConfig(quantizer or "uniform")
+        self.quantizer_config = quantizer
+        self.quantizer = quantizer_of(quantizer)
+        self.given_plan = None if given is None else with_quantizer(given, self.quantizer)
         self._plan: Plan | None = None
-        self.include, self.exclude = include, exclude
         # under spawn and fork the parent process learns of the plan by this file
         self._handoff_file = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
         weakref.finalize(self, _remove, self._handoff_file, os.getpid())
@@ -89,28 +96,36 @@ class ApplyPlan(Callback):
         self._refitted = -1
 
     @property
-    def plan(self) -> Plan | None:
-        """The plan in force."""
+    def has_plan(self) -> bool:
+        """Whether there is a plan in force."""
         if self._plan is None and self._handoff_file.is_file():
             self._plan = Plan.from_dict(torch.load(self._handoff_file, weights_only=True)["plan"])
+        return self._plan is not None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force.
+
+        Raises:
+            HawqError: there is none yet.
+        """
+        if not self.has_plan or self._plan is None:
+            raise HawqError("There is no plan yet: it is chosen, or applied, when trainer.fit has started.")
         return self._plan
 
-    @plan.setter
-    def plan(self, plan: Plan | None) -> None:
-        self._plan = plan
+    def excluded(self, pl_module: torch.nn.Module) -> Patterns:
+        """Patterns of layers that stay float."""
+        return self.quantizer_config.exclude
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make twins, whatever the stage; move to the front of the callbacks."""
-        self.prepare(trainer, pl_module, stage, self)
-
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str, listed: Callback) -> None:
-        """What :meth:`setup` does, on behalf of the callback ``listed`` in the Trainer."""
+        """Make fake-quant layers, whatever the stage; go to the front of the callbacks, with every companion."""
         check_namespace(trainer)
         if self.quantizer.options.get("reestimate") and (name := is_sharded(trainer)):
             raise HawqError(f"{name} splits the weights; ranges cannot follow them: leave reestimate at 0.")
-        before = move_to_front(trainer, listed)
+        before = move_to_front(trainer, self)
+        insert_after(trainer, self, companions(trainer))
         try:
-            prepare(pl_module, self.include, self.exclude, self.quantizer)
+            self._prepare(pl_module)
         except HawqError:
             if not builds_later(pl_module):  # else the pattern may be for layers that do not exist yet
                 raise
@@ -119,58 +134,72 @@ class ApplyPlan(Callback):
             self._layers_exist(trainer, pl_module, stage)
         rerun_setup(before, trainer, pl_module, stage)
         if self._handoff_file.is_file() and not enabled_bits(pl_module):
-            told = torch.load(self._handoff_file, weights_only=True)
-            if told["weights"] == weights_hash(pl_module):  # another model has nothing to do with it
-                pl_module.load_state_dict(told["buffers"], strict=False)
+            message = torch.load(self._handoff_file, weights_only=True)
+            if message["weights"] == weights_hash(pl_module):  # another model has nothing to do with it
+                pl_module.load_state_dict(message["buffers"], strict=False)
+
+    def _prepare(self, pl_module: LightningModule) -> None:
+        prepare(pl_module, self.quantizer_config.include, self.excluded(pl_module), self.quantizer)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        prepare(pl_module, self.include, self.exclude, self.quantizer)
+        self._prepare(pl_module)
         complete = not {"setup", "configure_model"} & pl_module.__dict__.keys()
-        if complete and stage == "fit" and self._given and is_sharded(trainer) and not enabled_bits(pl_module):
-            self.enable(trainer, pl_module, self._given)  # steps are fitted to weights that are still whole
+        if complete and stage == "fit" and self.given_plan and is_sharded(trainer) and not enabled_bits(pl_module):
+            self.enable(trainer, pl_module, self.given_plan)  # steps are fitted to weights that are still whole
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Arm the given plan, unless a checkpoint has armed the model."""
+        """Enable the given plan's quantizers, unless a checkpoint brought the model quantized."""
         self.before_data(trainer)
-        if self.restored(pl_module):
-            return
-        if self._given is None:
+        if not self.restored(pl_module):
+            self.quantize(trainer, pl_module)
+
+    def quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its bits now.
+
+        Raises:
+            HawqError: there is no plan, or it is for another model.
+        """
+        if self.given_plan is None:
             raise HawqError("ApplyPlan has no plan: give plan=, or a ckpt_path that holds a quantized model.")
-        self.enable(trainer, pl_module, self._given)
+        self.enable(trainer, pl_module, self.given_plan)
 
     def restored(self, pl_module: LightningModule) -> bool:
-        """Whether the model is armed already, by a checkpoint or an earlier fit; then its plan is adopted."""
+        """Whether quantizers are enabled already, by a checkpoint or an earlier fit; then their plan is adopted."""
         refresh(pl_module)
         if not enabled_bits(pl_module):
             return False
-        if self._given is not None and is_sharded(pl_module.trainer):
-            self._plan = self._given  # armed in setup; what there is of the weights now has other shapes
+        if self.given_plan is not None and is_sharded(pl_module.trainer):
+            self._plan = self.given_plan  # enabled in setup; what there is of the weights now has other shapes
             return True
-        if self._given is not None and self._given.bits.items() - plan_of(pl_module).bits.items():
-            check_plan(pl_module, self._given)
-            if not _agrees(self._given, pl_module):
-                rank_zero_warn("HAWQ: the model is armed with another plan than the one given; the model's own stays.")
+        if self.given_plan is not None and self.given_plan.bits.items() - plan_of(pl_module).bits.items():
+            check_plan(pl_module, self.given_plan)
+            if not _agrees(self.given_plan, pl_module):
+                rank_zero_warn("HAWQ: the model has other bits than the plan that was given; it keeps its own.")
                 self._plan = _sized(plan_of(pl_module))
                 tie_scales(pl_module, self._plan)
                 return True
         if self._plan is None or not _agrees(self._plan, pl_module):
-            self._plan = self._given or _sized(plan_of(pl_module))
+            self._plan = self.given_plan or _sized(plan_of(pl_module))
         tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
 
     def enable(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
-        """Fill the quantizers of every process alike."""
+        """Fill the quantizers of every process alike, and call the companions before and after."""
+        for companion in companions(trainer):
+            companion.before_enable(trainer, pl_module)
         enable(pl_module, plan)
         if not enabled_bits(pl_module):
-            raise HawqError("The plan arms no layer of this model.")
+            raise HawqError("The plan quantizes no layer of this model.")
         planned = {name for s in plan.sites for name in s.layers}
         left = [name for name in quantized_layers(pl_module) if name not in planned]
-        if left and plan is self._given:
+        if left and plan is self.given_plan:
             more = f" and {len(left) - 4} more" if len(left) > 4 else ""
             rank_zero_warn(f"HAWQ: the plan says nothing of {', '.join(left[:4])}{more}: they stay float.")
         sync_averages(trainer, pl_module)
         self._plan = plan
+        for companion in companions(trainer):
+            companion.after_enable(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
@@ -204,10 +233,10 @@ class ApplyPlan(Callback):
                 for part, quantizer in quantizers_in(layer.module).items()
                 for key, value in quantizer.state_dict().items()
             }
-            told = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
-            torch.save(told, self._handoff_file)
+            message = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
+            torch.save(message, self._handoff_file)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Ranges that follow the weights, after every so many optimizer steps."""
         if self.quantizer.options.get("reestimate") and self._refitted != trainer.global_step:
             self._refitted = trainer.global_step  # batches that are accumulated share a step
@@ -243,25 +272,35 @@ class ApplyPlan(Callback):
             self._plan = Plan.from_dict(state_dict["plan"])
 
 
+def companions(trainer: Trainer) -> list[Companion]:
+    """The Trainer's companions, in the order in which they stand."""
+    return [c for c in trainer.callbacks if isinstance(c, Companion)]  # type: ignore[attr-defined]
+
+
+def quantizing_callback(trainer: Trainer) -> ApplyPlan | None:
+    """The Trainer's ``HAWQ`` or ``ApplyPlan``, if it has one."""
+    return next((c for c in trainer.callbacks if isinstance(c, ApplyPlan)), None)  # type: ignore[attr-defined]
+
+
 def learned_of(layer: QuantizedWeight) -> list[torch.nn.Parameter]:
     """Parameters of a fake-quant layer's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
 
 
 def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
-    """Whether a model is armed with a plan's bits."""
-    known = enabled_bits(module)
+    """Whether a model's quantizers have a plan's bits."""
+    bits = enabled_bits(module)
     parts = {"weight": "weight", "activation": "input"}
-    return all(known.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
+    return all(bits.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Of the quantizable layers' own parameters, which a hook may make the weight of."""
-    whole = hashlib.sha256()
+    """Hash of the quantizable layers' own parameters, from which a hook may make the weight."""
+    digest = hashlib.sha256()
     for name, layer in quantizable_layers(module)[0].items():
         for part, p in layer.module.named_parameters(recurse=False):
-            whole.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()
+            digest.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _remove(path: Path, owner: int) -> None:
@@ -282,5 +321,5 @@ def _consistent(plan: Plan | None) -> Plan | None:
 def _sized(plan: Plan) -> Plan:
     """A plan without a history, with the costs that bits alone tell."""
     size = sum(s.numel * s.bits for s in plan.weights) / 8
-    known = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
-    return plan.replace(costs=known)
+    costs = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
+    return plan.replace(costs=costs)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._plan import Plan, PlanSite
+from hawq_lightning._config import whole
+from hawq_lightning._errors import HawqError, choice
+from hawq_lightning._plan import PlanSite
+from hawq_lightning._types import Batch
+from hawq_lightning.callbacks._apply import quantizing_callback
+from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._schedule_time import ScheduleTime, training_share
-from hawq_lightning.quantization import Quantizer, enabled_bits, quantized_layers, quantizers
+from hawq_lightning.quantization import QuantizedWeight, Quantizer, enabled_bits, quantized_layers, quantizers
 
-ORDERS = ("omega", "omega_ascending")
+Order = Literal["omega", "omega_ascending"]
 
 
-class BlockwiseOrder(Callback):
+class BlockwiseOrder(Companion):
     """Fine-tune block-wise in the order of Omega (Dong et al., HAWQ, ICCV 2019, section 3.3).
 
-    All quantizers are armed from the start, so that checkpoints hold the whole plan, but paused until their turn: the
+    All quantizers are enabled from the start, so that checkpoints hold the whole plan, but paused until their turn: the
     sites with the largest Omega first. The network between them trains on. Validation always sees all of them at work,
     so scores along the training are of one network and can be compared.
 
@@ -28,19 +33,15 @@ class BlockwiseOrder(Callback):
         by: ``omega``: the largest first; ``omega_ascending``: the reverse, for comparison.
         until: moment at which all are on: an epoch, or a share of the training.
         stages: number of groups; by default one a site.
-        start: epochs of float training that come before.
 
     Raises:
-        HawqError: an unknown order; at the start of ``fit``: a plan without Omega.
+        HawqError: an unknown order; at the start of ``fit``: no plan, or one without Omega.
     """
 
-    def __init__(self, by: str = "omega", until: Any = 0.5, stages: int | None = None, start: int = 0) -> None:
-        if by not in ORDERS:
-            raise HawqError(f"order={by!r} is unknown; use one of {', '.join(ORDERS)}.{nearest(str(by), ORDERS)}")
-        if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
-            raise HawqError(f"stages={stages!r}; it is a number of groups, 1 or more.")
-        self.by, self.stages, self.start = by, stages, start
-        self.until = ScheduleTime(until, "order_until")
+    def __init__(self, by: Order = "omega", until: int | float | str = 0.5, stages: int | None = None) -> None:
+        self.by = choice("order", by, get_args(Order))
+        self.stages = None if stages is None else whole("stages", stages, 1)
+        self.until = ScheduleTime(until, "BlockwiseOrder", "until")
         self._groups: list[list[Quantizer]] | None = None
         self._on = 0
 
@@ -51,7 +52,7 @@ class BlockwiseOrder(Callback):
         if enabled_bits(pl_module):
             self._grouped(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Switch on whose turn it is."""
         if self._groups is None:
             if not enabled_bits(pl_module):
@@ -91,7 +92,9 @@ class BlockwiseOrder(Callback):
         assert self._groups is not None
         if self.until.reached(trainer, batch_idx):
             return len(self._groups)
-        begin = self.start / trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 0.0
+        callback = quantizing_callback(trainer)
+        start = 0 if callback is None else callback.start_epoch
+        begin = start / trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 0.0
         end = self.until.as_share(trainer)
         if not end > begin:
             return len(self._groups)
@@ -111,12 +114,13 @@ class BlockwiseOrder(Callback):
             quantizer.fake_quant_disabled = False
 
     def _grouped(self, trainer: Trainer, pl_module: LightningModule) -> list[list[Quantizer]]:
-        plan = plan_in_force(trainer)
+        callback = quantizing_callback(trainer)
+        plan = callback.plan if callback is not None and callback.has_plan else None
         missing = [s.name for s in plan.sites if s.omega is None] if plan is not None else ["every site"]
         if plan is None or missing:
             raise HawqError(
-                f"order={self.by!r} sorts by Omega, which the plan lacks for {', '.join(missing[:3])}: let HAWQ "
-                "measure, or give a plan that it measured."
+                f"BlockwiseOrder({self.by!r}) sorts by Omega, which the plan lacks for {', '.join(missing[:3])}: let "
+                "HAWQ measure, or give a plan that it measured."
             )
         layers = quantized_layers(pl_module)
         ranked = sorted(plan.sites, key=lambda s: (s.omega or 0.0, s.name), reverse=self.by == "omega")
@@ -125,15 +129,6 @@ class BlockwiseOrder(Callback):
         return [[q for s in ranked[a:b] for q in _quantizers_of(s, layers)] for a, b in itertools.pairwise(bounds)]
 
 
-def plan_in_force(trainer: Trainer) -> Plan | None:
-    """The plan of the callback that installed one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        plan = getattr(callback, "plan", None)
-        if isinstance(plan, Plan):
-            return plan
-    return None
-
-
-def _quantizers_of(site: PlanSite, layers: Any) -> list[Quantizer]:
-    mine = [layers[name] for name in site.layers if name in layers]
-    return [m.weight_quantizer if site.kind == "weight" else m.input_quantizer for m in mine]
+def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedWeight]) -> list[Quantizer]:
+    quantized = [layers[name] for name in site.layers if name in layers]
+    return [m.weight_quantizer if site.kind == "weight" else m.input_quantizer for m in quantized]

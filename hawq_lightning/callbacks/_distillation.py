@@ -8,10 +8,11 @@ import weakref
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
     float_copy,
     is_sharded,
@@ -34,10 +35,10 @@ from hawq_lightning.quantization import (
 from hawq_lightning.sensitivity import noisy_modules, random_states_kept
 
 
-class Distillation(Callback):
+class Distillation(Companion):
     """Add to the training loss how far the last layers' outputs are from those of the float network.
 
-    The teacher is the network as it was before its quantizers were armed, in evaluation mode where modes matter
+    The teacher is the network as it was before its quantizers were enabled, in evaluation mode where modes matter
     (BatchNorm, dropout). It runs the module's own ``training_step`` on the same batch with the same random draws up to
     its last layer, without gradients. What the loss does with an output decides how it is compared: logits of a softmax
     by KL divergence, others by squared error; see :func:`hawq_lightning.quantization.distance`.
@@ -57,9 +58,9 @@ class Distillation(Callback):
     """
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
-        for name, value in (("distill", weight), ("distill_temperature", temperature)):
+        for name, value in (("weight", weight), ("temperature", temperature)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise HawqError(f"{name}={value!r} must be a positive number.")
+                raise HawqError(f"Distillation({name}={value!r}): it is a positive number.")
         self.weight, self.temperature = float(weight), float(temperature)
         self.heads: list[Head] = []
         self._teacher: LightningModule | None = None
@@ -67,7 +68,11 @@ class Distillation(Callback):
         self._saved: dict[str, torch.Tensor] | None = None
         self._copy = False
 
-    def take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def before_enable(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The float network becomes the teacher."""
+        self.copy_teacher(trainer, pl_module)
+
+    def copy_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the module as it is now, quantizers off, the teacher.
 
         Raises:
@@ -75,8 +80,8 @@ class Distillation(Callback):
         """
         if not pl_module.automatic_optimization:
             raise HawqError(
-                f"{type(pl_module).__name__} optimizes by hand, so distillation cannot add to its loss; switch distill "
-                "off, or set automatic_optimization."
+                f"{type(pl_module).__name__} optimizes by hand, so distillation cannot add to its loss; leave "
+                "Distillation out, or set automatic_optimization."
             )
         if name := is_sharded(trainer):
             raise HawqError(f"{name} splits the layers; distillation needs them whole.")
@@ -88,11 +93,11 @@ class Distillation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the teacher of a checkpoint."""
         if self._saved is not None:
-            self.take(trainer, pl_module)
+            self.copy_teacher(trainer, pl_module)
             assert self._teacher is not None
             self._teacher.load_state_dict(self._saved)
             self._saved = None
-        elif enabled_bits(pl_module) and not self._mine(pl_module) and trainer.global_step > 0:
+        elif enabled_bits(pl_module) and not self._teaches(pl_module) and trainer.global_step > 0:
             rank_zero_warn(
                 "HAWQ: the checkpoint holds no float network to distil from; its fine-tuned weights take its place."
             )
@@ -102,11 +107,11 @@ class Distillation(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step in as soon as the quantizers are armed."""
+        """Step in as soon as the quantizers are enabled."""
         if not enabled_bits(pl_module):
             return
-        if not self._mine(pl_module):
-            self.take(trainer, pl_module)
+        if not self._teaches(pl_module):
+            self.copy_teacher(trainer, pl_module)
         assert self._teacher is not None
         self._teacher.trainer = trainer
         self._teacher.train()  # detectors return losses in training mode only
@@ -122,7 +127,7 @@ class Distillation(Callback):
         """As at the end."""
         restore_training_step(pl_module)
 
-    def _mine(self, pl_module: LightningModule) -> bool:
+    def _teaches(self, pl_module: LightningModule) -> bool:
         return self._teacher is not None and self._of is not None and self._of() is pl_module
 
     def _step(self, step: Any, pl_module: LightningModule, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +158,7 @@ class Distillation(Callback):
         if not self.heads:
             raise HawqError(
                 f"The loss of {type(pl_module).__name__}.training_step depends on no layer's output that distillation "
-                "can see (a compiled module hides them); switch distill off."
+                "can see (a compiled module hides them); leave Distillation out."
             )
         shown = ", ".join(f"{h.name} ({h.distance})" for h in self.heads)
         rank_zero_info(f"HAWQ: distils from the float network's outputs: {shown}.")
@@ -178,7 +183,7 @@ class Distillation(Callback):
                 self._teacher.training_step(*args, **kwargs)
         for name, outputs in student.items():
             if [t.shape for t in outputs] != [t.shape for t in seen.tensors[name]]:
-                raise HawqError(f"Layer {name!r} gave the float network other outputs; switch distill off.")
+                raise HawqError(f"Layer {name!r} gave the float network other outputs; leave Distillation out.")
         return seen.tensors
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from hawq_lightning._types import Batch, Outputs
+from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._schedule_time import ScheduleTime
 from hawq_lightning.quantization import enabled_bits, quantizers
 
 
-class FreezeSchedule(Callback):
+class FreezeSchedule(Companion):
     """Fix BatchNorm's statistics and the quantizers' ranges from some moment of the training on.
 
     At few bits both follow the noise of rounding, and the last epochs are better spent on the weights alone. A moment
@@ -28,9 +28,9 @@ class FreezeSchedule(Callback):
         HawqError: no valid moment; at the start of ``fit``: a share of a training that has no known end.
     """
 
-    def __init__(self, batchnorm: Any = None, ranges: Any = None) -> None:
-        self.batchnorm = None if batchnorm is None else ScheduleTime(batchnorm, "freeze_batchnorm")
-        self.ranges = None if ranges is None else ScheduleTime(ranges, "freeze_ranges")
+    def __init__(self, batchnorm: int | float | str | None = None, ranges: int | float | str | None = None) -> None:
+        self.batchnorm = None if batchnorm is None else ScheduleTime(batchnorm, "FreezeSchedule", "batchnorm")
+        self.ranges = None if ranges is None else ScheduleTime(ranges, "FreezeSchedule", "ranges")
         self._stopped: list[nn.Module] = []
         self._held: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
@@ -40,7 +40,7 @@ class FreezeSchedule(Callback):
             if moment is not None:
                 moment.check(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Freeze what is due; modules that were put into training mode again are stopped again."""
         if self.batchnorm is not None and self.batchnorm.reached(trainer, batch_idx):
             for module in pl_module.modules():
@@ -56,7 +56,7 @@ class FreezeSchedule(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Outputs, batch: Batch, batch_idx: int
     ) -> None:
         """Frozen parameters go back to where they were: gradient, momentum and weight decay move them still."""
         for parameter, value in self._held or ():

@@ -7,19 +7,18 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import read_json, write_text
+from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
+from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_text
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import Patterns
+from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
@@ -33,182 +32,114 @@ from hawq_lightning.callbacks._trainer import (
     shows_progress,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
-from hawq_lightning.quantization import (
-    QuantizerSpec,
-    candidates,
-    check_bits,
-    fake_quant_disabled,
-    loss_of_plan,
-    loss_per_site,
-    quantizer_named,
-    weight_code_formats,
-)
+from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
 from hawq_lightning.selection import (
     SELECTORS,
     Frontier,
-    LatencyTable,
     Problem,
     StablePlan,
+    constraints_of,
     plan_frontier,
-    read_budget,
     select,
-    tables_of_budget,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import (
-    ESTIMATORS,
-    L1,
-    Sensitivity,
-    check_draw,
-    check_precision,
-    guarded_mean_traces,
-    measure,
-    top_eigenvalues,
-)
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
 
-STOPS = ("error", "plan")
-CONSTRAINTS = tuple(p.name for p in signature(Problem).parameters.values() if p.kind is Parameter.KEYWORD_ONLY)
+Value = TypeVar("Value")
+_WHEN = "it is there once trainer.fit has started to measure."
 
 
 class MeasureTraces(Callback):
     """Measure the Hessian traces of every site on the Trainer's own train data and pick a plan, before fitting.
 
+    It changes nothing in the model.
+
     Args:
-        weight_bits: widths that weights may take, 1 to 8.
-        activation_bits: likewise 2 to 8; ``None`` leaves activations float.
-        budget: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}`` or several.
-        selector: rule of choice, see :data:`hawq_lightning.selection.SELECTORS`.
-        constraints: keywords of :class:`hawq_lightning.selection.Problem`: ``ties``, ``fixed``, ``min_bits`` ...
-        bits: for ``selector="manual"``: site or glob -> bits, or a file of them.
-        latency: CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget.
-        estimator: ``auto``, ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
-        l1: what L1 losses, which have no curvature, count as: ``fisher`` or ``zero`` (:func:`hawq_lightning.measure`).
-        images: how many train images to measure on.
-        rtol: standard error to reach, as a share of each trace.
-        max_probes: random vectors a batch at the most.
-        draw: images that a round sends back: ``auto``, ``all``, or ``curvature``: see :func:`hawq_lightning.measure`.
-        stop: ``error``, when ``rtol`` is reached; ``plan``, also before, as soon as 95% of bootstraps over the images
-            agree that the plan is within 1% of their best: see :class:`hawq_lightning.selection.StablePlan`.
-        precision: of the passes that measure: ``float32``, or ``bf16`` where a probe agrees with float32 within 5%.
+        quantizer: which layers, whose rounding errors are weighed, and the widths to choose from; a registered name
+            will do.
+        measure: how traces are measured.
+        select: how bits are chosen.
         sensitivity: an earlier measurement, or its file, instead of a new one.
-        include: glob on layer names, layer type, or ``f(name, module) -> bool``.
-        exclude: likewise; the module's own ``quantization_exclude`` is added.
-        loss_fn: ``loss_fn(module, batch) -> scalar`` instead of ``training_step``.
-        input_bits: width of what the network itself reads; ``None``: as other activations.
-        codes: weights of 2 bits and more: ``auto``, ``affine`` or ``midrise``.
-        quantizer: registered name: whose errors are weighed.
-        quantizer_options: keywords of the quantizer, such as ``{"ranges": "percentile"}``.
-        check_loss: also measure the loss change of every site and width (``loss_check.csv``).
-        seed: of all draws.
-        selection_seed: of random selectors; default: ``seed``.
-        cache: folder of measurements that runs share: the same weights, data and settings are measured once.
-        dirpath: where ``sensitivity.json``, ``frontier.csv`` and ``plan.json`` go; default: the logger's folder.
+        dirpath: folder of ``sensitivity.json``, ``frontier.csv`` and ``plan.json``; ``None``: the logger's.
         progress: show bars where the Trainer does.
 
     Attributes:
-        sites, sensitivity, options, frontier, plan, loss_check: filled when fitting starts.
+        sites, sensitivity, frontier, plan: once fitting has started; before that they raise HawqError.
+        candidates: site -> bit-widths that were weighed.
+        loss_per_site: predicted and measured loss changes, with ``MeasureConfig(loss_per_site=True)``.
+
+    Raises:
+        HawqError: a file that is no sensitivity, or settings that contradict each other; at the start of ``fit``:
+            whatever cannot be measured, or a budget that no plan meets.
     """
 
     stability_draws = 40  # bootstraps over images behind each site's ``stability``
 
     def __init__(
         self,
-        weight_bits: int | Sequence[int] = (2, 4, 8),
-        activation_bits: int | Sequence[int] | None = 8,
-        budget: Any = "8x",
-        *,
-        selector: str = "pareto",
-        constraints: Mapping[str, Any] | None = None,
-        bits: Mapping[str, int] | str | Path | None = None,
-        latency: str | Path | None = None,
-        estimator: str = "auto",
-        l1: str = "fisher",
-        images: int = 512,
-        rtol: float = 0.05,
-        max_probes: int = 64,
-        draw: str = "auto",
-        stop: str = "error",
-        precision: str = "float32",
+        quantizer: str | QuantizerConfig = "uniform",
+        measure: MeasureConfig | None = None,
+        select: SelectConfig | None = None,
         sensitivity: Sensitivity | str | Path | None = None,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
-        input_bits: int | None = 8,
-        codes: str = "auto",
-        quantizer: str | QuantizerSpec = "uniform",
-        quantizer_options: Mapping[str, Any] | None = None,
-        check_loss: bool = False,
-        seed: int = 0,
-        selection_seed: int | None = None,
-        cache: str | Path | None = None,
         dirpath: str | Path | None = None,
         progress: bool = True,
     ) -> None:
-        self.weight_bits = check_bits(weight_bits, "weight")
-        self.activation_bits = None if activation_bits is None else check_bits(activation_bits, "activation")
-        self.input_bits = None if input_bits is None else check_bits(input_bits, "activation")[0]
-        if estimator not in ESTIMATORS:
-            raise HawqError(f"Unknown estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}.")
-        for what, least, number in (("images", 1, images), ("max_probes", 1, max_probes)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise HawqError(f"{what} is {number!r}; it is a whole number, {least} or more.")
-        if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
-            raise HawqError(f"rtol is {rtol!r}; it is a share of each trace such as 0.05.")
-        weight_code_formats(8, codes)
-        self._selector = SELECTORS[selector]
-        self._selector.check(budget, bits)
-        if isinstance(bits, (str, Path)):
-            read_json(bits, "manual plan")
-        for key in constraints or {}:
-            if key not in CONSTRAINTS:
-                known = ", ".join(CONSTRAINTS)
-                raise HawqError(f"There is no constraint {key!r}; known are {known}.{nearest(str(key), CONSTRAINTS)}")
-        if budget is not None:
-            read_budget(budget, (constraints or {}).get("extra_costs") or ())
-        self.budget, self.selector, self.constraints, self.bits = budget, selector, dict(constraints or {}), bits
-        if latency is not None:
-            self.constraints["latency"] = LatencyTable.load(latency)
-        tables = {"steps", *(k for k, v in self.constraints.items() if v is not None)}  # the steps are watched
-        tables |= set(self.constraints.get("tables") or ())
-        for name, message in tables_of_budget(budget, self.constraints.get("extra_costs") or ()).items():
-            if name not in tables:
-                raise HawqError(message)
-        if l1 not in L1:
-            raise HawqError(f"Unknown l1 {l1!r}; use 'zero' or 'fisher'.")
-        self.l1 = l1
-        self.estimator, self.images, self.rtol, self.seed = estimator, images, rtol, seed
-        if stop not in STOPS:
-            raise HawqError(f"Unknown stop {stop!r}; use one of {', '.join(STOPS)}.{nearest(str(stop), STOPS)}")
-        if stop == "plan" and "stable_plan" not in self._selector.offers:
+        self.quantizer = QuantizerConfig(quantizer) if isinstance(quantizer, str) else quantizer
+        self.measure, self.select = measure or MeasureConfig(), select or SelectConfig()
+        self._selector = SELECTORS[self.select.selector]
+        if self.measure.stop_when == "stable_plan" and "stable_plan" not in self._selector.offers:
             able = " or ".join(n for n in SELECTORS if "stable_plan" in SELECTORS[n].offers)
-            raise HawqError(f"stop='plan' selects again and again, by {able}; not by {selector!r}.")
-        self.max_probes, self.stop = max_probes, stop
-        self.draw, self.precision = check_draw(draw), check_precision(precision)
-        self.selection_seed = seed if selection_seed is None else selection_seed
-        self.cache = cache
+            raise HawqError(
+                f"stop_when='stable_plan' selects again and again, by {able}; not by {self.select.selector!r}."
+            )
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
-        self.include, self.exclude, self.loss_fn, self.codes = include, exclude, loss_fn, codes
-        self.quantizer = quantizer_named(quantizer, quantizer_options)
-        self.check_loss, self.dirpath, self.progress = check_loss, dirpath, progress
-        self.sites: SiteTable | None = None
-        self.sensitivity: Sensitivity | None = None
-        self.options: Mapping[str, tuple[Candidate, ...]] = {}
-        self.frontier: Frontier | None = None
-        self.plan: Plan | None = None
-        self.loss_check: list[dict[str, Any]] = []
+        self.dirpath, self.progress = dirpath, progress
+        self.candidates: Mapping[str, tuple[Candidate, ...]] = {}
+        self.loss_per_site: list[dict[str, Any]] = []
         self.eigenvalues: dict[str, float] = {}
+        self._sites: SiteTable | None = None
+        self._sensitivity: Sensitivity | None = None
+        self._frontier: Frontier | None = None
+        self._no_frontier = _WHEN
+        self._plan: Plan | None = None
+
+    @property
+    def sites(self) -> SiteTable:
+        """The tensors that get quantizers."""
+        return _there(self._sites, "table of sites")
+
+    @property
+    def has_sensitivity(self) -> bool:
+        """Whether traces were measured, or taken from a file or a checkpoint."""
+        return self._sensitivity is not None
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The traces that were measured or given."""
+        return _there(self._sensitivity, "sensitivity")
+
+    @sensitivity.setter
+    def sensitivity(self, sensitivity: Sensitivity) -> None:
+        self._sensitivity = sensitivity
+
+    @property
+    def frontier(self) -> Frontier:
+        """Every plan that no other beats in both Omega and size."""
+        return _there(self._frontier, "frontier", self._no_frontier)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan was chosen here."""
+        return self._plan is not None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was chosen."""
+        return _there(self._plan, "plan")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and select; what was measured before on the same weights and data is taken from its file."""
         self.analyze(trainer, pl_module)
-
-    def excluded(self, pl_module: torch.nn.Module) -> list[Any]:
-        """The user's patterns and the module's own."""
-        own = tuple(getattr(pl_module, "quantization_exclude", ()) or ())
-        if self.exclude is None:
-            return [*own]
-        listed = isinstance(self.exclude, Sequence) and not isinstance(self.exclude, str)
-        return [*own, *(self.exclude if listed else [self.exclude])]  # type: ignore[misc, list-item]
 
     def folder(self, trainer: Trainer) -> Path:
         """Where results go; the same on every process."""
@@ -232,112 +163,120 @@ class MeasureTraces(Callback):
         def look(check: Callable[[], None]) -> None:
             with (
                 fake_quant_disabled(pl_module),
-                loss_from_training_step(trainer, pl_module, self.loss_fn, check) as loss_fn,
+                loss_from_training_step(trainer, pl_module, self.measure.loss_fn, check) as loss_fn,
             ):
-                batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.seed))
-                preview(self, pl_module, batches[0], loss_fn)
+                batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.measure.seed))
+                preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
 
         interruptible(trainer, look)
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule, check: Callable[[], None]) -> Plan:
-        folder = self.folder(trainer)
+        folder, config, quantizer = self.folder(trainer), self.measure, quantizer_of(self.quantizer)
         show = self.progress and shows_progress(trainer)
         with (
             fake_quant_disabled(pl_module),
-            loss_from_training_step(trainer, pl_module, self.loss_fn, check) as loss_fn,
+            loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):
-            drawn = draw_batches(trainer, self.images, self.seed)
-            batches = onto_device(trainer, pl_module, drawn)
-            table, nominal = preview(self, pl_module, batches[0], loss_fn)
-            self.sites, overhead = table, nominal.file_overhead
-            constraints = {**self.constraints, "steps": tuple(nominal.steps)}
-            with shared_traces(trainer, folder, self.cache, table) as traces:
+            batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
+            table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+            self._sites, overhead = table, nominal.file_overhead
+            constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
+            with shared_traces(trainer, folder, config.cache, table) as traces:
                 weigh = partial(
-                    candidates, pl_module, batches, sites=table, loss_fn=loss_fn, weight_bits=self.weight_bits,
-                    activation_bits=self.activation_bits, input_bits=self.input_bits, code_format=self.codes,
-                    quantizer=self.quantizer,
+                    candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
                 )  # fmt: skip
-                stable = StablePlan(table, weigh, self.budget, self.selector, overhead, constraints, self._asked)
-                self.sensitivity = self.given or measure(
-                    pl_module, batches, loss_fn, sites=table, estimator=self.estimator, rtol=self.rtol,
-                    max_probes=self.max_probes, draw=self.draw, l1=self.l1, seed=self.seed, progress=show,
-                    precision=self.precision,
-                    share=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    enough=stable if self.stop == "plan" else None,
+                stable = StablePlan(
+                    table, weigh, self.select.budget, self.select.selector, overhead, constraints, self._question
+                )
+                sensitivity = self.given or measure(
+                    pl_module, batches, loss_fn, config=config, sites=table, progress=show,
+                    shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
+                    stop=stable if config.stop_when == "stable_plan" else None,
                 )  # fmt: skip
                 if self.given is None:
-                    traces.store(self.sensitivity)
+                    traces.store(sensitivity)
             # as the file tells it: a run that takes it from there chooses by the same digits
-            self.sensitivity = Sensitivity.from_dict(self.sensitivity.to_dict())
-            check_covers(self.sensitivity, table)
+            sensitivity = self._sensitivity = Sensitivity.from_dict(sensitivity.to_dict())
+            check_covers(sensitivity, table)
             if trainer.is_global_zero:
-                self.sensitivity.save(folder / "sensitivity.json")
-            traces.forget_partial(self.sensitivity.fingerprint)
-            self.options = weigh(self.sensitivity, progress=show)
-            problem = Problem(table, self.options, self.sensitivity, overhead, **constraints)
-            chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
-            if "bootstrap" in self._selector.offers and self.stability_draws:
-                chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
-            lifted = list(guarded_mean_traces(self.sensitivity)[1])
-            settings = {**chosen.settings, **self.sensitivity.settings, "seed": self.seed, "lifted": lifted}
-            chosen = self._own(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
-            plan = Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
-            self.plan = plan
+                sensitivity.save(folder / "sensitivity.json")
+            traces.forget_partial(sensitivity.fingerprint)
+            self.candidates = weigh(sensitivity, progress=show)
+            problem = Problem(table, self.candidates, sensitivity, overhead, **constraints)
+            plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, problem)
             if trainer.is_global_zero:
                 plan.save(folder / "plan.json")
             self._draw_frontier(problem, folder if trainer.is_global_zero else None)
-            warn_untrained(self.sensitivity, pl_module, batches, loss_fn, plan)
-            if self.check_loss:
-                self.loss_check = loss_per_site(
-                    pl_module, batches, loss_fn, table, self.options, quantizer=self.quantizer, progress=show
+            warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
+            if config.loss_per_site:
+                self.loss_per_site = loss_per_site(
+                    pl_module, batches, loss_fn, table, self.candidates, quantizer=quantizer, progress=show
                 )
                 if trainer.is_global_zero:
-                    write_text(folder / "loss_check.csv", _csv(self.loss_check))
+                    write_text(folder / "loss_check.csv", _csv(self.loss_per_site))
         self._log(trainer, plan)
         return plan
 
+    def _choose(
+        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
+    ) -> Plan:
+        """The plan, the same on every process, with what it came from."""
+        chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
+        if "bootstrap" in self._selector.offers and self.stability_draws:
+            chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
+        floored = list(guarded_mean_traces(self.sensitivity)[1])
+        settings = {
+            **chosen.settings, **self.sensitivity.settings, "seed": self.measure.seed, "lifted": floored,
+        }  # fmt: skip
+        chosen = self._with_quantizer(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
+        return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
+
     def _select(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], loss_fn: Any, problem: Problem
+        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
-        pick = partial(select, problem, self.budget, self.selector, seed=self.selection_seed, bits=self.bits)
+        config, seed = self.select, self.measure.seed if self.select.seed is None else self.select.seed
+        pick = partial(select, problem, config.budget, config.selector, seed=seed, bits=config.bits)
         if "eigenvalues" in self._selector.needs:
-            free = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
-            found = top_eigenvalues(
-                pl_module, batches, loss_fn, sites=self.sites, only=free, rtol=self.rtol, seed=self.seed,
-                progress=self.progress and shows_progress(trainer), share=shard_of(trainer),
+            names = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
+            eigenvalues = top_eigenvalues(
+                pl_module, batches, loss_fn, sites=self._sites, only=names, rtol=self.measure.rtol,
+                seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
-            self.eigenvalues = {n: max(0.0, v) for n, v in found.items()}
+            self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
         if "loss" in self._selector.needs:
-            with loss_of_plan(pl_module, batches, loss_fn, quantizer=self.quantizer) as measure_loss:
-                return pick(measure_loss=lambda plan: measure_loss(self._own(plan)))
+            quantizer = quantizer_of(self.quantizer)
+            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer) as measure_loss:
+                return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
         return pick()
 
-    def _own(self, plan: Plan) -> Plan:
+    def _with_quantizer(self, plan: Plan) -> Plan:
         return plan.replace(quantizer=self.quantizer.name, quantizer_options=dict(self.quantizer.options))
 
     def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
         try:
-            self.frontier = plan_frontier(problem)
+            frontier = plan_frontier(problem)
         except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
-            self.frontier = None
+            self._frontier, self._no_frontier = None, str(error)
             rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")
             return
+        self._frontier = frontier
         if folder is not None:
-            self.frontier.to_csv(folder / "frontier.csv")  # type: ignore[attr-defined]
+            frontier.to_csv(folder / "frontier.csv")
 
     @property
-    def _asked(self) -> str:
-        """The question that the options answer, beside budget and constraints."""
+    def _question(self) -> str:
+        """What the candidates depend on beside budget and constraints; it goes into fingerprints, so its form stays."""
         q = self.quantizer
-        return f"{self.weight_bits} {self.activation_bits} {self.input_bits} {self.codes} {q.name} {dict(q.options)}"
+        widths = check_bits(q.weight_bits, "weight")
+        others = None if q.activation_bits is None else check_bits(q.activation_bits, "activation")
+        return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}"
 
     def _log(self, trainer: Trainer, plan: Plan) -> None:
-        assert self.sensitivity is not None
-        _, lifted = guarded_mean_traces(self.sensitivity)
-        for note in (*self.sensitivity.notes, *lifted):
+        _, floored = guarded_mean_traces(self.sensitivity)
+        for note in (*self.sensitivity.notes, *floored):
             rank_zero_info(f"HAWQ: {note}")
         rank_zero_info(describe(plan))
         values: dict[str, float] = {}
@@ -349,6 +288,12 @@ class MeasureTraces(Callback):
         values |= {f"hawq/{k}": v for k, v in plan.costs.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+
+
+def _there(value: Value | None, what: str, reason: str = _WHEN) -> Value:
+    if value is None:
+        raise HawqError(f"There is no {what}: {reason}")
+    return value
 
 
 def describe(plan: Plan) -> str:

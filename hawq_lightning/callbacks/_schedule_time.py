@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -16,36 +15,36 @@ class ScheduleTime:
     Args:
         value: an int is an epoch, counted from 0; a float from 0 to 1 or a string such as ``"80%"`` is a share of the
             whole training, by ``max_steps`` or ``max_epochs``.
-        name: of the argument, for messages.
+        callback: class whose argument it is, for messages.
+        argument: the argument's name.
 
     Raises:
         HawqError: neither of these.
     """
 
-    def __init__(self, value: Any, name: str) -> None:
-        self.name, self.given = name, value
+    def __init__(self, value: int | float | str, callback: str, argument: str) -> None:
+        self.text = f"{callback}({argument}={value!r})"
         self._epoch: int | None = None
         self._share: float | None = None
         if isinstance(value, str) and value.strip().endswith("%"):
             try:
                 value = float(value.strip()[:-1]) / 100
             except ValueError:
-                value = None
+                value = math.nan
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             self._epoch = value
         elif isinstance(value, float) and 0 <= value <= 1:
             self._share = value
         else:
             raise HawqError(
-                f"{name}={self.given!r} is no moment of training: give an epoch (0, 1, 2 ...), a share from 0.0 to "
-                '1.0, or "80%".'
+                f'{self.text} is no moment of training: give an epoch (0, 1, 2 ...), a share from 0.0 to 1.0, or "80%".'
             )
 
     def check(self, trainer: Trainer) -> None:
         """Raise HawqError if this training has no end that a share could refer to."""
         if self._share is not None and math.isnan(training_share(trainer)):
             raise HawqError(
-                f"{self.name}={self.given!r} is a share of the training, which has no known end here: give the Trainer "
+                f"{self.text} is a share of the training, which has no known end here: give the Trainer "
                 "max_epochs or max_steps, or give an epoch."
             )
 

@@ -1,6 +1,6 @@
 """Console scripts: Hydra mains and what they run."""
 
-from hawq_lightning.cli._build import make_data, make_task, make_trainer
+from hawq_lightning.cli._build import make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._collect import main as collect_main
 from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
 from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_dirname_overrides
@@ -10,6 +10,7 @@ from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._progress_bar import PlainProgressBar
 from hawq_lightning.cli._recorder import Recorder
+from hawq_lightning.cli._renamed_keys import check_renamed
 from hawq_lightning.cli._resume import settings_hash
 from hawq_lightning.cli._run import run
 from hawq_lightning.cli._speeds import uniform
@@ -20,6 +21,7 @@ __all__ = [
     "Recorder",
     "budget_ranges",
     "check_choices",
+    "check_renamed",
     "collect_main",
     "dry_run",
     "estimate_seconds",
@@ -27,6 +29,7 @@ __all__ = [
     "export_run",
     "frontier_rows",
     "keep_per_image",
+    "make_companions",
     "make_data",
     "make_task",
     "make_trainer",

@@ -42,10 +42,15 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
 
 
 def make_callback(cfg: DictConfig) -> HAWQ:
-    """The callback of the group ``hawq``; the user's own quantizers are imported first."""
-    import_quantizers(cfg.quantizer.imports or ())
+    """The callback of the group ``hawq``; the user's own modules, with quantizers and so on, are imported first."""
+    import_quantizers(cfg.imports or ())
     callback: HAWQ = instantiate(cfg.hawq, _convert_="all")
     return callback
+
+
+def make_companions(cfg: DictConfig) -> list[pl.Callback]:
+    """The callbacks of the group ``fine_tuning``."""
+    return [instantiate(node, _convert_="all") for node in (cfg.fine_tuning or {}).values() if node]
 
 
 def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **changes: Any) -> pl.Trainer:

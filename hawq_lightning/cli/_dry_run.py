@@ -29,6 +29,7 @@ def dry_run(cfg: DictConfig) -> None:
     check_settings(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task, callback = make_task(cfg), make_callback(cfg)
+    config = callback.measure_callback.measure
     batch, table, problem = first_look(callback, task, make_data(cfg))
     print(table)
     print()
@@ -36,13 +37,13 @@ def dry_run(cfg: DictConfig) -> None:
         print(line)
     start = time.perf_counter()
     trial = measure(
-        task, [batch], _loss, sites=table, estimator=cfg.sensitivity.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
+        task, [batch], _loss, sites=table, estimator=config.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
         progress=False,
     )  # fmt: skip
-    seconds = estimate_seconds(trial, time.perf_counter() - start, cfg.sensitivity.images, cfg.sensitivity.rtol)
+    seconds = estimate_seconds(trial, time.perf_counter() - start, config.images, config.rtol)
     print(
-        f"traces: about {_duration(seconds)} for {cfg.sensitivity.images} images at rtol={cfg.sensitivity.rtol} "
-        f"({cfg.sensitivity.estimator}, {torch.get_num_threads()} threads), extrapolated from one batch"
+        f"traces: about {_duration(seconds)} for {config.images} images at rtol={config.rtol} "
+        f"({config.estimator}, {torch.get_num_threads()} threads), extrapolated from one batch"
     )
 
 
@@ -64,7 +65,8 @@ def first_look(
     batch = next(iter(data.train_dataloader()), None)
     if batch is None:
         raise HawqError("The training dataloader is empty.")
-    return batch, *preview(callback.measure_callback, task, batch, _loss)
+    measuring = callback.measure_callback
+    return batch, *preview(measuring.quantizer, measuring.select, task, batch, _loss)
 
 
 def budget_ranges(problem: Problem) -> list[str]:

@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning.cli._renamed_keys import check_renamed
 
 T = TypeVar("T")
 CONFIG_PATH = "pkg://hawq_lightning.conf"
-_CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=(?P<names>[\w,.\-/ ]+)$")
+_CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=\[?(?P<names>[\w,.\-/ ]+)\]?$")
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 _LAUNCHERS = {
     "joblib": "hydra_joblib_launcher",
@@ -84,6 +85,7 @@ def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
 def run_main(main: Callable[[], object]) -> None:
     """Run a Hydra main; bad input ends the program with one line and exit code 1."""
     try:
+        check_renamed(sys.argv[1:])
         check_choices(sys.argv[1:])
         sys.argv += sweep_dirname_overrides(sys.argv[1:])
     except HawqError as error:

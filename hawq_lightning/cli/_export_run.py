@@ -105,7 +105,7 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     run = OmegaConf.load(path)
     assert isinstance(run, DictConfig)
     OmegaConf.set_struct(run, False)
-    import_quantizers(run.quantizer.get("imports") or ())
+    import_quantizers(run.get("imports") or run.quantizer.get("imports") or ())  # the second: of release 0.1.0
     run.paths.output_dir = str(folder)
     for part in (run.model, run.data):
         if match := _TARGET_OF_0_1_0.fullmatch(part.get("_target_", "")):

@@ -26,19 +26,19 @@ class PaperFigures(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, on the first process; without new traces (a plan was given) there is nothing to draw."""
-        measured, sites = self.hawq.sensitivity, self.hawq.sites
-        if measured is None or sites is None or not trainer.is_global_zero:
+        if not self.hawq.measure_callback.has_plan or not trainer.is_global_zero:
             return
         from hawq_lightning.report import paper_figures
 
-        measure_callback = self.hawq.measure_callback
+        config = self.hawq.measure_callback.measure
         with (
             fake_quant_disabled(pl_module),
-            loss_from_training_step(trainer, pl_module, measure_callback.loss_fn) as loss_fn,
+            loss_from_training_step(trainer, pl_module, config.loss_fn) as loss_fn,
         ):
-            drawn = draw_batches(trainer, min(_IMAGES, measure_callback.images), measure_callback.seed)
+            drawn = draw_batches(trainer, min(_IMAGES, config.images), config.seed)
             batches = onto_device(trainer, pl_module, drawn)
             with progress_bar(shows_progress(trainer)) as bar:
                 paper_figures(
-                    self.folder, pl_module, batches, loss_fn, measured, sites, seed=measure_callback.seed, bar=bar
-                )
+                    self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
+                    seed=config.seed, bar=bar,
+                )  # fmt: skip

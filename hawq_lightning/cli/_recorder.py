@@ -58,7 +58,7 @@ class Recorder(pl.Callback):
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The whole validation set has been seen once, before any fine-tuning."""
         fresh = trainer.global_step == 0  # a resumed run has this score from before
-        if fresh and self.hawq.plan is not None:  # with hawq.start the network is float until later
+        if fresh and self.hawq.has_plan:  # with hawq.start_epoch the network is float until later
             self._put("quantized", scores(trainer.callback_metrics))
             self._keep_images("quantized", trainer, pl_module)
         self._lap("validation")
@@ -91,9 +91,9 @@ class Recorder(pl.Callback):
             return
         from hawq_lightning.export import save_packed
 
+        if not self.hawq.has_plan:
+            raise HawqError(f"hawq.start_epoch={self.hawq.start_epoch} was never reached: nothing was quantized.")
         plan = self.hawq.plan
-        if plan is None:
-            raise HawqError(f"hawq.start={self.hawq.start} was never reached: nothing was quantized.")
         if not (self.folder / "plan.json").is_file():  # it was given, or came with a checkpoint
             plan.save(self.folder / "plan.json")
         size = save_packed(pl_module, plan, self.folder / "model.safetensors")

@@ -19,7 +19,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
-from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task, make_trainer
+from hawq_lightning.cli._build import check_settings, make_callback, make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import Recorder, scores
@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> JsonObject:
         train_float(cfg, task, data, record, progress, hawq)
     recorder = Recorder(hawq, folder, record, progress)
     extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
-    trainer = make_trainer(cfg, "fine_tuning", [hawq, recorder, *extra], max_epochs=cfg.epochs)
+    trainer = make_trainer(cfg, "fine_tuning", [hawq, *make_companions(cfg), recorder, *extra], max_epochs=cfg.epochs)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record

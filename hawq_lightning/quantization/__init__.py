@@ -1,6 +1,7 @@
 """Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
 from hawq_lightning._code_formats import CODE_FORMATS, CodeFormat, register_code_format
+from hawq_lightning._config import check_bits
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -33,6 +34,7 @@ from hawq_lightning.quantization._registry import (
     import_quantizers,
     quantizer_named,
     quantizer_names,
+    quantizer_of,
     register_quantizer,
 )
 from hawq_lightning.quantization._storage import Storage
@@ -42,7 +44,6 @@ from hawq_lightning.quantization._trial import (
     loss_per_site,
     temporarily_quantized,
 )
-from hawq_lightning.quantization._widths import check_bits
 
 __all__ = [
     "CODE_FORMATS",
@@ -84,6 +85,7 @@ __all__ = [
     "quantized_layers",
     "quantizer_named",
     "quantizer_names",
+    "quantizer_of",
     "quantizers",
     "quantizers_in",
     "reestimate",

@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
-from hawq_lightning._config import QuantizerConfig
+from hawq_lightning._config import QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import Bar, progress_bar
@@ -21,7 +21,6 @@ from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
-from hawq_lightning.quantization._widths import check_bits
 from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_traces, isolated_eval, to_device
 
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch

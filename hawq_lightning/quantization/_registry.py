@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hawq_lightning._config import QuantizerConfig, config_check
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._registry import Registry
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
@@ -110,6 +111,21 @@ def quantizer_named(name: str | QuantizerSpec, options: Mapping[str, object] | N
     spec = QuantizerSpec(spec.name, spec.weight, spec.activation, spec.freezes_norms, dict(options or {}))
     spec.weight_quantizer(1), spec.activation_quantizer()  # values are checked before anything is measured
     return spec
+
+
+@config_check(QuantizerConfig)
+def check_quantizer(config: QuantizerConfig) -> None:
+    """Refuse an unknown quantizer, and options that it does not have or that are out of range.
+
+    Raises:
+        HawqError: as :func:`quantizer_named`.
+    """
+    quantizer_of(config)
+
+
+def quantizer_of(config: QuantizerConfig) -> QuantizerSpec:
+    """The quantizer that a config names, with its options."""
+    return quantizer_named(config.name, config.options)
 
 
 def option_names(of: type) -> set[str]:

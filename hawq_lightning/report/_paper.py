@@ -10,11 +10,11 @@ from torch import nn
 from hawq_lightning._progress import Bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
 from hawq_lightning.report._figure import ReportFigure
 from hawq_lightning.report._landscape import draw_landscapes
-from hawq_lightning.sensitivity import LossFn, Sensitivity, landscape, top_eigenpairs, trace_history
+from hawq_lightning.sensitivity import Sensitivity, landscape, top_eigenpairs, trace_history
 
 
 def paper_figures(

@@ -15,7 +15,7 @@ NUMBERS = {
     "w_comp": ("costs", "w_comp"), "weight_bytes": ("sizes", "weight_bytes"), "file_bytes": ("sizes", "file_bytes"),
     "bops": ("costs", "bops"), "seconds": ("seconds", "total"),
 }  # fmt: skip
-_OF_COLUMNS = ("seed", "selector", "selector.budget", "selector.name")  # overrides that have a column of their own
+_OF_COLUMNS = ("seed", "select", "select.budget", "select.selector")  # overrides that have a column of their own
 
 
 @dataclass(frozen=True)

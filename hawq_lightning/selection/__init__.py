@@ -31,6 +31,7 @@ from hawq_lightning.selection._request import Request
 from hawq_lightning.selection._scores import SCORES, Score, register_score
 from hawq_lightning.selection._select import select
 from hawq_lightning.selection._selectors import SELECTORS, Selector, register_selector
+from hawq_lightning.selection._settings import constraints_of
 from hawq_lightning.selection._stable_plan import StablePlan
 from hawq_lightning.selection._sweep import Frontier, frontier, sweep
 from hawq_lightning.selection._tradeoff import sample_set_b, save_tradeoff, set_b_count, tradeoff, uniform_points
@@ -63,6 +64,7 @@ __all__ = [
     "available_costs",
     "bootstrap_stability",
     "check_feasible",
+    "constraints_of",
     "cost_of",
     "cost_rows",
     "costs_of",

@@ -1,13 +1,25 @@
 """Hessian traces of every weight and activation, with standard errors (paper 2.1, 2.2, 3.1)."""
 
-from hawq_lightning.sensitivity._auto import check_linearity
+from hawq_lightning.sensitivity._auto import Auto
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._cache import TraceCache
-from hawq_lightning.sensitivity._context import LossFn, MeasureContext, forward_pass
+from hawq_lightning.sensitivity._chunks import chunks, join
+from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
 from hawq_lightning.sensitivity._eigen import Eigenpairs, top_eigenpairs, top_eigenvalues
-from hawq_lightning.sensitivity._ggn import RademacherProbes, concave_share, independent_images, probe_batch, send_back
-from hawq_lightning.sensitivity._hutchinson import hutchinson_batch
+from hawq_lightning.sensitivity._estimator import (
+    ESTIMATORS,
+    Estimator,
+    Pilot,
+    ProbeRequest,
+    Probes,
+    Rows,
+    register_estimator,
+)
+from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
+from hawq_lightning.sensitivity._hessian import Hessian
+from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
+from hawq_lightning.sensitivity._independence import independent_samples
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 from hawq_lightning.sensitivity._isolate import (
     Heap,
@@ -17,58 +29,83 @@ from hawq_lightning.sensitivity._isolate import (
     release_memory,
     to_device,
 )
-from hawq_lightning.sensitivity._loss_hessian import draw, factorize_loss_hessian
-from hawq_lightning.sensitivity._measure import ESTIMATORS, L1, measure
+from hawq_lightning.sensitivity._linearity import check_linearity
+from hawq_lightning.sensitivity._loss_hessian import ProbeVectors, factor_probe, factorize_loss_hessian
+from hawq_lightning.sensitivity._measure import measure
 from hawq_lightning.sensitivity._microbatch import pick
-from hawq_lightning.sensitivity._precision import PRECISIONS, check_precision
-from hawq_lightning.sensitivity._probe_runner import ProbeRunner
+from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
+from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
+from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
-from hawq_lightning.sensitivity._sampling import DRAWS, check_draw, chunks, design, join
+from hawq_lightning.sensitivity._sampling import sampling_design
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
-from hawq_lightning.sensitivity._trace_loop import ProcessShard, TraceLoop
+from hawq_lightning.sensitivity._statistics import TraceStatistics
+from hawq_lightning.sensitivity._stopping import (
+    AllOf,
+    AnyOf,
+    MaxProbes,
+    Progress,
+    RelativeError,
+    Satisfied,
+    Stop,
+    StoppingRule,
+)
 
 __all__ = [
-    "DRAWS",
     "ESTIMATORS",
-    "L1",
-    "PRECISIONS",
+    "AllOf",
+    "AllOutputs",
+    "AnyOf",
+    "Auto",
     "Eigenpairs",
+    "Estimator",
+    "GaussNewton",
     "Heap",
+    "Hessian",
+    "Hutchinson",
     "InputHooks",
-    "LossFn",
+    "MaxProbes",
     "MeasureContext",
     "OutputHessian",
     "Outputs",
+    "Pilot",
+    "ProbeRequest",
     "ProbeRunner",
+    "ProbeVectors",
+    "Probes",
     "ProcessShard",
-    "RademacherProbes",
+    "Progress",
+    "RelativeError",
+    "Rows",
+    "Satisfied",
     "Sensitivity",
     "SiteTrace",
+    "Stop",
+    "StoppingRule",
     "TraceCache",
-    "TraceLoop",
-    "check_draw",
+    "TraceStatistics",
+    "WholeBatches",
+    "backpropagate",
     "check_linearity",
-    "check_precision",
     "chunks",
     "concave_share",
-    "design",
-    "draw",
+    "factor_probe",
     "factorize_loss_hessian",
     "find_boundary",
     "forward_pass",
     "guarded_mean_traces",
     "hutchinson_batch",
-    "independent_images",
+    "independent_samples",
     "isolated_eval",
     "join",
     "landscape",
     "measure",
     "noisy_modules",
     "pick",
-    "probe_batch",
     "random_states_kept",
+    "register_estimator",
     "release_memory",
-    "send_back",
+    "sampling_design",
     "to_device",
     "top_eigenpairs",
     "top_eigenvalues",

@@ -6,16 +6,18 @@ backward through it alone; the network behind it is never differentiated twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
+from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.sensitivity._isolate import release_memory
 
-Key = tuple[Any, int]
+Key = tuple[Node, int]
 _LARGE = 1 << 20  # output elements
 
 
@@ -43,7 +45,7 @@ class Outputs:
     """Records the outputs of every module that owns parameters, as edges of the autograd graph.
 
     Edges are taken in forward hooks, so they survive in-place operations on the outputs. Values are let go of as soon
-    as another recorded output follows from them: only those of the boundary are wanted.
+    as another recorded output follows from them: only those of the boundary serve.
 
     Args:
         model: hooks go on its modules while active.
@@ -52,7 +54,7 @@ class Outputs:
 
     def __init__(self, model: nn.Module, cut: frozenset[int] = frozenset()) -> None:
         self._model, self._cut = model, cut
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self.blocked = {"on": False}
         self.edges: list[GradientEdge] = []
         self.values: list[torch.Tensor | None] = []
@@ -72,8 +74,8 @@ class Outputs:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, name: str) -> Callable[[nn.Module, object, ModelOutputs], ModelOutputs]:
+        def record(module: nn.Module, args: object, output: ModelOutputs) -> ModelOutputs:
             return self._visit(name, output)
 
         return record
@@ -85,9 +87,9 @@ class Outputs:
             edge: where to start.
             variables: gets the leaves on the way.
         """
-        found: set[int] = set()
-        stack: list[Any] = [edge.node]
-        visited: set[Any] = set()
+        numbers: set[int] = set()
+        stack: list[Node | None] = [edge.node]
+        visited: set[Node] = set()
         while stack:
             node = stack.pop()
             if node is None or node in visited:
@@ -102,10 +104,10 @@ class Outputs:
                 if hit is None:
                     stack.append(parent)
                 else:
-                    found.add(hit)
-        return found
+                    numbers.add(hit)
+        return numbers
 
-    def _visit(self, name: str, output: Any) -> Any:
+    def _visit(self, name: str, output: ModelOutputs) -> ModelOutputs:
         if isinstance(output, torch.Tensor):
             if not self.recording or not output.requires_grad:
                 return output  # activation checkpointing runs the forward pass again
@@ -143,15 +145,15 @@ def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool
         numbers of the outputs on the boundary, in order; whether one of them also feeds another (then gradients of
         the loss are totals and :class:`GradientStop` is needed).
     """
-    found = outputs.behind(get_gradient_edge(loss))
-    return sorted(found), bool(found & outputs.inner)
+    boundary = outputs.behind(get_gradient_edge(loss))
+    return sorted(boundary), bool(boundary & outputs.inner)
 
 
 def read_by(loss: torch.Tensor, outputs: Outputs) -> list[torch.Tensor]:
     """Parameters that the loss reads directly."""
-    found: list[torch.Tensor] = []
-    outputs.behind(get_gradient_edge(loss), found)
-    return found
+    parameters: list[torch.Tensor] = []
+    outputs.behind(get_gradient_edge(loss), parameters)
+    return parameters
 
 
 class OutputHessian:
@@ -166,13 +168,13 @@ class OutputHessian:
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
-        kept = []
+        values = []
         for i in boundary:
             value = outputs.values[i]
             assert value is not None, outputs.names[i]  # let go of, though nothing follows from it
-            kept.append(value)
-        self._dtypes = [v.dtype for v in kept]
-        self.values = [wide(v) for v in kept]
+            values.append(value)
+        self._dtypes = [v.dtype for v in values]
+        self.values = [wide(v) for v in values]
         self.names = [outputs.names[i] for i in boundary]
         outputs.values.clear()
         outputs.recording = False
@@ -181,12 +183,12 @@ class OutputHessian:
         self._tidy()
         outputs.blocked["on"] = True
         try:
-            found = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
+            slopes = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
         finally:
             outputs.blocked["on"] = False
-        self._slopes = [g if g is not None else torch.zeros_like(v) for g, v in zip(found, kept)]
-        self.gradient = [wide(g.detach()) for g in self._slopes]
-        self.linear = not any(g.requires_grad for g in self._slopes)
+        self._gradients = [g if g is not None else torch.zeros_like(v) for g, v in zip(slopes, values)]
+        self.gradient = [wide(g.detach()) for g in self._gradients]
+        self.linear = not any(g.requires_grad for g in self._gradients)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -196,28 +198,28 @@ class OutputHessian:
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """H v."""
-        curved = [(g, v.to(g.dtype)) for g, v in zip(self._slopes, vectors) if g.requires_grad]
-        if not curved:
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(self._gradients, vectors) if g.requires_grad]
+        if not pairs:
             return [torch.zeros_like(v) for v in self.values]
         self._outputs.blocked["on"] = True
         try:
-            found = torch.autograd.grad(
-                [g for g, _ in curved], self.edges, [v for _, v in curved], retain_graph=True, allow_unused=True
+            products = torch.autograd.grad(
+                [g for g, _ in pairs], self.edges, [v for _, v in pairs], retain_graph=True, allow_unused=True
             )
         finally:
             self._outputs.blocked["on"] = False
         self._tidy()
-        return [wide(h) if h is not None else torch.zeros_like(v) for h, v in zip(found, self.values)]
+        return [wide(h) if h is not None else torch.zeros_like(v) for h, v in zip(products, self.values)]
 
     def free_graph(self) -> None:
         """Free the graph between the outputs and the loss; from now on there is :meth:`backward` alone."""
-        self._slopes = []
+        self._gradients = []
         self._tidy()
 
     def backward(self, vectors: Sequence[torch.Tensor], last: bool = False) -> None:
         """Send ``vectors`` back through the network; the graph stays for the next probe unless this is the last."""
-        torch.autograd.backward(self.edges, self.as_sent(vectors), retain_graph=not last)
+        torch.autograd.backward(self.edges, self.in_output_dtypes(vectors), retain_graph=not last)
 
-    def as_sent(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def in_output_dtypes(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """In the precisions of the outputs."""
         return [v.to(dtype) for v, dtype in zip(vectors, self._dtypes)]

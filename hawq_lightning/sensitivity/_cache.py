@@ -1,17 +1,26 @@
-"""Measurements that many runs share: one file each, named by a hash of what was measured, locked while it is made."""
+"""What a measurement belongs to, and measurements that many runs share.
+
+These are files named by a hash of what was measured, locked while they are made.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from filelock import BaseFileLock, FileLock, Timeout
+from torch import nn
 
+from hawq_lightning._batches import parts_of
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import Batch
+from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.sensitivity._boundary import Outputs, read_by
+from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._result import VERSION, Sensitivity
 
 _POLL = 0.2  # seconds
@@ -23,13 +32,15 @@ class TraceCache:
     Args:
         folder: made when first needed; may lie on a file system that several machines share.
         sites: what is measured; the same weights and data with other sites excluded are another measurement.
-        tell: called with a sentence before waiting for another process.
+        report: called with a sentence before waiting for another process.
     """
 
-    def __init__(self, folder: str | Path, sites: SiteTable, tell: Callable[[str], Any] = lambda text: None) -> None:
+    def __init__(
+        self, folder: str | Path, sites: SiteTable, report: Callable[[str], object] = lambda text: None
+    ) -> None:
         self.folder = Path(folder).expanduser() / f"traces-{VERSION}"
         self._sites = {s.name: s.numel for s in sites}
-        self._tell = tell
+        self._report = report
         self._lock: BaseFileLock | None = None
 
     def path(self, fingerprint: str) -> Path:
@@ -47,9 +58,9 @@ class TraceCache:
         Raises:
             HawqError: the folder cannot be written to.
         """
-        known = self._read(fingerprint)
-        if known is not None:
-            return known
+        measured = self._read(fingerprint)
+        if measured is not None:
+            return measured
         self.release()
         path = self.path(fingerprint)
         try:
@@ -58,7 +69,7 @@ class TraceCache:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                self._tell("another run measures the same traces; this one waits for them.")
+                self._report("another run measures the same traces; this one waits for them.")
                 lock.acquire(poll_interval=_POLL)
         except OSError as error:
             raise HawqError(
@@ -66,10 +77,10 @@ class TraceCache:
                 "folder (paths.cache=/path)."
             ) from error
         self._lock = lock
-        known = self._read(fingerprint)  # it may have come while this process waited
-        if known is not None:
+        measured = self._read(fingerprint)  # it may have come while this process waited
+        if measured is not None:
             self.release()
-        return known
+        return measured
 
     def store(self, measured: Sensitivity) -> None:
         """Keep a measurement for the others, and let them in."""
@@ -90,8 +101,78 @@ class TraceCache:
         if not path.is_file() or not os.access(path, os.R_OK):
             return None
         try:
-            known = Sensitivity.load(path)
+            measured = Sensitivity.load(path)
         except HawqError:
             return None  # damaged: measured again, and overwritten
-        same = {r.name: r.numel for r in known} == self._sites
-        return known if same and known.fingerprint == fingerprint else None
+        same = {r.name: r.numel for r in measured} == self._sites
+        return measured if same and measured.fingerprint == fingerprint else None
+
+
+def fingerprint(
+    context: MeasureContext, batches: Sequence[Batch], samples: Sequence[int], first: Batch, settings: str, seed: int
+) -> str:
+    """Hash of weights, input tensors, loss and settings: what a measurement belongs to.
+
+    The loss itself goes into the diagnostics, as ``loss``.
+
+    Args:
+        context: model, loss and sites.
+        batches: all of them.
+        samples: number of samples of each.
+        first: a batch that memory holds, for the value of the loss.
+        settings: whatever else the traces depend on.
+        seed: of all random draws.
+    """
+    digest = hashlib.sha256(f"{settings} {seed} {list(samples)}".encode())
+    idle = tuple(_idle_quantizers(context.model))
+    for name, value in context.model.state_dict().items():
+        if name.startswith(idle):
+            continue
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for batch in batches:
+        _hash_tensors(batch, digest)
+    with torch.enable_grad():
+        loss = check_loss_value(context, first)
+    context.diagnostics.figures["loss"] = loss
+    digest.update(f"{loss:.6g}".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _idle_quantizers(model: nn.Module) -> Iterator[str]:
+    # a fake-quant layer whose quantizers are off has the traces of the float layer, whichever quantizers it holds
+    for name, layer in model.named_modules():
+        if isinstance(layer, FakeQuantLayer):
+            for key in [k for k in layer._modules if k.endswith("_quantizer")]:
+                quantizer = getattr(layer, key)
+                if not quantizer.bits or quantizer.fake_quant_disabled:
+                    yield f"{name}.{key}." if name else f"{key}."
+
+
+def check_loss_value(context: MeasureContext, batch: Batch) -> float:
+    """The loss of a batch as a number, checked; a penalty on the weights themselves is noted."""
+    weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items()}
+    for _, w in weights.values():
+        w.requires_grad_(True)
+    try:
+        with Outputs(context.model) as outputs:
+            loss = context.loss(batch)
+        if read := [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]:
+            more = f" and {len(read) - 3} more" if len(read) > 3 else ""
+            context.diagnostics.warn_once(
+                f"The loss reads the weights of {', '.join(read[:3])}{more} outside of their layers (a penalty on "
+                "weights?); the curvature from there is not counted."
+            )
+        return float(loss.detach())
+    finally:
+        for _, w in weights.values():
+            w.requires_grad_(False)
+
+
+def _hash_tensors(batch: Batch, digest: hashlib._Hash) -> None:
+    if isinstance(batch, torch.Tensor):
+        digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    else:
+        for value in parts_of(batch):
+            _hash_tensors(value, digest)

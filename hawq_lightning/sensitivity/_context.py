@@ -2,55 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 
-LossFn = Callable[[nn.Module, Any], torch.Tensor]
-
 
 @dataclass
+class Diagnostics:
+    """What is noticed while measuring; the one thing about a measurement that changes.
+
+    Attributes:
+        notes: what the user should know, in sentences, each once.
+        figures: numbers that go into the result's settings, such as the ``loss`` and the number of ``classes``.
+        overwritten: layers whose input is changed in place after they read it, so that they must keep a copy.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    overwritten: set[str] = field(default_factory=set)
+
+    def warn_once(self, sentence: str) -> None:
+        """Add a sentence, unless it is there."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def replace_warning(self, start: str, rest: str) -> None:
+        """Add the sentence ``start + rest`` in the place of the one that began like it."""
+        self.notes[:] = [n for n in self.notes if not n.startswith(start)]
+        self.warn_once(start + rest)
+
+
+@dataclass(frozen=True)
 class MeasureContext:
-    """What stays the same over all batches of a measurement."""
+    """What stays the same over all batches of a measurement.
+
+    Attributes:
+        model: in the state that it is measured in.
+        layers: layer name -> module, for every layer of ``table``.
+        table: the sites.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        l1_curvature: what losses count as that have slope and no curvature: ``zero`` or ``fisher``.
+        precision: of forward and backward passes: ``float32`` or ``bf16``.
+        diagnostics: what is noticed meanwhile.
+    """
 
     model: nn.Module
     layers: Mapping[str, WeightReader]
     table: SiteTable
     loss_fn: LossFn
-    keep_copies: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-    facts: dict[str, float] = field(default_factory=dict)
-    l1: str = "zero"
+    l1_curvature: str = "zero"
     precision: str = "float32"
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
-    def loss(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch in the precision asked for, checked."""
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The checked loss of a batch, in the precision of the measurement.
+
+        Raises:
+            HawqError: it is no finite scalar, or has no graph.
+        """
         if self.precision == "float32":
             return check_loss(self.loss_fn(self.model, batch))
         device = next((p.device.type for p in self.model.parameters()), "cpu")
         with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
             return check_loss(self.loss_fn(self.model, batch))
-
-    def note(self, sentence: str) -> None:
-        """Remember a sentence for the user, once."""
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-
-    def note_again(self, start: str, rest: str) -> None:
-        """Remember a sentence in place of the one that began like it."""
-        self.notes[:] = [n for n in self.notes if not n.startswith(start)]
-        self.note(start + rest)
 
 
 @dataclass
@@ -61,53 +86,53 @@ class ForwardPass:
     network: GradCapture
     hessian: OutputHessian
 
-    def let_go_of_loss(self) -> None:
+    def free_loss(self) -> None:
         """Free what lies between the outputs and the loss, once its Hessian is known."""
         self.loss = None
         self.hessian.free_graph()
 
 
 @contextmanager
-def forward_pass(setting: MeasureContext, batch: Any, per_image: Mapping[str, bool]) -> Iterator[ForwardPass]:
+def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str, bool]) -> Iterator[ForwardPass]:
     """Run the loss on ``batch`` with hooks in place; inside, probes may go back through the graph.
 
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
     cut: frozenset[int] = frozenset()
-    for _ in range(2):
-        network = GradCapture(setting.layers, setting.table, setting.keep_copies)
-        network.per_image = per_image
-        with network, Outputs(setting.model, cut) as outputs, torch.enable_grad():
-            loss = setting.loss(batch)
+    for _ in range(2):  # again with the boundary cut, where an output on it also feeds another
+        network = GradCapture(context.layers, context.table, context.diagnostics.overwritten)
+        network.per_sample = per_sample
+        with network, Outputs(context.model, cut) as outputs, torch.enable_grad():
+            loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
             if not boundary:
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
             if nested and not cut:
                 cut = frozenset(boundary)
-                setting.note("The loss also reads an inner feature; its paths were separated.")
+                context.diagnostics.warn_once("The loss also reads an inner feature; its paths were separated.")
                 continue
-            step = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
-            del loss  # may be let go of
-            yield step
+            forward = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
+            del loss  # so that the user of `forward` alone decides how long its graph lives
+            yield forward
             return
 
 
 @contextmanager
-def outputs_of(setting: MeasureContext, batch: Any) -> Iterator[OutputHessian]:
+def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]:
     """The loss's Hessian at the outputs of ``batch``, for nothing to be sent back through the network.
 
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
-    readers = {n: n for n, layer in setting.layers.items() if as_reader(layer).read.reads_activation}
-    with InputHooks(setting.layers, readers, _in_graph), Outputs(setting.model) as outputs:
+    readers = {n: n for n, layer in context.layers.items() if as_reader(layer).read.reads_activation}
+    with InputHooks(context.layers, readers, _in_graph), Outputs(context.model) as outputs:
         with torch.enable_grad():
-            loss = setting.loss(batch)
+            loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
         if nested or not boundary:
-            with forward_pass(setting, batch, {s.name: False for s in setting.table}) as step:
-                yield step.hessian
+            with forward_pass(context, batch, {s.name: False for s in context.table}) as forward:
+                yield forward.hessian
             return
         with torch.enable_grad():
             yield OutputHessian(loss, outputs, boundary)
@@ -117,7 +142,7 @@ def _in_graph(site: str, x: torch.Tensor) -> torch.Tensor:
     return x if x.requires_grad else x.detach().requires_grad_(True)
 
 
-def check_loss(loss: Any) -> torch.Tensor:
+def check_loss(loss: object) -> torch.Tensor:
     """Return the loss if it is a finite scalar with a graph.
 
     Raises:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -29,7 +30,7 @@ def gaussian(generator: torch.Generator) -> Sampler:
 
 
 class _Twice(TorchFunctionMode):
-    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's own cannot."""
+    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's cannot."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,32 +44,32 @@ class GradGraph:
     """First derivatives with their graph.
 
     Attributes:
-        step: the forward pass behind them.
+        forward: the forward pass behind them.
         points: site -> its weight, or the tensors that its layers read.
         gradient: site -> one tensor for each point; ``None`` where the point does not reach the loss.
     """
 
-    step: ForwardPass
+    forward: ForwardPass
     points: dict[str, list[torch.Tensor]]
-    gradient: dict[str, list[Any]]
+    gradient: dict[str, list[torch.Tensor | None]]
 
     def product(self, site: str, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The Hessian block of one site times ``vectors``, one tensor a point."""
-        points, slopes = self.points[site], self.gradient[site]
-        curved = [(g, v) for g, v in zip(slopes, vectors) if g is not None and g.requires_grad]
-        if not curved:
+        points, gradients = self.points[site], self.gradient[site]
+        pairs = [(g, v) for g, v in zip(gradients, vectors) if g is not None and g.requires_grad]
+        if not pairs:
             return [torch.zeros_like(p) for p in points]
-        found = torch.autograd.grad(
-            [g for g, _ in curved], points, [v for _, v in curved], retain_graph=True, allow_unused=True
+        products = torch.autograd.grad(
+            [g for g, _ in pairs], points, [v for _, v in pairs], retain_graph=True, allow_unused=True
         )
-        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(found, points)]
+        return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(products, points)]
 
 
 @contextmanager
-def slopes_of(
-    setting: MeasureContext,
-    batch: Any,
-    per_image: Mapping[str, bool],
+def gradients_of(
+    context: MeasureContext,
+    batch: Batch,
+    per_sample: Mapping[str, bool],
     direction: Callable[[ForwardPass], list[torch.Tensor]] | None = None,
     *,
     sites: Iterable[str] | None = None,
@@ -77,41 +78,45 @@ def slopes_of(
     """Run one batch forwards and once backwards, keeping the graph of the gradients.
 
     Args:
-        setting: model, loss and sites.
+        context: model, loss and sites.
         batch: one batch.
-        per_image: site -> whether its rows are images.
+        per_sample: site -> whether its rows are images.
         direction: what to send back from the boundary, detached: the gradients are then those of the linearised
             loss ``<direction, f(theta)>``. ``None``: of the loss itself.
         sites: which; all by default.
         weights: also differentiate by weights; they must then be leaves that may require gradients.
     """
-    owners = {x.weight: setting.layers[x.name].weight for x in reversed(setting.table.layers)} if weights else {}
-    wanted = None if sites is None else set(sites)
-    leaves = [w for n, w in owners.items() if wanted is None or n in wanted]
+    owners = {x.weight: context.layers[x.name].weight for x in reversed(context.table.layers)} if weights else {}
+    requested = None if sites is None else set(sites)
+    leaves = [w for n, w in owners.items() if requested is None or n in requested]
     try:
         for w in leaves:
             w.requires_grad_(True)
         # the fused attention kernels have no second derivative, nor has the hard sigmoid
-        with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(setting, batch, per_image) as step:
-            step.network.recording = False
+        with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(context, batch, per_sample) as forward:
+            forward.network.recording = False
             points: dict[str, list[Any]] = {n: [w] for n, w in owners.items()}
-            points |= step.network.aliases()
-            if wanted is not None:
-                points = {n: p for n, p in points.items() if n in wanted}
+            points |= forward.network.aliases()
+            if requested is not None:
+                points = {n: p for n, p in points.items() if n in requested}
             flat = [t for tensors in points.values() for t in tensors]
             if direction is None:
-                assert step.loss is not None
-                found = torch.autograd.grad(step.loss, flat, create_graph=True, allow_unused=True)
+                assert forward.loss is not None
+                gradients_flat = torch.autograd.grad(forward.loss, flat, create_graph=True, allow_unused=True)
             else:
-                vectors = step.hessian.as_sent(direction(step))
-                found = torch.autograd.grad(step.hessian.edges, flat, vectors, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
-            slopes = iter(found)
-            yield GradGraph(step, points, {site: [next(slopes) for _ in tensors] for site, tensors in points.items()})
+                vectors = forward.hessian.in_output_dtypes(direction(forward))
+                gradients_flat = torch.autograd.grad(
+                    forward.hessian.edges, flat, vectors, create_graph=True, allow_unused=True
+                )  # type: ignore[arg-type]
+            gradients = iter(gradients_flat)
+            yield GradGraph(
+                forward, points, {site: [next(gradients) for _ in tensors] for site, tensors in points.items()}
+            )
     finally:
         for w in leaves:
             w.requires_grad_(False)
 
 
-def loss_slope(step: ForwardPass) -> list[torch.Tensor]:
+def loss_gradient(forward: ForwardPass) -> list[torch.Tensor]:
     """The loss's gradient at the boundary, as a constant: its linearised loss misses what Gauss-Newton has."""
-    return [g.detach() for g in step.hessian.gradient]
+    return [g.detach() for g in forward.hessian.gradient]

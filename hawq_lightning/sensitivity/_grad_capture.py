@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,23 @@ from hawq_lightning.sensitivity._input_hooks import InputHooks
 
 class Overwritten(Exception):
     """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
+
+
+Result = TypeVar("Result")
+
+
+def with_copies(overwritten: set[str], run: Callable[[], Result]) -> Result:
+    """The result of ``run``, again for every layer that turns out to read what is overwritten later.
+
+    Args:
+        overwritten: gets the layer.
+        run: probes with hooks that keep copies for these layers.
+    """
+    while True:
+        try:
+            return run()
+        except Overwritten as layer:
+            overwritten.add(str(layer))
 
 
 _GONE = torch.empty(0)
@@ -55,9 +72,9 @@ class GradCapture:
         self._rows: dict[str, torch.Tensor] = {}
         self.recording = True
         self.last_pass = False  # what layers read is let go of as soon as it has served
-        self.per_image: Mapping[str, bool] = {}
+        self.per_sample: Mapping[str, bool] = {}
         self.leaks: dict[str, bool] | None = None
-        self.images = 1
+        self.samples = 1
         self._handles: list[Any] = []
         self._reader = InputHooks(layers, self._reads_of, self._alias)
 
@@ -84,11 +101,11 @@ class GradCapture:
         """Weight site -> the autograd nodes of its layers' outputs, a call each."""
         return {site: [c.node for c in calls if c.node is not None] for site, calls in self._calls.items()}
 
-    def sizes(self, site: str, images: int) -> torch.Tensor:
+    def sizes(self, site: str, samples: int) -> torch.Tensor:
         """Elements of one image's activation, a row each."""
         calls = self._reads[site]
-        rows = images if self.per_image[site] else 1
-        return torch.full((rows,), sum(c.value.numel() for c in calls) / images, dtype=torch.float64)
+        rows = samples if self.per_sample[site] else 1
+        return torch.full((rows,), sum(c.value.numel() for c in calls) / samples, dtype=torch.float64)
 
     def squares(self, backward: Callable[[], None], coefficient: float, rows: dict[str, torch.Tensor]) -> None:
         """Add ``coefficient`` times every row's squared gradient norm to ``rows`` in one backward pass."""
@@ -159,8 +176,8 @@ class GradCapture:
 
     def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
-        own = grad.ndim > 1 and grad.shape[0] == self.images == call.value.shape[0] and not bool(grad[1:].any())
-        self.leaks[call.site] = self.leaks.get(call.site, False) or not own
+        apart = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
+        self.leaks[call.site] = self.leaks.get(call.site, False) or not apart
 
     def _finish(self) -> None:
         for site, missing in self._waiting.items():
@@ -168,30 +185,34 @@ class GradCapture:
                 self._reduce(site)
 
     def _reduce(self, site: str) -> None:
-        per_image = self.per_image.get(site, False)
-        two = self._last == 1
+        per_sample = self.per_sample.get(site, False)
+        cross_pair = self._last == 1
         calls = self._calls.get(site)
         if calls is not None:
-            live = [c for c in calls if c.grads[0] is not None and (not two or c.grads[1] is not None)]
+            live = [c for c in calls if c.grads[0] is not None and (not cross_pair or c.grads[1] is not None)]
             for c in live:
                 if c.value._version != c.version:
                     raise Overwritten(c.name)
             uses = [
                 LayerCall(
-                    c.layer.module, _as(c.value, c.grads[0]), c.grads[0], c.grads[1] if two else None, c.layer.parameter
+                    c.layer.module,
+                    _as(c.value, c.grads[0]),
+                    c.grads[0],
+                    c.grads[1] if cross_pair else None,
+                    c.layer.parameter,
                 )
                 for c in live
                 if c.layer is not None and c.grads[0] is not None
             ]
-            value = inner_products(uses, per_image) if uses else None
+            value = inner_products(uses, per_sample) if uses else None
         else:
             calls = self._reads[site]
             value = None
             for c in calls:
-                a, b = c.grads[0], c.grads[1] if two else c.grads[0]
+                a, b = c.grads[0], c.grads[1] if cross_pair else c.grads[0]
                 if a is None or b is None:
                     continue
-                part = row_dots(a, b) if per_image else row_dots(a[None], b[None])
+                part = row_dots(a, b) if per_sample else row_dots(a[None], b[None])
                 value = part if value is None else value + part
         for c in calls:
             c.grads[:] = [None, None]

@@ -1,141 +1,203 @@
-"""Rounds of probes over images drawn by the curvature at their outputs; see :mod:`.draws` for why and how."""
+"""Steps over samples that are drawn by the curvature at their outputs; see :mod:`._sampling` for why and how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from hawq_lightning.sensitivity._context import MeasureContext
-from hawq_lightning.sensitivity._ggn import Probed, RademacherProbes, probe_batch
+from hawq_lightning._progress import Bar
+from hawq_lightning.sensitivity._batch_set import BatchSet
+from hawq_lightning.sensitivity._chunks import Chunk, chunks
+from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
 from hawq_lightning.sensitivity._isolate import Heap
-from hawq_lightning.sensitivity._microbatch import RAN_OUT, ImagesOf, out_of_memory
-from hawq_lightning.sensitivity._sampling import Chunk, SamplingDesign, chunks
+from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, attempt
+from hawq_lightning.sensitivity._probe_runner import ProbeRunner
+from hawq_lightning.sensitivity._sampling import SamplingDesign, sampling_design
+from hawq_lightning.sensitivity._seeds import derive_seed
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 
-_AGREE = 0.05  # share by which an image's curvature may differ between its batch and a drawn one
-_SOLID = 1e-3  # of the largest curvature: below it rounding rules
+_AGREE = 0.05  # share by which a sample's curvature may differ between its batch and a drawn one
+_SIGNIFICANT = 1e-3  # of the largest curvature: below it rounding rules
 
 
 class NotDrawableError(Exception):
-    """Images of this loss cannot be taken out of their batches; the message says why."""
+    """Samples of this loss cannot be taken out of their batches; the message says why."""
 
 
 @dataclass
 class ImportanceSampler:
-    """One round after another of drawn images; rows of images that were not drawn get zeros.
+    """One step after another of drawn samples; rows of samples that were not drawn get zeros.
 
-    Args:
-        setting: model, loss and sites.
-        per_image: all true: rows are images everywhere.
-        batch_size_fn: number of images in a batch.
-        rotate: rotate the signs onto the softmax factor.
-        kept: all batches.
-        images: number of images of each.
-        mine: batches of this process.
-        curvature: of every image's loss at the outputs, in its batch.
-        design: probabilities, one an image.
-        seed_of: a seed from several numbers.
-        largest: images at a time.
+    Attributes:
+        runner: estimator and seed; every site's rows are samples.
+        data: all batches.
+        curvature: of the loss at the outputs of each sample, in its batch (all samples,).
+        design: how likely each sample is.
+        probes_per_step: random vectors that a drawn sample gets.
+        report_every: steps after which the progress bar shows the error.
     """
 
-    setting: MeasureContext
-    per_image: dict[str, bool]
-    batch_size_fn: ImagesOf
-    rotate: bool
-    kept: Sequence[Any]
-    images: Sequence[int]
-    mine: Sequence[int]
+    runner: ProbeRunner
+    data: BatchSet
     curvature: torch.Tensor
     design: SamplingDesign
-    seed_of: Callable[..., int]
-    largest: int
-    _kind: str = field(default="", init=False)
+    probes_per_step: int = field(default=1, init=False)
+    report_every: int = field(default=8, init=False)
+    _reduction: str = field(default="", init=False)
     _heap: Heap = field(default_factory=Heap, init=False)
 
     def __post_init__(self) -> None:
-        self._start = [0, *torch.tensor(list(self.images)).cumsum(0).tolist()]
+        self._start = self.data.start
+        self._largest = max(self.data.samples)
 
-    def _of(self, batch: int, table: torch.Tensor) -> torch.Tensor:
-        return table[self._start[batch] : self._start[batch + 1]]
+    @property
+    def work(self) -> float:
+        """Samples that a step sends back on average, as a share of all."""
+        return float(self.design.probability.mean())
 
-    def round(self, turn: int, rows: TraceStatistics, concave: float = 1.0) -> None:
-        """Draw images, send one probe back for each, and add what they give to ``rows``.
+    def step(self, number: int, statistics: TraceStatistics, first: int, after: Callable[[int], None]) -> None:
+        """Add one step's rows to ``statistics``; what one process cannot draw from, all give up together.
 
         Args:
-            turn: number of the round.
-            rows: the table.
-            concave: how often the concave part of the loss counts in this probe.
+            number: of the step.
+            statistics: gets the rows.
+            first: not used: a step of drawn samples is done as a whole.
+            after: not used.
 
         Raises:
-            NotDrawableError: the images' losses depend on the batch that they are in.
+            NotDrawableError: the samples' losses depend on the batch that they are in.
         """
+        failed = ""
+        try:
+            self._step(number, statistics)
+        except NotDrawableError as reason:
+            failed = str(reason)
+        count = self.data.shard.sum(torch.tensor([float(bool(failed))], dtype=torch.float64))
+        if float(count):
+            raise NotDrawableError(failed or "another process found that losses depend on their batch")
+
+    def record(self, probes: int) -> dict[str, object]:
+        """For the result's settings: ``probes`` of each sample on average, and in how many steps."""
+        return {"draw": "curvature", "rounds": probes, "probes": round(probes * self.work, 2)}
+
+    def _step(self, number: int, statistics: TraceStatistics) -> None:
+        samples, local = self.data.samples, self.data.local
         chosen = []
-        for b in self.mine:
-            generator = torch.Generator().manual_seed(self.seed_of(turn, b, 0))
-            drawn = torch.rand(self.images[b], generator=generator, dtype=torch.float64) < self._of(
-                b, self.design.probability
-            )
-            chosen.append((b, drawn.nonzero()[:, 0]))
-        found = {
-            b: {s.name: torch.zeros(self.images[b], dtype=torch.float64) for s in self.setting.table} for b in self.mine
+        for b in local:
+            generator = torch.Generator().manual_seed(derive_seed(self.runner.seed, number, b, 0))
+            uniform = torch.rand(samples[b], generator=generator, dtype=torch.float64)
+            chosen.append((b, (uniform < self._of(b, self.design.probability)).nonzero()[:, 0]))
+        rows = {
+            b: {s.name: torch.zeros(samples[b], dtype=torch.float64) for s in self.runner.context.table} for b in local
         }
         try:
-            work = chunks(self.kept, self.images, chosen, self.largest, self.batch_size_fn)
+            self._probe_all(chosen, number, rows, statistics)
         except LookupError:
             raise NotDrawableError("it is not clear how to take images out of a batch") from None
+        for b in local:
+            statistics.add(b, rows[b])
+
+    def _probe_all(
+        self, chosen: list[tuple[int, torch.Tensor]], step: int, rows: dict[int, Rows], statistics: TraceStatistics
+    ) -> None:
+        """Probe the chosen samples, (batch, positions) each, as many at a time as memory holds."""
+        work = chunks(self.data.batches, self.data.samples, chosen, self._largest, self.data.batch_size_fn)
         while work:
             chunk = work.pop(0)
-            try:
-                probed = self._probe(chunk, turn, concave)
-            except Exception as error:
-                if not out_of_memory(error) or chunk.images < 2:
-                    raise
-                probed = None
-            if probed is None:  # outside of the handler, so that the graph is gone
-                self.largest = max(1, chunk.images // 2)
-                work = chunks(self.kept, self.images, chunk.segments, self.largest, self.batch_size_fn) + work
-                self.setting.note_again(RAN_OUT, f": drawn images were measured {self.largest} at a time.")
+            probes = attempt(lambda chunk=chunk: self._probe(chunk, step))  # type: ignore[misc]
+            if isinstance(probes, RanOut):
+                if chunk.samples < 2:
+                    raise probes.error
+                self._largest = max(1, chunk.samples // 2)
+                note = f": drawn images were measured {self._largest} at a time."
+                self.runner.context.diagnostics.replace_warning(RAN_OUT, note)
+                self._probe_all(list(chunk.segments), step, rows, statistics)
                 continue
-            self._scatter(chunk, probed, found, rows)
+            self._scatter(chunk, probes, rows, statistics)
             self._heap.tidy()
-        for b in self.mine:
-            rows.add(b, found[b])
 
-    def _probe(self, chunk: Chunk, turn: int, concave: float) -> Probed:
-        signs = RademacherProbes([(len(ids), self.seed_of(turn, b, 1 + int(ids[0]))) for b, ids in chunk.segments])
-        return probe_batch(
-            self.setting, chunk.batch, chunk.images, self.per_image, signs, 1,
-            rotate=self.rotate, curvature=True, concave=[concave],
+    def _probe(self, chunk: Chunk, step: int) -> Probes:
+        runner = self.runner
+        seeds = [(len(ids), derive_seed(runner.seed, step, b, 1 + int(ids[0]))) for b, ids in chunk.segments]
+        request = ProbeRequest(
+            chunk.batch, chunk.samples, runner.per_sample, seeds, 1, first_probe=step, curvature=True
         )  # fmt: skip
+        return runner.estimator.probe(runner.context, request)
 
-    def _scatter(
-        self, chunk: Chunk, probed: Probed, found: dict[int, dict[str, torch.Tensor]], rows: TraceStatistics
-    ) -> None:
-        self._check(chunk, probed)
+    def _scatter(self, chunk: Chunk, probes: Probes, rows: dict[int, Rows], statistics: TraceStatistics) -> None:
+        """Put what a chunk gives to the rows of its samples, weighed by one over their probabilities."""
+        self._check(chunk, probes)
         at = 0
         for b, ids in chunk.segments:
-            mine = slice(at, at + len(ids))
+            segment = slice(at, at + len(ids))
             at += len(ids)
-            # rows are of the batch's loss: a mean over fewer images weighs each of them more
-            share = (chunk.images / self.images[b]) if self._kind != "sum" else 1.0
-            weight = share / self._of(b, self.design.probability)[ids]
-            for site, value in probed.rows[0].items():
-                found[b][site][ids] = weight * value[mine]
-            for site, size in probed.sizes.items():
-                rows.size[site][rows.place(site, b)][ids] = size[mine]  # a slice is a view
+            # rows are of the batch's loss: a mean over fewer samples weighs each of them more
+            scale = (chunk.samples / self.data.samples[b]) if self._reduction != "sum" else 1.0
+            weight = scale / self._of(b, self.design.probability)[ids]
+            for site, value in probes.rows[0].items():
+                rows[b][site][ids] = weight * value[segment]
+            for site, size in probes.sizes.items():
+                statistics.size[site][statistics.place(site, b)][ids] = size[segment]  # a slice is a view
 
-    def _check(self, chunk: Chunk, probed: Probed) -> None:
-        """Every image's loss must be what it was in its own batch, but for the mean's 1/N."""
-        assert probed.curvature is not None
+    def _check(self, chunk: Chunk, probes: Probes) -> None:
+        """Every sample's loss must be what it was in its own batch, but for the mean's 1/N."""
+        if probes.curvature is None:
+            raise NotDrawableError("the curvature of the loss at the outputs has no closed form")
         before = torch.cat([self._of(b, self.curvature)[ids] for b, ids in chunk.segments])
-        size = torch.cat([torch.full((len(ids),), float(self.images[b])) for b, ids in chunk.segments])
+        size = torch.cat([torch.full((len(ids),), float(self.data.samples[b])) for b, ids in chunk.segments])
         top = float(self.curvature.max())
-        for kind, now in (("mean", probed.curvature * chunk.images / size), ("sum", probed.curvature)):
-            if self._kind in ("", kind) and bool(((now - before).abs() <= _AGREE * before + _SOLID * top).all()):
-                if bool((size != chunk.images).any()):  # else it fits both
-                    self._kind = kind
+        for reduction, now in (("mean", probes.curvature * chunk.samples / size), ("sum", probes.curvature)):
+            agree = (now - before).abs() <= _AGREE * before + _SIGNIFICANT * top
+            if self._reduction in ("", reduction) and bool(agree.all()):
+                if bool((size != chunk.samples).any()):  # else it fits both
+                    self._reduction = reduction
                 return
         raise NotDrawableError("the loss of an image depends on the batch that it is in")
+
+    def _of(self, batch: int, values: torch.Tensor) -> torch.Tensor:
+        """The values (all samples,) that belong to one batch."""
+        return values[self._start[batch] : self._start[batch + 1]]
+
+
+def importance_sampler(runner: ProbeRunner, data: BatchSet, bar: Bar) -> ImportanceSampler:
+    """Design the drawing of samples by the curvature of all samples' losses.
+
+    Args:
+        runner: how a batch is probed.
+        data: all batches.
+        bar: progress.
+
+    Raises:
+        NotDrawableError: samples cannot be drawn; all processes find so together.
+    """
+    if not runner.estimator.can_sample:
+        raise NotDrawableError(f"estimator='{runner.estimator.name}' has whole batches as rows")
+    if not all(runner.per_sample.values()):
+        raise NotDrawableError("images cannot be told apart at every site")
+    start, heap = data.start, Heap()
+    # the last entry counts processes that cannot draw: all must go the same way
+    table = torch.zeros(start[-1] + 1, dtype=torch.float64)
+    task = bar.begin("Curvature at the outputs", len(data.local))
+    for done, b in enumerate(data.local):
+        curvature = None
+        if runner.largest is None:  # else a whole batch is too much
+            batch = data.batches[b]
+            result = attempt(lambda batch=batch: runner.estimator.sample_curvature(runner.context, batch))  # type: ignore[misc]
+            curvature = None if isinstance(result, RanOut) else result
+        if curvature is None or len(curvature) != data.samples[b]:
+            table[-1] += 1
+            break
+        table[start[b] : start[b + 1]] = curvature
+        heap.tidy()
+        bar.advance(task, done + 1)
+    table = data.shard.sum(table)
+    if float(table[-1]):
+        raise NotDrawableError(
+            "the curvature of the loss at the outputs has no closed form, or memory ran out with whole batches"
+        )
+    samples = torch.tensor(list(data.samples))
+    # of a sample's own loss: of a mean loss it has 1/N
+    weighed = table[:-1] * torch.repeat_interleave(samples, samples)
+    return ImportanceSampler(runner, data, table[:-1], sampling_design(weighed))

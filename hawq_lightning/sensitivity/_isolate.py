@@ -7,7 +7,7 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
+from hawq_lightning._types import Batch
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -54,7 +55,7 @@ def noisy_modules(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def random_states_kept(seed: int | None = None) -> Iterator[None]:
     """Put back torch's, NumPy's and Python's random states; inside they start from ``seed`` when given."""
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
         if seed is not None:
@@ -63,9 +64,9 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
         yield
     finally:
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
@@ -102,7 +103,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             p.grad = grad
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor of a nested batch; the containers stay of their types. Inference tensors become plain ones."""
     if isinstance(batch, torch.Tensor):
         return batch.clone() if batch.is_inference() and batch.device == device else batch.to(device)
@@ -147,7 +148,7 @@ def _resident_pages() -> int:
 
 
 @functools.cache
-def _malloc_trim() -> Any:
+def _malloc_trim() -> Callable[[int], object] | None:
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in musl

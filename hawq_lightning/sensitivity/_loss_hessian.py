@@ -85,7 +85,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
     Only for losses that do not couple images.
     """
     values = hessian.values
-    images = values[0].shape[0]
+    samples = values[0].shape[0]
     counts = [v[0].numel() for v in values]
     if sum(counts) > _DENSE:
         return None
@@ -93,7 +93,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
     for i, count in enumerate(counts):
         for j in range(count):
             unit = [torch.zeros_like(v) for v in values]
-            unit[i].view(images, -1)[:, j] = 1.0
+            unit[i].view(samples, -1)[:, j] = 1.0
             rows.append(torch.cat([h.flatten(1) for h in hessian(unit)], 1))
     matrix = torch.stack(rows, 1).to(torch.float64)
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
@@ -103,7 +103,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
 
 
 def factorize_loss_hessian(
-    hessian: OutputHessian, generator: torch.Generator, by_image: bool = False, elementwise: bool = False
+    hessian: OutputHessian, generator: torch.Generator, by_sample: bool = False, elementwise: bool = False
 ) -> list[Block] | Dense | None:
     """Closed forms for every boundary tensor; the dense Hessian of every image; or ``None``: the general form.
 
@@ -113,18 +113,18 @@ def factorize_loss_hessian(
     Args:
         hessian: the operator.
         generator: of the random vector.
-        by_image: the loss does not couple images, and the first axis of every tensor is the images.
-        elementwise: known from an earlier look at the same batch.
+        by_sample: the loss does not couple images, and the first axis of every tensor is the images.
+        elementwise: an earlier look at the same batch has said so.
     """
     if elementwise:
         return [Diagonal(d) for d in hessian([v.new_ones(()).expand_as(v) for v in hessian.values])]
     state = generator.get_state()
-    answer = hessian([_normal(v, generator) for v in hessian.values])
+    update = hessian([_normal(v, generator) for v in hessian.values])
     diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
-    size = max((float(h.abs().max()) for h in answer if h.numel()), default=0.0)
+    size = max((float(h.abs().max()) for h in update if h.numel()), default=0.0)
     blocks: list[Block] = []
-    generator.set_state(state)  # drawn again rather than kept: outputs may be as large as the network's activations
-    for f, h, d in zip(hessian.values, answer, diagonal):
+    generator.set_state(state)  # drawn again, not kept in memory: outputs may be as large as the network's activations
+    for f, h, d in zip(hessian.values, update, diagonal):
         v = _normal(f, generator)
         share = 1e-4 if f.dtype == torch.float64 else max(3e-3, 4 * hessian.rounding)
         tolerance = share * float(h.norm()) + 1e-7 * size
@@ -133,7 +133,7 @@ def factorize_loss_hessian(
             continue
         block = _softmax(f, v, h, tolerance)
         if block is None:
-            return dense(hessian) if by_image else None
+            return dense(hessian) if by_sample else None
         blocks.append(block)
     return blocks
 
@@ -148,14 +148,41 @@ def without_curvature(
 ) -> list[int]:
     """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
     if isinstance(blocks, list):
-        curved = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
+        has_curvature = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
     else:
-        curved = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
-    found = [i for i, (c, g) in enumerate(zip(curved, hessian.gradient)) if not c and bool(g.any())]
-    slopes = torch.cat([hessian.gradient[i].flatten() for i in found]) if found else torch.zeros(0)
-    if len(found) == len(curved) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
+        has_curvature = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
+    flat = [i for i, (c, g) in enumerate(zip(has_curvature, hessian.gradient)) if not c and bool(g.any())]
+    slopes = torch.cat([hessian.gradient[i].flatten() for i in flat]) if flat else torch.zeros(0)
+    if len(flat) == len(has_curvature) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
         return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
-    return found
+    return flat
+
+
+def output_curvature(
+    hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, l1_outputs: Sequence[int]
+) -> torch.Tensor | None:
+    """Trace of the absolute Hessian of the loss at the outputs, (samples,); ``None`` if it is not known.
+
+    Args:
+        hessian: at the boundary of a batch whose samples are the first axis.
+        blocks: its closed forms.
+        l1_outputs: tensors that count by their slope (L1 losses).
+    """
+    if blocks is None:
+        return None
+    total = torch.zeros(hessian.values[0].shape[0], dtype=torch.float64)
+    if isinstance(blocks, Dense):
+        return total + blocks.eigenvalues.abs().sum(1).double().cpu()
+    for i, (block, gradient) in enumerate(zip(blocks, hessian.gradient)):
+        if i in l1_outputs:
+            value = gradient.detach().abs()
+        elif isinstance(block, Softmax):
+            p = block.probability
+            value = block.scale * (1 - p.square().sum(block.axis, keepdim=True))
+        else:
+            value = block.d.abs()
+        total += value.double().flatten(1).sum(1).cpu()
+    return total.clamp_min(0)
 
 
 def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float) -> Softmax | None:
@@ -168,47 +195,52 @@ def _softmax(f: torch.Tensor, v: torch.Tensor, h: torch.Tensor, tolerance: float
         scale = (q * h).sum(axis, keepdim=True) / norm.clamp_min(torch.finfo(f.dtype).tiny)
         if float((h - scale * q).norm()) <= tolerance and float(scale.min()) >= -1e-6 * float(scale.abs().max()):
             # a saturated image has no curvature left to measure its scale by; take its neighbours'
-            solid = norm > 1e-10 * norm.max()
-            typical = scale[solid].median() if bool(solid.any()) else scale.max()
-            return Softmax(p, torch.where(solid, scale, typical).clamp_min(0), axis)
+            significant = norm > 1e-10 * norm.max()
+            typical = scale[significant].median() if bool(significant.any()) else scale.max()
+            return Softmax(p, torch.where(significant, scale, typical).clamp_min(0), axis)
     return None
 
 
 @dataclass
 class ProbeVectors:
-    """What to send back: ``pairs`` of (coefficient, vectors) whose squared norms add up; or ``two`` vectors z, Hz."""
+    """What to send back through the network, tensors like the outputs.
+
+    Attributes:
+        pairs: (coefficient, vectors) whose squared gradient norms, times the coefficient, add up.
+        cross_pair: vectors z and H z; the inner product of their gradients is added.
+    """
 
     pairs: list[tuple[float, list[torch.Tensor]]]
-    two: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+    cross_pair: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
 
-def draw(
+def factor_probe(
     hessian: OutputHessian,
     blocks: Sequence[Block] | Dense | None,
     z: Sequence[torch.Tensor],
     *,
     rotate: bool = True,
-    sloped: Sequence[int] = (),
+    l1_outputs: Sequence[int] = (),
     concave: float = 1.0,
 ) -> ProbeVectors:
     """Turn sign vectors ``z`` (one a boundary tensor) into what is sent back through the network.
 
     Elementwise losses that are concave in places (focal) need two backward passes, one a sign: unbiased, unlike
-    clipping. Tensors numbered in ``sloped`` get the Fisher information of a Laplace distribution of unit scale, ``|g|``
-    at slope g, in place of their zero Hessian.
+    clipping. Tensors numbered in ``l1_outputs`` get the Fisher information of a Laplace distribution of unit scale,
+    ``|g|`` at slope g, in place of their zero Hessian.
 
     Args:
         hessian: the operator.
         blocks: its closed forms.
         z: signs.
         rotate: rotate the signs onto the softmax factor.
-        sloped: tensors that count by their slope.
+        l1_outputs: tensors that count by their slope.
         concave: how often the concave part counts; 0 leaves it to another probe, which counts it several times.
     """
     laplace = [torch.zeros(()).to(v).expand_as(v) for v in z]
-    for i in sloped:
+    for i in l1_outputs:
         laplace[i] = hessian.gradient[i].detach().abs().sqrt() * z[i]
-    apart = [(1.0, laplace)] if sloped else []
+    apart = [(1.0, laplace)] if l1_outputs else []
     if blocks is None:
         return ProbeVectors(apart, (list(z), hessian(z)))
     plus: list[torch.Tensor] = []

@@ -1,177 +1,193 @@
-"""``PROBES_PER_STEP`` probes of a batch by any estimator; in parts where memory runs out."""
+"""One step of an estimator on one batch, in parts where memory runs out; and steps over all batches as they are."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, BatchSizeFn
+from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
-from hawq_lightning.sensitivity._double_backward import gaussian, rademacher
-from hawq_lightning.sensitivity._ggn import RademacherProbes, concave_share, probe_batch
-from hawq_lightning.sensitivity._hutchinson import hessian_batch, hutchinson_batch
-from hawq_lightning.sensitivity._microbatch import RAN_OUT, ImagesOf, loss_reduction, out_of_memory, take
-from hawq_lightning.sensitivity._statistics import AllSum
-
-PROBES_PER_STEP = 2
-_SLIGHT = 0.05  # share of concave curvature up to which it need not be probed every time
-_CONCAVE_EVERY = 8  # it then counts so often in every eighth probe: one backward pass a probe instead of two
+from hawq_lightning.sensitivity._estimator import Estimator, ProbeRequest, Probes, Rows
+from hawq_lightning.sensitivity._grad_capture import with_copies
+from hawq_lightning.sensitivity._isolate import Heap
+from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, with_fewer
+from hawq_lightning.sensitivity._microbatch import loss_reduction, slice_batch
+from hawq_lightning.sensitivity._seeds import derive_seed
+from hawq_lightning.sensitivity._statistics import TraceStatistics
 
 
 @dataclass
 class ProbeRunner:
-    """How to probe a batch.
+    """How a batch is probed.
 
     Args:
-        setting: model, loss and sites.
-        estimator: ``ggn``, ``hessian``, ``hutchinson`` or ``exact``.
-        per_image: site -> whether Gauss-Newton rows are images.
-        batch_size_fn: number of images in a batch.
-        distribution: of Hutchinson's vectors.
-        rotate: rotate the signs onto the softmax factor.
-        curved: for ``hessian``: where the network is not piecewise linear.
-        seed: of all draws.
-        largest: images at a time at the most; shrinks when memory runs out.
-
-    Attributes:
-        thin: the concave part of the loss goes back with every so many probes.
+        context: model, loss and sites.
+        estimator: prepared.
+        per_sample: site -> whether samples can be told apart there.
+        batch_size_fn: number of samples in a batch.
+        seed: of the measurement.
+        largest: samples at a time at the most; falls when memory runs out; ``None``: whole batches.
     """
 
-    setting: MeasureContext
-    estimator: str
-    per_image: dict[str, bool]
-    batch_size_fn: ImagesOf
-    distribution: str = "rademacher"
-    rotate: bool = True
-    curved: tuple[str, ...] = ()
+    context: MeasureContext
+    estimator: Estimator
+    per_sample: Mapping[str, bool]
+    batch_size_fn: BatchSizeFn
     seed: int = 0
     largest: int | None = None
-    thin: int = field(default=1, init=False)
-    _elementwise: set[int] = field(default_factory=set, init=False)
-    _kind: str = field(default="", init=False)
+    _reduction: str = field(default="", init=False)
 
-    def row_unit(self) -> dict[str, bool]:
-        """Site -> whether a row of the result is an image."""
-        whole = self.estimator in ("hutchinson", "hessian")
-        weights = {s.name for s in self.setting.table.weights}
-        return {n: per and not (whole and n in weights) for n, per in self.per_image.items()}
+    def probe(self, batch: Batch, samples: int, number: int, step: int) -> Probes:
+        """One step of a batch, in as many parts as memory asks for.
 
-    def thin_concave(self, first: Sequence[Any], all_reduce_sum: AllSum | None, max_probes: int) -> None:
-        """Decide how often the concave part goes back, by its share in ``first``: a batch of each process, if any."""
-        self.thin = 1
-        if self.estimator != "ggn" or max_probes < 2 * _CONCAVE_EVERY:
-            return
-        try:
-            concave, whole = concave_share(self.setting, first[0]) if first else (0.0, 0.0)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            concave = whole = 1.0
-        table = torch.tensor([concave, whole], dtype=torch.float64)
-        if all_reduce_sum is not None:
-            table = all_reduce_sum(table)
-        if 0 < float(table[0]) <= _SLIGHT * float(table[1]):
-            self.thin = _CONCAVE_EVERY
-
-    def concave(self, probe: int) -> float:
-        """How often the concave part counts in a probe."""
-        return 0.0 if probe % self.thin else float(self.thin)
-
-    def of_batch(
-        self, batch: Any, images: int, number: int, turn: int
-    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        """``PROBES_PER_STEP`` probes of one batch, in as many parts as memory asks for: rows of each, and sizes."""
-        while True:
-            size = min(images, self.largest or images)
-            try:
-                return self._parts(batch, images, size, number, turn)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                text = str(error).strip().split("\n")[0]
-            # outside of the handler, so that the traceback no longer holds the graph
-            if size < 2:
-                raise HawqError(f"Memory ran out with a single image at a time: {text}")
-            self.settle(batch, images, size // 2)
-
-    def settle(self, batch: Any, images: int, size: int) -> None:
-        """Memory ran out: make sure that parts of ``size`` images may stand for a batch, and say so.
+        Args:
+            batch: a whole batch.
+            samples: its number of samples.
+            number: of the batch.
+            step: number of the step.
 
         Raises:
-            HawqError: they may not.
+            HawqError: memory runs out, and the batch cannot be measured in smaller parts.
         """
-        if not all(self.per_image.values()):
+
+        def fewer(size: int, ran_out: RanOut) -> int:
+            if size < 2:
+                raise HawqError(f"{RAN_OUT} with a single image at a time: {ran_out}")
+            return self.enable_microbatching(batch, samples, size // 2)
+
+        def run(size: int) -> Probes:
+            return self._parts(batch, samples, size, number, step)
+
+        return with_fewer(run, min(samples, self.largest or samples), fewer)[0]
+
+    def enable_microbatching(self, batch: Batch, samples: int, size: int) -> int:
+        """Make sure that parts may stand for a batch, and say so.
+
+        Args:
+            batch: a whole batch.
+            samples: its number of samples.
+            size: samples that a part is to have.
+
+        Returns:
+            samples that a part has; fewer where memory runs out again meanwhile.
+
+        Raises:
+            HawqError: parts do not add up to the batch.
+        """
+        if not all(self.per_sample.values()):
             raise HawqError(
                 "Memory ran out, and the images of a batch cannot be told apart, so it cannot be measured in parts; "
                 "use a smaller batch size."
             )
-        while not self._kind:
-            try:
-                self._kind = loss_reduction(self.setting, batch, images, size, self.batch_size_fn)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                size //= 2
+        if not self._reduction:
+            self._reduction, size = with_fewer(
+                lambda n: loss_reduction(self.context, batch, samples, n, self.batch_size_fn),
+                size,
+                lambda n, ran_out: n // 2,
+            )
         self.largest = size
-        self.setting.note_again(RAN_OUT, f": batches were measured {size} images at a time.")
+        self.context.diagnostics.replace_warning(RAN_OUT, f": batches were measured {size} images at a time.")
+        return size
 
-    def _parts(
-        self, batch: Any, images: int, size: int, number: int, turn: int
-    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        if size == images:
-            return self._probe(batch, images, turn, mix(self.seed, number, turn), number)
-        unit = self.row_unit()
-        found: list[list[dict[str, torch.Tensor]]] = []
-        all_sizes: list[dict[str, torch.Tensor]] = []
-        for start in range(0, images, size):
-            stop = min(start + size, images)
-            part = take(batch, images, start, stop, self.batch_size_fn)
+    def _parts(self, batch: Batch, samples: int, size: int, number: int, step: int) -> Probes:
+        if size == samples:
+            return self._probe(batch, samples, step, derive_seed(self.seed, number, step), number)
+        parts: list[Probes] = []
+        for start in range(0, samples, size):
+            stop = min(start + size, samples)
+            part = slice_batch(batch, samples, start, stop, self.batch_size_fn)
             if part is None:
                 raise HawqError("Memory ran out, and it is not clear how to take images out of this batch.")
-            values, sizes = self._probe(part, stop - start, turn, mix(self.seed, number, turn, start))
-            share = (stop - start) / images if self._kind == "mean" else 1.0
-            found.append([{n: share * v for n, v in rows.items()} for rows in values])
-            all_sizes.append(sizes)
-        joined = []
-        for probe in zip(*found):
-            rows: dict[str, torch.Tensor] = {}
-            for n in dict.fromkeys(k for p in probe for k in p):
-                pieces = [p[n] for p in probe]
-                rows[n] = torch.cat(pieces) if unit[n] else torch.stack(pieces).sum(0)
-            joined.append(rows)
-        return joined, {n: torch.cat([s[n] for s in all_sizes]) for n in all_sizes[0]}
+            probes = self._probe(part, stop - start, step, derive_seed(self.seed, number, step, start))
+            # rows are of the batch's loss: a mean over fewer samples weighs each of them more
+            scale = (stop - start) / samples if self._reduction == "mean" else 1.0
+            parts.append(Probes([{n: scale * v for n, v in rows.items()} for rows in probes.rows], probes.sizes))
+        return join_parts(parts, self.estimator.row_unit(self.context, self.per_sample))
 
-    def _probe(
-        self, batch: Any, images: int, turn: int, seed: int, whole: int | None = None
-    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-        found: list[dict[str, torch.Tensor]] = []
-        setting, per_image = self.setting, self.per_image
-        if self.estimator == "hutchinson":
-            generator = torch.Generator().manual_seed(seed)
-            sample = (rademacher if self.distribution == "rademacher" else gaussian)(generator)
-            sizes = hutchinson_batch(setting, batch, images, self.row_unit(), sample, PROBES_PER_STEP, found.append)
-        elif self.estimator == "hessian":
-            sizes = hessian_batch(
-                setting, batch, images, per_image, seed, PROBES_PER_STEP, found.append,
-                curved=self.curved, rotate=self.rotate,
-            )  # fmt: skip
-        else:
-            probed = probe_batch(
-                setting, batch, images, per_image, RademacherProbes([(images, seed)]), PROBES_PER_STEP,
-                rotate=self.rotate, exact=self.estimator == "exact",
-                concave=[self.concave(PROBES_PER_STEP * turn + k) for k in range(PROBES_PER_STEP)],
-                elementwise=whole in self._elementwise,
-            )  # fmt: skip
-            found, sizes = probed.rows, probed.sizes
-            if probed.elementwise and whole is not None:  # of this batch: the next round need not find out again
-                self._elementwise.add(whole)
-        return found, sizes
+    def _probe(self, batch: Batch, samples: int, step: int, seed: int, number: int | None = None) -> Probes:
+        estimator = self.estimator
+        request = ProbeRequest(
+            batch, samples, self.per_sample, [(samples, seed)], estimator.probes_per_step,
+            first_probe=estimator.probes_per_step * step, batch_number=number,
+        )  # fmt: skip
+        try:
+            return with_copies(self.context.diagnostics.overwritten, lambda: estimator.probe(self.context, request))
+        except RuntimeError as error:
+            if estimator.second_derivatives and _lacks_second_derivative(error):
+                reason = str(error).strip().split("\n")[0].rstrip(".")
+                raise HawqError(
+                    f"estimator={estimator.name!r} needs double backward through the network: {reason}. Use 'ggn'."
+                ) from error
+            raise
 
 
-def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+def join_parts(parts: list[Probes], row_unit: Mapping[str, bool]) -> Probes:
+    """The rows of a batch from those of its parts: one after the other where rows are samples, else added up."""
+    joined = []
+    for of_probe in zip(*(part.rows for part in parts)):
+        rows: Rows = {}
+        for n in dict.fromkeys(name for part in of_probe for name in part):
+            pieces = [part[n] for part in of_probe]
+            rows[n] = torch.cat(pieces) if row_unit[n] else torch.stack(pieces).sum(0)
+        joined.append(rows)
+    return Probes(joined, {n: torch.cat([part.sizes[n] for part in parts]) for n in parts[0].sizes})
+
+
+def _lacks_second_derivative(error: RuntimeError) -> bool:
+    text = str(error)
+    return "derivative" in text or "differentiate" in text or "double backward" in text
+
+
+@dataclass
+class WholeBatches:
+    """Steps that take every sample.
+
+    Attributes:
+        runner: how a batch is probed.
+        data: all batches.
+        probes_per_step: random vectors.
+        work: samples that a step sends back, as a share of all.
+        report_every: steps after which the progress bar shows the error.
+    """
+
+    runner: ProbeRunner
+    data: BatchSet
+    work: float = field(default=1.0, init=False)
+    report_every: int = field(default=1, init=False)
+    _heap: Heap = field(default_factory=Heap, init=False)
+
+    @property
+    def probes_per_step(self) -> int:
+        """Random vectors that every sample gets in a step."""
+        return self.runner.estimator.probes_per_step
+
+    def step(self, number: int, statistics: TraceStatistics, first: int, after: Callable[[int], None]) -> None:
+        """Add one step's rows of this process's batches to ``statistics``.
+
+        Args:
+            number: of the step.
+            statistics: gets the rows.
+            first: batches of the step that are there already.
+            after: called after every batch with the number of those that are there.
+        """
+        for done, b in enumerate(self.data.local):
+            if done >= first:
+                self.probe_batch(b, number, statistics)
+                self._heap.tidy()
+                after(done + 1)
+
+    def probe_batch(self, batch: int, step: int, statistics: TraceStatistics) -> None:
+        """Add one step's rows of one batch, by its number."""
+        probes = self.runner.probe(self.data.batches[batch], self.data.samples[batch], batch, step)
+        for rows in probes.rows:
+            statistics.add(batch, rows)
+        for site, size in probes.sizes.items():
+            statistics.size[site][statistics.place(site, batch)] = size
+
+    def record(self, probes: int) -> dict[str, object]:
+        """For the result's settings."""
+        return {"draw": "all"}

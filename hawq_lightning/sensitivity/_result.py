@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
+from hawq_lightning._types import JsonObject
 
 FORMAT = "hawq_lightning.sensitivity"
 VERSION = 1
@@ -45,7 +45,7 @@ class Sensitivity:
 
     Attributes:
         records: in network order.
-        rows: site name -> one trace a row; a row is an image, or a batch where images cannot be told apart. The
+        rows: site name -> one trace a row; a row is a sample, or a batch where samples cannot be told apart. The
             weighted mean of the rows is the trace.
         sizes: activation site name -> elements of each row's activation.
         row_weights: of each row in every mean; ``None``: all equal.
@@ -60,7 +60,7 @@ class Sensitivity:
     sizes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     row_weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
     row_unit: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     notes: Sequence[str] = ()
     fingerprint: str = ""
 
@@ -80,7 +80,7 @@ class Sensitivity:
     def __contains__(self, name: object) -> bool:
         return any(r.name == name for r in self.records)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain JSON types."""
 
         def short(table: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
@@ -100,7 +100,7 @@ class Sensitivity:
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> Sensitivity:
+    def from_dict(cls, data: object) -> Sensitivity:
         """Read what :meth:`to_dict` wrote.
 
         Raises:
@@ -144,11 +144,11 @@ class Sensitivity:
         return cls.from_dict(read_json(path, "sensitivity file"))
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no infinity: an error that cannot be told is null
+def _finite(record: JsonObject) -> JsonObject:
+    # JSON has no infinity: an infinite error is null
     return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in record.items()}
 
 
-def _record(raw: Mapping[str, Any]) -> SiteTrace:
-    values: dict[str, Any] = {k: math.inf if v is None else v for k, v in raw.items()}
+def _record(raw: JsonObject) -> SiteTrace:
+    values: JsonObject = {k: math.inf if v is None else v for k, v in raw.items()}
     return SiteTrace(**values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
 
 SIGNIFICANT = 2.0  # standard errors
 
@@ -14,9 +14,9 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
     upper bound, trace + 2 stderr, and the lowest significant mean trace of its kind.
 
     Returns:
-        site -> mean trace >= 0, and one sentence for each site that was lifted.
+        site -> mean trace >= 0, and one sentence for each site that was floored.
     """
-    solid = {
+    significant = {
         k: [r.mean_trace for r in sensitivity if r.kind == k and _significant(r)] for k in ("weight", "activation")
     }
     out, notes = {}, []
@@ -25,7 +25,7 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
             out[r.name] = r.mean_trace
             continue
         bound = max(0.0, (r.trace + SIGNIFICANT * r.stderr) / r.numel)
-        out[r.name] = max(bound, min(solid[r.kind], default=bound))
+        out[r.name] = max(bound, min(significant[r.kind], default=bound))
         notes.append(
             f"{r.name}: trace {r.trace:.2g} with standard error {r.stderr:.2g} is not significantly positive; "
             f"bits are chosen as if its mean trace were {out[r.name]:.2g}."
@@ -33,5 +33,5 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
     return out, tuple(notes)
 
 
-def _significant(record: object) -> bool:
-    return record.trace > SIGNIFICANT * record.stderr and record.trace > 0  # type: ignore[attr-defined]
+def _significant(record: SiteTrace) -> bool:
+    return record.trace > SIGNIFICANT * record.stderr and record.trace > 0

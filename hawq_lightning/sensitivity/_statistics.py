@@ -2,76 +2,91 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result import SiteTrace
-
-AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TraceStatistics:
     """First and second moments over probes, a table of rows for every site.
 
-    A row is an image where images can be told apart, otherwise a batch. Its value is the trace of the row's own loss,
-    so that the weighted mean over rows is the trace of the site.
+    A row is a sample where samples can be told apart, otherwise a batch. Its value is the trace of the row's own loss,
+    so that the weighted mean over rows is the trace of the site. With x_k the value at probe k of K, all float64:
+
+    - ``mean``: site -> (rows,), the mean of x_k over k;
+    - ``m2``: site -> (rows,), the sum of (x_k - mean)^2 (Welford, Technometrics 4, 1962);
+    - ``size``: activation site -> (rows,), elements of the activation; 0 until the row was probed;
+    - ``weight``: site -> (rows,), of each row in the trace: samples of the batch, or 1 for each sample.
 
     Args:
         table: the sites.
-        images: images of each batch.
-        per_image: site -> whether its rows are images.
+        samples: number of samples of each batch.
+        per_sample: site -> whether its rows are samples.
     """
 
-    def __init__(self, table: SiteTable, images: Sequence[int], per_image: Mapping[str, bool]) -> None:
-        self.table, self.per_image = table, per_image
-        self._start = [0, *torch.tensor(images).cumsum(0).tolist()]
-        self._images = list(images)
-        count = {s.name: (self._start[-1] if per_image[s.name] else len(images)) for s in table}
+    def __init__(self, table: SiteTable, samples: Sequence[int], per_sample: Mapping[str, bool]) -> None:
+        self.table, self.per_sample = table, per_sample
+        self._start = [0, *torch.tensor(samples).cumsum(0).tolist()]
+        self._samples = list(samples)
+        count = {s.name: (self._start[-1] if per_sample[s.name] else len(samples)) for s in table}
         self.mean = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
-        self.spread = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
+        self.m2 = {n: torch.zeros(c, dtype=torch.float64) for n, c in count.items()}
         self.size = {s.name: torch.zeros(count[s.name], dtype=torch.float64) for s in table.activations}
         self.weight = {
             s.name: torch.ones(count[s.name], dtype=torch.float64)
-            if per_image[s.name]
-            else torch.tensor(self._images, dtype=torch.float64)
+            if per_sample[s.name]
+            else torch.tensor(self._samples, dtype=torch.float64)
             for s in table
         }
-        self.counts = [0] * len(images)
+        self.counts = [0] * len(samples)
         self.probes = 0
 
     def place(self, site: str, batch: int) -> slice:
         """Where the rows of a batch stand in the table."""
-        if self.per_image[site]:
+        if self.per_sample[site]:
             return slice(self._start[batch], self._start[batch + 1])
         return slice(batch, batch + 1)
 
     def add(self, batch: int, values: Mapping[str, torch.Tensor]) -> None:
-        """Add one probe of one batch: squared norms of the batch's loss, a row each."""
+        """Add one probe of one batch.
+
+        Args:
+            batch: its number.
+            values: site -> (rows of the batch,), of the batch's loss; of a mean loss each sample has 1/N of its own.
+        """
         self.counts[batch] += 1
         for site, value in values.items():
             place = self.place(site, batch)
-            x = value * (self._images[batch] if self.per_image[site] else 1.0)
-            before = x - self.mean[site][place]  # Welford: no cancellation where probes hardly differ
-            self.mean[site][place] += before / self.counts[batch]
-            self.spread[site][place] += before * (x - self.mean[site][place])
+            x = value * (self._samples[batch] if self.per_sample[site] else 1.0)
+            deviation = x - self.mean[site][place]  # Welford: no cancellation where probes hardly differ
+            self.mean[site][place] += deviation / self.counts[batch]
+            self.m2[site][place] += deviation * (x - self.mean[site][place])
 
     def fresh(self) -> TraceStatistics:
         """An empty table for the same rows."""
-        return TraceStatistics(self.table, self._images, self.per_image)
+        return TraceStatistics(self.table, self._samples, self.per_sample)
 
-    def gathered(self, all_reduce_sum: AllSum | None) -> TraceStatistics:
-        """A copy summed over processes (each holds its own batches, zeros elsewhere)."""
-        out = object.__new__(TraceStatistics)
-        out.__dict__ = dict(self.__dict__)
-        if all_reduce_sum is not None:
-            tables = [self.mean, self.spread, self.size]
+    def summed(self, shard: ProcessShard, probes: int) -> TraceStatistics:
+        """Those of all processes (each holds its own batches, zeros elsewhere).
+
+        Args:
+            shard: for the sum.
+            probes: that every batch has had by now.
+        """
+        total = copy.copy(self)
+        total.probes = probes
+        if shard.all_reduce_sum is not None:
+            tables = [self.mean, self.m2, self.size]
             flat = torch.cat([t[n] for t in tables for n in t])
-            parts = iter(all_reduce_sum(flat).split([t[n].numel() for t in tables for n in t]))
-            out.mean, out.spread, out.size = ({n: next(parts) for n in t} for t in tables)
-        return out
+            parts = iter(shard.sum(flat).split([t[n].numel() for t in tables for n in t]))
+            total.mean, total.m2, total.size = ({n: next(parts) for n in t} for t in tables)
+        return total
 
     def means(self, site: str) -> torch.Tensor:
         """Mean over probes, a row each."""
@@ -90,7 +105,7 @@ class TraceStatistics:
 
     def _noise(self, site: str) -> torch.Tensor:
         """Squared standard errors of the weighted rows."""
-        return self.weight[site].square() * self.spread[site] / (self.probes * (self.probes - 1))
+        return self.weight[site].square() * self.m2[site] / (self.probes * (self.probes - 1))
 
     def stderr_data(self, site: str) -> float:
         """With the sampling of the rows added; infinite for a single row."""
@@ -100,16 +115,22 @@ class TraceStatistics:
             return math.inf
         share = w / w.sum()
         centre = (share * mean).sum()
-        spread = (share.square() * (mean - centre).square()).sum() * rows / (rows - 1)
-        return max(float(spread.sqrt()), self.stderr(site) if self.probes > 1 else 0.0)
+        variance = (share.square() * (mean - centre).square()).sum() * rows / (rows - 1)
+        return max(float(variance.sqrt()), self.stderr(site) if self.probes > 1 else 0.0)
 
-    def freedom(self, site: str) -> float:
+    def degrees_of_freedom(self, site: str) -> float:
         """Degrees of freedom behind :meth:`stderr` (Welch and Satterthwaite: few noisy rows count as few)."""
         if self.probes < 2:
             return 0.0
         noise = self._noise(site)
         total = float(noise.sum())
         return math.inf if total == 0 else total**2 / float(noise.square().sum()) * (self.probes - 1)
+
+    def filled_sizes(self, site: str) -> torch.Tensor:
+        """Elements of each row of an activation site; of rows never probed, whose traces count 0, the others' mean."""
+        size = self.size[site]
+        probed = size > 0
+        return torch.where(probed, size, size[probed].mean()) if bool(probed.any()) else size.clamp_min(1)
 
     def records(self, exact: bool = False) -> tuple[SiteTrace, ...]:
         """One record a site."""

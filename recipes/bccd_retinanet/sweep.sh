@@ -5,4 +5,4 @@ data=$1
 checkpoint=$2
 shift 2
 exec hawq-lightning -m experiment=bccd_retinanet data.root="$data" model.weights="$checkpoint" float_epochs=0 \
-  selector.budget=8x,10x,12x seed=1,2 "$@"
+  select.budget=8x,10x,12x seed=1,2 "$@"

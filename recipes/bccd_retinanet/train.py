@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning import HAWQ, save_packed
+from hawq_lightning import HAWQ, MeasureConfig, save_packed
 from hawq_lightning.data import CocoData
 from hawq_lightning.models import retinanet_resnet18
 from hawq_lightning.tasks import DetectionTask
@@ -41,7 +41,8 @@ def main() -> None:
 
     task.lr = 1e-4
     bits = (2, 3, 4, 5, 6, 8)
-    hawq = HAWQ(bits, 8, args.budget, images=args.images, rtol=args.rtol, seed=args.seed, dirpath=args.out)
+    measure = MeasureConfig(images=args.images, rtol=args.rtol, seed=args.seed)
+    hawq = HAWQ(bits, 8, args.budget, measure=measure, dirpath=args.out)
     trainer = pl.Trainer(max_epochs=args.epochs, callbacks=[hawq], **common)
     trainer.fit(task, data)
     size = save_packed(task, hawq.plan, args.out / "model.safetensors")

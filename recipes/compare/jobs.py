@@ -83,7 +83,7 @@ class Job:
             return ""
         plan = Plan.load(self.plan)
         chosen = [[s.name, s.bits, s.code, s.scale, s.zero_point] for s in plan.sites]
-        how = [o for o in self.told if not o.startswith(("selector=", "selector.", "hawq.plan="))]
+        how = [o for o in self.told if not o.startswith(("select=", "select.", "hawq.plan="))]
         text = json.dumps([plan.quantizer, dict(plan.quantizer_options), chosen, how], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -183,11 +183,11 @@ def choose(job: Job) -> None:
     """Choose from the options that another plan lists."""
     assert job.chooses_from is not None
     cfg = composed(job.overrides)
-    budget = cfg.selector.budget
+    budget = cfg.select.budget
     budget = budget if isinstance(budget, str) else OmegaConf.to_container(budget)
     known = Plan.load(job.eigenvalues_of).settings.get("eigenvalues") if job.eigenvalues_of else None
     base = Plan.load(job.chooses_from)
-    plan = select(problem_of(base), budget, cfg.selector.name, seed=cfg.seed, eigenvalues=known)
+    plan = select(problem_of(base), budget, cfg.select.selector, seed=cfg.seed, eigenvalues=known)
     plan.replace(quantizer=base.quantizer, quantizer_options=base.quantizer_options).save(job.file)
     (job.folder / "metrics.json").write_text(json.dumps({"chosen_from": str(job.chooses_from)}), encoding="utf-8")
 

@@ -4,4 +4,4 @@ set -e
 data=$1
 shift
 exec hawq-lightning -m experiment=inceptionv3_imagenet data.root="$data" trainer=gpu \
-  "selector.budget={weights:8x,act:7.6x},{weights:10.67x,act:7.6x},{weights:12.04x,act:7.6x},{weights:14x,act:7.6x}" seed=1,2 "$@"
+  "select.budget={weights:8x,act:7.6x},{weights:10.67x,act:7.6x},{weights:12.04x,act:7.6x},{weights:14x,act:7.6x}" seed=1,2 "$@"

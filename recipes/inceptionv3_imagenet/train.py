@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning import HAWQ, save_packed
+from hawq_lightning import HAWQ, MeasureConfig, save_packed
 from hawq_lightning.data import ImageFolderDataModule
 from hawq_lightning.models import inception_v3
 from hawq_lightning.tasks import ClassificationTask
@@ -39,7 +39,8 @@ def main() -> None:
     net = inception_v3(args.classes, pretrained=args.weights is None, weights=args.weights)
     task = ClassificationTask(net, args.classes, lr=0.005, weight_decay=4e-5, schedule="cosine", label_smoothing=0.1)
     budget = {"weights": "12.04x", "act": "7.6x"}
-    hawq = HAWQ((2, 4, 8), (4, 8), budget, images=args.images, rtol=args.rtol, seed=args.seed, dirpath=args.out)
+    measure = MeasureConfig(images=args.images, rtol=args.rtol, seed=args.seed)
+    hawq = HAWQ((2, 4, 8), (4, 8), budget, measure=measure, dirpath=args.out)
     trainer = pl.Trainer(max_epochs=args.epochs, callbacks=[hawq], logger=False, default_root_dir=args.out)
     trainer.fit(task, data)
     if trainer.is_global_zero:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning import HAWQ, save_packed
+from hawq_lightning import HAWQ, MeasureConfig, SelectConfig, save_packed
 from hawq_lightning.data import ImageFolderDataModule
 from hawq_lightning.models import resnet20
 from hawq_lightning.tasks import ClassificationTask
@@ -33,7 +33,8 @@ def main() -> None:
     pl.seed_everything(args.seed)
     data = ImageFolderDataModule(args.data, num_classes=10, augment="shift_flip", memory=True)
     task = ClassificationTask(resnet20(weights=args.weights), num_classes=10, lr=args.lr)
-    hawq = HAWQ(args.bits, 8, args.budget, selector=args.selector, seed=args.seed, dirpath=args.out)
+    measure, select = MeasureConfig(seed=args.seed), SelectConfig(args.budget, args.selector)
+    hawq = HAWQ(args.bits, 8, measure=measure, select=select, dirpath=args.out)
     trainer = pl.Trainer(max_epochs=args.epochs, callbacks=[hawq], logger=False, enable_checkpointing=False)
     before = trainer.validate(task, data, verbose=False)[0]["val/acc"]
     trainer.fit(task, data)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning import HAWQ, save_packed
+from hawq_lightning import HAWQ, MeasureConfig, save_packed
 from hawq_lightning.data import CocoData
 from hawq_lightning.models import retinanet_resnet50
 from hawq_lightning.tasks import DetectionTask
@@ -39,7 +39,8 @@ def main() -> None:
     net = retinanet_resnet50(args.classes, weights=args.weights, min_size=args.size[0], max_size=args.size[1])
     task = DetectionTask(net, optimizer="sgd", lr=0.001, schedule="cosine")
     budget = {"weights": "8.10x", "act": args.act}
-    hawq = HAWQ((3, 4, 8), (4, 6, 8), budget, images=args.images, rtol=args.rtol, seed=args.seed, dirpath=args.out)
+    measure = MeasureConfig(images=args.images, rtol=args.rtol, seed=args.seed)
+    hawq = HAWQ((3, 4, 8), (4, 6, 8), budget, measure=measure, dirpath=args.out)
     trainer = pl.Trainer(max_epochs=args.epochs, callbacks=[hawq], logger=False, default_root_dir=args.out)
     trainer.fit(task, data)
     if trainer.is_global_zero:

@@ -4,4 +4,4 @@ set -e
 data=$1
 shift
 exec hawq-lightning -m experiment=squeezenext_imagenet data.root="$data" trainer=gpu \
-  selector.budget=8x,9.04x,9.40x,10x seed=1,2 "$@"
+  select.budget=8x,9.04x,9.40x,10x seed=1,2 "$@"

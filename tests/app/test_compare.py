@@ -125,8 +125,8 @@ def test_what_every_image_gave_is_kept_by_stage(tmp_path):
 
 
 DESIGN = """
-common: ["model.weights=${{WEIGHTS}}", model.depth=8, model.channels=4, data.subset=200, sensitivity.images=32,
-         sensitivity.rtol=0.5, trainer=cpu, ~callbacks.progress, logger=none, hawq.check_loss=false, report=false,
+common: ["model.weights=${{WEIGHTS}}", model.depth=8, model.channels=4, data.subset=200, measure.images=32,
+         measure.rtol=0.5, trainer=cpu, ~callbacks.progress, logger=none, measure.loss_per_site=false, report=false,
          float_epochs=0, "quantizer.weight_bits=[2,4]"]
 baseline: [epochs=0, float_validation=true, trainer.num_sanity_val_steps=0]
 plan: [epochs=0, float_validation=false, trainer.num_sanity_val_steps=0, trainer.limit_val_batches=0]
@@ -135,11 +135,11 @@ tuning: {{setting: small, overrides: [trainer.num_sanity_val_steps=0], grid: {{t
 seeds: [1]
 reference: trace
 settings:
-  small: {{label: mean 3 bits, overrides: [selector.budget=3bit], methods: [trace, {method}, twin]}}
+  small: {{label: mean 3 bits, overrides: [select.budget=3bit], methods: [trace, {method}, twin]}}
 methods:
-  trace: {{label: Trace, overrides: [selector=pareto]}}
-  l2: {{label: L2, overrides: [selector=l2]}}
-  twin: {{label: Twin, overrides: [selector=pareto, selector.budget=3.01bit]}}
+  trace: {{label: Trace, overrides: [select=pareto]}}
+  l2: {{label: L2, overrides: [select=l2]}}
+  twin: {{label: Twin, overrides: [select=pareto, select.budget=3.01bit]}}
 """
 
 

@@ -1,13 +1,17 @@
 """Every file under conf/ composes, and every node fits the thing that it builds."""
 
 import inspect
+from dataclasses import fields
 from importlib.resources import files
 
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+from hawq_lightning import HawqError, MeasureConfig, QuantizerConfig, SelectConfig
+from hawq_lightning.cli import check_renamed, make_companions
 
 CONF = files("hawq_lightning.conf")
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_"))
@@ -53,7 +57,7 @@ def check_targets(node):
 
 
 def test_there_is_a_group_for_every_part():
-    parts = "model data task trainer hawq selector sensitivity quantizer callbacks logger paths hydra launcher"
+    parts = "model data task trainer hawq select measure quantizer fine_tuning callbacks logger paths hydra launcher"
     assert {*parts.split(), "experiment", "debug"} <= set(GROUPS)
 
 
@@ -85,12 +89,76 @@ def test_configs_say_what_they_are_for():
 
 def test_saved_configs_keep_interpolations():
     text = OmegaConf.to_yaml(compose("train"))
-    assert "budget: ${selector.budget}" in text and "output_dir: ${hydra:runtime.output_dir}" in text
+    assert "select: ${select}" in text and "output_dir: ${hydra:runtime.output_dir}" in text
+
+
+def callback(*overrides, name="train"):
+    return instantiate(settings(name, overrides).hawq, _convert_="all")
 
 
 def test_one_setting_reaches_the_callback():
-    overrides = ["selector.budget={bops: 50%}", "quantizer.weight_bits=[3,5]", "seed=9", "sensitivity=hutchinson"]
-    node: DictConfig = settings("train", overrides).hawq
-    assert OmegaConf.to_container(node.budget) == {"bops": "50%"}
-    assert (list(node.weight_bits), node.selection_seed, node.estimator) == ([3, 5], 9, "hutchinson")
-    assert node.seed == 0  # runs with other seeds of training share their traces
+    overrides = ["select.budget={bops: 50%}", "quantizer.weight_bits=[3,5]", "seed=9", "measure=hutchinson"]
+    parts = callback(*overrides).measure_callback
+    assert parts.select.budget == {"bops": "50%"} and parts.select.seed == 9
+    assert parts.quantizer.weight_bits == (3, 5) and parts.measure.estimator == "hutchinson"
+    assert parts.measure.seed == 0  # runs with other seeds of training share their traces
+
+
+PARTS = [("quantizer", QuantizerConfig), ("measure", MeasureConfig), ("select", SelectConfig)]
+FOR_THE_SHELL = {"cache": "${paths.cache}", "loss_per_site": True, ("select", "seed"): "${seed}"}
+
+
+@pytest.mark.parametrize(("group", "config"), PARTS, ids=[group for group, _ in PARTS])
+def test_every_field_of_a_config_is_one_line_of_its_group_with_the_same_default(group, config):
+    node = OmegaConf.to_container(OmegaConf.load(CONF.joinpath(group, "default.yaml")), resolve=False)
+    assert node.pop("_target_") == f"hawq_lightning.{config.__name__}"
+    defaults = {f.name: getattr(config(), f.name) for f in fields(config)}
+    assert list(node) == list(defaults)
+    for name, value in defaults.items():
+        expected = FOR_THE_SHELL.get((group, name), FOR_THE_SHELL.get(name, value))
+        assert node[name] == (list(expected) if isinstance(expected, tuple) else expected), name
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "select" and c not in ("default", "manual")])
+def test_every_choice_of_a_selector_is_a_select_config(choice):
+    parts = callback(f"select={choice}").measure_callback
+    assert parts.select.selector == {"inception_blocks": "pareto"}.get(choice, choice)
+    assert (parts.select.constraints is None) == (choice != "inception_blocks")
+
+
+def test_bits_by_hand_come_from_a_file(tmp_path):
+    (tmp_path / "bits.json").write_text('{"*": 4}')
+    parts = callback("select=manual", f"select.bits={tmp_path / 'bits.json'}").measure_callback
+    assert parts.select.selector == "manual" and parts.select.budget is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("none", []), ("low_bits", ["Distillation", "FreezeSchedule"]), ("post_training", ["PostTraining"]),
+     ("[blockwise,freeze]", ["BlockwiseOrder", "FreezeSchedule"])],
+)  # fmt: skip
+def test_fine_tuning_is_a_list_of_callbacks(choice, expected):
+    companions = make_companions(settings("train", [f"fine_tuning={choice}"]))
+    assert [type(c).__name__ for c in companions] == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("selector.budget=12x", "select.budget=12x"), ("selector=l2", "select=l2"),
+     ("sensitivity.rtol=0.1", "measure.rtol=0.1"), ("sensitivity=ggn", "measure=ggn"),
+     ("hawq.rtol=0.1", "measure.rtol=0.1"), ("sensitivity.draw=all", "measure.sampling=all"),
+     ("hawq.l1=zero", "measure.l1_curvature=zero"), ("hawq.start=2", "hawq.start_epoch=2"),
+     ("hawq.check_loss=false", "measure.loss_per_site=false"), ("quantizer.imports=[a.py]", "imports=[a.py]"),
+     ("+hawq.exclude=[head]", "+quantizer.exclude=[head]"),
+     ("fine_tuning.distill=1", "fine_tuning=distillation fine_tuning.distillation.weight=1")],
+)  # fmt: skip
+def test_a_key_of_release_0_1_0_names_the_new_one(old, new):
+    with pytest.raises(HawqError) as caught:
+        check_renamed(["-m", "seed=1", old])
+    assert str(caught.value).endswith(f" now: {new}") and "\n" not in str(caught.value)
+
+
+def test_new_keys_pass():
+    check_renamed(
+        ["-m", "select.budget=8x,10x", "measure=hutchinson", "hawq.sensitivity=/a/sensitivity.json", "seed=1,2"]
+    )

@@ -78,7 +78,7 @@ def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
         "        self.enable(bits, self.scale.log2().ceil().exp2(), float(self.zero_point))\n"
         "        return float((self(weight) - weight).square().sum())\n"
     )
-    own = ["quantizer.imports=[halving.py]", "quantizer.name=halving_steps"]
+    own = ["imports=[halving.py]", "quantizer.name=halving_steps"]
     done = script("hawq-lightning", *FAST, *own, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     asked = ["run_folder=run", "images=32", "speed=false", "table=false"]
@@ -103,7 +103,7 @@ def test_a_run_reads_the_latency_table_that_an_export_wrote(folder, tmp_path):
     write_table(rows, path)
     limit = 3 * len(layers)
     done = script(
-        "hawq-lightning-analyze", *FAST, f"selector.latency={path}", f"selector.budget={{latency: {limit}ms}}",
+        "hawq-lightning-analyze", *FAST, f"select.latency={path}", f"select.budget={{latency: {limit}ms}}",
         f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -113,12 +113,12 @@ def test_a_run_reads_the_latency_table_that_an_export_wrote(folder, tmp_path):
 
 
 def test_a_latency_budget_needs_its_table():
-    from hawq_lightning import HAWQ
+    from hawq_lightning import HAWQ, SelectConfig
 
     with pytest.raises(HawqError, match="latency=latency.csv"):
         HAWQ(budget={"latency": "3ms"})
     with pytest.raises(HawqError, match="nowhere.csv cannot be read"):
-        HAWQ(budget={"latency": "3ms"}, latency="nowhere.csv")
+        HAWQ(select=SelectConfig({"latency": "3ms"}, latency="nowhere.csv"))
 
 
 def test_layers_that_read_float_have_one_latency_for_all_activations():

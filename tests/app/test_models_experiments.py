@@ -30,15 +30,15 @@ SMALL = [
     "report=false",
     "float_epochs=0",
     "epochs=1",
-    "sensitivity.rtol=9",
-    "hawq.check_loss=false",
+    "measure.rtol=9",
+    "measure.loss_per_site=false",
     "+hawq.progress=false",
     "data.num_workers=0",
 ]
 CLASSIFIER = ["model.pretrained=false", "model.num_classes=3", "data.size=64",
-              "data.resize=70", "data.batch_size=2", "sensitivity.images=2"]  # fmt: skip
+              "data.resize=70", "data.batch_size=2", "measure.images=2"]  # fmt: skip
 DETECTOR = ["model.pretrained_backbone=false", "model.num_classes=3", "model.min_size=64",
-            "model.max_size=96", "data.batch_size=2", "sensitivity.images=2"]  # fmt: skip
+            "model.max_size=96", "data.batch_size=2", "measure.images=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,10 @@ def test_squeezenext_imagenet(tmp_path, folders, weights):
 def test_inceptionv3_imagenet_by_the_papers_blocks(tmp_path, folders, weights):
     file = weights("inception", lambda: inception_v3(3), pictures(folders, 299))
     cfg = configure(
-        "inceptionv3_imagenet", tmp_path, folders["images"], file, "selector=inception_blocks", *SMALL, *CLASSIFIER,
-        "data.size=299", "data.resize=299", "sensitivity.estimator=exact",
+        "inceptionv3_imagenet", tmp_path, folders["images"], file, "select=inception_blocks", *SMALL, *CLASSIFIER,
+        "data.size=299", "data.resize=299", "measure.estimator=exact",
     )  # fmt: skip
-    assert cfg.selector.budget.weights == "12.04x"
+    assert cfg.select.budget.weights == "12.04x"
     plan, after = check_run(cfg, tmp_path, run(cfg))
     blocks = inception_blocks(after)
     assert {f"net.{n}" for names in blocks.values() for n in names} == {s.name for s in plan.weights}
@@ -170,8 +170,8 @@ def test_other_detection_rows_on_a_small_backbone(experiment, widths, activation
         experiment, tmp_path, folders["coco"], file, *SMALL, "model=retinanet_resnet18", *DETECTOR, "model.channels=32"
     )
     if experiment == "retinanet_coco_act_mixed":
-        assert cfg.selector.budget.act == "7.62x"
-        cfg.selector.budget.act = "7.3x"  # the 8-bit input is a larger share of this small network's activations
+        assert cfg.select.budget.act == "7.62x"
+        cfg.select.budget.act = "7.3x"  # the 8-bit input is a larger share of this small network's activations
     plan, _ = check_run(cfg, tmp_path, run(cfg), distinct=min(2, len(widths)))
     assert {s.bits for s in plan.weights} <= widths
     assert {s.bits for s in plan.activations} <= activations

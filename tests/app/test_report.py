@@ -92,7 +92,7 @@ def fill(folder: Path, extra: str = "last.weight") -> Plan:
         "seconds": {"traces": 1.25},
         "seed": 7,
         "history": [{"epoch": 0, "val_acc": 0.95}, {"epoch": 1, "val_acc": 0.975}],
-        "command": ["hawq-lightning", "selector.budget=8x"],
+        "command": ["hawq-lightning", "select.budget=8x"],
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return plan
@@ -333,15 +333,15 @@ def test_the_card(tmp_path: Path) -> None:
     assert "| conv2.weight | 1000x4 | 4 | affine | float |" in text
     assert "| conv1.weight | 100x4 | 8 | affine | 8 |" in text
     assert "odd\\|name.weight" in text
-    assert "hawq-lightning selector.budget=8x" in text and "load_packed" in text and "2.0 KiB" in text
+    assert "hawq-lightning select.budget=8x" in text and "load_packed" in text and "2.0 KiB" in text
 
 
 def test_command_from_hydra(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "metrics.json").unlink()
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- selector.budget=12x\n- 'data.root=/a b'\n")
-    assert read_run(tmp_path).command == "hawq-lightning selector.budget=12x 'data.root=/a b'"
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- select.budget=12x\n- 'data.root=/a b'\n")
+    assert read_run(tmp_path).command == "hawq-lightning select.budget=12x 'data.root=/a b'"
     (tmp_path / ".hydra" / "overrides.yaml").write_text("[")
     assert read_run(tmp_path).command is None
 

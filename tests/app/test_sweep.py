@@ -24,8 +24,8 @@ from tests.internals import internal
 
 BIN = Path(sys.executable).parent
 TINY = [
-    "model.depth=8", "model.channels=4", "data.subset=256", "sensitivity.images=32", "sensitivity.rtol=0.5",
-    "trainer=cpu", "~callbacks.progress", "logger=none", "hawq.check_loss=false", "report=false",
+    "model.depth=8", "model.channels=4", "data.subset=256", "measure.images=32", "measure.rtol=0.5",
+    "trainer=cpu", "~callbacks.progress", "logger=none", "measure.loss_per_site=false", "report=false",
 ]  # fmt: skip
 
 
@@ -46,10 +46,10 @@ def weights(tmp_path_factory):
 def test_other_budgets_seeds_and_quantizers_do_not_measure_again(tmp_path, weights):
     given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", f"paths.cache={tmp_path / 'cache'}"]
     for name, *changes in (
-        ("a", "seed=1", "selector.budget=6x"),
-        ("b", "seed=2", "selector.budget=10x"),
-        ("c", "hawq.exclude=[net.linear]"),
-        ("d", "sensitivity.rtol=0.4"),
+        ("a", "seed=1", "select.budget=6x"),
+        ("b", "seed=2", "select.budget=10x"),
+        ("c", "quantizer.exclude=[net.linear]"),
+        ("d", "measure.rtol=0.4"),
         ("e", "quantizer=lsq"),
     ):
         run(settings(tmp_path / name, *given, *changes))
@@ -138,11 +138,11 @@ def test_finished_runs_are_repeated_only_when_something_changed(tmp_path, weight
     assert run(settings(tmp_path, *given)) == first and "finished already" in capsys.readouterr().out
     run(settings(tmp_path, *given, "report=true", f"paths.cache={tmp_path / 'elsewhere'}"))
     assert (tmp_path / "metrics.json").stat().st_mtime_ns == stamp and (tmp_path / "report.html").is_file()
-    run(settings(tmp_path, *given, "selector.budget=10x"))
+    run(settings(tmp_path, *given, "select.budget=10x"))
     assert (tmp_path / "metrics.json").stat().st_mtime_ns != stamp
     assert Plan.load(tmp_path / "plan.json").budget == "10x"
     stamp = (tmp_path / "metrics.json").stat().st_mtime_ns
-    run(settings(tmp_path, *given, "selector.budget=10x", "resume=false"))
+    run(settings(tmp_path, *given, "select.budget=10x", "resume=false"))
     assert (tmp_path / "metrics.json").stat().st_mtime_ns != stamp
 
 
@@ -205,7 +205,7 @@ def start(cwd, *arguments, **environment):
 
 
 def test_a_killed_sweep_goes_on_without_repeating_anything(tmp_path, weights):
-    sweep = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "selector.budget=6x,10x", "seed=1,2"]
+    sweep = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "select.budget=6x,10x", "seed=1,2"]
     own = {"HAWQ_LIGHTNING_CACHE": str(tmp_path / "cache")}
     runs = tmp_path / "runs" / "digits_resnet20" / "sweep"
     process = start(tmp_path, *sweep, **own)
@@ -238,7 +238,7 @@ def test_a_killed_sweep_goes_on_without_repeating_anything(tmp_path, weights):
 
 @pytest.mark.stress
 def test_sweeps_of_several_processes(tmp_path, weights):
-    given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "selector.budget=6x,8x", "name=spawn"]
+    given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "select.budget=6x,8x", "name=spawn"]
     own = {"HAWQ_LIGHTNING_CACHE": str(tmp_path / "cache")}
     done = start(tmp_path, *given, "trainer=ddp_spawn", "trainer.devices=2", **own)
     assert done.wait(400) == 0, (tmp_path / "output.txt").read_text()
@@ -251,7 +251,7 @@ def test_sweeps_of_several_processes(tmp_path, weights):
 @pytest.mark.stress
 def test_sweeps_side_by_side(tmp_path, weights):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "selector.budget=6x,8x"]
+    given = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "select.budget=6x,8x"]
     done = start(tmp_path, *given, "launcher=joblib", HAWQ_LIGHTNING_CACHE=str(tmp_path / "cache"))
     assert done.wait(400) == 0, (tmp_path / "output.txt").read_text()
     assert len(list((tmp_path / "runs").rglob("metrics.json"))) == 2

@@ -32,7 +32,7 @@ from hawq_lightning.selection import cost_rows, nominal_problem
 
 BIN = Path(sys.executable).parent
 FAST = [
-    "float_epochs=3", "epochs=2", "model.depth=8", "model.channels=8", "sensitivity.images=64", "sensitivity.rtol=0.3",
+    "float_epochs=3", "epochs=2", "model.depth=8", "model.channels=8", "measure.images=64", "measure.rtol=0.3",
     "callbacks=none", "logger=none", "trainer=cpu",
 ]  # fmt: skip
 FILES = {"plan.json", "sensitivity.json", "frontier.csv", "metrics.json", "report.html", "model.safetensors"}
@@ -129,11 +129,7 @@ def test_given_plans_and_traces_are_not_measured_again(finished, tmp_path):
     record = run(settings(tmp_path / "a", f"hawq.plan={folder / 'plan.json'}", "report=false"))
     assert not (tmp_path / "a" / "sensitivity.json").exists() and record["accuracy"]["fine_tuned"] > 0.5
     assert Plan.load(tmp_path / "a" / "plan.json").bits == Plan.load(folder / "plan.json").bits
-    run(
-        settings(
-            tmp_path / "b", f"hawq.sensitivity={folder / 'sensitivity.json'}", "selector.budget=5x", "report=false"
-        )
-    )
+    run(settings(tmp_path / "b", f"hawq.sensitivity={folder / 'sensitivity.json'}", "select.budget=5x", "report=false"))
     known, used = Sensitivity.load(folder / "sensitivity.json"), Sensitivity.load(tmp_path / "b" / "sensitivity.json")
     assert known.records == used.records
     assert Plan.load(tmp_path / "b" / "plan.json").costs["w_comp"] < 8
@@ -150,12 +146,12 @@ def test_fine_tuning_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_quantizing_may_start_inside_the_fit(tmp_path):
-    late = ["float_epochs=0", "hawq.start=2", "epochs=3", "task.lr=0.1", "report=false"]
+    late = ["float_epochs=0", "hawq.start_epoch=2", "epochs=3", "task.lr=0.1", "report=false"]
     record = run(settings(tmp_path / "a", *late))
     assert set(record["accuracy"]) == {"float", "fine_tuned"} and len(record["history"]) == 3
     assert len({s.bits for s in Plan.load(tmp_path / "a" / "plan.json").weights}) >= 2
-    with pytest.raises(HawqError, match="start=3 leaves none"):
-        run(settings(tmp_path / "b", *late, "hawq.start=3"))
+    with pytest.raises(HawqError, match="start_epoch=3 leaves none"):
+        run(settings(tmp_path / "b", *late, "hawq.start_epoch=3"))
 
 
 def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsys):
@@ -166,7 +162,7 @@ def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsy
 
 
 def test_dry_run_script_leaves_no_folder(tmp_path):
-    done = script("hawq-lightning-analyze", "dry_run=true", "model.depth=8", "sensitivity.rtol=0.3", cwd=tmp_path)
+    done = script("hawq-lightning-analyze", "dry_run=true", "model.depth=8", "measure.rtol=0.3", cwd=tmp_path)
     assert done.returncode == 0 and "weight_bytes:" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -194,7 +190,7 @@ def test_codebooks_count_in_the_range_of_files():
 
 def test_what_no_plan_meets_is_told_before_the_float_training(tmp_path):
     with pytest.raises(HawqError, match="90x"):
-        run(settings(tmp_path, "float_epochs=1", "selector.budget=90x"))
+        run(settings(tmp_path, "float_epochs=1", "select.budget=90x"))
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -207,12 +203,12 @@ def test_time_estimate_grows_with_images_and_precision(finished):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("selector.budget=90x", "90x"),
-    ("selector.budget=8q", "8q"),
-    ("selector.name=parto", "pareto"),
+    ("select.budget=90x", "90x"),
+    ("select.budget=8q", "8q"),
+    ("select.selector=parto", "pareto"),
     ("quantizer.weight_bits=[2,9]", "9"),
-    ("sensitivity.estimator=gnn", "ggn"),
-    ("hawq.exclude=[net.layr1*]", "net.layr1"),
+    ("measure.estimator=gnn", "ggn"),
+    ("quantizer.exclude=[net.layr1*]", "net.layr1"),
     ("hawq.plan=/nowhere/plan.json", "/nowhere/plan.json"),
     ("model.weights=/nowhere/w.pt", "/nowhere/w.pt"),
     ("task.schedule=cosin", "cosine"),
@@ -274,5 +270,5 @@ def test_script_errors_are_one_line_without_traceback(tmp_path):
 
 def test_help_is_worth_reading(tmp_path):
     shown = script("hawq-lightning", "--help", cwd=tmp_path).stdout
-    for words in ("hawq-lightning-analyze", "selector.budget=12x", "experiment: ", "resnet20_cifar10", "report.html"):
+    for words in ("hawq-lightning-analyze", "select.budget=12x", "experiment: ", "resnet20_cifar10", "report.html"):
         assert words in shown

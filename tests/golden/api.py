@@ -97,6 +97,14 @@ def attribute(thing: Any, name: str) -> Any:
     raise LookupError(f"tests/golden/api.py: {type(thing).__name__} has no {name!r} by any name that it knows")
 
 
+def result(callback: Any, name: str) -> Any:
+    """What a callback holds after ``fit``; ``None`` where it holds nothing, which raises now and was None in 0.1.0."""
+    try:
+        return getattr(callback, name)
+    except hawq_lightning.HawqError:
+        return None
+
+
 # ---------------------------------------------------------------------------------------------------- callbacks
 
 

@@ -288,12 +288,12 @@ def fitted(
 
 def described(record: Record, callback: Any) -> None:
     """What HAWQ measured and chose."""
-    if callback.sensitivity is not None:
-        facts.of_sensitivity(record, callback.sensitivity)
+    if (sensitivity := api.result(callback, "sensitivity")) is not None:
+        facts.of_sensitivity(record, sensitivity)
         for name, options in api.options_of(callback).items():
             facts.of_options(record, name, options, "options.option")
-    if callback.frontier is not None:
-        facts.of_frontier(record, callback.frontier)
+    if (frontier := api.result(callback, "frontier")) is not None:
+        facts.of_frontier(record, frontier)
     facts.of_plan(record, callback.plan)
 
 

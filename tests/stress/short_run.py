@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import save_packed
 from hawq_lightning.callbacks import AtomicCheckpointIO
-from hawq_lightning.sensitivity import TraceLoop
+from hawq_lightning.sensitivity import WholeBatches
 from tests.trainers import Augmented, Classifier, assert_mixed, hawq, loader, trainer
 
 BATCHES = 4  # that traces are measured on
@@ -23,16 +23,16 @@ def short_run(folder: Path) -> None:
     """The whole script; every measured batch adds a byte to ``batches.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "batches.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    original = TraceLoop._batch
+    original = WholeBatches.probe_batch
 
     def logged(self, *args):
         original(self, *args)
         os.write(log, b"b")
 
-    TraceLoop._batch = logged
+    WholeBatches.probe_batch = logged
     seed_everything(7, verbose=False)
     model = Classifier()
-    callback = hawq(start=1, images=16 * BATCHES, rtol=0.02, check_loss=True)
+    callback = hawq(start_epoch=1, images=16 * BATCHES, rtol=0.02, loss_per_site=True)
     saver = ModelCheckpoint(folder, monitor="val_loss", save_last=True)
     fitting = trainer(
         folder, callback, saver, max_epochs=3, enable_checkpointing=True, plugins=[AtomicCheckpointIO()]

@@ -59,6 +59,6 @@ def test_estimates_agree_with_exact_traces(pools, subset):
 
     exact = measure(net, [batch], loss, estimator="exact", progress=False)
     for draw in ("all", "curvature"):
-        found = measure(net, [batch], loss, draw=draw, seed=subset, progress=False)
+        found = measure(net, [batch], loss, sampling=draw, seed=subset, progress=False)
         off = [(r.trace - exact[r.name].trace) / max(r.stderr, 1e-6 * r.trace) for r in found]
         assert max(map(abs, off)) <= 3.0, (draw, max(map(abs, off)))

@@ -21,7 +21,7 @@ class Report(Callback):
 
     def on_fit_end(self, trainer, pl_module):
         assert_mixed(pl_module, self.callback)
-        known = self.callback.sensitivity
+        known = self.callback.sensitivity if self.callback.measure_callback.has_sensitivity else None
         torch.save(
             {
                 "state": pl_module.state_dict(), "plan": self.callback.plan.to_dict(),

@@ -11,17 +11,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
-from hawq_lightning import MeasureTraces
 from tests.small_network import Batch
-from tests.trainers import (
-    Augmented,
-    Classifier,
-    blobs,
-    fit,
-    loader,
-    same_states,
-    trainer,
-)
+from tests.trainers import Augmented, Classifier, blobs, fit, loader, measuring, same_states, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +129,7 @@ def test_loaders_are_left_as_they_were(tmp_path, form):
         random.seed(2)
         model = FromHooks()
         data = LOADERS[form]()
-        extra = [MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)] if name == "beside" else []
+        extra = [measuring()] if name == "beside" else []
         trainer(tmp_path / name, *extra, max_epochs=2).fit(model, data)
         results.append(model.state_dict())
     assert len({s.bits for s in extra[0].plan.weights}) >= 2

@@ -48,9 +48,7 @@ def test_a_compiled_network_loads_from_its_checkpoint(tmp_path):
 
 def test_a_checkpoint_brings_its_quantizers_options(tmp_path):
     model = Classifier()
-    fitted = trainer(
-        tmp_path, hawq(quantizer="int_only", quantizer_options={"momentum": 0.5}, weight_bits=8, budget="3x")
-    )
+    fitted = trainer(tmp_path, hawq(quantizer="int_only", options={"momentum": 0.5}, weight_bits=8, budget="3x"))
     fitted.fit(model, loader())
     fitted.save_checkpoint(tmp_path / "x.ckpt")
     again = load_from_checkpoint(Classifier, tmp_path / "x.ckpt")

@@ -34,11 +34,10 @@ trainer:
         weight_bits: [2, 4, 8]
         activation_bits: 8
         budget: {weights: 9x, bops: 60%}
-        constraints: {min_bits: 2}
-        images: 32
-        rtol: 0.5
+        quantizer: {exclude: ["net.0"]}
+        measure: {images: 32, rtol: 0.5}
+        select: {constraints: {min_bits: 2}}
         progress: false
-        exclude: ["net.0"]
 model:
   width: 16
 data:
@@ -57,10 +56,10 @@ def test_lightning_cli(tmp_path, monkeypatch):
     args = ["fit", "--config", "run.yaml", "--trainer.max_epochs", "2"]
     cli = LightningCLI(Classifier, LightningDataModule, subclass_mode_data=True, args=args)
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, HAWQ))
-    assert callback.measure_callback.budget == {
+    assert callback.measure_callback.select.budget == {
         "weights": "9x",
         "bops": "60%",
-    } and callback.measure_callback.weight_bits == (2, 4, 8)
+    } and callback.measure_callback.quantizer.weight_bits == (2, 4, 8)
     assert cli.trainer.current_epoch == 2
     assert_mixed(cli.model, callback)
     assert not any(s.name.startswith("net.0") for s in callback.plan.sites)

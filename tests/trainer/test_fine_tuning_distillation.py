@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError
-from hawq_lightning.callbacks import HAWQ, Distillation
+from hawq_lightning import Distillation, FreezeSchedule, HawqError
 from hawq_lightning.quantization import GraphOutputs, Head, distance, enabled_bits, find_heads
 from tests.cases import ConvNet, SharedHead, _detector, build, image_batch
 from tests.trainers import Classifier, Watch, hawq, loader, trainer
@@ -96,26 +95,26 @@ class Losses(Callback):
         self.states.append(torch.get_rng_state())
 
 
-def fitted(folder, model=None, batches=None, seed=1, **kwargs):
-    torch.manual_seed(seed)
-    model, losses = model or Plain(), Losses()
-    callback = hawq(**kwargs)
-    t = trainer(folder, callback, losses, max_epochs=2)
-    t.fit(model, batches or loader())
+def fitted(folder, model=None, weight=None):
+    """Two epochs, with a teacher if its ``weight`` is given."""
+    torch.manual_seed(1)
+    model, losses, callback = model or Plain(), Losses(), None if weight is None else Distillation(weight)
+    t = trainer(folder, hawq(), *([] if callback is None else [callback]), losses, max_epochs=2)
+    t.fit(model, loader())
     return model, callback, losses, t
 
 
 def test_the_term_is_in_the_loss_and_logged(tmp_path):
     _, _, plain, _ = fitted(tmp_path)
-    model, callback, losses, t = fitted(tmp_path, distill=2.0)
-    assert [(h.name, h.distance) for h in callback.distillation.heads] == [("net.6", "kl")]
+    model, callback, losses, t = fitted(tmp_path, weight=2.0)
+    assert [(h.name, h.distance) for h in callback.heads] == [("net.6", "kl")]
     assert losses.total[0] > plain.total[0] + 1e-4
-    teacher = callback.distillation._teacher
+    teacher = callback._teacher
     assert not enabled_bits(teacher) and not any("quantizer" in k for k in teacher.state_dict())
     assert "train/distillation" in t.logged_metrics
     assert "training_step" not in model.__dict__ and not any("teacher" in k for k in model.state_dict())
     assert not any(p is q for p in model.parameters() for q in teacher.parameters())
-    spawned = pickle.loads(pickle.dumps(callback)).distillation
+    spawned = pickle.loads(pickle.dumps(callback))
     assert all(torch.equal(v, spawned._saved[k]) for k, v in teacher.state_dict().items())
 
 
@@ -125,7 +124,7 @@ def test_the_first_term_is_the_distance_to_the_float_network(tmp_path):
     class Compare(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if not seen:
-                teacher = callback.distillation._teacher
+                teacher = callback._teacher
                 with torch.no_grad():
                     student = pl_module.train()(batch[0])
                     pl_module.net[1].reset_running_stats()
@@ -138,8 +137,8 @@ def test_the_first_term_is_the_distance_to_the_float_network(tmp_path):
             seen.setdefault("total", outputs["loss"])
 
     torch.manual_seed(0)
-    callback = hawq(distill=3.0)
-    trainer(tmp_path, callback, Compare()).fit(Plain(), loader())
+    callback = Distillation(3.0)
+    trainer(tmp_path, hawq(), callback, Compare()).fit(Plain(), loader())
     assert torch.allclose(seen["total"], seen["own"] + 3.0 * seen["by_hand"], atol=1e-6)
 
 
@@ -155,13 +154,13 @@ def test_random_draws_are_those_without_a_teacher(tmp_path):
             return F.cross_entropy(self(batch[0] + noise), batch[1])
 
     torch.manual_seed(0)
-    one = fitted(tmp_path, Draws(), distill=1.0)
+    one = fitted(tmp_path, Draws(), weight=1.0)
     torch.manual_seed(0)
     two = fitted(tmp_path, Draws())
     assert one[0].drawn == two[0].drawn  # the student's
     assert all(torch.equal(a, b) for a, b in zip(one[2].states, two[2].states))
     # the teacher's are the student's, too; it keeps its own attributes
-    assert one[1].distillation._teacher.drawn == one[0].drawn
+    assert one[1]._teacher.drawn == one[0].drawn
 
 
 def test_dict_outputs_skipped_batches_and_outputs_overwritten(tmp_path):
@@ -171,8 +170,8 @@ def test_dict_outputs_skipped_batches_and_outputs_overwritten(tmp_path):
                 return None
             return {"loss": F.cross_entropy(self(batch[0]).mul_(2.0), batch[1]), "extra": 1}
 
-    _, callback, _losses, t = fitted(tmp_path, Awkward(), distill=1.0)
-    assert callback.distillation._copy and "train/distillation" in t.logged_metrics
+    _, callback, _losses, t = fitted(tmp_path, Awkward(), weight=1.0)
+    assert callback._copy and "train/distillation" in t.logged_metrics
 
 
 def test_distillation_pulls_to_the_teacher(tmp_path):
@@ -183,21 +182,23 @@ def test_distillation_pulls_to_the_teacher(tmp_path):
             return 1e-6 * F.cross_entropy(self(batch[0]), batch[1])
 
     torch.manual_seed(0)
-    callback, losses, model = hawq(distill=1.0, budget="14x", freeze_batchnorm=0), Losses(), Still()
-    trainer(tmp_path, callback, losses, max_epochs=12).fit(model, loader())
+    losses, model = Losses(), Still()
+    callbacks = hawq(budget="14x"), Distillation(1.0), FreezeSchedule(batchnorm=0)
+    trainer(tmp_path, *callbacks, losses, max_epochs=12).fit(model, loader())
     assert sum(losses.total[-4:]) < 0.5 * sum(losses.total[:4])
 
 
 def test_resume_has_the_same_teacher_and_weights(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     torch.manual_seed(1)
-    model, callback = Plain(), hawq(distill=1.0)
-    trainer(tmp_path, callback, saver, max_epochs=3, enable_checkpointing=True).fit(model, loader(shuffle=False))
+    model, callback = Plain(), Distillation()
+    settings = {"max_epochs": 3, "enable_checkpointing": True}
+    trainer(tmp_path, hawq(), callback, saver, **settings).fit(model, loader(shuffle=False))
     path = tmp_path / "epoch=0.ckpt"
     assert not any("teacher" in k for k in torch.load(path, weights_only=True)["state_dict"])
-    again, second = Plain(), hawq(distill=1.0)
-    trainer(tmp_path, second, max_epochs=3).fit(again, loader(shuffle=False), ckpt_path=path)
-    mine, theirs = callback.distillation._teacher, second.distillation._teacher
+    again, second = Plain(), Distillation()
+    trainer(tmp_path, hawq(), second, max_epochs=3).fit(again, loader(shuffle=False), ckpt_path=path)
+    mine, theirs = callback._teacher, second._teacher
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in mine.state_dict().items())
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     # a Trainer without distillation takes the checkpoint, too
@@ -211,9 +212,9 @@ def test_start_later_distils_from_the_network_trained_by_then(tmp_path):
         def on_train_epoch_end(self, trainer, pl_module):
             kept[trainer.current_epoch] = pl_module.net[0].weight.detach().clone()
 
-    callback, model = hawq(distill=1.0, start=1), Plain()
-    trainer(tmp_path, callback, Keep(), max_epochs=2).fit(model, loader())
-    assert torch.equal(callback.distillation._teacher.net[0].weight, kept[0])
+    callback, model = Distillation(), Plain()
+    trainer(tmp_path, hawq(start_epoch=1), callback, Keep(), max_epochs=2).fit(model, loader())
+    assert torch.equal(callback._teacher.net[0].weight, kept[0])
 
 
 def test_refused(tmp_path):
@@ -227,11 +228,11 @@ def test_refused(tmp_path):
             self.manual_backward(loss)
 
     with pytest.raises(HawqError, match="ByHand optimizes by hand"):
-        fitted(tmp_path, ByHand(), distill=1.0)
+        fitted(tmp_path, ByHand(), weight=1.0)
     for bad in (-1, float("nan"), "much", True):
-        with pytest.raises(HawqError, match="distill"):
-            HAWQ(distill=bad)
-    with pytest.raises(HawqError, match="distill_temperature=0"):
+        with pytest.raises(HawqError, match="Distillation.weight="):
+            Distillation(bad)
+    with pytest.raises(HawqError, match="Distillation.temperature=0"):
         Distillation(1.0, 0)
 
 
@@ -239,10 +240,11 @@ DDP = """
 import sys, torch
 torch.set_num_threads(1)
 from lightning.pytorch import seed_everything
+from hawq_lightning import BlockwiseOrder, Distillation, FreezeSchedule
 from tests.trainers import *
 seed_everything(5, verbose=False)
-model, callback = Classifier(), hawq(distill=1.0, order="omega", freeze_batchnorm=0.5)
-t = trainer(sys.argv[1], callback, strategy="ddp", devices=2, max_epochs=2)
+model, companions = Classifier(), [Distillation(), FreezeSchedule(0.5), BlockwiseOrder()]
+t = trainer(sys.argv[1], hawq(), *companions, strategy="ddp", devices=2, max_epochs=2)
 t.fit(model, loader(8))
 torch.save({"state": model.state_dict(), "distilled": t.logged_metrics["train/distillation"]},
            f"{sys.argv[1]}/rank{t.global_rank}.pt")
@@ -267,8 +269,8 @@ def test_two_processes(tmp_path):
 def test_a_fit_that_goes_on_within_an_epoch_distils_at_once(tmp_path):
     keep = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
     saving = {"enable_checkpointing": True}
-    trainer(tmp_path, hawq(distill=1.0), keep, max_epochs=2, max_steps=3, **saving).fit(Classifier(), loader())
+    trainer(tmp_path, hawq(), Distillation(), keep, max_epochs=2, max_steps=3, **saving).fit(Classifier(), loader())
     (middle,) = (tmp_path / "c").glob("*step=2*")
     watch = Watch(lambda t, m: "train/distillation" in t.callback_metrics)
-    trainer(tmp_path, hawq(distill=1.0), watch, max_epochs=1).fit(Classifier(), loader(), ckpt_path=middle)
+    trainer(tmp_path, hawq(), Distillation(), watch, max_epochs=1).fit(Classifier(), loader(), ckpt_path=middle)
     assert watch.seen and all(watch.seen)

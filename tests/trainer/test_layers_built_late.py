@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, load_from_checkpoint
+from hawq_lightning import HawqError, QuantizerConfig, load_from_checkpoint
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.quantization import enabled_bits
 from tests.trainers import (
@@ -115,7 +115,7 @@ class Late(Classifier):
 def test_patterns_for_layers_that_are_built_later(patterns, tmp_path):
     fit(tmp_path, Late(), loader(), budget="6x", **patterns)
     with pytest.raises(HawqError, match="matches no quantizable layer"):
-        trainer(tmp_path, HAWQ(include="body.*", progress=False)).fit(Late(), loader())
+        trainer(tmp_path, HAWQ(quantizer=QuantizerConfig(include="body.*"), progress=False)).fit(Late(), loader())
 
 
 def test_layers_may_be_built_while_a_checkpoint_is_loaded(tmp_path):

@@ -136,7 +136,7 @@ def test_steps_that_cannot_be_borrowed_ask_for_loss_fn(tmp_path, kind):
 @pytest.mark.feature(
     "Modules",
     "`training_step(dataloader_iter)`, or one that needs a later hook",
-    "one sentence asks for `HAWQ(loss_fn=...)`, which works",
+    "one sentence asks for `MeasureConfig(loss_fn=...)`, which works",
 )
 @pytest.mark.parametrize("kind", [Iterates, NeedsEarlierHook])
 def test_loss_fn_is_the_way_out(tmp_path, kind):

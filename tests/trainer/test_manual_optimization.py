@@ -11,15 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import MeasureTraces
-from tests.trainers import (
-    FEATURES,
-    Classifier,
-    fit,
-    loader,
-    same_states,
-    trainer,
-)
+from tests.trainers import FEATURES, Classifier, fit, loader, measuring, same_states, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +89,7 @@ def test_measuring_takes_no_manual_step(tmp_path):
     for name in ("alone", "beside"):
         torch.manual_seed(1)
         model = Gan()
-        extra = [MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)] if name == "beside" else []
+        extra = [measuring()] if name == "beside" else []
         trainer(tmp_path / name, *extra).fit(model, loader())
         results.append(model.state_dict())
     assert extra[0].plan is not None

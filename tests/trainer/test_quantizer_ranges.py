@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from hawq_lightning import FreezeSchedule
 from tests.trainers import Classifier, Watch, hawq, loader, steps_of, trainer
 
 
@@ -16,7 +17,9 @@ def seeded():
 
 def test_ranges_frozen_before_they_exist_are_those_of_arming(tmp_path):
     watch = Watch(lambda t, m: (t.current_epoch, steps_of(m)))
-    trainer(tmp_path, hawq(quantizer="lsq", start=1, freeze_ranges=0), watch, max_epochs=2).fit(Classifier(), loader())
+    trainer(tmp_path, hawq(quantizer="lsq", start_epoch=1), FreezeSchedule(ranges=0), watch, max_epochs=2).fit(
+        Classifier(), loader()
+    )
     late = [s for epoch, s in watch.seen if epoch == 1]
     assert all(s == late[0] for s in late) and all(0 < v < 0.9 for v in late[0])
 
@@ -26,7 +29,7 @@ def test_re_estimated_ranges_survive_a_restart_and_count_optimizer_steps(tmp_pat
         torch.manual_seed(0)
         model = Classifier()
         moved = Watch(lambda t, m: steps_of(m))
-        callback = hawq(quantizer_options={"reestimate": 3})
+        callback = hawq(options={"reestimate": 3})
         keep = ModelCheckpoint(folder, save_last=True)
         trainer(
             tmp_path, callback, keep, moved, max_epochs=epochs, enable_checkpointing=True, accumulate_grad_batches=2

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hawq_lightning import MeasureTraces
 from hawq_lightning.quantization import enabled_bits, quantized_layers
-from tests.trainers import (
-    Classifier,
-    assert_mixed,
-    fit,
-    hawq,
-    loader,
-    trainer,
-)
+from tests.trainers import Classifier, assert_mixed, fit, hawq, loader, measuring, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +37,7 @@ def test_a_second_fit_goes_on_with_the_same_plan(tmp_path):
 
 
 def test_a_callback_used_again_quantizes_the_second_model(tmp_path):
-    callback = hawq(start=1)
+    callback = hawq(start_epoch=1)
     for width in (16, 20):
         model = Classifier(width)
         trainer(tmp_path, callback, max_epochs=2).fit(model, loader())
@@ -66,8 +58,8 @@ def test_measuring_on_an_armed_model_leaves_it_armed(tmp_path):
     model = Classifier()
     trainer(tmp_path, hawq()).fit(model, loader())
     before = enabled_bits(model)
-    measuring = MeasureTraces(budget="9x", images=32, rtol=0.5, check_loss=True, progress=False, dirpath=tmp_path)
-    trainer(tmp_path, measuring).fit(model, loader())
+    callback = measuring(loss_per_site=True, dirpath=tmp_path)
+    trainer(tmp_path, callback).fit(model, loader())
     again = copy.deepcopy(model)
     for layer in quantized_layers(again).values():
         layer.weight_quantizer.refresh(), layer.input_quantizer.refresh()

@@ -182,7 +182,7 @@ def test_requeued_while_measuring(tmp_path, slurm, undisturbed, monkeypatch, cal
     seed_everything(7, verbose=False)
     model = Classifier()
     float_state = {k: v.clone() for k, v in model.state_dict().items()}
-    callback = hawq(check_loss=True)
+    callback = hawq(loss_per_site=True)
     with pytest.raises(Stop):
         trainer(tmp_path, callback, Crash(), max_epochs=2, **slurm).fit(model, stateful())
     assert len(calls) > call

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from hawq_lightning import ApplyPlan, MeasureTraces, Sensitivity, load_from_checkpoint
+from hawq_lightning import ApplyPlan, Sensitivity, load_from_checkpoint
 from hawq_lightning.quantization import enabled_bits
 from tests.trainers import (
     Classifier,
@@ -18,6 +18,7 @@ from tests.trainers import (
     assert_mixed_elsewhere,
     hawq,
     loader,
+    measuring,
     plan_bits,
     same_states,
     trainer,
@@ -63,7 +64,7 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 start = int(sys.argv[5])
-callback, model = hawq(start=start), Classifier() if start else Scheduled()
+callback, model = hawq(start_epoch=start), Classifier() if start else Scheduled()
 saver = ModelCheckpoint(folder, save_last=True, save_top_k=-1, every_n_epochs=1)
 t = trainer(folder, callback, Kill(), saver, max_epochs=4, enable_checkpointing=True)
 t.fit(model, DataLoader(Noisy(), 16, shuffle=True), loader(shuffle=False), ckpt_path=None if ckpt == "none" else ckpt)
@@ -352,7 +353,7 @@ def test_a_damaged_measurement_is_made_again(tmp_path, damage):
 
 def test_a_checkpoint_of_the_measuring_callback_alone(tmp_path, monkeypatch):
     """MeasureTraces has no state of its own: the file is its memory."""
-    measure_callback = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
+    measure_callback = measuring()
     trainer(tmp_path, measure_callback).fit(Classifier(), loader())
     model = Classifier()
     trainer(tmp_path, ApplyPlan(tmp_path / "plan.json")).fit(model, loader())

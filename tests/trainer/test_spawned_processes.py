@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hawq_lightning import ApplyPlan
 from hawq_lightning.quantization import enabled_bits
 from tests.trainers import Classifier, hawq, loader, trainer
 
@@ -24,12 +23,12 @@ def test_a_plan_of_processes_that_were_spawned_stays_with_its_model(tmp_path):
     spawned = {"strategy": "ddp_spawn", "devices": 1}
     first = Classifier()
     trainer(tmp_path, callback, **spawned).fit(first, loader())
-    relay = callback.applier._handoff_file
+    relay = callback._handoff_file
     assert relay.is_file()
     never_fitted = Classifier()
-    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), first, "validate", callback)
+    callback.setup(trainer(tmp_path, callback), first, "validate")
     assert enabled_bits(first)
-    ApplyPlan.prepare(callback.applier, trainer(tmp_path, callback), never_fitted, "validate", callback)
+    callback.setup(trainer(tmp_path, callback), never_fitted, "validate")
     assert not enabled_bits(never_fitted)
 
 

@@ -14,16 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from hawq_lightning import MeasureTraces
-from tests.trainers import (
-    CLASSES,
-    Classifier,
-    assert_mixed,
-    hawq,
-    loader,
-    same_states,
-    trainer,
-)
+from tests.trainers import CLASSES, Classifier, assert_mixed, hawq, loader, measuring, same_states, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +74,7 @@ def run_observed(folder, *callbacks, **kwargs):
 
 
 def test_measuring_leaves_training_bitwise_alone(tmp_path):
-    measure_callback = MeasureTraces(budget="9x", images=32, rtol=0.5, progress=False)
+    measure_callback = measuring()
     alone, rows, metrics = run_observed(tmp_path / "alone")
     beside, rows2, metrics2 = run_observed(tmp_path / "beside", measure_callback)
     assert measure_callback.plan is not None and len({s.bits for s in measure_callback.plan.weights}) >= 2

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from hawq_lightning import HAWQ
+from hawq_lightning import HAWQ, MeasureConfig
 from hawq_lightning.quantization import enabled_bits
 
 
@@ -40,7 +40,7 @@ def told(tmp_path, loss, y, epochs):
         pl.Trainer(max_epochs=epochs, **quiet).fit(net, loader)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        hawq = HAWQ((2, 4, 8), 8, "10x", images=256, progress=False)
+        hawq = HAWQ((2, 4, 8), 8, "10x", measure=MeasureConfig(images=256), progress=False)
         pl.Trainer(max_epochs=1, limit_train_batches=1, callbacks=[hawq], **quiet).fit(net, loader)
     assert len({b for n, b in enabled_bits(net).items() if n.endswith("weight")}) >= 2
     return " ".join(str(w.message) for w in seen)

@@ -79,7 +79,7 @@ def test_arming_does_not_begin_averages_anew(tmp_path):
         torch.manual_seed(0)
         watch = Watch(apart)
         fitted = trainer(
-            tmp_path, hawq(start=start), EMAWeightAveraging(decay=0.99), watch, max_epochs=6 if start == 5 else 2
+            tmp_path, hawq(start_epoch=start), EMAWeightAveraging(decay=0.99), watch, max_epochs=6 if start == 5 else 2
         )
         fitted.fit(Classifier(), loader(shuffle=False))
         gaps.append(watch.seen)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from hawq_lightning import ApplyPlan, HawqError, Plan, Sensitivity, load_packed, measure, save_packed
-from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.quantization import enabled_bits, quantized_layers
 from tests.trainers import CLASSES, FEATURES, Classifier, assert_mixed, blobs, fit, hawq, loader, same_states, trainer
 
@@ -100,7 +99,7 @@ def test_every_selectors_budget_is_tried_before_measuring(tmp_path, monkeypatch,
 
 
 def test_a_budget_is_tried_before_the_float_epochs(tmp_path):
-    refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", start=1), max_epochs=2)
+    refused(tmp_path, Classifier(), loader(), "40x", hawq(budget="40x", start_epoch=1), max_epochs=2)
 
 
 def test_bits_by_hand_are_tried_before_measuring(tmp_path, monkeypatch):
@@ -148,25 +147,25 @@ def test_what_the_network_reads_has_its_own_bits_before_measuring_too(tmp_path, 
         ({"selector": "paretto"}, "pareto"),
         ({"selector": "manual"}, "needs bits"),
         ({"selector": "manual", "bits": "/no/file.json"}, "/no/file.json"),
-        ({"codes": "afine"}, "affine"),
+        ({"code_format": "afine"}, "affine"),
         ({"rtol": 0.0}, "rtol is 0.0"),
         ({"max_probes": 0}, "max_probes is 0"),
         ({"constraints": {"fixd": {}}}, "no constraint 'fixd'.*'fixed'"),
         ({"budget": "nonsense"}, "does not start with a number"),
         ({"images": 0}, "images is 0"),
-        ({"start": -1}, "start is -1"),
-        ({"start": 0.5}, "start is 0.5"),
-        ({"start": True}, "start is True"),
+        ({"start_epoch": -1}, "start_epoch is -1"),
+        ({"start_epoch": 0.5}, "start_epoch is 0.5"),
+        ({"start_epoch": True}, "start_epoch is True"),
     ],
     ids=str,
 )
 def test_arguments_out_of_range_at_once(arguments, match):
     with pytest.raises(HawqError, match=match):
-        HAWQ(**arguments)
+        hawq(**arguments)
 
 
 def test_start_that_leaves_no_epoch(tmp_path):
-    refused(tmp_path, Classifier(), loader(), "start=5 leaves none of the 1 epochs", hawq(start=5))
+    refused(tmp_path, Classifier(), loader(), "start_epoch=5 leaves none of the 1 epochs", hawq(start_epoch=5))
 
 
 @pytest.mark.parametrize("which", ["include", "exclude"])

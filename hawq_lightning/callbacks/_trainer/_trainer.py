@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,8 +182,8 @@ def runs_script_again(trainer: Trainer) -> bool:
     return trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
 
 
-def insert_after(trainer: Trainer, callback: Callback, extra_callbacks: list[Callback]) -> None:
-    """List ``companions`` right behind ``callback`` in the Trainer, once."""
+def insert_after(trainer: Trainer, callback: Callback, extra_callbacks: Sequence[Callback]) -> None:
+    """Move ``extra_callbacks`` right behind ``callback`` in the Trainer's list."""
     listed = [c for c in trainer.callbacks if not any(c is other for other in extra_callbacks)]  # type: ignore[attr-defined]
     place = next((i + 1 for i, c in enumerate(listed) if c is callback), 0)
     trainer.callbacks = [*listed[:place], *extra_callbacks, *listed[place:]]  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ def test_edited_bits_bring_their_own_grid_and_code():
         assert option.scale != site.scale
     assert all(layers[s.layers[0]].weight_quantizer.code == "affine" for s in changed.weights)
     applier = ApplyPlan(changed)
-    assert applier._given.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
+    assert applier.given_plan.costs["weight_bytes"] == sum(s.numel * s.bits for s in changed.weights) / 8
     assert plan.reconciled() is plan
 
 

@@ -21,7 +21,7 @@ from hawq_lightning.quantization import (
     with_quantizer,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
-from tests.trainers import Classifier, loader, trainer
+from tests.trainers import Classifier, hawq, loader, trainer
 
 
 class Net(nn.Module):
@@ -259,8 +259,10 @@ def test_in_the_trainer_and_after_a_restart(tmp_path):
     torch.manual_seed(0)
 
     def callback() -> HAWQ:
-        return HAWQ(weight_bits=(4,), activation_bits=8, budget="8x", selector="uniform", quantizer="int_only",
-                    images=32, max_probes=2, dirpath=tmp_path, progress=False)  # fmt: skip
+        return hawq(
+            weight_bits=(4,), budget="8x", selector="uniform", quantizer="int_only", rtol=0.05, max_probes=2,
+            dirpath=tmp_path,
+        )  # fmt: skip
 
     first = callback()
     model, run = Classifier(), trainer(tmp_path, first, max_epochs=1)

@@ -8,7 +8,16 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, Plan, PlanSite, load_packed, quantizable_layers, save_packed
+from hawq_lightning import (
+    Distillation,
+    HawqError,
+    Plan,
+    PlanSite,
+    PostTraining,
+    load_packed,
+    quantizable_layers,
+    save_packed,
+)
 from hawq_lightning.quantization import enabled_bits, quantize, quantized_layers
 from hawq_lightning.quantization.post_training import (
     FloatReference,
@@ -254,7 +263,9 @@ def test_refused():
     with pytest.raises(HawqError, match="post_training='adaruond' is unknown.*adaround"):
         post_training(model, inputs(ConvNet), ["adaruond"])
     with pytest.raises(HawqError, match="post_training='x'"):
-        hawq(post_training=["x"])
+        PostTraining(["x"])
+    with pytest.raises(HawqError, match="names no method"):
+        PostTraining([])
 
 
 def test_moments_of_rows_add_up():
@@ -300,13 +311,13 @@ def trained(tmp_path):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_validate_alone_quantizes_and_scores(tmp_path, train, caplog):
-    model, data, callback = trained(tmp_path), Blobs(train), hawq(post_training=True, budget="9x")
-    t = trainer(tmp_path, callback)
+    model, data, callback, improving = trained(tmp_path), Blobs(train), hawq(budget="9x"), PostTraining()
+    t = trainer(tmp_path, callback, improving)
     with caplog.at_level("INFO"):
         (scores,) = t.validate(model, datamodule=data, verbose=False)
     assert_mixed(model, callback)
     assert ("measures on the validation data" in caplog.text) is not train
-    assert "adaround: 3 layers" in caplog.text and set(callback.improved) == {"adaround", "bias_correction"}
+    assert "adaround: 3 layers" in caplog.text and set(improving.improved) == {"adaround", "bias_correction"}
     assert not any(p.is_inference() for p in (*model.parameters(), *model.buffers()))
     with torch.no_grad():
         model.eval()
@@ -316,20 +327,21 @@ def test_validate_alone_quantizes_and_scores(tmp_path, train, caplog):
     (again,) = t.validate(model, datamodule=data, verbose=False)  # it stays
     assert again == scores and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.warns(UserWarning, match="keeps their bits"):
-        trainer(tmp_path, hawq(post_training=True)).fit(model, loader())  # and can be trained on
+        trainer(tmp_path, hawq(), PostTraining()).fit(model, loader())  # and can be trained on
 
 
 def test_where_rounding_cannot_be_learned_statistics_are(tmp_path):
-    model, callback = trained(tmp_path), hawq(post_training=True, quantizer="lq_nets")
-    (scores,) = trainer(tmp_path, callback).validate(model, loader(shuffle=False), verbose=False)
+    model, callback = trained(tmp_path), PostTraining()
+    t = trainer(tmp_path, callback, hawq(quantizer="lq_nets"))
+    (scores,) = t.validate(model, loader(shuffle=False), verbose=False)
     assert list(callback.improved) == ["adaround", "batchnorm", "bias_correction"] and scores["val_acc"] > 0.5
     assert not callback.improved["adaround"] and callback.improved["batchnorm"].keys() == {"net.1"}
 
 
 def test_fit_starts_from_the_improved_network(tmp_path):
-    model, callback = trained(tmp_path), hawq(post_training=["adaround"], distill=1.0)
-    trainer(tmp_path, callback, max_epochs=1, limit_train_batches=1).fit(model, loader())
-    assert set(callback.improved) == {"adaround"}
+    model, callback, improving = trained(tmp_path), hawq(), PostTraining(["adaround"])
+    trainer(tmp_path, improving, callback, Distillation(), max_epochs=1, limit_train_batches=1).fit(model, loader())
+    assert set(improving.improved) == {"adaround"}
     assert_mixed(model, callback)
 
 
@@ -338,7 +350,7 @@ def test_without_post_training_validate_leaves_the_network_float(tmp_path):
     trainer(tmp_path, hawq()).validate(model, loader(shuffle=False), verbose=False)
     assert not enabled_bits(model)
     with pytest.warns(UserWarning, match="the network is float here"):
-        trainer(tmp_path, hawq(post_training=True)).test(model, loader(shuffle=False), verbose=False)
+        trainer(tmp_path, hawq(), PostTraining()).test(model, loader(shuffle=False), verbose=False)
 
 
 def test_corrections_agree_in_any_order():

@@ -311,7 +311,7 @@ def test_plans_move_between_quantizers_and_versions(tmp_path):
     for name in PAPERS:
         moved = with_quantizer(plan, quantizer_named(name))
         assert moved.bits == plan.bits and moved.quantizer == name
-        assert ApplyPlan(plan, quantizer=name)._given.quantizer == name
+        assert ApplyPlan(plan, quantizer=name).given_plan.quantizer == name
         assert ApplyPlan(moved).quantizer.name == name  # the plan's own, unless told otherwise
         moved.save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json") == moved

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from hawq_lightning import HAWQ, HawqError
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, SelectConfig
 from hawq_lightning.selection import (
     COSTS,
     SCORES,
@@ -141,7 +141,7 @@ def test_a_cost_asks_for_the_table_that_it_needs(problem):
         with pytest.raises(HawqError, match="needs a table"):
             HAWQ(budget={"die_mm2": 3})
         tables = {"die_mm2": {2: 1.0, 4: 3.0, 8: 10.0}}
-        HAWQ(budget={"die_mm2": 3}, constraints={"tables": tables})
+        HAWQ(select=SelectConfig({"die_mm2": 3}, constraints={"tables": tables}))
         whole = Problem(problem.table, problem.candidates, problem.sensitivity, tables=tables)
         plan = select(whole, {"die_mm2": 4.0 * sum(x.macs for x in whole.layers)})
         assert plan.costs["die_mm2"] == sum(tables["die_mm2"][plan.bits[x.weight]] * x.macs for x in whole.layers)
@@ -151,8 +151,8 @@ def test_a_cost_asks_for_the_table_that_it_needs(problem):
 
 def test_the_callback_takes_a_cost_a_selector_and_a_score_of_ones_own(tmp_path):
     hawq = HAWQ(
-        (2, 4, 8), (4, 8), {"energy": "60%"}, selector="last_first", constraints={"score": "root_trace"},
-        images=32, dirpath=tmp_path, progress=False,
+        (2, 4, 8), (4, 8), measure=MeasureConfig(images=32), dirpath=tmp_path, progress=False,
+        select=SelectConfig({"energy": "60%"}, "last_first", "root_trace"),
     )  # fmt: skip
     trainer(tmp_path, hawq).fit(Classifier(), loader())
     plan = hawq.plan
@@ -165,7 +165,7 @@ def test_the_callback_takes_a_cost_a_selector_and_a_score_of_ones_own(tmp_path):
 
 def test_a_selector_that_needs_a_budget_says_so():
     with pytest.raises(HawqError, match="'last_first' needs a budget"):
-        HAWQ(budget=None, selector="last_first")
+        SelectConfig(None, "last_first")
     with pytest.raises(HawqError, match="'last_first' is not repeated under noise; stability is for pareto and mono"):
         problem = random_network(1, 5)[0]
         bootstrap_stability(problem, select(problem, "8x", "last_first"))

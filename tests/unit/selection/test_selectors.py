@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from hawq_lightning import HAWQ, HawqError, quantize
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, SelectConfig, quantize
 from hawq_lightning.data import DigitsDataModule
 from hawq_lightning.models import resnet20
 from hawq_lightning.quantization import loss_of_plan
@@ -16,7 +16,10 @@ from hawq_lightning.tasks import ClassificationTask
 def fit(folder, selector, budget="8x", **kwargs):
     pl.seed_everything(0, verbose=False)
     task = ClassificationTask(resnet20(num_classes=10, in_channels=1, channels=4), num_classes=10, lr=1e-12)
-    hawq = HAWQ((2, 4, 8), 8, budget, selector=selector, images=32, dirpath=folder, progress=False, **kwargs)
+    hawq = HAWQ(
+        (2, 4, 8), 8, measure=MeasureConfig(images=32), select=SelectConfig(budget, selector, **kwargs), dirpath=folder,
+        progress=False,
+    )  # fmt: skip
     trainer = pl.Trainer(
         max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[hawq], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -85,5 +88,5 @@ def test_the_loss_of_a_plan_is_that_of_the_quantized_network(tmp_path):
 
 
 def test_l1_is_checked(tmp_path):
-    with pytest.raises(HawqError, match="l1"):
-        HAWQ(l1="fischer")
+    with pytest.raises(HawqError, match="Unknown l1_curvature 'fischer'.*'fisher'"):
+        MeasureConfig(l1_curvature="fischer")

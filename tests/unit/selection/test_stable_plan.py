@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hawq_lightning import HAWQ, HawqError, Plan, find_sites, measure, select
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, Plan, SelectConfig, find_sites, measure, select
 from hawq_lightning.quantization import candidates
 from hawq_lightning.selection import Problem, StablePlan
 from tests.cases import CASES
@@ -30,7 +30,7 @@ def test_measuring_stops_with_the_plan_and_the_plan_is_good(case):
     net, batches, loss_fn, table, weigh = case
     settled = StablePlan(table, weigh, "8x", regret=0.1)
     keywords = {"sites": table, "progress": False, "rtol": 0.01, "max_probes": 2000}
-    short = measure(net, batches, loss_fn, enough=settled, **keywords)
+    short = measure(net, batches, loss_fn, stop=settled, **keywords)
     whole = measure(net, batches, loss_fn, **keywords)
     assert short.settings["stopped"] == "enough" and whole.settings["stopped"] == "error"
     assert short.settings["probes"] < whole.settings["probes"]
@@ -51,7 +51,7 @@ def test_a_plan_that_noise_would_change_is_not_settled(case):
         asked.append(StablePlan(table, weigh, "8x", regret=0.0, bootstraps=60)(found))
         return asked[-1]
 
-    measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, enough=enough)
+    measure(net, batches, loss_fn, sites=table, progress=False, rtol=0.2, max_probes=40, stop=enough)
     assert asked and not asked[0]
 
 
@@ -68,16 +68,16 @@ def test_the_key_is_that_of_the_question(case):
         {"constraints": {"latency": LatencyTable(rows)}, "question": "(2, 8) lsq"},
     ):
         assert StablePlan(table, weigh, "8x", **other).key != key
-    a, b = (HAWQ(bits, quantizer=q).measure_callback._asked for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
+    a, b = (HAWQ(bits, quantizer=q).measure_callback._question for bits, q in (((2, 4), "uniform"), ((2, 4), "lsq")))
     assert a != b
 
 
 def test_the_callback_stops_with_the_plan(tmp_path):
     model = Classifier()
-    fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop="plan", dirpath=tmp_path)
+    fit(tmp_path, model, loader(), rtol=0.001, max_probes=400, images=64, stop_when="stable_plan", dirpath=tmp_path)
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.settings["stopped"] == "enough" and plan.settings["probes"] < 400
-    with pytest.raises(HawqError, match=r"Unknown stop 'plann'.*plan"):
-        HAWQ(stop="plann")
+    with pytest.raises(HawqError, match=r"Unknown stop_when 'stable_pan'.*stable_plan"):
+        MeasureConfig(stop_when="stable_pan")
     with pytest.raises(HawqError, match="not by 'uniform'"):
-        HAWQ(stop="plan", selector="uniform")
+        HAWQ(measure=MeasureConfig(stop_when="stable_plan"), select=SelectConfig(selector="uniform"))

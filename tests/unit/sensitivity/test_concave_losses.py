@@ -29,8 +29,8 @@ def _share(model, loss) -> float:
     batch = _batches()[0]
     with isolated_eval(model, 0):
         table = find_sites(model, lambda: loss(model, batch), 4)
-        setting = MeasureContext(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss)
-        concave, whole = concave_share(setting, batch)
+        context = MeasureContext(model, {x.name: model.get_submodule(x.name) for x in table.layers}, table, loss)
+        concave, whole = concave_share(context, batch)
     return concave / whole
 
 
@@ -43,7 +43,7 @@ def test_thinned_traces_are_unbiased_and_their_intervals_cover(draw):
     sums: dict[str, list[float]] = {n: [] for n in truth}
     inside = total = 0
     for seed in range(24):
-        found = measure(model, _batches(), rare, rtol=0.25, seed=seed, draw=draw)
+        found = measure(model, _batches(), rare, rtol=0.25, seed=seed, sampling=draw, max_probes=200)
         assert found.settings["probes"] % 8 == 0 or draw == "curvature"
         for s in found:
             sums[s.name].append((s.trace - truth[s.name]) / truth[s.name])
@@ -63,7 +63,7 @@ def test_backward_passes_of_a_probe(loss, each, monkeypatch):
     passes = []
     plain = OutputHessian.backward
     monkeypatch.setattr(OutputHessian, "backward", lambda self, *a, **k: (passes.append(1), plain(self, *a, **k))[1])
-    found = measure(model, _batches()[:1], loss, rtol=1e-9, max_probes=32, draw="all")
+    found = measure(model, _batches()[:1], loss, rtol=1e-9, max_probes=32, sampling="all")
     looks = 1  # whether images can be told apart
     assert len(passes) - looks == 32 * each
     assert found.settings["probes"] == 32

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import MeasureContext, hutchinson_batch, independent_images, isolated_eval
+from hawq_lightning.sensitivity import MeasureContext, Pilot, hutchinson_batch, independent_samples, isolated_eval
 from tests.cases import (
     CASES,
     ConvNet,
@@ -113,14 +113,15 @@ def test_the_missing_part_over_an_orthogonal_sign_set_is_exact(kind):
     wanted = [s.name for s in table.weights if s.numel <= order]
     total = dict.fromkeys(wanted, 0.0)
     with isolated_eval(net):
-        setting = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+        context = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
         for column in range(order):
-            hutchinson_batch(
-                setting, batch, 4, dict.fromkeys(wanted, False),
+            probes = hutchinson_batch(
+                context, batch, 4, dict.fromkeys(wanted, False),
                 lambda like, c=column: hadamard[: like.numel(), c].reshape(like.shape), 1,
-                lambda rows: [total.__setitem__(n, total[n] + float(rows[n].sum()) / order) for n in wanted],
                 linearised=True, only=wanted,
             )  # fmt: skip
+            for n in wanted:
+                total[n] += float(probes.rows[0][n].sum()) / order
     for name in wanted:
         assert gauss_newton[name].trace + total[name] == pytest.approx(truth[name], rel=1e-9, abs=1e-12), name
 
@@ -168,9 +169,10 @@ def test_only_the_layers_behind_which_something_bends_are_named(kind, layers):
 
     net, batch, table, _ = prepare(kind)
     with isolated_eval(net):
-        setting = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
-        found = check_linearity(setting, batch, 4, independent_images(setting, batch, 4), batch_images)
-    assert {n.removesuffix(".weight") for n in found.curved if n.endswith(".weight")} == layers
+        context = MeasureContext(net, {x.name: net.get_submodule(x.name) for x in table.layers}, table, loss_fn)
+        pilot = Pilot(batch, 4, independent_samples(context, batch, 4), batch_images)
+        found = check_linearity(context, pilot)
+    assert {n.removesuffix(".weight") for n in found.nonlinear_sites if n.endswith(".weight")} == layers
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "two_heads_shared_levels", "one_dimension", "tied_and_flattened"])
@@ -237,7 +239,7 @@ def l1_boxes(m, b):
 
 def test_l1_losses_get_the_fisher_information_of_a_laplace_distribution():
     net, batch = build(SharedHead), batch_for(SharedHead)
-    found = measure(net, [batch], l1_boxes, l1="fisher", estimator="exact", progress=False)
+    found = measure(net, [batch], l1_boxes, l1_curvature="fisher", estimator="exact", progress=False)
     scale = 3 / net(batch[0])[1].numel()
 
     def square(m, b):  # second derivative `scale` in every box output: unit Laplace information times the loss's scale
@@ -251,7 +253,7 @@ def test_l1_losses_get_the_fisher_information_of_a_laplace_distribution():
     assert found["box.weight"].trace > 0
     assert found.settings["l1"] == "fisher"
     assert any("box" in n and "Laplace" in n for n in found.notes)
-    sampled = measure(net, [batch], l1_boxes, l1="fisher", rtol=0.05, progress=False)
+    sampled = measure(net, [batch], l1_boxes, l1_curvature="fisher", rtol=0.05, progress=False)
     for r in sampled:
         assert abs(r.trace - found[r.name].trace) <= 4.5 * r.stderr + 1e-9 * r.trace
 
@@ -268,7 +270,9 @@ def test_l1_information_beside_a_loss_of_no_closed_form():
         return loss
 
     truth = measure(net, [batch], with_(lambda x: 0.5 * x.square().mean()), estimator="exact", progress=False)
-    found = measure(net, [batch], with_(lambda x: x.abs().mean()), l1="fisher", estimator="exact", progress=False)
+    found = measure(
+        net, [batch], with_(lambda x: x.abs().mean()), l1_curvature="fisher", estimator="exact", progress=False
+    )
     for r in found:
         assert r.trace == pytest.approx(truth[r.name].trace, rel=1e-8, abs=1e-12)
 

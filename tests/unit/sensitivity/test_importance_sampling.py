@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import ProcessShard, chunks, design, join, pick
+from hawq_lightning.sensitivity import ProcessShard, chunks, join, pick, sampling_design
 from tests.cases import CASES, ConvNet, build
 
 
@@ -43,8 +43,9 @@ def sure():
 
 def test_a_trained_network_draws_by_itself_and_saves_work(sure):
     net, batches, loss_fn, table, exact = sure
-    drawn = measure(net, batches, loss_fn, sites=table, progress=False)
-    whole = measure(net, batches, loss_fn, sites=table, draw="all", progress=False)
+    keywords = {"sites": table, "max_probes": 200, "progress": False}
+    drawn = measure(net, batches, loss_fn, **keywords)
+    whole = measure(net, batches, loss_fn, sampling="all", **keywords)
     assert drawn.settings["draw"] == "curvature" and whole.settings["draw"] == "all"
     assert drawn.settings["probes"] < whole.settings["probes"]
     for r in exact:
@@ -55,7 +56,7 @@ def test_a_trained_network_draws_by_itself_and_saves_work(sure):
 def test_drawn_estimates_are_unbiased_for_weights_and_activations(sure):
     net, batches, loss_fn, table, exact = sure
     runs = [
-        measure(net, batches, loss_fn, sites=table, draw="curvature", rtol=9.0, seed=s, progress=False)
+        measure(net, batches, loss_fn, sites=table, sampling="curvature", rtol=9.0, seed=s, progress=False)
         for s in range(60)
     ]
     for r in exact:
@@ -69,7 +70,17 @@ def test_intervals_of_drawn_estimates_cover_at_the_stopping_time(sure):
     net, batches, loss_fn, table, exact = sure
     hits = total = 0
     for seed in range(100):
-        found = measure(net, batches, loss_fn, sites=table, draw="curvature", rtol=0.1, seed=seed, progress=False)
+        found = measure(
+            net,
+            batches,
+            loss_fn,
+            sites=table,
+            sampling="curvature",
+            rtol=0.1,
+            seed=seed,
+            max_probes=200,
+            progress=False,
+        )
         for r in found:
             if exact[r.name].trace and r.stderr > 1e-9 * r.trace:
                 hits += abs(r.trace - exact[r.name].trace) <= 1.96 * r.stderr
@@ -80,7 +91,7 @@ def test_intervals_of_drawn_estimates_cover_at_the_stopping_time(sure):
 
 def test_rows_stand_for_the_same_means(sure):
     net, batches, loss_fn, table, _ = sure
-    found = measure(net, batches, loss_fn, sites=table, draw="curvature", progress=False)
+    found = measure(net, batches, loss_fn, sites=table, sampling="curvature", progress=False)
     for r in found:
         rows = torch.tensor(found.rows[r.name], dtype=torch.float64)
         assert len(rows) == 48
@@ -95,15 +106,15 @@ def test_losses_that_couple_images_are_not_drawn_from(sure):
         return F.cross_entropy(model(batch[0]), batch[1], weight=weights)  # divides by the weights of the batch
 
     found = measure(net, batches, weighted, sites=table, progress=False)
-    plain = measure(net, batches, weighted, sites=table, draw="all", progress=False)
+    plain = measure(net, batches, weighted, sites=table, sampling="all", progress=False)
     assert found.settings["draw"] == "all"
     assert [r.trace for r in found] == [r.trace for r in plain]
-    with pytest.raises(HawqError, match=r"draw='curvature' is impossible: the loss of an image depends on the batch"):
-        measure(net, batches, weighted, sites=table, draw="curvature", progress=False)
+    with pytest.raises(HawqError, match=r"'curvature' is impossible: the loss of an image depends on the batch"):
+        measure(net, batches, weighted, sites=table, sampling="curvature", progress=False)
     with pytest.raises(HawqError, match="whole batches as rows"):
-        measure(net, batches, weighted, sites=table, draw="curvature", estimator="hutchinson", progress=False)
-    with pytest.raises(HawqError, match=r"Unknown draw 'curve'.*curvature"):
-        measure(net, batches, weighted, sites=table, draw="curve", progress=False)
+        measure(net, batches, weighted, sites=table, sampling="curvature", estimator="hutchinson", progress=False)
+    with pytest.raises(HawqError, match=r"Unknown sampling 'curve'.*curvature"):
+        measure(net, batches, weighted, sites=table, sampling="curve", progress=False)
 
 
 def test_sums_over_images_are_told_from_means(sure):
@@ -112,15 +123,15 @@ def test_sums_over_images_are_told_from_means(sure):
     def total(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
-    mean = measure(net, batches, loss_fn, sites=table, draw="curvature", progress=False)
-    summed = measure(net, batches, total, sites=table, draw="curvature", progress=False)
+    mean = measure(net, batches, loss_fn, sites=table, sampling="curvature", progress=False)
+    summed = measure(net, batches, total, sites=table, sampling="curvature", progress=False)
     for a, b in zip(mean, summed):
         assert b.trace == pytest.approx(16 * a.trace, rel=1e-6)
 
 
 def test_an_interrupted_drawn_measurement_goes_on(sure, tmp_path):
     net, batches, loss_fn, table, _ = sure
-    keywords = {"sites": table, "draw": "curvature", "rtol": 0.05, "progress": False}
+    keywords = {"sites": table, "sampling": "curvature", "rtol": 0.05, "progress": False}
     whole = measure(net, batches, loss_fn, **keywords)
     calls = [0]
 
@@ -161,9 +172,9 @@ def _one_of_two(rank: int, address: str, folder: str, coupled: bool) -> None:
 
     batches = _second_has_class_2() if coupled else _halves()
     loss_fn = _coupled_in_one if coupled else CASES["cross_entropy"][1]
-    draw = "auto" if coupled else "curvature"
+    sampling = "auto" if coupled else "curvature"
     found = measure(
-        sure_net(), batches, loss_fn, draw=draw, share=ProcessShard(rank, 2, all_reduce_sum), progress=False
+        sure_net(), batches, loss_fn, sampling=sampling, shard=ProcessShard(rank, 2, all_reduce_sum), progress=False
     )
     found.save(f"{folder}/{rank}.json")
     torch.distributed.destroy_process_group()
@@ -176,9 +187,9 @@ def test_two_processes_go_the_same_way(sure, tmp_path, coupled):
 
     net, batches, loss_fn, _, _ = sure
     if coupled:
-        alone = measure(net, _second_has_class_2(), _coupled_in_one, draw="all", progress=False)
+        alone = measure(net, _second_has_class_2(), _coupled_in_one, sampling="all", progress=False)
     else:
-        alone = measure(net, batches, loss_fn, draw="curvature", progress=False)
+        alone = measure(net, batches, loss_fn, sampling="curvature", progress=False)
     mp.spawn(_one_of_two, (f"file://{tmp_path}/meet", str(tmp_path), coupled), nprocs=2)
     for rank in (0, 1):
         found = Sensitivity.load(tmp_path / f"{rank}.json")
@@ -189,12 +200,12 @@ def test_two_processes_go_the_same_way(sure, tmp_path, coupled):
 
 
 def test_the_design_spends_work_where_the_curvature_is():
-    even = design(torch.ones(100))
+    even = sampling_design(torch.ones(100))
     assert even.gain == 1.0 and bool((even.probability == 1).all())
-    heavy = design(torch.tensor([1.0] * 5 + [0.001] * 95))
+    heavy = sampling_design(torch.tensor([1.0] * 5 + [0.001] * 95))
     assert bool((heavy.probability[:5] == 1).all()) and bool((heavy.probability[5:] < 0.5).all())
     assert heavy.gain > 3 and bool((heavy.probability > 0).all())
-    assert design(torch.zeros(10)).gain == 1.0
+    assert sampling_design(torch.zeros(10)).gain == 1.0
 
 
 @pytest.mark.parametrize("make", ["tuple", "dict", "lists"])
@@ -219,5 +230,5 @@ def test_images_are_taken_out_and_joined(make):
 
     chosen = [(0, torch.tensor([1, 4])), (1, torch.tensor([2]))]
     (chunk,) = chunks(kept, [5, 4], chosen, 5, batch_images)
-    assert first(chunk.batch) == [1.0, 4.0, 7.0] and chunk.images == 3
-    assert [c.images for c in chunks(kept, [5, 4], chosen, 2, batch_images)] == [2, 1]
+    assert first(chunk.batch) == [1.0, 4.0, 7.0] and chunk.samples == 3
+    assert [c.samples for c in chunks(kept, [5, 4], chosen, 2, batch_images)] == [2, 1]

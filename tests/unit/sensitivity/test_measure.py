@@ -167,7 +167,7 @@ def test_bad_weights_batches_and_settings():
     net, batch = build(ConvNet), batch_for(ConvNet)
     with pytest.raises(HawqError, match="No batches"):
         measure(net, [], CROSS_ENTROPY, progress=False)
-    with pytest.raises(HawqError, match=r"Unknown estimator 'gnn'.*Did you mean 'ggn'"):
+    with pytest.raises(HawqError, match=r"no estimator 'gnn'.*Did you mean 'ggn'"):
         measure(net, [batch], CROSS_ENTROPY, estimator="gnn", progress=False)
     with pytest.raises(HawqError, match="rtol"):
         measure(net, [batch], CROSS_ENTROPY, rtol=-1, progress=False)
@@ -206,18 +206,18 @@ def test_a_share_of_the_batches_adds_up_to_the_whole():
     batches = [
         (torch.randn(4, 2, 8, 8, generator=g, dtype=torch.float64), torch.arange(4) % 3) for _ in range(5)
     ]  # fmt: skip
-    whole = measure(net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False)
+    whole = measure(net, batches, CROSS_ENTROPY, rtol=9.0, sampling="all", seed=2, progress=False)
     tables: list[torch.Tensor] = []
     for rank in range(2):  # two processes, one after the other: the tables they would add
         measure(
-            copy.deepcopy(net), batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
-            share=ProcessShard(rank, 2, lambda t: tables.append(t.clone()) or t),
+            copy.deepcopy(net), batches, CROSS_ENTROPY, rtol=9.0, sampling="all", seed=2, progress=False, max_probes=2,
+            shard=ProcessShard(rank, 2, lambda t: tables.append(t.clone()) or t),
         )  # fmt: skip
     both = measure(
-        net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2,
-        share=ProcessShard(0, 2, lambda t: tables[0] + tables[1]),
+        net, batches, CROSS_ENTROPY, rtol=9.0, sampling="all", seed=2, progress=False, max_probes=2,
+        shard=ProcessShard(0, 2, lambda t: tables[0] + tables[1]),
     )  # fmt: skip
-    two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, draw="all", seed=2, progress=False, max_probes=2)
+    two = measure(net, batches, CROSS_ENTROPY, rtol=9.0, sampling="all", seed=2, progress=False, max_probes=2)
     assert [r.trace for r in both] == pytest.approx([r.trace for r in two], rel=1e-12)
     assert whole.settings["probes"] >= 2
 

@@ -27,7 +27,7 @@ def test_intervals_cover_at_the_stopping_time(small):
     net, x, y, loss_fn, table, exact = small
     runs, hits, total = 120, 0, 0
     for seed in range(runs):
-        found = measure(net, [(x, y)], loss_fn, sites=table, rtol=0.1, seed=seed, progress=False)
+        found = measure(net, [(x, y)], loss_fn, sites=table, rtol=0.1, seed=seed, max_probes=200, progress=False)
         for r in found:
             if exact[r.name].trace and r.stderr > 1e-9 * r.trace:
                 hits += abs(r.trace - exact[r.name].trace) <= 1.96 * r.stderr

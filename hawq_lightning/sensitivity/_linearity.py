@@ -1,0 +1,148 @@
+"""Is the network piecewise linear in every site alone? Then Gauss-Newton traces are exact; tried, never assumed.
+
+The loss is replaced by a random linear function of the network's outputs. Its second derivative at a site vanishes
+exactly where the network is piecewise linear there: SiLU, sigmoid gates, LayerNorm, attention and weights that are used
+in series show up, however they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import Node
+
+from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
+from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaussian, gradients_of
+from hawq_lightning.sensitivity._estimator import Pilot
+
+_VANISHES = 1e-6  # relative; piecewise linear networks give exact zeros
+_FEW = 4  # samples for the check
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """What the check says.
+
+    Attributes:
+        nonlinear_sites: sites at which the network is not piecewise linear.
+        failed: why it could not tell, otherwise empty.
+    """
+
+    nonlinear_sites: tuple[str, ...] = ()
+    failed: str = ""
+
+
+def check_linearity(context: MeasureContext, pilot: Pilot, seed: int = 0, most: int | None = None) -> Linearity:
+    """One double backward on a few samples; one a site more only if that does not vanish.
+
+    All activations are disturbed at once, weights held: of a piecewise linear network even that has no second
+    derivative. A weight that is used in series is looked at alone.
+
+    Args:
+        context: model, loss and sites.
+        pilot: samples to try it on.
+        seed: of the random function and disturbances.
+        most: look at no more than so many sites one by one, evenly over the table; ``None``: at all.
+    """
+    pilot = pilot.first(context, _FEW)
+    sampler = gaussian(torch.Generator().manual_seed(seed))
+
+    # the direction requires gradients so that kernels without a second derivative say so, instead of seeming constant
+    directions: list[torch.Tensor] = []
+
+    def random_direction(forward: ForwardPass) -> list[torch.Tensor]:
+        directions[:] = [sampler(v).requires_grad_(True) for v in forward.hessian.values]
+        return directions
+
+    try:
+        with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, weights=False) as gradients:
+            serial = _in_series(gradients)
+            piecewise_linear = not _has_second_derivative(gradients, list(gradients.points), sampler, directions)
+        if piecewise_linear and not serial:
+            return Linearity()
+        names = [s.name for s in context.table]
+        sites = serial if piecewise_linear else names[:: max(1, -(-len(names) // most)) if most else 1]
+        with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=sites) as gradients:
+            nonlinear = [
+                s.name
+                for s in context.table
+                if s.name in gradients.points and _has_second_derivative(gradients, [s.name], sampler, directions)
+            ]
+        return Linearity(tuple(nonlinear))
+    except (RuntimeError, NotImplementedError) as error:
+        return Linearity(failed=str(error).strip().split("\n")[0].rstrip("."))
+
+
+def layer_names(context: MeasureContext, sites: Collection[str], most: int = 4) -> str:
+    """The layers of some sites, for a sentence; the first ``most`` of them by name."""
+    layers = [x.name for x in context.table.layers if x.weight in sites or x.activation in sites]
+    return ", ".join(layers[:most]) + (f" and {len(layers) - most} more layers" if len(layers) > most else "")
+
+
+def _has_second_derivative(
+    gradients: GradGraph, sites: Sequence[str], sampler: Sampler, directions: Sequence[torch.Tensor]
+) -> bool:
+    """Whether the gradients at ``sites`` change when all of these are disturbed."""
+    pairs = [
+        (p, g, sampler(p) * _size(p))
+        for s in sites
+        for p, g in zip(gradients.points[s], gradients.gradient[s])
+        if g is not None and g.requires_grad
+    ]
+    if not pairs:
+        return False
+    if once := _once_only([g for _, g, _ in pairs]):
+        raise NotImplementedError(f"an operation has no second derivative ({once})")
+    points = [p for p, _, _ in pairs]
+    changes = torch.autograd.grad(
+        [g for _, g, _ in pairs], [*points, *directions], [v for _, _, v in pairs], retain_graph=True, allow_unused=True
+    )
+    # of the size of what is disturbed, so that the gradients change by a share that means something
+    return any(
+        h is not None and float(h.norm()) > _VANISHES * float(g.detach().norm())
+        for h, (_, g, _) in zip(changes[: len(points)], pairs)
+    )
+
+
+def _size(point: torch.Tensor) -> float:
+    """Root mean square, to disturb by; 1 of a tensor of zeros."""
+    return float(point.detach().square().mean().sqrt()) or 1.0
+
+
+def _in_series(gradients: GradGraph) -> list[str]:
+    """Weights with a call that reads what an earlier call of theirs made."""
+    out = []
+    for site, outputs in gradients.forward.network.output_nodes().items():
+        nodes = set(outputs)
+        if len(nodes) > 1 and any(_reaches(start, nodes - {start}) for start in nodes):
+            out.append(site)
+    return out
+
+
+def _once_only(gradients: list[torch.Tensor]) -> str:
+    """The name of a node that stands for a missing second derivative, or nothing."""
+    stack = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name().rpartition("::")[2] in ("Error", "NotImplemented"):
+            return "once_differentiable" if node.name().endswith("Error") else "not implemented"
+        new = {p for p, _ in node.next_functions if p is not None} - seen
+        seen |= new
+        stack += new
+    return ""
+
+
+def _reaches(start: Node, goals: set[Node]) -> bool:
+    """Whether the graph behind ``start`` holds one of ``goals``."""
+    stack, seen = [start], {start}
+    while stack:
+        for parent, _ in stack.pop().next_functions:
+            if parent in goals:
+                return True
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return False

@@ -1,0 +1,112 @@
+"""What is known before the first probe: sites, fingerprint, which samples can be told apart, and the estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning._sites import find_sites, quantizable_layers
+from hawq_lightning._types import LossFn
+from hawq_lightning.sensitivity._batch_set import BatchSet
+from hawq_lightning.sensitivity._cache import fingerprint
+from hawq_lightning.sensitivity._context import MeasureContext, check_weights
+from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
+from hawq_lightning.sensitivity._independence import samples_apart
+from hawq_lightning.sensitivity._memory import RanOut, half, with_fewer
+from hawq_lightning.sensitivity._microbatch import slice_batch
+from hawq_lightning.sensitivity._precision import in_precision
+from hawq_lightning.sensitivity._probe_runner import ProbeRunner
+from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._settings import MeasureSettings
+
+Reuse = Callable[[str], Sensitivity | None]
+"""From the fingerprint to an earlier measurement of the same, or ``None``."""
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What a first forward pass tells.
+
+    Attributes:
+        context: model, loss and sites.
+        pilot: the first batch, or as much of it as memory holds; ``per_sample`` is empty if there is an earlier result.
+        fingerprint: of weights, data, loss and settings.
+        earlier: a measurement of the same fingerprint.
+    """
+
+    context: MeasureContext
+    pilot: Pilot
+    fingerprint: str
+    earlier: Sensitivity | None = None
+
+
+def first_look(
+    model: nn.Module,
+    data: BatchSet,
+    loss_fn: LossFn,
+    sites: SiteTable | None,
+    settings: MeasureSettings,
+    reuse: Reuse | None,
+) -> FirstLook:
+    """Look at the first batch, at half of it for as long as memory runs out.
+
+    Args:
+        model: evaluated in isolation.
+        data: all batches.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        sites: found by a forward pass when not given.
+        settings: of the measurement.
+        reuse: asked for an earlier measurement.
+
+    Raises:
+        HawqError: no quantizable layer, weights that hold NaN, or a loss that cannot be measured.
+    """
+    layers, _ = quantizable_layers(model, settings.include, settings.exclude)
+    check_weights(layers)
+    batch, samples, size_of = data.batches[0], data.samples[0], settings.batch_size_fn
+
+    def look(size: int) -> FirstLook:
+        part = batch if size == samples else slice_batch(batch, samples, 0, size, size_of)
+        table = sites or find_sites(model, lambda: loss_fn(model, part), size, settings.include, settings.exclude)
+        on_table = {x.name: layers[x.name] for x in table.layers}
+        context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)
+        key = fingerprint(context, data.batches, data.samples, part, settings.text(), settings.config.seed)
+        earlier = reuse(key) if reuse is not None else None
+        apart = {} if earlier is not None else samples_apart(context, part, size, size_of)
+        return FirstLook(context, Pilot(part, size, apart, size_of), key, earlier)
+
+    def fewer(size: int, ran_out: RanOut) -> int:
+        size = half(size, ran_out)
+        if slice_batch(batch, samples, 0, size, size_of) is None:
+            raise ran_out.error
+        return size
+
+    return with_fewer(look, samples, fewer)[0]
+
+
+def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> ProbeRunner:
+    """The estimator, prepared and calibrated, in the precision that it may have, on as many samples as memory holds.
+
+    Args:
+        look: at the first batch.
+        data: all batches.
+        settings: of the measurement.
+
+    Raises:
+        HawqError: the network or the loss does not allow what the settings demand.
+    """
+    config, pilot = settings.config, look.pilot
+    estimator = ESTIMATORS[config.estimator].prepare(look.context, pilot, config)
+    context = in_precision(look.context, estimator, pilot, config.precision, config.seed)
+    whole = pilot.samples == data.samples[0]
+    runner = ProbeRunner(
+        context, estimator, pilot.per_sample, settings.batch_size_fn, config.seed, None if whole else pilot.samples
+    )
+    if not whole:
+        runner.enable_microbatching(data.batches[0], data.samples[0], pilot.samples)
+    first = [data.batches[b] for b in data.local[:1]]
+    runner.estimator = estimator.calibrate(context, first, data.shard, config.max_probes)
+    return runner
