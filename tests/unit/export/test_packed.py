@@ -283,7 +283,7 @@ def test_a_users_quantizer_that_was_not_imported_is_named(packed: tuple[nn.Modul
     def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         metadata["sites"] = metadata["sites"].replace('"bits"', '"quantizer":"lqs","bits"', 1)
 
-    with pytest.raises(HawqError, match="no quantizer 'lqs'.*Did you mean 'lsq'.*once its file is imported"):
+    with pytest.raises(HawqError, match="no quantizer 'lqs'.*Did you mean 'lsq'.*known once imported"):
         read_packed(resealed(packed[2], tmp_path / "bad", change))
 
 
