@@ -293,10 +293,10 @@ def test_a_float_checkpoint_does_not_disarm_a_quantized_module(tmp_path, float_c
     assert same_states(model.state_dict(), state)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. this network is float")  # see test_scores_begin_anew.py
 def test_a_float_checkpoint_tests_float(tmp_path, float_checkpoint):
     model = Classifier()
-    with pytest.warns(UserWarning, match="this network is float"):
-        found = trainer(tmp_path, hawq()).test(model, loader(shuffle=False), ckpt_path=float_checkpoint[1])
+    found = trainer(tmp_path, hawq()).test(model, loader(shuffle=False), ckpt_path=float_checkpoint[1])
     assert found == trainer(tmp_path).test(float_checkpoint[0], loader(shuffle=False))
     assert not enabled_bits(model)
 
