@@ -110,7 +110,8 @@ class Quantizer(nn.Module):
             return self._untouched(x)
         if self._tied_to:
             self._take_state()
-            return self._tied_to[0](self._untouched(x))
+            levels: torch.Tensor = self._tied_to[0](self._untouched(x))
+            return levels
         return self.quantize(x) if self.bits else self._untouched(x)
 
     def _untouched(self, x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,8 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Quantizer:
         # follow the device, never the dtype: a bf16 step is another step
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[return-value]
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Bits, or off."""

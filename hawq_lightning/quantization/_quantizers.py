@@ -122,7 +122,8 @@ class WeightQuantizer(Quantizer):
             return leader.eval_weight(weight)
         mode, self.training = self.training, False
         try:
-            return self(weight)
+            levels: torch.Tensor = self(weight)
+            return levels
         finally:
             self.training = mode
 

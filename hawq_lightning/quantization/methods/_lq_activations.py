@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from hawq_lightning._types import AutogradContext, FunctionInputs
 from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY
@@ -77,7 +76,8 @@ class ActivationLQ(ActivationQuantizer):
             return super().quantize(x)
         if self.training and self.range_updates_enabled and x.numel():
             self._refit(x)
-        return _Nearest.apply(x, self.levels())
+        nearest: torch.Tensor = _Nearest.apply(x, self.levels())
+        return nearest
 
     def _table(self) -> torch.Tensor:
         return bit_table(self.bits, 0.0, self.basis.device)
@@ -119,12 +119,12 @@ class _Nearest(torch.autograd.Function):
         return nearest.to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, levels = inputs
         ctx.save_for_backward(x, levels)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):
