@@ -34,7 +34,7 @@ def check_targets(settings: object, named: set[str], folder: Path) -> None:
         HawqError: the first that is not allowed.
     """
     # resolved: an interpolation can make a whole node
-    for target in _targets(OmegaConf.to_container(settings, resolve=True)):  # type: ignore[arg-type]
+    for target in _targets(OmegaConf.to_container(settings, resolve=True)):
         if any(target.startswith(f"{module}.") for module in named):
             continue
         if not _is_harmless(target):
