@@ -11,10 +11,9 @@ from lightning.pytorch import LightningModule
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
 from hawq_lightning._types import StateDict
-from hawq_lightning.quantization import named_in, prepare, quantizer_named
+from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
-_MARK = ".weight_quantizer.width"
 
 
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs: Any) -> Module:
@@ -55,12 +54,8 @@ def _install(
 ) -> None:
     """Make twins of the layers that a state dict has quantizers of."""
     twins: dict[str, set[str]] = {}  # quantizer -> layers
-    for key in state_dict:
-        if key.endswith(_MARK):
-            prefix = key.removesuffix("width")
-            own = named_in(k.removeprefix(prefix) for k in state_dict if k.startswith(prefix))
-            parts = (p for p in key.removesuffix(_MARK).split(".") if p not in WRAPPERS)
-            twins.setdefault(own, set()).add(".".join(parts))
+    for layer, quantizer in trained_quantizers(state_dict).items():
+        twins.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
     known = quantizable_layers(module)[0]
     for quantizer, names in twins.items():
         if strict and (missing := sorted(names - set(known))):

@@ -25,8 +25,8 @@ from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writ
 from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
-from hawq_lightning.cli._run_folder import HYDRA, RESULTS, RunFolder
-from hawq_lightning.export import load_packed, require
+from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
+from hawq_lightning.export import EXPORTERS, load_packed, require
 
 
 def run(cfg: DictConfig) -> JsonObject:
@@ -46,10 +46,13 @@ def run(cfg: DictConfig) -> JsonObject:
     """
     check_settings(cfg)
     if cfg.onnx:  # found missing now, not after the training
-        require("onnx"), require("onnxscript"), require("onnxruntime")
+        for package in (*EXPORTERS["onnx"].packages, "onnxruntime"):
+            require(package)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path)
-    place = RunFolder(Path(cfg.paths.output_dir), (*RESULTS, *HYDRA) if writes_hydra_files(cfg) else RESULTS)
+    place = RunFolder(
+        Path(cfg.paths.output_dir), (*result_names(), *HYDRA) if writes_hydra_files(cfg) else result_names()
+    )
     progress = RunState(place, settings_hash(cfg))
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         progress.check(cfg.overwrite)

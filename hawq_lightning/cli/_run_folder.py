@@ -1,6 +1,6 @@
 """Whose files a run folder holds: a manifest of what runs made, a lock, and results that outlast a failed new run.
 
-Runs touch names of :data:`RESULTS` only, and of those only what a run of this program made. Results that are to be
+Runs touch names of :func:`result_names` only, and of those only what a run of this program made. Results that are to be
 replaced are set aside, and come back when the new run ends before it has anything to put in their place.
 """
 
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._types import JsonObject
+from hawq_lightning.export import EXPORTERS
 
 MANIFEST = ".hawq_lightning.json"
 LOCK = ".hawq_lightning.lock"
@@ -28,13 +29,12 @@ ASIDE = ".hawq_lightning.old"
 UNFINISHED = "unfinished.json"
 TRACES = "sensitivity.json"
 HYDRA = tuple(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
-EXPORTED = ("model.onnx", "model.pt2", "latency.csv", "export.json")
 _DRAWN = ("bits", "traces", "frontier", "loss_check", "training", "convergence_images",
           "convergence_steps_weight", "convergence_steps_activation", "eigenvalues", "landscape")  # fmt: skip
 _BY_PHASE = ("checkpoints/{}/last.ckpt", "logs/{}/metrics.csv", "logs/{}/hparams.yaml")
 RESULTS = (
-    UNFINISHED, TRACES, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv", "model.safetensors",
-    "per_image.npz", "model.onnx", "model.pt2", "export.json", "report.html", "README.md",
+    UNFINISHED, TRACES, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv",
+    "per_image.npz", "export.json", "report.html", "README.md",
     *(f"figures/{name}.{end}" for name in _DRAWN for end in ("png", "csv")),
     *(name.format(phase) for name in _BY_PHASE for phase in ("float", "fine_tuning")),
 )  # fmt: skip
@@ -42,6 +42,11 @@ _FORMAT = "hawq_lightning.run_folder"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # a killed process's data workers keep its lock until they see that it has gone, which torch looks for every 5 seconds
 _PATIENCE = 8.0
+
+
+def result_names() -> tuple[str, ...]:
+    """Names of all files that a run may write, the files of exporters that are known now among them."""
+    return (*RESULTS, *(f"model{EXPORTERS[name].suffix}" for name in EXPORTERS))
 
 
 class RunFolder:
@@ -52,8 +57,8 @@ class RunFolder:
         names: of the files that runs write into it.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str] = RESULTS) -> None:
-        self.folder, self.names = folder, tuple(names)
+    def __init__(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        self.folder, self.names = folder, result_names() if names is None else tuple(names)
 
     @property
     def settings(self) -> str | None:
@@ -96,7 +101,7 @@ class RunFolder:
         manifest, changed = self._manifest(), self.changed()
         made = manifest.get("files")
         if made is None and "settings" in manifest:
-            made = RunFolder(self.folder, (*RESULTS, *HYDRA)).present()
+            made = RunFolder(self.folder, (*result_names(), *HYDRA)).present()
         manifest["files"] = sorted({*self.present(), *(n for n in made or () if (self.folder / n).exists())})
         if "README.md" in manifest["files"] and "README.md" not in changed:
             manifest["pages"] = {"README.md": self._digest("README.md")}

@@ -389,7 +389,7 @@ class Evil:
 def test_a_checkpoint_from_somebody_else_is_not_unpickled(run):
     last = run / "checkpoints" / "fine_tuning" / "last.ckpt"
     torch.save({"state_dict": Evil()}, last)
-    few = ["images=0", "seconds=0.01", "batch_size=1", "program=false", "table=false"]
+    few = ["images=0", "seconds=0.01", "batch_size=1", "formats=[]", "table=false"]
     code, out, err = shell("hawq-lightning-export", "run_folder=run", *few, cwd=run.parent)
     assert code == 0 and "not trusted" in out.replace("\n", " "), (out, err)
     assert not (run.parent / "ran").exists()
