@@ -26,7 +26,7 @@ Reuse = Callable[[str], Sensitivity | None]
 """From the fingerprint to an earlier measurement of the same, or ``None``."""
 
 
-_FEW_COLUMNS = 8  # outputs of all rows together: then each is sent back by itself, and the traces have no error
+_FEW_COLUMNS = 12  # outputs of all rows together: then each is sent back by itself, and the traces have no error
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
 
 
 def _few_columns(runner: ProbeRunner, data: BatchSet) -> bool:
-    """Whether signs are so few, over all rows, that probes would soon repeat each other and their spread mean little."""
+    """Whether signs are so few, over all rows, that probes soon repeat each other, and their spread means little."""
     context, by_sample = runner.context, all(runner.per_sample.values())
     rows = sum(data.samples) if by_sample else len(data.batches)
     if rows > _FEW_COLUMNS or context.precision != "float32" or runner.estimator.every_column() is None:

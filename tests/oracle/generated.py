@@ -36,6 +36,12 @@ from hawq_lightning import HawqError, Sensitivity, SiteTable, find_sites, measur
 
 ESTIMATORS = ("ggn", "exact", "hutchinson", "hessian", "auto")
 
+# Kinds that are not drawn, and why; take a line out to have them in the cases.
+EXCLUDED = {
+    "views": "an in-place change of a layer's output that is a view gives 0 there (issue 16, item 1)",
+    "reentrant": "layers inside of reentrant checkpoints are not found (issue 16, item 2)",
+}
+
 
 # ---- blocks over images (N, C, 6, 6) ----
 
@@ -59,6 +65,10 @@ class Conv(nn.Module):
         }[form]()
         self.act = activation(rng, smooth)
         self.residual = rng.choice(["none", "add", "add_"])
+        if self.residual == "add_" and (
+            isinstance(self.act, (nn.ReLU, nn.Tanh)) or getattr(self.act, "inplace", False)
+        ):
+            self.residual = "add"  # the derivative reads the result, which must stay
         self.describe = f"conv:{form}/{self.residual}/{type(self.act).__name__}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,6 +106,11 @@ class Mlp(nn.Module):
         self.up, self.down = nn.Linear(4, 5, bias=rng.random() < 0.8), nn.Linear(5, 4)
         self.between = rng.choice(["act", "relu_", "mul_", "masked_fill_", "assign", "div_", "shortcut_"])
         self.act = activation(rng, smooth)
+        inplace = bool(getattr(self.act, "inplace", False))
+        if "views" in EXCLUDED:
+            self.between = "act"
+        if inplace and ("views" in EXCLUDED or self.between == "relu_"):  # ReLU's derivative reads its result
+            self.act.inplace = inplace = False
         self.describe = (
             f"mlp:{self.between}/{type(self.act).__name__}{'(inplace)' if getattr(self.act, 'inplace', False) else ''}"
         )
@@ -209,7 +224,7 @@ class Net(nn.Module):
 
     @staticmethod
     def _wrapped(rng: random.Random, block: nn.Module) -> nn.Module:
-        return Checkpointed(block, rng.random() < 0.5) if rng.random() < 0.15 else block
+        return Checkpointed(block, rng.random() < 0.5 and "reentrant" not in EXCLUDED) if rng.random() < 0.15 else block
 
     def forward(self, x: torch.Tensor) -> Any:
         x = F.relu(self.norm(self.stem(x)))
@@ -410,10 +425,7 @@ def dense(case: Case, site: Any) -> tuple[float, float]:
     pieces = [p.reshape(s) for p, s in zip(o.split([math.prod(s) for s in shapes]), shapes)]
     value = case.loss(pieces, case.batch)
     hessian = _hessian(value, [o])[0]
-    rows = [torch.autograd.grad(f[i], points, retain_graph=True, allow_unused=True) for i in range(len(f))]
-    jacobian = torch.stack(
-        [torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(points, r)]) for r in rows]
-    )
+    jacobian = torch.cat(_rows_of(f, points), 1)
     gauss_newton = float((jacobian * (hessian @ jacobian)).sum())
     loss = case.loss(outputs, case.batch)
     slopes = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
@@ -422,10 +434,24 @@ def dense(case: Case, site: Any) -> tuple[float, float]:
         if slope is None or not slope.requires_grad:
             continue
         line = slope.reshape(-1)
-        for j in range(line.numel()):
-            (row,) = torch.autograd.grad(line[j], point, retain_graph=True, allow_unused=True)
-            true += 0.0 if row is None else float(row.reshape(-1)[j])
+        true += float(_rows_of(line, [point])[0].diagonal().sum())
     return gauss_newton, true
+
+
+def _rows_of(values: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Derivatives of a vector by each point, (values, elements of the point): all rows at once where autograd can."""
+    eye = torch.eye(len(values), dtype=values.dtype)
+    try:
+        table = torch.autograd.grad(
+            values, points, eye, retain_graph=True, allow_unused=True, is_grads_batched=True, materialize_grads=True
+        )
+    except RuntimeError:
+        each = [
+            torch.autograd.grad(values, points, e, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for e in eye
+        ]
+        table = [torch.stack(rows) for rows in zip(*each)]
+    return [t.reshape(len(values), -1) for t in table]
 
 
 def _hessian(value: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -439,19 +465,10 @@ def _hessian(value: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tens
 
 # ---- measured against dense ----
 
-PROBES = 256
-RTOL = 0.1
+PROBES = 24
+RTOL = 0.2
 REPEATS = 12
 SLACK = 0.02
-
-# Kinds that are drawn but not held against the oracle: name -> what a case's description has, and why.
-EXCLUDED: dict[str, tuple[re.Pattern[str], str]] = {
-    "reentrant": (re.compile(r"checkpoint\(reentrant\)"), "reentrant checkpoints hide their layers (issue 16, item 2)"),
-    "views": (
-        re.compile(r"mlp:(relu_|mul_|masked_fill_|assign|div_|shortcut_)|mlp:\w+/\w+\(inplace\)"),
-        "in-place changes of a layer's output that is a view (issue 16, item 1)",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -465,11 +482,6 @@ class Miss:
 
     estimator: str
     text: str
-
-
-def excluded(case: Case) -> str:
-    """Why a case is not held against the oracle; empty: it is."""
-    return next((reason for pattern, reason in EXCLUDED.values() if pattern.search(case.about)), "")
 
 
 def run_case(seed: int, estimators: Sequence[str] = ESTIMATORS) -> list[Miss]:
@@ -555,19 +567,14 @@ def _false_notes(
 
 
 def run(count: int, first: int) -> dict[str, Any]:
-    """Run ``count`` cases from seed ``first`` on; counts, misses by seed, and what was left out and why."""
-    begin, misses, left_out = time.perf_counter(), {}, {}
+    """Run ``count`` cases from seed ``first`` on; misses by seed."""
+    begin, misses = time.perf_counter(), {}
     for seed in range(first, first + count):
-        case = make_case(seed)
-        if reason := excluded(case):
-            left_out[seed] = reason
-            continue
-        if found := run_case(seed):
-            misses[seed] = {"case": case.about, "misses": [f"{m.estimator}: {m.text}" for m in found]}
-    reasons = {r: sum(x == r for x in left_out.values()) for r in dict.fromkeys(left_out.values())}
+        if wrong := run_case(seed):
+            misses[seed] = {"case": make_case(seed).about, "misses": [f"{m.estimator}: {m.text}" for m in wrong]}
     return {
-        "cases": count - len(left_out), "first": first, "left_out": reasons, "failed": len(misses),
-        "misses": misses, "seconds": round(time.perf_counter() - begin, 1),
+        "cases": count, "first": first, "not_drawn": EXCLUDED, "failed": len(misses), "misses": misses,
+        "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
 
 
