@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, FunctionInputs, Options
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -38,7 +37,9 @@ _DROPOUTS = {
 
 
 class _NoDropout(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
