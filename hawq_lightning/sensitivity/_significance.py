@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 
 SIGNIFICANT = 2.0  # standard errors
 _KINDS = ("weight", "activation")
