@@ -90,6 +90,7 @@ class TraceLoop:
         while True:
             if step and not started:  # a step has ended, here or before an interruption
                 total = statistics.summed(shard, sampling.probes_per_step * step)
+                total.check_finite()
                 if self.estimator.exact:
                     self.stopped = Stop("exact")
                     return total
