@@ -32,5 +32,8 @@ AutogradContext: TypeAlias = Any
 FunctionInputs: TypeAlias = tuple[Any, ...]
 """Arguments of a torch.autograd.Function's ``forward``, as ``setup_context`` gets them."""
 
+Budget: TypeAlias = str | Mapping[str, str | float]
+"""``"12x"``, ``"8MB"``, ``{"bops": "50%"}``: one bound, or several by name."""
+
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object, keys and values as ``json.loads`` gives them."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, choice
 from hawq_lightning.layers import deterministic
 from hawq_lightning.quantization._fake_quantize import (
     MIDRISE_ZERO,
@@ -21,7 +21,6 @@ from hawq_lightning.quantization._fake_quantize import (
 )
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
-from hawq_lightning.quantization._widths import one_of
 
 _DEFAULT = "uniform"
 _MARK = "quantizer_"
@@ -48,7 +47,7 @@ class WeightQuantizer(Quantizer):
     def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
         self.axis = axis
-        self.ranges = one_of("ranges", ranges, WEIGHT_RANGES)
+        self.ranges = choice("ranges", ranges, WEIGHT_RANGES)
         if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
             raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
         self.reestimate = reestimate
@@ -73,8 +72,8 @@ class WeightQuantizer(Quantizer):
         return ("midrise",) if bits == 1 else ("affine", "midrise")
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
-        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        if own and (trained := named_in(own)) != self.name:
+        names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if names and (trained := named_in(names)) != self.name:
             raise HawqError(
                 f"{prefix.removesuffix('.weight_quantizer.')!r} was trained with quantizer {trained!r}, but this "
                 f"network has {self.name!r}; build it with quantizer={trained!r}."
@@ -154,7 +153,7 @@ class ActivationQuantizer(Quantizer):
 
     def __init__(self, *, ranges: str = "mse") -> None:
         super().__init__()
-        self.ranges = one_of("ranges", ranges, ACTIVATION_RANGES)
+        self.ranges = choice("ranges", ranges, ACTIVATION_RANGES)
 
     def calibrate(self, sample: torch.Tensor, low: float, high: float, bits: int) -> tuple[float, int]:
         """Step and zero point for one site, before training.
