@@ -171,7 +171,9 @@ class ApplyPlan(Callback):
         if self.given_plan is not None and self.given_plan.bits.items() - plan_of(pl_module).bits.items():
             check_plan(pl_module, self.given_plan)
             if not _agrees(self.given_plan, pl_module):
-                rank_zero_warn("HAWQ: the model has other bits than the plan that was given; it keeps its own.")
+                rank_zero_warn(
+                    "HAWQ: the model was quantized by another plan than the one given; the model's own stays."
+                )
                 self._plan = _sized(plan_of(pl_module))
                 tie_scales(pl_module, self._plan)
                 return True
