@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+"""The type of a model that a function takes and gives back."""
 
 Batch: TypeAlias = Any
 """What a dataloader yields: tensors in lists, dicts, dataclasses or classes of the user's own."""

@@ -13,6 +13,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning._types import Model
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._hooked import renew_weight
@@ -53,7 +54,7 @@ def prepare(
     return {name: with_quantizers(reader) for name, reader in readers.items()}
 
 
-def unquantize(model: nn.Module) -> nn.Module:
+def unquantize(model: Model) -> Model:
     """Plain layers again, with the float weights that they hold.
 
     Args:
@@ -208,7 +209,7 @@ def disable(model: nn.Module) -> None:
         quantizer.disable()
 
 
-def quantize(model: nn.Module, plan: Plan) -> nn.Module:
+def quantize(model: Model, plan: Plan) -> Model:
     """Enable a plan's quantizers in place; the same Parameters and state-dict names, plus the quantizers' buffers.
 
     Args:

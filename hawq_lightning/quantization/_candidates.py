@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import get_args
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
-from hawq_lightning._config import QuantizerConfig, check_bits
+from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import progress_bar
@@ -26,13 +27,13 @@ from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_tra
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
 
-def weight_code_formats(bits: int, code_format: str = "auto") -> tuple[str, ...]:
+def weight_code_formats(bits: int, code_format: CodeFormat = "auto") -> tuple[str, ...]:
     """Code formats to try at a width: 1 bit is sign times scale; at 2 bits the better of both; integers above.
 
     Raises:
         HawqError: an unknown format.
     """
-    choice("code_format", code_format, ("auto", "affine", "midrise"))
+    choice("code_format", code_format, get_args(CodeFormat))
     if bits == 1:
         return ("midrise",)
     if code_format != "auto":
@@ -45,7 +46,7 @@ def weight_candidates(
     axis: int,
     widths: Sequence[int],
     mean_trace: float,
-    code_format: str = "auto",
+    code_format: CodeFormat = "auto",
     quantizer: str | QuantizerSpec = "uniform",
     norm: nn.Module | None = None,
 ) -> tuple[Candidate, ...]:

@@ -20,7 +20,7 @@ from hawq_lightning.quantization._fake_quantize import (
     per_channel_view,
 )
 from hawq_lightning.quantization._quantizer import Quantizer
-from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
+from hawq_lightning.quantization._ranges import RANGES, Ranges, activation_step, weight_step
 
 _DEFAULT = "uniform"
 _MARK = "quantizer_"
@@ -44,10 +44,10 @@ class WeightQuantizer(Quantizer):
     zero_points = False  # whether affine codes have zero points of their own
     folding = False  # whether the grid is one of the weight with a BatchNorm in it
 
-    def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
+    def __init__(self, channels: int, axis: int = 0, *, ranges: Ranges = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
         self.axis = axis
-        self.ranges = choice("ranges", ranges, WEIGHT_RANGES)
+        self.ranges = choice("ranges", ranges, RANGES)
         if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
             raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
         self.reestimate = reestimate
@@ -151,9 +151,9 @@ class ActivationQuantizer(Quantizer):
         ranges: ``mse`` (the step of least squared error), ``minmax`` or ``percentile`` (0.1 % beyond either end).
     """
 
-    def __init__(self, *, ranges: str = "mse") -> None:
+    def __init__(self, *, ranges: Ranges = "mse") -> None:
         super().__init__()
-        self.ranges = choice("ranges", ranges, ACTIVATION_RANGES)
+        self.ranges = choice("ranges", ranges, RANGES)
 
     def calibrate(self, sample: torch.Tensor, low: float, high: float, bits: int) -> tuple[float, int]:
         """Step and zero point for one site, before training.

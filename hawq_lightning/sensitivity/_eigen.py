@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._lobpcg import LobpcgState
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 
-KINDS = ("ggn", "hessian")
+Curvature = Literal["ggn", "hessian"]
 Apply = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 """From site -> vectors (rows, elements) to site -> products with the site's block."""
 
@@ -58,7 +58,7 @@ def top_eigenpairs(
     loss_fn: LossFn,
     *,
     count: int = 1,
-    kind: str = "ggn",
+    kind: Curvature = "ggn",
     sites: SiteTable | None = None,
     only: Collection[str] | None = None,
     rtol: float = 0.02,
@@ -89,7 +89,7 @@ def top_eigenpairs(
     Raises:
         HawqError: unknown kind or site, no batches, or a network that cannot be differentiated twice.
     """
-    choice("kind", kind, KINDS)
+    choice("kind", kind, get_args(Curvature))
     if count < 1:
         raise HawqError(f"count is {count}; it is 1 or more.")
     data = BatchSet.of(model, batches, batch_images, shard)
@@ -134,7 +134,7 @@ class _Search:
     context: MeasureContext
     data: BatchSet
     per_sample: Mapping[str, bool]
-    kind: str
+    kind: Curvature
     rtol: float
     max_steps: int
     seed: int
