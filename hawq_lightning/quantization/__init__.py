@@ -1,6 +1,7 @@
 """Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
 from hawq_lightning._config import check_bits
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -76,6 +77,7 @@ __all__ = [
     "per_channel_view",
     "plan_of",
     "prepare",
+    "quantizable_layers",
     "quantize",
     "quantized_layers",
     "quantizer_named",
