@@ -15,7 +15,6 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._plan_site import (
     ACTIVATION_BITS,
-    CODES,
     WEIGHT_BITS,
     Candidate,
     PlanSite,
@@ -28,7 +27,6 @@ from hawq_lightning._types import JsonObject, Options
 
 __all__ = [
     "ACTIVATION_BITS",
-    "CODES",
     "FORMAT",
     "VERSION",
     "WEIGHT_BITS",

@@ -44,6 +44,7 @@ from hawq_lightning.quantization import (
     reestimate,
     refresh,
     tie_scales,
+    trained_quantizers,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -254,7 +255,7 @@ class ApplyPlan(Callback):
     def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""
         learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
-        quantized = any(key.endswith(".weight_quantizer.width") for key in checkpoint.get("state_dict", {}))
+        quantized = bool(trained_quantizers(checkpoint.get("state_dict", {})))
         if learned and not quantized and checkpoint.get("optimizer_states"):
             raise HawqError(
                 f"This checkpoint is of float training, and quantizer {self.quantizer.name!r} learns parameters that "

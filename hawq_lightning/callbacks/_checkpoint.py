@@ -11,10 +11,9 @@ from lightning.pytorch import LightningModule
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
 from hawq_lightning._types import Options, StateDict
-from hawq_lightning.quantization import named_in, prepare, quantizer_named
+from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
-_MARK = ".weight_quantizer.width"
 
 
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs: Any) -> Module:
@@ -36,7 +35,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
         original(self, checkpoint)  # it may build layers
         strict = kwargs.get("strict")
         strict = self.strict_loading if strict is None else strict
-        _install(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
+        _prepare_layers(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
 
     original = module_class.on_load_checkpoint
     overridden = "on_load_checkpoint" in module_class.__dict__
@@ -50,15 +49,13 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
             del module_class.on_load_checkpoint
 
 
-def _install(module: LightningModule, state_dict: Mapping[str, object], callbacks: StateDict, strict: bool) -> None:
+def _prepare_layers(
+    module: LightningModule, state_dict: Mapping[str, object], callbacks: StateDict, strict: bool
+) -> None:
     """Make fake-quant layers of those that a state dict has quantizers of."""
     layers_of: dict[str, set[str]] = {}  # quantizer -> layers
-    for key in state_dict:
-        if key.endswith(_MARK):
-            prefix = key.removesuffix("width")
-            name = named_in(k.removeprefix(prefix) for k in state_dict if k.startswith(prefix))
-            parts = (p for p in key.removesuffix(_MARK).split(".") if p not in WRAPPERS)
-            layers_of.setdefault(name, set()).add(".".join(parts))
+    for layer, quantizer in trained_quantizers(state_dict).items():
+        layers_of.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
     layers = quantizable_layers(module)[0]
     for quantizer, names in layers_of.items():
         if strict and (missing := sorted(names - set(layers))):

@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._extra import require
+from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._float_bias import split_bias
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
@@ -46,10 +46,10 @@ def to_onnx(
     fold: bool = True,
     exact: bool = True,
 ) -> Deployed:
-    """Write an armed model as an ONNX file with a free batch size; the model stays as it is.
+    """Write a quantized model as an ONNX file with a free batch size; the model stays as it is.
 
     Args:
-        model: with twins, armed.
+        model: with quantizers enabled.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: float images ``[N, C, H, W]``, or a tuple of the model's positional inputs.
         path: of the file; missing folders are made, an old file is replaced atomically.
@@ -61,7 +61,7 @@ def to_onnx(
         the deployed network that the file holds, and what became of every BatchNorm.
 
     Raises:
-        HawqError: the model is float, was never armed or carries another plan; an operation that cannot be exported;
+        HawqError: the model is float, was never enabled or carries another plan; an operation that cannot be exported;
             the extra ``export`` is missing; or the path cannot be written. Nothing is left half-written.
     """
     require("onnx")
@@ -103,7 +103,7 @@ def to_program(
     """The deployed network as a ``torch.export`` program of torch's own operators, with integer weights.
 
     Args:
-        model: with twins, armed; it stays as it is.
+        model: with quantizers enabled; it stays as it is.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: as for :func:`to_onnx`; the batch size is free.
         path: of a ``.pt2`` file to write, for ``torch.export.load``.
@@ -126,26 +126,11 @@ def to_program(
     except Exception as error:
         raise HawqError(f"torch.export cannot follow this model: {first_line(error)}") from error
     if path is not None:
-        program.example_inputs = None  # type: ignore[assignment]  # somebody's images are not to travel along
+        program.example_inputs = None  # somebody's images are not to travel along
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         write_bytes(Path(path), buffer.getvalue())
     return program
-
-
-def check_writable(path: Path) -> None:
-    """Raise HawqError now rather than after a minute of work."""
-    if "\0" in str(path):
-        raise HawqError(f"Cannot write {str(path)!r}: the name holds a null byte.")
-    try:
-        if path.is_dir():
-            raise HawqError(f"Cannot write {path}: it is a folder.")
-        if path.exists() and not path.is_file():
-            raise HawqError(f"Cannot write {path}: it is no ordinary file.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
