@@ -67,7 +67,7 @@ class Registry(Generic[Entry]):
             HawqError: there is none.
         """
         self.check(name)
-        del self._entries[name]
+        del self._entries[name], self._origins[name]
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of that name.
