@@ -77,7 +77,6 @@ __all__ = [
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
-    "must_be_called",
     "network_inputs",
     "per_channel_view",
     "plan_of",
