@@ -93,7 +93,6 @@ __all__ = [
     "refresh",
     "register_code_format",
     "register_quantizer",
-    "share",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",
