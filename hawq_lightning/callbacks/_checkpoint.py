@@ -61,6 +61,10 @@ def _install(
             parts = (p for p in key.removesuffix(_MARK).split(".") if p not in WRAPPERS)
             twins.setdefault(own, set()).add(".".join(parts))
     known = quantizable_layers(module)[0]
+    # a submodule under several names is in the state dict under each of them, and a layer under its first
+    first = {id(reader.module): name for name, reader in known.items()}
+    shared = {n: first[id(m)] for n, m in module.named_modules(remove_duplicate=False) if id(m) in first}
+    twins = {own: {shared.get(n, n) for n in names} for own, names in twins.items()}
     for quantizer, names in twins.items():
         if strict and (missing := sorted(names - set(known))):
             hint = nearest(missing[0], known)

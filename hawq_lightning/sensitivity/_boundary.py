@@ -45,8 +45,8 @@ class GradientStop(torch.autograd.Function):
 class Outputs:
     """Records the outputs of every module that owns parameters, as edges of the autograd graph.
 
-    Edges are taken in forward hooks, and outputs that are views are copied, so they survive in-place operations. Values are let go of as soon
-    as another recorded output follows from them: only those of the boundary serve.
+    Edges are taken in forward hooks, and outputs that are views are copied, so they survive in-place operations. Values
+    are let go of as soon as another recorded output follows from them: only those of the boundary serve.
 
     Args:
         model: hooks go on its modules while active.
@@ -113,10 +113,8 @@ class Outputs:
         if isinstance(output, torch.Tensor):
             if not self.recording or not output.requires_grad:
                 return output  # activation checkpointing runs the forward pass again
-            if len(self.edges) in self._cut:
-                output = GradientStop.apply(output, self.blocked)
-            else:
-                output = without_base(output)
+            cut = len(self.edges) in self._cut
+            output = GradientStop.apply(output, self.blocked) if cut else without_base(output)
             edge = get_gradient_edge(output)
             # an outer module's output is its last layer's
             self._number.setdefault((edge.node, edge.output_nr), len(self.edges))

@@ -153,7 +153,9 @@ def test_what_frozen_layers_read_may_change_afterwards(estimator):
         return F.cross_entropy(y.flatten(0, -2), b[1].repeat_interleave(5))
 
     truth = dense_weight_traces(frozen, batch, copied, table) | dense_activation_traces(frozen, batch, copied, table)
-    got = measure(net, [batch], _mean_of_rows, sites=table, estimator=estimator, rtol=0.1, max_probes=100, progress=False)
+    got = measure(
+        net, [batch], _mean_of_rows, sites=table, estimator=estimator, rtol=0.1, max_probes=100, progress=False
+    )
     for record in got:
         assert abs(record.trace - truth[record.name]) <= 4.5 * record.stderr + 1e-9, record
 

@@ -45,6 +45,14 @@ def loss_from_training_step(
     muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
     manual = loss_fn is None and not pl_module.automatic_optimization
     tensor_backward = torch.Tensor.backward
+    losses: list[torch.Tensor] = []
+
+    def by_hand(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """The graph stays for the probes; where no graph is built there is nothing to do."""
+        losses.append(self)
+        if self.requires_grad:
+            torch.autograd.backward(self, *args, **{**kwargs, "retain_graph": True})
+
     try:
         trainer.training = True
         trainer.loggers = [DummyLogger()] if loggers else []
@@ -57,7 +65,9 @@ def loss_from_training_step(
         if manual:
             pl_module.__dict__["manual_backward"] = _found
             torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]
-        yield functools.partial(_loss, before, loss_fn)
+        else:
+            torch.Tensor.backward = by_hand  # type: ignore[assignment, method-assign]
+        yield functools.partial(_loss, before, loss_fn, losses)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
         for name in (*muted, "manual_backward"):
@@ -75,8 +85,16 @@ def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     raise _LossCaptured(loss)
 
 
-def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+def _loss(
+    before: Callable[[], None],
+    loss_fn: Callable[..., Any] | None,
+    losses: list[torch.Tensor],
+    module: Any,
+    batch: Any,
+) -> torch.Tensor:
+    """One loss of the step, or of ``loss_fn``; ``losses`` gets those that the step sends back by hand."""
     before()
+    losses.clear()
     if loss_fn is not None:
         out = loss_fn(module, batch)
         if not isinstance(out, torch.Tensor):
@@ -104,6 +122,9 @@ def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module
             module._param_requires_grad_state = {}
     if isinstance(out, Mapping):
         out = out.get("loss")
+    if out is None and losses:  # Lightning skips the batch; the step has done the work
+        out = losses[0]
+    losses.clear()
     if not isinstance(out, torch.Tensor):
         what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
         raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
