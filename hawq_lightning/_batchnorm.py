@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hawq_lightning._types import Outputs
+from hawq_lightning._types import FunctionInputs, Options, Outputs
 from hawq_lightning.layers import kind_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -38,7 +39,8 @@ def gain(norm: Any) -> torch.Tensor:
     """Factor a channel of a BatchNorm in evaluation mode, ``gamma / sqrt(running var + eps)``, in float64."""
     var = norm.running_var.double()
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
-    return gamma / (var + norm.eps).sqrt()
+    scale: torch.Tensor = gamma / (var + norm.eps).sqrt()
+    return scale
 
 
 class NormReads(TorchDispatchMode):
@@ -50,7 +52,7 @@ class NormReads(TorchDispatchMode):
     """
 
     def __init__(self, layers: Iterable[nn.Module], norms: Iterable[nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layers = {id(m): m for m in layers}
         self.norms = {id(m): m for m in norms}
         self.made: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # id of an output, while it lives -> layer
@@ -133,7 +135,9 @@ class NormReads(TorchDispatchMode):
             if source is not None:
                 self.readers[source].add(reader)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if not (self._inside and self._inside[-1] in self.norms):
             self._note(tree_leaves((args, kwargs)), 0)

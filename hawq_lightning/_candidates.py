@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._plan_site import Candidate, read_candidate
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._types import JsonObject
+from hawq_lightning._types import JsonObject, Options
 
 FORMAT = "hawq_lightning.candidates"
 VERSION = 1
@@ -34,7 +33,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
     numel: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     quantizer: str = "uniform"
-    quantizer_options: Mapping[str, Any] = field(default_factory=dict)
+    quantizer_options: Options = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -42,7 +41,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
         by_site: Mapping[str, tuple[Candidate, ...]],
         sites: SiteTable,
         quantizer: str = "uniform",
-        quantizer_options: Mapping[str, Any] | None = None,
+        quantizer_options: Options | None = None,
     ) -> Candidates:
         """With kinds and sizes of the sites.
 

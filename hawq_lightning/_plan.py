@@ -15,7 +15,6 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._plan_site import (
     ACTIVATION_BITS,
-    CODES,
     WEIGHT_BITS,
     Candidate,
     PlanSite,
@@ -24,11 +23,10 @@ from hawq_lightning._plan_site import (
     reconciled,
 )
 from hawq_lightning._site_table import Layer, Site
-from hawq_lightning._types import JsonObject
+from hawq_lightning._types import JsonObject, Options
 
 __all__ = [
     "ACTIVATION_BITS",
-    "CODES",
     "FORMAT",
     "VERSION",
     "WEIGHT_BITS",
@@ -67,7 +65,7 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     quantizer: str = "uniform"
-    quantizer_options: Mapping[str, Any] = field(default_factory=dict)
+    quantizer_options: Options = field(default_factory=dict)
 
     @property
     def bits(self) -> dict[str, int]:

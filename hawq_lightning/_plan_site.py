@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._types import JsonObject
 
-CODES = ("affine", "midrise", "codebook")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
 
@@ -169,6 +169,6 @@ def check_choice(name: str, kind: str, bits: object, code: str) -> None:
             f"Site {name!r}: {bits!r} bits is out of range for {kind}s "
             f"({allowed[0]} to {allowed[-1]}); the nearest is {close}."
         )
-    if code not in CODES:
-        near = nearest(str(code), CODES)
-        raise HawqError(f"Site {name!r}: code format {code!r} is unknown; use one of {', '.join(CODES)}.{near}")
+    if code not in CODE_FORMATS:
+        near = nearest(str(code), CODE_FORMATS)
+        raise HawqError(f"Site {name!r}: code format {code!r} is unknown; use one of {', '.join(CODE_FORMATS)}.{near}")

@@ -67,7 +67,7 @@ class Registry(Generic[Entry]):
             HawqError: there is none.
         """
         self.check(name)
-        del self._entries[name]
+        del self._entries[name], self._origins[name]
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of that name.
@@ -91,7 +91,7 @@ class Registry(Generic[Entry]):
             )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,18 @@ LossFn: TypeAlias = Callable[[nn.Module, Batch], torch.Tensor]
 
 BatchSizeFn: TypeAlias = Callable[[Batch], int]
 """Number of samples (images, sentences ...) in a batch."""
+
+Options: TypeAlias = Mapping[str, Any]
+"""Keyword arguments by name, for what a user's own class takes."""
+
+StateDict: TypeAlias = dict[str, Any]
+"""A checkpoint or the state of an object: tensors and plain values by name."""
+
+AutogradContext: TypeAlias = Any
+"""The ``ctx`` of a torch.autograd.Function: torch declares none of the attributes that are kept on it."""
+
+FunctionInputs: TypeAlias = tuple[Any, ...]
+"""Arguments of a torch.autograd.Function's ``forward``, as ``setup_context`` gets them."""
 
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object, keys and values as ``json.loads`` gives them."""

@@ -7,19 +7,17 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
@@ -46,6 +44,7 @@ from hawq_lightning.quantization import (
     reestimate,
     refresh,
     tie_scales,
+    trained_quantizers,
     with_quantizer,
 )
 from hawq_lightning.selection import recost
@@ -173,7 +172,9 @@ class ApplyPlan(Callback):
         if self.given_plan is not None and self.given_plan.bits.items() - plan_of(pl_module).bits.items():
             check_plan(pl_module, self.given_plan)
             if not _agrees(self.given_plan, pl_module):
-                rank_zero_warn("HAWQ: the model has other bits than the plan that was given; it keeps its own.")
+                rank_zero_warn(
+                    "HAWQ: the model was quantized by another plan than the one given; the model's own stays."
+                )
                 self._plan = _sized(plan_of(pl_module))
                 tie_scales(pl_module, self._plan)
                 return True
@@ -241,31 +242,31 @@ class ApplyPlan(Callback):
             self._refitted = trainer.global_step  # batches that are accumulated share a step
             reestimate(pl_module, trainer.global_step)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Random states of all processes."""
         self._resumed.save(trainer, checkpoint)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """See :meth:`on_save_checkpoint`."""
         if trainer.state.fn == "fit":
             self._refuse_float_optimizer(pl_module, checkpoint)
         self._resumed.load(trainer, checkpoint)
 
-    def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""
         learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
-        quantized = any(key.endswith(".weight_quantizer.width") for key in checkpoint.get("state_dict", {}))
+        quantized = bool(trained_quantizers(checkpoint.get("state_dict", {})))
         if learned and not quantized and checkpoint.get("optimizer_states"):
             raise HawqError(
                 f"This checkpoint is of float training, and quantizer {self.quantizer.name!r} learns parameters that "
                 "its optimizer does not know: load its weights into the model instead, and fit without ckpt_path."
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The plan, in plain types."""
         return {} if self._plan is None else {"plan": self._plan.to_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """See :meth:`state_dict`."""
         if "plan" in state_dict:
             self._plan = Plan.from_dict(state_dict["plan"])

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
-from hawq_lightning.quantization import named_in, prepare, quantizer_named
+from hawq_lightning._types import StateDict
+from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
-_MARK = ".weight_quantizer.width"
 
 
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs: Any) -> Module:
@@ -31,7 +31,7 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
         HawqError: a quantizer of the user's own whose file was not imported, or layers that the module lacks.
     """
 
-    def with_twins(self: Module, checkpoint: dict[str, Any]) -> None:
+    def with_twins(self: Module, checkpoint: StateDict) -> None:
         original(self, checkpoint)  # it may build layers
         strict = kwargs.get("strict")
         strict = self.strict_loading if strict is None else strict
@@ -50,16 +50,12 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
 
 
 def _install(
-    module: LightningModule, state_dict: Mapping[str, Any], callbacks: Mapping[str, Any], strict: bool
+    module: LightningModule, state_dict: Mapping[str, object], callbacks: Mapping[str, Any], strict: bool
 ) -> None:
     """Make twins of the layers that a state dict has quantizers of."""
     twins: dict[str, set[str]] = {}  # quantizer -> layers
-    for key in state_dict:
-        if key.endswith(_MARK):
-            prefix = key.removesuffix("width")
-            own = named_in(k.removeprefix(prefix) for k in state_dict if k.startswith(prefix))
-            parts = (p for p in key.removesuffix(_MARK).split(".") if p not in WRAPPERS)
-            twins.setdefault(own, set()).add(".".join(parts))
+    for layer, quantizer in trained_quantizers(state_dict).items():
+        twins.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
     known = quantizable_layers(module)[0]
     # a submodule under several names is in the state dict under each of them, and a layer under its first
     first = {id(reader.module): name for name, reader in known.items()}
@@ -73,7 +69,7 @@ def _install(
             )
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
         if names & set(known):
-            prepare(module, include=lambda name, layer, names=names: name in names, quantizer=spec)  # type: ignore[misc]
+            prepare(module, include=lambda name, layer, names=names: name in names, quantizer=spec)
 
 
 def _options(callbacks: Mapping[str, Any], quantizer: str) -> Mapping[str, Any]:

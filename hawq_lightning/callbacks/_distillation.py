@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
     float_copy,
@@ -186,14 +187,14 @@ class Distillation(Companion):
                 raise HawqError(f"Layer {name!r} gave the float network other outputs; leave Distillation out.")
         return seen.tensors
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """For processes that are spawned: the teacher's weights, from which it is built again."""
         return {**self.__dict__, "_saved": self.state_dict().get("teacher"), "_teacher": None, "_of": None}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The teacher's weights."""
         return {} if self._teacher is None else {"teacher": self._teacher.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """See :meth:`state_dict`."""
         self._saved = state_dict.get("teacher")

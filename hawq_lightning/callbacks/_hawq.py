@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, whole, with_shorthands
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, quantizable_layers
+from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
@@ -159,12 +160,12 @@ class HAWQ(ApplyPlan):
                 "were over: the network is float, and nothing was measured."
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Plan and traces, in plain types."""
         traces = {"sensitivity": self.sensitivity.to_dict()} if self.measure_callback.has_sensitivity else {}
         return super().state_dict() | traces
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """See :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         if "sensitivity" in state_dict:

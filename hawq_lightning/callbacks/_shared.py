@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable

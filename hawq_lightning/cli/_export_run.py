@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -20,19 +21,19 @@ from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
 from hawq_lightning.cli._onnx import Images, write_onnx
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
-from hawq_lightning.export import load_packed, network_of, require, to_program
-from hawq_lightning.export.onnx import check_writable, layer_latencies, write_table
+from hawq_lightning.export import EXPORTERS, check_writable, export, load_packed, network_of, require
+from hawq_lightning.export.onnx import layer_latencies, write_table
 from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
 
-_WRITTEN = ("model.onnx", "model.pt2", "latency.csv", "export.json")
+_WRITTEN = ("latency.csv", "export.json")
 # 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
 _TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
 
 
 def export_run(cfg: DictConfig) -> JsonObject:
-    """Write ``model.onnx``, ``model.pt2``, ``latency.csv`` and ``export.json`` into a run folder; print what they take.
+    """Write ``model.onnx`` and the other formats, ``latency.csv`` and ``export.json`` into a run folder.
 
     Returns:
         What export.json holds.
@@ -42,18 +43,26 @@ def export_run(cfg: DictConfig) -> JsonObject:
             exported.
     """
     _check(cfg)
-    require("onnx"), require("onnxscript"), require("onnxruntime")
+    require("onnxruntime")
     folder = Path(cfg.run_folder)
     run = _settings(folder, cfg.data_root)
-    for name in _WRITTEN:
+    exporters = [
+        EXPORTERS[name] for name in dict.fromkeys(("onnx", *(cfg.get("formats") or ())))
+    ]  # all the others go by it
+    for name in (*(f"model{e.suffix}" for e in exporters), *_WRITTEN):
         check_writable(folder / name)
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
+    for exporter in exporters:
+        exporter.check(network_of(net))
     batches = _batches(run)
     first = Images(net, batches).first()
     record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
-    if cfg.program:
-        to_program(network_of(net), plan, first, folder / "model.pt2", fold=cfg.fold)
+    for exporter in exporters[1:]:
+        path = folder / f"model{exporter.suffix}"
+        fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
+        export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
+        record.setdefault("files", {})[path.name] = path.stat().st_size
     if cfg.speed:
         whole, note = _float_network(run, folder)
         record |= speeds(

@@ -13,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import read_json, write_text
 from hawq_lightning._types import JsonObject
+from hawq_lightning.export import EXPORTERS
 
 UNFINISHED = "unfinished.json"
-_RESULTS = (UNFINISHED, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv", "model.safetensors",
-            "per_image.npz", "export.json", "model.onnx", "model.pt2", "figures/landscape.csv",
+_RESULTS = (UNFINISHED, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv",
+            "per_image.npz", "export.json", "figures/landscape.csv",
             "checkpoints/float/last.ckpt", "checkpoints/fine_tuning/last.ckpt")  # fmt: skip
 _SAME = ("paths", "resume", "report", "phase")  # what changes no result
 
@@ -71,7 +72,7 @@ class RunState:
 
     def clear(self) -> None:
         """Remove what a run with other settings left in this folder."""
-        for name in _RESULTS:
+        for name in (*_RESULTS, *(f"model{EXPORTERS[e].suffix}" for e in EXPORTERS)):
             (self.folder / name).unlink(missing_ok=True)
 
     def _read(self, name: str) -> JsonObject | None:

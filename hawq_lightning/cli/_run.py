@@ -24,7 +24,7 @@ from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import Recorder, scores
 from hawq_lightning.cli._resume import RunState, settings_hash
-from hawq_lightning.export import load_packed, require
+from hawq_lightning.export import EXPORTERS, load_packed, require
 
 
 def run(cfg: DictConfig) -> JsonObject:
@@ -43,7 +43,8 @@ def run(cfg: DictConfig) -> JsonObject:
     """
     check_settings(cfg)
     if cfg.onnx:  # found missing now, not after the training
-        require("onnx"), require("onnxscript"), require("onnxruntime")
+        for package in (*EXPORTERS["onnx"].packages, "onnxruntime"):
+            require(package)
     folder = Path(cfg.paths.output_dir)
     progress = RunState(folder, settings_hash(cfg))
     resume = bool(cfg.resume) and cfg.ckpt_path is None

@@ -1,23 +1,31 @@
 """What leaves the workshop: the packed file, ONNX, a torch.export program."""
 
+from hawq_lightning.export import _formats  # noqa: F401  the exporters register themselves
 from hawq_lightning.export._bits import pack, unpack
+from hawq_lightning.export._contents import PackedFile, StoredSite
 from hawq_lightning.export._deployed import Deployed, deploy, portable, stored_layers
+from hawq_lightning.export._exporters import EXPORTERS, Exporter, Verification, export, register_exporter
 from hawq_lightning.export._extra import require
+from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._folding import Folding, fold_batch_norm
-from hawq_lightning.export._index import Index
 from hawq_lightning.export._network import DetectorNetwork, network_of
-from hawq_lightning.export._packed import PackedFile, load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed, stored_sites
 from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
+    "EXPORTERS",
     "Agreement",
     "Deployed",
     "DetectorNetwork",
+    "Exporter",
     "Folding",
-    "Index",
     "PackedFile",
+    "StoredSite",
+    "Verification",
+    "check_writable",
     "compare",
     "deploy",
+    "export",
     "fold_batch_norm",
     "load_packed",
     "network_of",
@@ -25,9 +33,11 @@ __all__ = [
     "packed_overhead",
     "portable",
     "read_packed",
+    "register_exporter",
     "require",
     "save_packed",
     "stored_layers",
+    "stored_sites",
     "to_onnx",
     "to_program",
     "unpack",

@@ -19,7 +19,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import plain, renaming
-from hawq_lightning.export._packed import check_armed
+from hawq_lightning.export._packed import check_enabled, quantized_by_name
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization import QuantizedLayer, plan_of
 
@@ -95,38 +95,38 @@ class Deployed:
 
 
 def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> Deployed:
-    """Copy an armed model into its deployed form.
+    """Copy a quantized model into its deployed form.
 
     Args:
-        model: with twins, armed.
+        model: with fake-quant layers, enabled.
         plan: the plan that it carries; ``None`` reads it from the quantizers. A plan of a wrapper around this model
             (``net.`` in front of every name) will do too.
         example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs.
         fold: fold BatchNorm into scales and biases.
 
     Raises:
-        HawqError: the model is float, was never armed, carries another plan, or cannot run on the example.
+        HawqError: the model is float, was never enabled, carries another plan, or cannot run on the example.
     """
     if plan is not None and not isinstance(plan, Plan):
         raise HawqError(f"The plan must be a Plan (Plan.load reads a file), not {type(plan).__name__}.")
     model = getattr(model, "_orig_mod", model)
-    layers = {plain(n): m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, FakeQuantLayer)}
+    layers = quantized_by_name(model)
     if not layers:
         raise HawqError("The model is float; call quantize(model, plan) or load_packed(path, model) before the export.")
     if not any(m.weight_quantizer.bits or m.input_quantizer.bits for m in layers.values()):
-        raise HawqError("The model's quantizers were never armed; call quantize(model, plan) before the export.")
+        raise HawqError("The model's quantizers were never enabled; call quantize(model, plan) before the export.")
     plan = plan_of(model) if plan is None else _named_for(plan, model)
-    if books := [s.name for s in plan.sites if s.code == "codebook"]:
+    if uneven := [s for s in plan.sites if s.code not in ("affine", "midrise")]:
         raise HawqError(
-            f"Site {books[0]!r} has a codebook, for which ONNX and torch.export have no type; choose a quantizer with "
-            "even steps, such as lsq."
+            f"Site {uneven[0].name!r} has a {uneven[0].code}, for which ONNX and torch.export have no type; choose a "
+            "quantizer with even steps, such as lsq."
         )
-    if learned := [n for n, m in layers.items() if getattr(m.input_quantizer, "learned", False)]:
+    if learned := [n for n, m in layers.items() if not m.input_quantizer.even_steps]:
         raise HawqError(
             f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
             "type; choose a quantizer with even steps, such as lsq."
         )
-    check_armed(layers, plan)
+    check_enabled(layers, plan)
     copied = _copy(model)
     inputs = at_least_two(example_input)
     with torch.no_grad():

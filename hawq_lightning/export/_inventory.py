@@ -11,48 +11,52 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning.export._index import DTYPES, Index, IndexedSite, IndexedTensor
+from hawq_lightning.export._contents import PackedFile
+from hawq_lightning.export._safetensors import DTYPES
 from hawq_lightning.layers import channel_axis, find_kind
 from hawq_lightning.quantization import Quantizer
 
 
-def index_of(model: nn.Module, sites: Sequence[Site | PlanSite]) -> Index:
-    """The index of the file that this model and these sites make.
+def weight_of(model: nn.Module, site: Site | PlanSite, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The first layer of a weight site, checked against the site; ``None`` for an activation site.
 
     Raises:
-        HawqError: the sites are another model's, or the model holds something that the file cannot.
+        HawqError: the site is another model's, or its weight has a type that the file cannot hold.
     """
-    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    weights, activations = [], []
-    for site in sites:
-        if missing := [n for n in site.layers if n not in modules]:
-            raise HawqError(f"Site {site.name!r} was made for another model: this one has no layer {missing[0]!r}.")
-        if site.kind == "weight":
-            layer = modules[site.layers[0]]
-            shape = tuple(getattr(layer, "weight", torch.empty(0)).shape)
-            if shape != tuple(site.shape):
-                raise HawqError(
-                    f"Site {site.name!r} has shape {list(site.shape)}; the model's weight has {list(shape)}."
-                )
-            if layer.weight.dtype not in DTYPES:
-                raise HawqError(f"{site.name!r} has type {layer.weight.dtype}, which the packed file cannot hold.")
-            kind = DTYPES[layer.weight.dtype]  # type: ignore[index]
-            weights.append(IndexedSite(site.name, tuple(site.layers), shape, channel_axis(layer), kind))
-        else:
-            activations.append(IndexedSite(site.name, tuple(site.layers), tuple(site.shape), site.numel))
-    if not weights:
-        raise HawqError("There is no weight site to pack.")
-    rest = []
-    for keys, tensor in rest_of(model, owning(model, weights)):
-        if tensor.dtype not in DTYPES:
-            raise HawqError(f"{keys[0]!r} has type {tensor.dtype}, which the packed file cannot hold.")
-        rest.append(IndexedTensor(keys, tuple(tensor.shape), DTYPES[tensor.dtype]))
-    return Index(tuple(weights), tuple(activations), tuple(rest))
+    if missing := [n for n in site.layers if n not in modules]:
+        raise HawqError(f"Site {site.name!r} was made for another model: this one has no layer {missing[0]!r}.")
+    if site.kind != "weight":
+        return None
+    layer = modules[site.layers[0]]
+    weight = getattr(layer, "weight", torch.empty(0))
+    if tuple(weight.shape) != tuple(site.shape):
+        raise HawqError(
+            f"Site {site.name!r} has shape {list(site.shape)}; the model's weight has {list(weight.shape)}."
+        )
+    _check_type(site.name, weight)
+    return layer
 
 
-def owning(model: nn.Module, weights: Iterable[IndexedSite]) -> set[int]:
+def rest_to_store(model: nn.Module, sites: Iterable[Site | PlanSite]) -> dict[tuple[str, ...], torch.Tensor]:
+    """All keys of each tensor that is stored as it is -> the tensor.
+
+    Raises:
+        HawqError: one has a type that the file cannot hold.
+    """
+    rest = dict(rest_of(model, owning(model, sites)))
+    for keys, tensor in rest.items():
+        _check_type(keys[0], tensor)
+    return rest
+
+
+def _check_type(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise HawqError(f"{name!r} has type {tensor.dtype}, which the packed file cannot hold.")
+
+
+def owning(model: nn.Module, sites: Iterable[Site | PlanSite]) -> set[int]:
     """Ids of the layers whose weights are stored as codes."""
-    names = {n for w in weights for n in w.layers}
+    names = {n for s in sites if s.kind == "weight" for n in s.layers}
     return {id(m) for n, m in model.named_modules(remove_duplicate=False) if plain(n) in names}
 
 
@@ -116,34 +120,34 @@ def renaming(first: str, layers: Sequence[str]) -> Renaming:
 
 
 def check_same(
-    index: Index,
+    file: PackedFile,
     modules: Mapping[str, nn.Module],
     targets: Mapping[tuple[str, ...], torch.Tensor],
-    stored: Mapping[tuple[str, ...], IndexedTensor],
+    stored: Mapping[tuple[str, ...], torch.Tensor],
     rename: Renaming,
 ) -> None:
-    """Raise HawqError, naming what differs, unless a file with this index was made from such a model."""
+    """Raise HawqError, naming what differs, unless the file was made from such a model."""
     unknown, reshaped = [], []
-    for site in (*index.weights, *index.activations):
-        found = [modules.get(rename(n)) for n in site.layers]
-        if any(m is None or find_kind(m) is None for m in found):
+    for held in file.sites:
+        site = held.site
+        layers = [modules.get(rename(n)) for n in site.layers]
+        if any(m is None or find_kind(m) is None for m in layers):
             unknown.append(site.name)
-        elif site in index.weights:
-            shapes = {tuple(m.weight.shape) for m in found}  # type: ignore[union-attr, arg-type]
-            if shapes != {site.shape} or channel_axis(found[0]) != site.extra:  # type: ignore[arg-type]
+        elif site.kind == "weight":
+            weights = {id(m.weight): m.weight for m in layers}  # type: ignore[union-attr]
+            shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}  # type: ignore[union-attr, arg-type]
+            if shapes != {site.shape} or channel_axis(layers[0]) != held.axis:  # type: ignore[arg-type]
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
-            elif (kinds := {DTYPES.get(m.weight.dtype) for m in found}) != {site.dtype}:  # type: ignore[union-attr, arg-type]
-                reshaped.append(f"{site.name} {site.dtype} against {kinds.pop()}")
-            elif len({id(m.weight) for m in found}) != 1:  # type: ignore[union-attr]
+            elif types != {held.dtype}:
+                reshaped.append(f"{site.name} {held.dtype} against {types.pop()}")
+            elif len(weights) != 1:
                 reshaped.append(f"{site.name} is one weight shared by {', '.join(site.layers)}")
-    for keys, want in stored.items():
+    for keys, tensor in stored.items():
         if keys not in targets:
-            unknown.append(want.keys[0])
-        elif tuple(targets[keys].shape) != want.shape or DTYPES.get(targets[keys].dtype) != want.dtype:
-            reshaped.append(
-                f"{want.keys[0]} {list(want.shape)} {want.dtype} against {list(targets[keys].shape)} "
-                f"{DTYPES.get(targets[keys].dtype, targets[keys].dtype)}"
-            )
+            unknown.append(keys[0])
+        elif targets[keys].shape != tensor.shape or targets[keys].dtype != tensor.dtype:
+            have, want = (f"{list(t.shape)} {DTYPES.get(t.dtype, t.dtype)}" for t in (targets[keys], tensor))
+            reshaped.append(f"{keys[0]} {want} against {have}")
     missing = [keys[0] for keys in targets if keys not in stored]
     parts = [
         f"{what}: {', '.join(which[:4])}{f' and {len(which) - 4} more' if len(which) > 4 else ''}"

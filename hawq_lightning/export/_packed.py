@@ -1,91 +1,107 @@
-"""The packed file of an armed network: bit-packed codes, scales, and everything else exactly as it is.
+"""The packed file of a quantized network: bit-packed codes, and everything else exactly as it is.
 
-The codes are those that training saw, BatchNorm unfolded, so the reloaded network gives the same logits bit for bit.
-``file_bytes`` of a plan is ``packed_overhead + sum(ceil(numel * bits / 8) + 4 * channels)``, to the byte; a codebook
-takes ``4 * channels * bits`` more. Activations on a learned basis take 16 bytes a site, whatever their bits.
+The codes are those that training saw, BatchNorm unfolded, so the reloaded network gives the same logits bit for bit. It
+is an ordinary safetensors file, see :mod:`hawq_lightning.export._contents`. ``file_bytes`` of a plan is
+``packed_overhead`` and for every weight site ``ceil(numel * bits / 8)`` and the ``storage_bytes`` of its code format,
+to the byte: the header is filled up to the length that the longest plan would need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning.export import _container as container
-from hawq_lightning.export._bits import pack, packed_bytes, unpack
-from hawq_lightning.export._extras import most_extras, read_bases, read_extras
-from hawq_lightning.export._index import TORCH_TYPES, Index
-from hawq_lightning.export._inventory import check_same, index_of, owning, plain, renaming, rest_of
-from hawq_lightning.layers import FakeQuantLayer, find_kind
+from hawq_lightning._types import JsonObject
+from hawq_lightning.export import _packed_v3, _safetensors
+from hawq_lightning.export._bits import pack, packed_bytes
+from hawq_lightning.export._contents import (
+    CODES,
+    FORMAT,
+    VERSION,
+    PackedFile,
+    StoredSite,
+    contents,
+    metadata_of,
+    site_entry,
+)
+from hawq_lightning.export._inventory import check_same, plain, renaming, rest_of, rest_to_store, weight_of
+from hawq_lightning.export._safetensors import DTYPES, TORCH_TYPES, Spec, spec_of
+from hawq_lightning.layers import FakeQuantLayer, channel_axis, find_kind
 from hawq_lightning.quantization import (
     MIDRISE_ZERO,
     QuantizedLayer,
     Quantizer,
     QuantizerSpec,
+    Storage,
     quantizer_named,
     to_fake_quantized,
 )
-from hawq_lightning.quantization.methods import MOST_BITS, ActivationLQ, WeightLQ
 
-KINDS = ("affine", "midrise", "codebook")  # stored as 0, 1 and 2
-
-
-@dataclass(frozen=True)
-class PackedFile:
-    """What a packed file holds, read and checked.
-
-    Attributes:
-        plan: sites with bits, code kinds and activation grids; no traces and no costs.
-        codes: weight site -> int32 codes in the weight's shape.
-        scales: weight site -> float32 step a channel.
-        zeros: weight site -> the code of 0, where that is not 0.
-        bases: weight site -> ``[channels, bits]``, of codebooks; activation site -> ``[bits]``, where it is learned.
-        rest: first state-dict key -> tensor, stored exactly.
-        index: names, shapes, types.
-    """
-
-    plan: Plan
-    codes: Mapping[str, torch.Tensor]
-    scales: Mapping[str, torch.Tensor]
-    rest: Mapping[str, torch.Tensor]
-    index: Index
-    zeros: Mapping[str, float] = field(default_factory=dict)
-    bases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value", torch.Tensor, Spec)
+_LONGEST = 1.2345678901234567e-05  # no positive float32 takes more digits
 
 
 def packed_overhead(
     model: nn.Module, sites: Iterable[Site | PlanSite], quantizer: str | QuantizerSpec = "uniform"
 ) -> int:
-    """Bytes of the packed file that no choice of bits changes: header and rest, without codes and scales of weights.
+    """Bytes of the packed file that no choice of bits changes: all but the codes of weights and their scales or bases.
 
     Args:
-        model: float or with twins.
+        model: float or with fake-quant layers.
         sites: the sites that the plan will have: a ``SiteTable``, ``plan.sites``, or any part of them.
         quantizer: that the plan will have.
 
     Raises:
         HawqError: the model holds something that the file cannot.
     """
-    index = index_of(model, tuple(sites))
-    most = sum(w.numel for w in index.weights)
-    spec = quantizer_named(quantizer)
-    weights, learned = spec.weight_quantizer(1), isinstance(spec.activation_quantizer(), ActivationLQ)
-    extras = most_extras(index, "codebook" in weights.code_formats(8), weights.zero_points, learned)
-    fixed = (b for b in index.blobs(0, extras) if b[0] not in ("codes", "scales", "basis"))
-    return container.header_bound(index, most, extras) + sum(n * TORCH_TYPES[dtype].itemsize for _, dtype, n in fixed)
+    sites, spec = tuple(sites), quantizer_named(quantizer)
+    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    specs, metadata = _largest(model, sites, spec)
+    size = _safetensors.header_bytes(specs, metadata) + sum(s.nbytes for s in specs.values())
+    for site in sites:
+        if (layer := weight_of(model, site, modules)) is not None:
+            widest = list(_forms(spec, site, layer))[-1].site
+            storage_bytes = CODE_FORMATS[widest.code].storage_bytes
+            size -= packed_bytes(site.numel, widest.bits) + storage_bytes(site.shape[channel_axis(layer)], widest.bits)
+    return size
+
+
+def _largest(
+    model: nn.Module, sites: tuple[Site | PlanSite, ...], quantizer: QuantizerSpec
+) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Tensors and metadata that take at least the bytes of those of any plan over these sites."""
+    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    entries: dict[str, JsonObject] = {}
+    tensors: dict[str, Spec] = {}
+    for site in sites:
+        layer = weight_of(model, site, modules)
+        forms = list(_forms(quantizer, site, layer))
+        entries[site.name] = max((site_entry(form) for form in forms), key=lambda entry: len(json.dumps(entry)))
+        for form in forms:
+            for name, tensor in form.storage.tensors.items():
+                key, new = f"{site.name}.{name}", spec_of(tensor)
+                tensors[key] = max(new, tensors.get(key, new), key=lambda s: s.nbytes)
+        if layer is not None:
+            tensors[f"{site.name}.{CODES}"] = Spec("U8", (packed_bytes(site.numel, forms[-1].site.bits),))
+    rest = {keys: spec_of(t) for keys, t in rest_to_store(model, sites).items()}
+    return _ordered(tensors, rest), metadata_of(entries, rest)
 
 
 def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
-    """Write the packed file of a model that ``plan`` is armed on.
+    """Write the packed file of a model that is quantized by ``plan``.
 
     Args:
-        model: with twins, armed; it stays as it is.
+        model: with fake-quant layers, enabled; it stays as it is.
         plan: the plan that it carries.
         path: of the file, usually ``model.safetensors``; replaced atomically.
 
@@ -96,116 +112,79 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
         HawqError: the model is float, carries another plan, holds something that cannot be stored, or the path cannot
             be written.
     """
-    index = index_of(model, plan.sites)
-    layers = _layers(model)
-    check_armed(layers, plan)
-    codes, scales, bits, kinds, zeros, bases = [], [], [], [], [], []
-    offset = False
-    for site in index.weights:
-        layer = layers[site.layers[0]]
-        quantizer = layer.weight_quantizer
-        if not torch.isfinite(layer.weight).all():
-            raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
-        numbers = quantizer.codes(layer.weight)
-        pack_low_bit_weights = torch.float32 if layer.weight.dtype == torch.float64 else layer.weight.dtype
-        levels = quantizer.dequantize(numbers).to(pack_low_bit_weights)
-        if not torch.equal(levels, quantizer.eval_weight(layer.weight).to(pack_low_bit_weights)):
-            raise HawqError(
-                f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
-                "network would be another one."
-            )
-        codes.append(torch.from_numpy(pack(numbers, quantizer.bits)))
-        if quantizer.code == "codebook":
-            bases.append(quantizer.basis[:, : quantizer.bits].detach().cpu().reshape(-1))  # type: ignore[index]
-        zero = round(float(quantizer.zero_point)) if quantizer.code == "affine" else 0
-        zeros.append(float(zero))
-        offset = offset or quantizer.zero_points or bool(zero)
-        scales.append(quantizer.scale.detach().float().cpu().reshape(-1))
-        bits.append(quantizer.bits)
-        kinds.append(KINDS.index(quantizer.code))
-    blobs = {
-        "codes": torch.cat(codes),
-        "scales": torch.cat(scales),
-        "bits": torch.tensor(bits, dtype=torch.uint8),
-        "kinds": torch.tensor(kinds, dtype=torch.uint8),
-    }
-    blobs |= {"basis": torch.cat(bases)} if bases else {}
-    blobs |= {"zeros": torch.tensor(zeros)} if offset else {}
-    learned = False
-    if index.activations:
-        reads = [layers[s.layers[0]].input_quantizer for s in index.activations]
-        blobs |= {
-            "act_bits": torch.tensor([q.bits for q in reads], dtype=torch.uint8),
-            "act_scales": torch.tensor([float(q.scale) for q in reads]),
-            "act_zeros": torch.tensor([float(q.zero_point) for q in reads]),
-        }
-        if learned := any(isinstance(q, ActivationLQ) for q in reads):
-            rows = [q.basis.detach().cpu() if isinstance(q, ActivationLQ) else torch.zeros(MOST_BITS) for q in reads]
-            blobs |= {"act_basis": torch.cat(rows)}
-    groups = {keys: tensor.detach().cpu().contiguous() for keys, tensor in rest_of(model, owning(model, index.weights))}
-    for dtype in {t.dtype for t in index.rest}:
-        parts = [groups[t.keys].reshape(-1) for t in index.rest if t.dtype == dtype]
-        blobs[f"rest_{dtype}"] = torch.cat(parts)
-    most = most_extras(index, bool(bases), offset, learned)
-    return container.write(path, index, blobs, sum(w.numel for w in index.weights), most)
+    entries: dict[str, JsonObject] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for stored in stored_sites(model, plan):
+        name = stored.site.name
+        entries[name] = site_entry(stored)
+        tensors |= {f"{name}.{part}": t for part, t in stored.storage.tensors.items()}
+        if stored.codes is not None:
+            tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
+    rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
+    metadata = metadata_of(entries, rest)
+    layer = quantized_by_name(model)[plan.sites[0].layers[0]]
+    spec = quantizer_named(layer.weight_quantizer.name, layer.quantizer_options)
+    header_bytes = _safetensors.header_bytes(*_largest(model, plan.sites, spec))
+    return _safetensors.write(path, _ordered(tensors, rest), metadata, header_bytes)
+
+
+def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
+    """The sites of a plan as files hold them: codes of weights, and what each quantizer stores.
+
+    Args:
+        model: with fake-quant layers, enabled; it stays as it is.
+        plan: the plan that it carries.
+
+    Raises:
+        HawqError: the model is float, carries another plan, or a weight is not finite or not on its quantizer's grid.
+    """
+    layers = quantized_by_name(model)
+    check_enabled(layers, plan)
+    modules: Mapping[str, nn.Module] = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    for site in plan.sites:
+        weight_of(model, site, modules)
+        yield _stored_weight(site, layers) if site.kind == "weight" else _stored_activation(site, layers)
 
 
 def read_packed(path: str | Path) -> PackedFile:
-    """Read and check a packed file without a model.
+    """Read and check a packed file of any version, without a model.
 
     Raises:
-        HawqError: no such file, not a packed file, an unknown version, corrupt or cut short.
+        HawqError: no such file, not a packed file, an unknown version, corrupt or cut short, or of a quantizer of the
+            user's own whose file was not imported.
     """
-    index, blobs = container.read(path)
-
-    def bad(what: str) -> HawqError:
-        return HawqError(f"The packed file {path} is corrupt: {what}.")
-
-    bits, kinds = blobs["bits"].tolist(), blobs["kinds"].tolist()
-    for site, b, kind in zip(index.weights, bits, kinds):
-        if b not in WEIGHT_BITS or kind >= len(KINDS):
-            raise bad(f"{site.name!r} has {b} bits of kind {kind}")
-    wanted = sum(packed_bytes(w.numel, b) for w, b in zip(index.weights, bits))
-    if wanted != blobs["codes"].numel():
-        raise bad(f"{blobs['codes'].numel()} bytes of codes where its bits need {wanted}")
-    if not bool((torch.isfinite(blobs["scales"]) & (blobs["scales"] > 0)).all()):
-        raise bad("a scale is not positive and finite")
-    zeros, bases = read_extras(index, blobs, bits, [KINDS[k] for k in kinds], bad)
-    data, at, channel = blobs["codes"].numpy(), 0, 0
-    codes, scales, sites = {}, {}, []
-    for site, b, kind in zip(index.weights, bits, kinds):
-        size = packed_bytes(site.numel, b)
-        codes[site.name] = unpack(data[at : at + size], b, site.numel).reshape(site.shape)
-        scales[site.name] = blobs["scales"][channel : channel + site.channels].clone()
-        at, channel = at + size, channel + site.channels
-        sites.append(PlanSite(site.name, "weight", site.layers, site.shape, site.numel, b, KINDS[kind]))
-    for i, (read, basis) in enumerate(zip(index.activations, read_bases(index, blobs, bad))):
-        b, scale, zero = (blobs[f"act_{name}"][i].item() for name in ("bits", "scales", "zeros"))
-        if b not in ACTIVATION_BITS or not 0 < scale < float("inf") or zero not in range(1 << int(b)):
-            raise bad(f"{read.name!r} has {b} bits, scale {scale}, zero point {zero}")
-        bases |= {read.name: basis[: int(b)]} if bool(basis.any()) else {}
-        sites.append(
-            PlanSite(read.name, "activation", read.layers, read.shape, read.extra, int(b), "affine", scale, int(zero))
-        )
-    rest, used = {}, dict.fromkeys({t.dtype for t in index.rest}, 0)
-    for tensor in index.rest:
-        begin = used[tensor.dtype]
-        used[tensor.dtype] = begin + tensor.numel
-        rest[tensor.keys[0]] = blobs[f"rest_{tensor.dtype}"][begin : begin + tensor.numel].reshape(tensor.shape)
-    plan = Plan(tuple(sites), selector="packed file", quantizer="lq_nets" if bases else "uniform")
-    return PackedFile(plan, codes, scales, rest, index, zeros, bases)
+    metadata = _safetensors.read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise HawqError(f"{path} is not a packed file of hawq_lightning (its format is {metadata.get('format')!r}).")
+    known = (*_packed_v3.VERSIONS, VERSION)
+    if (version := metadata.get("version")) not in known:
+        raise HawqError(f"{path} has version {version!r}; this release reads {', '.join(known)}.")
+    parts = _safetensors.read(path) if version == VERSION else None
+    try:
+        file = _packed_v3.read(path) if parts is None else contents(*parts)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, error) from error
+    for stored in file.sites:
+        quantizer_named(stored.quantizer)
+    sites = []
+    for stored in file.sites:
+        try:
+            sites.append(stored.checked())
+        except HawqError as error:
+            raise _corrupt(path, f"of {stored.site.name!r} {error}") from error
+    return PackedFile(tuple(sites), file.rest)
 
 
-def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
+def load_packed(path: str | Path, model: Model) -> Model:
     """Quantize a freshly built model from a packed file; it then gives the saved model's logits, bit for bit.
 
     Args:
         path: written by :func:`save_packed`.
-        model: of the same architecture, float or with twins, on any device; changed in place. Training or evaluation
-            mode stays. A wrapper around the saved model, or the part that it wrapped, will do too.
+        model: of the same architecture, float or with fake-quant layers, on any device; changed in place. Training or
+            evaluation mode stays. A wrapper around the saved model, or the part that it wrapped, will do too.
 
     Returns:
-        ``model``, armed.
+        ``model``, quantized.
 
     Raises:
         HawqError: the file is no packed file, damaged, or made for another model (names the sites that differ); the
@@ -213,58 +192,135 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """
     file = read_packed(path)
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    rename = renaming(file.index.weights[0].layers[0], [n for n, m in modules.items() if find_kind(m) is not None])
-    owned = {id(modules[rename(n)]) for w in file.index.weights for n in w.layers if rename(n) in modules}
+    first = file.weights[0].site.layers[0]
+    rename = renaming(first, [n for n, m in modules.items() if find_kind(m) is not None])
+    owned = {id(modules[rename(n)]) for s in file.weights for n in s.site.layers if rename(n) in modules}
     targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
-    stored = {rename.keys(t.keys): t for t in file.index.rest if rename.keys(t.keys)}
-    check_same(file.index, modules, targets, stored, rename)
+    rest = {rename.keys(keys): tensor for keys, tensor in file.rest.items() if rename.keys(keys)}
+    check_same(file, modules, targets, rest, rename)
+    readers = {rename(n): s.quantizer for s in file.sites if not s.storage.plain for n in s.site.layers}
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
                 module.disable()
-        books = {rename(n) for s in file.plan.sites if s.name in file.bases for n in s.layers}
-        for site in file.plan.sites:
-            for name in site.layers:
+        for stored in file.sites:
+            site = stored.site
+            for name in map(rename, site.layers):
                 # the codes as they are: nothing of what learned them is left
-                book = rename(name) in books
-                layer = to_fake_quantized(modules[rename(name)], "lq_nets" if book else "uniform")
-                if site.kind == "activation":
-                    layer.input_quantizer.enable(site.bits, site.scale or 1.0, site.zero_point or 0)
-                    if isinstance(layer.input_quantizer, ActivationLQ):
-                        layer.input_quantizer.arm_basis(file.bases.get(site.name, torch.zeros(1)))
-                    continue
-                zero = MIDRISE_ZERO if site.code == "midrise" else file.zeros.get(site.name, 0.0)
-                if isinstance(layer.weight_quantizer, WeightLQ):
-                    layer.weight_quantizer.arm_basis(site.bits, file.bases[site.name])
+                layer = to_fake_quantized(modules[name], readers.get(name, "uniform"))
+                if stored.codes is None:
+                    layer.input_quantizer.from_storage(site.bits, site.code, stored.storage)
                 else:
-                    layer.weight_quantizer.enable(site.bits, file.scales[site.name], zero)
-                device = layer.weight_quantizer.scale.device
-                layer.weight.copy_(layer.weight_quantizer.dequantize(file.codes[site.name].to(device)))
+                    layer.weight_quantizer.from_storage(site.bits, site.code, stored.storage)
+                    layer.weight.copy_(_weight(layer, stored.codes))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly
-        for keys, tensor in stored.items():
-            targets[keys].copy_(file.rest[tensor.keys[0]])
-        for site in file.plan.weights:
-            _untie(site, file, [modules[rename(name)] for name in site.layers])
+        for keys, tensor in rest.items():
+            targets[keys].copy_(tensor)
+        for stored in file.weights:
+            for name in map(rename, stored.site.layers):
+                _untie(modules[name], stored)
     return model
 
 
-def _untie(site: PlanSite, file: PackedFile, layers: Iterable[nn.Module]) -> None:
-    """Where a tied float weight does not round to the codes (DoReFa squashes first), the layers get their own."""
-    for layer in layers:
-        assert isinstance(layer, FakeQuantLayer)
-        quantizer = layer.weight_quantizer
-        levels = quantizer.dequantize(file.codes[site.name].to(quantizer.width.device)).to(layer.weight.dtype)
-        if not torch.equal(quantizer.eval_weight(layer.weight), levels):
-            layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
+def _weight(layer: QuantizedLayer, codes: torch.Tensor) -> torch.Tensor:
+    return layer.weight_quantizer.dequantize(codes.to(layer.weight_quantizer.num_bits.device))
 
 
-def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    found = model.named_modules(remove_duplicate=False)
-    return {plain(n): m for n, m in found if isinstance(m, FakeQuantLayer)}
+def _untie(layer: nn.Module, stored: StoredSite) -> None:
+    """Where a tied float weight does not round to the codes (DoReFa squashes first), the layer gets its own."""
+    assert isinstance(layer, FakeQuantLayer) and stored.codes is not None
+    levels = _weight(layer, stored.codes).to(layer.weight.dtype)
+    if not torch.equal(layer.weight_quantizer.eval_weight(layer.weight), levels):
+        layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
 
 
-def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
-    """Raise HawqError, naming the site, unless these twins carry exactly ``plan``."""
+def _stored_weight(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
+    layer = layers[site.layers[0]]
+    quantizer, weight = layer.weight_quantizer, layer.weight
+    if not torch.isfinite(weight).all():
+        raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
+    codes = quantizer.codes(weight)
+    narrow = torch.float32 if weight.dtype == torch.float64 else weight.dtype
+    if not torch.equal(quantizer.dequantize(codes).to(narrow), quantizer.eval_weight(weight).to(narrow)):
+        raise HawqError(
+            f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
+            "network would be another one."
+        )
+    storage, reader = quantizer.storage(), layer.weight_quantizer.name
+    return _stored(site, quantizer.bits, quantizer.code, storage, reader, layer, codes)
+
+
+def _stored_activation(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
+    layer = layers[site.layers[0]]
+    quantizer = layer.input_quantizer
+    return _stored(site, quantizer.bits, site.code, quantizer.storage(), layer.weight_quantizer.name)
+
+
+def _stored(
+    site: Site | PlanSite, bits: int, code: str, storage: Storage, reader: str,
+    layer: nn.Module | None = None, codes: torch.Tensor | None = None,
+) -> StoredSite:  # fmt: skip
+    planned = PlanSite(site.name, site.kind, tuple(site.layers), tuple(site.shape), site.numel, bits, code)
+    reader = "uniform" if storage.plain else reader
+    if layer is None:
+        return StoredSite(planned, storage, reader)
+    dtype = layer.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return StoredSite(planned, storage, reader, codes, channel_axis(layer), DTYPES[dtype])
+
+
+def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: nn.Module | None) -> Iterator[StoredSite]:
+    """How a site may be stored: at every width in every code format; numbers as long as they can be."""
+    if layer is None:
+        reads = spec.activation_quantizer()
+        for bits in ACTIVATION_BITS:
+            reads.enable(bits, 1.0, (1 << bits) - 1)
+            yield _stored(site, bits, "affine", _longest(reads.storage()), spec.name)
+        return
+    axis = channel_axis(layer)
+    quantizer = spec.weight_quantizer(int(site.shape[axis]), axis)
+    for bits in WEIGHT_BITS:
+        for code in quantizer.code_formats(bits):
+            quantizer.enable(bits, 1.0, MIDRISE_ZERO if code == "midrise" else 0.0)
+            yield _stored(site, bits, code, _longest(quantizer.storage()), spec.name, layer)
+
+
+def _longest(storage: Storage) -> Storage:
+    facts = {k: _LONGEST if isinstance(v, float) else v for k, v in storage.facts.items()}
+    return Storage(storage.tensors, facts, storage.plain)
+
+
+def _ordered(tensors: Mapping[str, Value], rest: Mapping[tuple[str, ...], Value]) -> dict[str, Value]:
+    """All tensors of a file: wide types first, and codes last, whose sizes the bits change.
+
+    Raises:
+        HawqError: two have one name.
+    """
+    named: dict[str, Value] = {keys[0]: value for keys, value in rest.items()}
+    if twice := sorted(set(named) & set(tensors)):
+        raise HawqError(f"The model's state holds {twice[0]!r}, which is what a site's tensor is called in the file.")
+
+    def key(item: tuple[str, Value]) -> tuple[int, bool, bool, str]:
+        name, value = item
+        spec = value if isinstance(value, Spec) else spec_of(value)
+        return -TORCH_TYPES[spec.dtype].itemsize, name in tensors, name.endswith(f".{CODES}"), name
+
+    named.update(tensors)
+    return dict(sorted(named.items(), key=key))
+
+
+def quantized_by_name(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The fake-quant layers under all their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {plain(n): m for n, m in modules if isinstance(m, FakeQuantLayer)}
+
+
+def _corrupt(path: str | Path, error: object) -> HawqError:
+    return HawqError(f"The packed file {path} is corrupt: {error}.")
+
+
+def check_enabled(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
+    """Raise HawqError, naming the site, unless these layers carry exactly ``plan``."""
     planned: set[int] = set()
     for site in plan.reconciled().sites:
         for name in site.layers:
@@ -280,7 +336,7 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
                     "call hawq_lightning.quantization.tie_scales(model, plan) before training goes on."
                 )
             if quantizer.bits == 0:
-                raise HawqError(f"The quantizer of {site.name!r} was never armed: call quantize(model, plan) first.")
+                raise HawqError(f"The quantizer of {site.name!r} was never enabled: call quantize(model, plan) first.")
             code = layers[name].weight_quantizer.code if site.kind == "weight" else site.code
             if quantizer.bits != site.bits or code != site.code:
                 raise HawqError(
@@ -288,10 +344,10 @@ def check_armed(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
                     f"the plan says {site.bits} ({site.code})."
                 )
             if site.kind == "activation" and site.code != "affine":
-                raise HawqError(f"Site {site.name!r}: code kind {site.code!r} cannot be packed.")
+                raise HawqError(f"Site {site.name!r}: code format {site.code!r} cannot be packed.")
     for name, layer in layers.items():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer.bits and id(quantizer) not in planned:
                 raise HawqError(
-                    f"The model carries another plan: {name!r} has an armed quantizer that the plan has not."
+                    f"The model carries another plan: {name!r} has an enabled quantizer that the plan has not."
                 )

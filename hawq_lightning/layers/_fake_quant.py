@@ -7,11 +7,12 @@ aliases, hooks, Python lists, tied weights, pickling and deepcopy intact, which 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import nn
 
+from hawq_lightning._types import Options, StateDict
 from hawq_lightning.layers._recompute import Recomputable, recompute_in_backward
 
 WeightQ = TypeVar("WeightQ", bound=nn.Module)
@@ -32,9 +33,9 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
     weight_quantizer: WeightQ
     input_quantizer: ActivationQ
     weight: torch.Tensor
-    quantizer_options: dict[str, Any]
+    quantizer_options: Options
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         """Layers that were pickled by an earlier version lack some things."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("quantizer_options", {})

@@ -22,7 +22,8 @@ _CHUNK = 1 << 25  # elements of per-sample gradients formed at a time
 def row_dots(g: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """``<g_n, h_n>`` over the first axis, float64; summed in pairs in the tensors' precision, at least float32."""
     g, h = (x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (g, h))
-    return torch.linalg.vecdot(g, h).double()
+    dots: torch.Tensor = torch.linalg.vecdot(g, h)
+    return dots.double()
 
 
 def as_one_row(factors: Factors) -> Factors:

@@ -236,7 +236,7 @@ def kinds() -> Iterator[LayerKind]:
 
 def weight_of(module: nn.Module, parameter: str = "weight") -> torch.Tensor:
     """A parameter by its dotted name, also where a hook has put a plain tensor in its place."""
-    return reduce(getattr, parameter.split("."), module)  # type: ignore[arg-type, return-value]
+    return reduce(getattr, parameter.split("."), module)  # type: ignore[return-value]
 
 
 def channel_axis(module: nn.Module) -> int:

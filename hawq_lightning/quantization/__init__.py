@@ -1,5 +1,6 @@
 """Q(.) of the paper: quantizers, fake-quant layers, applying plans, and what each width perturbs."""
 
+from hawq_lightning._code_formats import CODE_FORMATS, CodeFormat, register_code_format
 from hawq_lightning._config import check_bits
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
@@ -26,7 +27,7 @@ from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quanti
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
-from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, named_in
+from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
 from hawq_lightning.quantization._ranges import activation_step, weight_step
 from hawq_lightning.quantization._registry import (
     QuantizerSpec,
@@ -36,6 +37,7 @@ from hawq_lightning.quantization._registry import (
     quantizer_of,
     register_quantizer,
 )
+from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import (
     first_order_term,
     loss_of_plan,
@@ -44,8 +46,10 @@ from hawq_lightning.quantization._trial import (
 )
 
 __all__ = [
+    "CODE_FORMATS",
     "MIDRISE_ZERO",
     "ActivationQuantizer",
+    "CodeFormat",
     "Enough",
     "GraphOutputs",
     "Head",
@@ -54,6 +58,7 @@ __all__ = [
     "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
+    "Storage",
     "WeightQuantizer",
     "activation_step",
     "candidates",
@@ -71,7 +76,7 @@ __all__ = [
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
-    "named_in",
+    "must_be_called",
     "network_inputs",
     "per_channel_view",
     "plan_of",
@@ -85,10 +90,13 @@ __all__ = [
     "quantizers_in",
     "reestimate",
     "refresh",
+    "register_code_format",
     "register_quantizer",
+    "share",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",
+    "trained_quantizers",
     "unquantize",
     "weight_candidates",
     "weight_code_formats",

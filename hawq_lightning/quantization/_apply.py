@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
@@ -87,6 +87,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             reader = layers[name]
             have[reader.site] = Site(reader.site, "weight", (name,), tuple(reader.weight.shape), 0)
     plan.check_fits(have)
+    if missing := [(s.name, n) for s in plan.sites for n in s.layers if n not in layers]:
+        name, layer = missing[0]
+        raise HawqError(
+            f"Site {name!r} of the plan names a layer {layer!r} that the model lacks.{nearest(layer, layers)}"
+        )
     weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
     for s in plan.reconciled().sites:
         formats = weights.code_formats(s.bits) if s.kind == "weight" else ("affine",)

@@ -7,9 +7,9 @@ run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from hawq_lightning._types import AutogradContext, FunctionInputs
 
 MIDRISE_ZERO = -0.5  # (code - zero) * scale: levels at odd halves
 
@@ -27,7 +27,8 @@ def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
     """
     if eager(x):
         step, z = float(scale), round(float(zero))
-        return _Clipped.apply(x, step, -z, top - z, 0.5)
+        levels: torch.Tensor = _Clipped.apply(x, step, -z, top - z, 0.5)
+        return levels
     return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, top)
 
 
@@ -44,7 +45,9 @@ def fake_quantize_channels(
         half: half the number of levels, rounded up.
     """
     if eager(weight) and weight.dtype == torch.float32:
-        return _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)[0]
+        levels: torch.Tensor
+        levels, _ = _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)
+        return levels
     zeros = zero.expand(scale.shape).contiguous()
     return torch.fake_quantize_per_channel_affine(weight, scale, zeros, axis, -half, half - 1)
 
@@ -74,8 +77,10 @@ def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, e
     """
     bounds = finite(low), finite(high)
     if exclusive and not torch.is_grad_enabled():
-        return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=grad)  # type: ignore[no-any-return]
-    return torch.ops.aten.hardtanh_backward(grad, x, *bounds)  # type: ignore[no-any-return]
+        torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=grad)
+        return grad
+    passed: torch.Tensor = torch.ops.aten.hardtanh_backward(grad, x, *bounds)
+    return passed
 
 
 def eager(x: torch.Tensor) -> bool:
@@ -94,13 +99,13 @@ class _Clipped(torch.autograd.Function):
         return ratio.round_().clamp_(low, high).mul_(step).to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, step, low, high, margin = inputs
         ctx.save_for_backward(x)
         ctx.bounds, ctx.grad_is_exclusive = ((low - margin) * step, (high + margin) * step), False
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (low, high) = ctx.saved_tensors, ctx.bounds
         return clipped_grad(grads[0], x, low, high, ctx.grad_is_exclusive), None, None, None, None
 
@@ -121,12 +126,12 @@ class _Channels(torch.autograd.Function):
         return levels.mul_(step), inside
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.save_for_backward(output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
 
@@ -144,14 +149,15 @@ class _Touch(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         ctx.like = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
 
 
 def with_zero_grads(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """``x``, with zero gradients for ``parameters``."""
-    return _Touch.apply(x, *parameters)
+    touched: torch.Tensor = _Touch.apply(x, *parameters)
+    return touched

@@ -14,6 +14,9 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import with_zero_grads
+from hawq_lightning.quantization._storage import Storage
+
+_OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer
 
 
 class Quantizer(nn.Module):
@@ -31,7 +34,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("width", torch.zeros(()))
+        self.register_buffer("num_bits", torch.zeros(()))
         self.make_scale(() if channels is None else (channels,))
         self.register_buffer("zero_point", torch.zeros(()))
         self.bits = 0
@@ -40,7 +43,7 @@ class Quantizer(nn.Module):
         self.range_updates_enabled = True
         self._tied_to: tuple[Quantizer, ...] = ()  # in a tuple, so that it is no submodule
 
-    width: torch.Tensor
+    num_bits: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
     updates_range = False  # whether passes in training move the grid, by what they see
@@ -65,10 +68,10 @@ class Quantizer(nn.Module):
         Raises:
             HawqError: a step that is not positive and finite.
         """
-        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.width.device)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=self.num_bits.device)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise HawqError("A quantization step must be positive and finite; weights or activations hold NaN or Inf.")
-        self.width.fill_(float(bits))
+        self.num_bits.fill_(float(bits))
         self.bits = bits
         self.zero_point.fill_(float(zero_point))
         self.set_scale(scale)
@@ -95,13 +98,13 @@ class Quantizer(nn.Module):
     def disable(self) -> None:
         """Switch off: the identity again."""
         self._tied_to = ()
-        self.width.zero_()
+        self.num_bits.zero_()
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the Python mirrors in line with the buffers (rounded: averaging callbacks leave 3.9999)."""
         self._take_state()
-        self.bits = round(float(self.width))
+        self.bits = round(float(self.num_bits))
         self.zero = round(2 * float(self.zero_point)) / 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +113,8 @@ class Quantizer(nn.Module):
             return self._untouched(x)
         if self._tied_to:
             self._take_state()
-            return self._tied_to[0](self._untouched(x))
+            levels: torch.Tensor = self._tied_to[0](self._untouched(x))
+            return levels
         return self.quantize(x) if self.bits else self._untouched(x)
 
     def _untouched(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +130,28 @@ class Quantizer(nn.Module):
         """Q(.) at the present bits: what a subclass defines, with the gradients that it wants."""
         raise NotImplementedError
 
+    @property
+    def even_steps(self) -> bool:
+        """Whether the levels are whole multiples of one step a channel, as ONNX and torch.export have them."""
+        return True
+
+    def storage(self) -> Storage:
+        """What a packed file keeps of this enabled quantizer, besides bits, code format and codes."""
+        raise NotImplementedError
+
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """Switch on with exactly the levels that were stored; values are checked, since files come from anywhere.
+
+        Args:
+            bits: 1 to 8.
+            code_format: name of one.
+            storage: of :meth:`storage`.
+
+        Raises:
+            HawqError: something is missing, not understood, or out of range.
+        """
+        raise NotImplementedError
+
     def _save_to_state_dict(self, *args: object) -> None:
         self._take_state()
         super()._save_to_state_dict(*args)
@@ -133,12 +159,15 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return  # a float checkpoint says nothing about quantizers; it must not disable them
+        if f"{prefix}{_OLD_NUM_BITS}" in state_dict:
+            state_dict[f"{prefix}num_bits"] = state_dict.pop(f"{prefix}{_OLD_NUM_BITS}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Quantizer:
         # follow the device, never the dtype: a bf16 step is another step
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[return-value]
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Bits, or off."""

@@ -21,6 +21,7 @@ from hawq_lightning.quantization._fake_quantize import (
 )
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
+from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._widths import one_of
 
 _DEFAULT = "uniform"
@@ -56,7 +57,7 @@ class WeightQuantizer(Quantizer):
     def named(self, name: str) -> None:
         """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
         if name != _DEFAULT:
-            self.register_buffer(_MARK + name, torch.zeros((), device=self.width.device))
+            self.register_buffer(_MARK + name, torch.zeros((), device=self.num_bits.device))
 
     @property
     def name(self) -> str:
@@ -122,7 +123,8 @@ class WeightQuantizer(Quantizer):
             return leader.eval_weight(weight)
         mode, self.training = self.training, False
         try:
-            return self(weight)
+            levels: torch.Tensor = self(weight)
+            return levels
         finally:
             self.training = mode
 
@@ -142,6 +144,29 @@ class WeightQuantizer(Quantizer):
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """The float32 weight that integer ``codes`` stand for, bit-identical to ``self(weight)``."""
         return (codes.to(torch.float32) - self.zero_point) * per_channel_view(self.scale, codes, self.axis)
+
+    @torch.no_grad()
+    def storage(self) -> Storage:
+        """The scale of every channel; the zero point where affine codes may have one."""
+        tensors = {"scale": self.scale.detach().float().cpu().reshape(-1)}
+        zero_point = 0 if self.code == "midrise" else round(float(self.zero_point))
+        if self.zero_points or zero_point:
+            tensors["zero_point"] = torch.tensor(float(zero_point))
+        return Storage(tensors)
+
+    @torch.no_grad()
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """See :meth:`Quantizer.from_storage`."""
+        storage.only("scale", "zero_point")
+        if code_format not in ("affine", "midrise"):
+            raise HawqError(f"code format {code_format!r} is none of quantizer {self.name!r}")
+        scale, half = storage.tensor("scale", tuple(self.scale.shape)), 1 << (bits - 1)
+        zero_point = float(storage.tensor("zero_point", ())) if "zero_point" in storage.tensors else 0.0
+        if zero_point not in range(-half, half) or (code_format == "midrise" and zero_point):
+            raise HawqError(f"zero_point is {zero_point}, which {code_format} codes of {bits} bits do not have")
+        if not bool((scale > 0).all()):
+            raise HawqError("scale is not positive")
+        self.enable(bits, scale, MIDRISE_ZERO if code_format == "midrise" else zero_point)
 
 
 class ActivationQuantizer(Quantizer):
@@ -174,7 +199,41 @@ class ActivationQuantizer(Quantizer):
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
         return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)
 
+    def storage(self) -> Storage:
+        """Scale and zero point, two numbers."""
+        return Storage(facts={"scale": float(self.scale), "zero_point": round(float(self.zero_point))})
+
+    @torch.no_grad()
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """See :meth:`Quantizer.from_storage`."""
+        storage.only("scale", "zero_point")
+        self.enable(bits, *self._stored_grid(bits, code_format, storage))
+
+    def _stored_grid(self, bits: int, code_format: str, storage: Storage) -> tuple[float, float]:
+        scale, zero_point = storage.number("scale"), storage.number("zero_point")
+        if code_format != "affine":
+            raise HawqError(f"activations have no {code_format} codes")
+        if zero_point not in range(1 << bits):
+            raise HawqError(f"zero_point is {zero_point:g}, which codes of {bits} bits do not have")
+        if float(torch.tensor(scale)) != scale or not scale > 0:
+            raise HawqError(f"scale is {scale!r}, not a positive float32")
+        return scale, zero_point
+
 
 def named_in(keys: Iterable[str]) -> str:
     """The quantizer that the keys of one weight quantizer's state tell of."""
     return next((k.removeprefix(_MARK) for k in keys if k.startswith(_MARK)), _DEFAULT)
+
+
+def trained_quantizers(state_dict: Iterable[str]) -> dict[str, str]:
+    """The fake-quant layers that a state dict is of, with the registered names of their quantizers.
+
+    Args:
+        state_dict: or its keys; of this release or of 0.1.0.
+    """
+    names: dict[str, str] = {}
+    for key in state_dict:
+        layer, found, buffer = key.rpartition(".weight_quantizer.")
+        if found and (layer not in names or buffer.startswith(_MARK)):
+            names[layer] = named_in([buffer])
+    return names

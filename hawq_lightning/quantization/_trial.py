@@ -53,7 +53,7 @@ def temporarily_quantized(
                 to_float(layer.module)
         for key, (held, options) in before.items():
             modules[key]._modules.update(held)
-            modules[key].quantizer_options = options  # type: ignore[assignment]
+            modules[key].quantizer_options = options
         with torch.no_grad():
             for q, tensors, plain in states:
                 for tensor, value in tensors:

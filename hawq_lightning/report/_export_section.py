@@ -18,6 +18,10 @@ def sentences(run: Run) -> list[str]:
     if (size := finite(record.get("onnx_bytes"))) is None:
         return []
     lines = [f"model.onnx takes {text.size(size)} ({size:,.0f} bytes)."]
+    files = record.get("files")
+    for name, taken in (files if isinstance(files, Mapping) else {}).items():
+        if (size := finite(taken)) is not None:
+            lines.append(f"{name} takes {text.size(size)} ({size:,.0f} bytes).")
     folded, not_folded = finite(record.get("folded")), record.get("not_folded")
     if folded is not None and isinstance(not_folded, Mapping):
         rest = (

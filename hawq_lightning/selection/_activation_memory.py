@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from hawq_lightning._batches import batch_images, default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import FunctionInputs, Options
 
 FLOAT = "float32"
 
@@ -35,7 +37,7 @@ class _Lifetime:
 
 class _Watch(TorchDispatchMode):
     def __init__(self, constants: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.constants = constants
         self.lives: dict[int, _Lifetime] = {}
         self.time = 0
@@ -49,7 +51,9 @@ class _Watch(TorchDispatchMode):
             self.lives[key] = _Lifetime(tensor, born)
         return self.lives[key]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
         self.time += 1
         out = func(*args, **(kwargs or {}))
         results = {t.untyped_storage()._cdata for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)}
@@ -96,13 +100,13 @@ def activation_steps(
     entries: list[int] = []
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             entries.append(watch.time)
             watch.layer = name
 
         return hook
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         watch.layer = None
 
     handles = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import Layer, Site
 from hawq_lightning.selection._constraints import FLOAT_BITS
@@ -13,8 +14,6 @@ from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._units import BIT_OPERATIONS, BYTES, MILLISECONDS
-
-SCALE_BYTES = 4  # one float32 a channel
 
 
 def _elements(problem: Problem, kind: str) -> int:
@@ -50,15 +49,13 @@ class FileBytes(SiteCost):
     unit, forms, bare, examples = BYTES, ("x",), tuple(BYTES.suffixes), ('"8MB"', '"8MiB"')
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
-        """Whole bytes, and the float32 basis of a codebook."""
-        candidates = problem.candidates[site.name]
-        codebook = any(c.bits == bits and c.code == "codebook" for c in candidates)
-        basis = SCALE_BYTES * site.channels * bits if codebook else 0
-        return math.ceil(site.numel * bits / 8) + basis
+        """Whole bytes, and the scales or whatever else the code format stores."""
+        code = next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
+        return math.ceil(site.numel * bits / 8) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
 
     def constant(self, problem: Problem) -> float:
-        """Header, float tensors, scales."""
-        return problem.file_overhead + SCALE_BYTES * sum(s.channels for s in problem.sites if s.kind == "weight")
+        """Header, float tensors, activations' grids."""
+        return problem.file_overhead
 
     def float32(self, problem: Problem) -> float:
         """Without scales, which float weights do not have."""

@@ -59,7 +59,8 @@ def lagrangian_bound(blocks: Sequence[Block], cost: float, omega: float, cap: fl
     at = np.arange(len(blocks))
 
     def picked(price: float) -> np.ndarray:
-        return np.argmin(o + price * finite, axis=1)
+        options: np.ndarray = np.argmin(o + price * finite, axis=1)
+        return options
 
     if cost + math.fsum(c[:, 0]) > cap:
         return None

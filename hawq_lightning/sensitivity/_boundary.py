@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._views import without_base
@@ -31,13 +32,13 @@ class GradientStop(torch.autograd.Function):
     """Identity whose gradient can be blocked: where the loss reads an inner feature as well as what follows it."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, blocked: dict[str, bool]) -> torch.Tensor:
+    def forward(ctx: AutogradContext, x: torch.Tensor, blocked: dict[str, bool]) -> torch.Tensor:
         """Copy, so that in-place operations may follow."""
         ctx.blocked = blocked
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: AutogradContext, *grads: Any) -> tuple[torch.Tensor | None, None]:
         """Pass the gradient on, or stop it."""
         return (None if ctx.blocked["on"] else grads[0]), None
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, FunctionInputs, Options
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
@@ -32,7 +32,9 @@ def gaussian(generator: torch.Generator) -> Sampler:
 class _Twice(TorchFunctionMode):
     """Hard sigmoid by operations that can be differentiated twice, which PyTorch's cannot."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_):
             return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
@@ -111,7 +113,7 @@ def gradients_of(
                 vectors = forward.hessian.in_output_dtypes(direction(forward))
                 gradients_flat = torch.autograd.grad(
                     forward.hessian.edges, flat, vectors, create_graph=True, allow_unused=True
-                )  # type: ignore[arg-type]
+                )
             gradients = iter(gradients_flat)
             yield GradGraph(
                 forward, points, {site: [next(gradients) for _ in tensors] for site, tensors in points.items()}

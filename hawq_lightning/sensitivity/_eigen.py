@@ -275,5 +275,5 @@ class _Graph:
         )
         hessian = self.gradients.forward.hessian
         products = hessian([torch.zeros_like(f) if m is None else m.detach() for m, f in zip(moved, hessian.values)])
-        gradients = torch.autograd.grad(hessian.edges, points, products, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(hessian.edges, points, products, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(gradients, points)]

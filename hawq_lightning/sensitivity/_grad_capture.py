@@ -85,7 +85,7 @@ class GradCapture:
             self._handles.append(layer.on_call(self._called(name)))
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._reader.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, FunctionInputs, Options
 from hawq_lightning.sensitivity._repeatable import HeldState
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
@@ -40,7 +39,9 @@ _DROPOUTS = {
 
 
 class _NoDropout(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]

@@ -81,4 +81,5 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(v: torch.Tensor) -> torch.Tensor:
-    return v / v.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    length: torch.Tensor = v.norm(dim=1, keepdim=True)
+    return v / length.clamp_min(1e-300)

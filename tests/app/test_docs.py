@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
 
 import hawq_lightning
+from tests.internals import internal
 from tests.trainers import Classifier, loader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,8 +49,19 @@ def given() -> dict:
     }  # fmt: skip
 
 
+@pytest.fixture
+def forgotten_entries():
+    """What a page registers is forgotten afterwards: other tests register entries of the same names."""
+    registries = internal("_registry")._REGISTRIES.values()
+    before = [set(registry.names) for registry in registries]
+    yield
+    for registry, names in zip(registries, before):
+        for name in set(registry.names) - names:
+            registry.remove(name)
+
+
 @pytest.mark.parametrize("page", [n for n in NAMES if blocks(n, "python")])
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_runs(page, tmp_path, monkeypatch, forgotten_entries):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for code in blocks(page, "python"):

@@ -239,7 +239,7 @@ def test_a_run_folder_of_0_1_0_names_modules_that_are_private_now(folder, tmp_pa
     for name in ("model.onnx", "export.json"):
         (tmp_path / "run" / name).unlink()
     with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
-        few = ["images=8", "speed=false", "table=false", "program=false"]
+        few = ["images=8", "speed=false", "table=false", "formats=[]"]
         export_run(compose("export", [f"run_folder={tmp_path / 'run'}", *few]))
     assert (tmp_path / "run" / "model.onnx").is_file()
 

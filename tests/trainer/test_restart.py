@@ -361,6 +361,7 @@ def test_a_checkpoint_of_the_measuring_callback_alone(tmp_path, monkeypatch):
     assert enabled_bits(model)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")  # Lightning's, about its savers
 def test_a_checkpoint_and_another_plan(tmp_path, undisturbed):
     """The checkpoint's bits stay, with a warning."""
     plan = hawq()

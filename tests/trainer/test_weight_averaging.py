@@ -52,9 +52,9 @@ def test_weight_averaging(tmp_path, kind, first):
     t = fit_beside(tmp_path, model, callback, [AVERAGES[kind](), sanity], first, num_sanity_val_steps=1)
     wanted = enabled_bits(model)
     assert sanity.bits and all(bits == wanted for bits in sanity.bits)
-    assert all(float(v) == round(float(v)) for k, v in model.state_dict().items() if k.endswith("_quantizer.width")), (
-        "widths stay whole numbers"
-    )
+    assert all(
+        float(v) == round(float(v)) for k, v in model.state_dict().items() if k.endswith("_quantizer.num_bits")
+    ), "widths stay whole numbers"
     before = t.validate(model, loader(shuffle=False), verbose=False)
     assert before[0]["val_loss"] < 2.0
 

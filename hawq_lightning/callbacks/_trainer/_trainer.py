@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import StateDict
 from hawq_lightning.sensitivity import ProcessShard
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -60,7 +61,7 @@ def shard_of(trainer: Trainer) -> ProcessShard:
 
     def all_reduce_sum(table: torch.Tensor) -> torch.Tensor:
         total = table.to(trainer.strategy.root_device)
-        total = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+        total = trainer.strategy.reduce(total, reduce_op="sum")
         return total.cpu()
 
     return ProcessShard(trainer.global_rank, trainer.world_size, all_reduce_sum)
@@ -138,7 +139,7 @@ def at_epoch_end(trainer: Trainer) -> bool:
     return progress.is_last_batch or progress.current.ready == 0
 
 
-def in_middle_of_epoch(checkpoint: Mapping[str, Any]) -> bool:
+def in_middle_of_epoch(checkpoint: StateDict) -> bool:
     """Whether a fit from this checkpoint goes on within an epoch."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_loop.batch_progress", {})

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torchmetrics import Metric
 
@@ -64,9 +64,9 @@ def loss_from_training_step(
                 m.sync_on_compute = False
         if manual:
             pl_module.__dict__["manual_backward"] = _found
-            torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[assignment, method-assign]
+            torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[method-assign]
         else:
-            torch.Tensor.backward = by_hand  # type: ignore[assignment, method-assign]
+            torch.Tensor.backward = by_hand  # type: ignore[method-assign]
         yield functools.partial(_loss, before, loss_fn, losses)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
 from hawq_lightning._io import write_bytes
+from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._trainer import is_sharded
 
 
@@ -22,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Here the temporary file lies beside the checkpoint. Remote paths are written as Lightning does.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint under ``path``.
 
         Raises:

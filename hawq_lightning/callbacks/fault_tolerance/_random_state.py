@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._trainer import (
     at_epoch_end,
     gathered,
@@ -91,11 +92,11 @@ class ResumedStates:
             set_random_states(self._states)
             self._states = None
 
-    def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    def save(self, trainer: Trainer, checkpoint: StateDict) -> None:
         """Write the states of all processes into a checkpoint; every process calls this."""
         checkpoint[KEY] = {"middle": not at_epoch_end(trainer)} | gathered(trainer, random_states())
 
-    def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: Trainer, checkpoint: StateDict) -> None:
         """Take this process's states out of a checkpoint."""
         if trainer.state.fn != "fit":
             return
@@ -129,10 +130,10 @@ class KeepRandomStates(Callback):
         """Nothing that was drawn since then counts."""
         self._resumed.epoch_starts()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Of all processes."""
         self._resumed.save(trainer, checkpoint)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """See :meth:`on_save_checkpoint`."""
         self._resumed.load(trainer, checkpoint)

@@ -2,13 +2,12 @@
 
 from hawq_lightning.export.onnx._compare import Agreement, compare, session
 from hawq_lightning.export.onnx._detections import OnnxDetector, detections
-from hawq_lightning.export.onnx._export import check_writable, float_onnx, to_onnx, to_program
+from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
 from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
 
 __all__ = [
     "Agreement",
     "OnnxDetector",
-    "check_writable",
     "compare",
     "detections",
     "float_onnx",

@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._extra import require
+from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._float_bias import split_bias
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 
@@ -61,7 +61,7 @@ def to_onnx(
         the deployed network that the file holds, and what became of every BatchNorm.
 
     Raises:
-        HawqError: the model is float, was never armed or carries another plan; an operation that cannot be exported;
+        HawqError: the model is float, was never enabled or carries another plan; an operation that cannot be exported;
             the extra ``export`` is missing; or the path cannot be written. Nothing is left half-written.
     """
     require("onnx")
@@ -131,21 +131,6 @@ def to_program(
         torch.export.save(program, buffer)
         write_bytes(Path(path), buffer.getvalue())
     return program
-
-
-def check_writable(path: Path) -> None:
-    """Raise HawqError now rather than after a minute of work."""
-    if "\0" in str(path):
-        raise HawqError(f"Cannot write {str(path)!r}: the name holds a null byte.")
-    try:
-        if path.is_dir():
-            raise HawqError(f"Cannot write {path}: it is a folder.")
-        if path.exists() and not path.is_file():
-            raise HawqError(f"Cannot write {path}: it is no ordinary file.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:

@@ -50,4 +50,5 @@ def step_to_least_squares(residual: torch.Tensor, codes: torch.Tensor, table: to
     table = table.double()
     gram = torch.einsum("kn,cn,ln->ckl", table, counts, table) / columns
     gram = gram + _RIDGE * torch.eye(len(table), dtype=torch.float64, device=residual.device)
-    return torch.linalg.solve(gram, (sums @ table.T / columns)[..., None])[..., 0]
+    solution: torch.Tensor = torch.linalg.solve(gram, (sums @ table.T / columns)[..., None])
+    return solution[..., 0]

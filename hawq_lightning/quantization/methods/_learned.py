@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from hawq_lightning._types import AutogradContext, FunctionInputs
 from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 
 
@@ -25,7 +24,9 @@ def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, hig
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     fast = eager(wide) and step.ndim == 0
-    return _LearnedStep.apply(wide, step, zero, low, high, factor, fast)[0].to(x.dtype)
+    levels: torch.Tensor
+    (levels,) = _LearnedStep.apply(wide, step, zero, low, high, factor, fast)
+    return levels.to(x.dtype)
 
 
 def learned_range(x: torch.Tensor, width: torch.Tensor, zero: int, top: int) -> torch.Tensor:
@@ -42,12 +43,14 @@ def learned_range(x: torch.Tensor, width: torch.Tensor, zero: int, top: int) -> 
         top: the highest code.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return _LearnedRange.apply(wide, width, zero, top, eager(wide)).to(x.dtype)
+    levels: torch.Tensor = _LearnedRange.apply(wide, width, zero, top, eager(wide))
+    return levels.to(x.dtype)
 
 
 def straight_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """``levels``, with the gradient of the identity with respect to ``x``."""
-    return _Through.apply(x, levels)
+    passed: torch.Tensor = _Through.apply(x, levels)
+    return passed
 
 
 def _levels(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int) -> torch.Tensor:
@@ -71,13 +74,13 @@ class _LearnedStep(torch.autograd.Function):
         return (_levels(x, step, zero, low, high),)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor]) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: tuple[torch.Tensor]) -> None:
         x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
         ctx.grad_is_exclusive = False
         ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, step), (zero, low, high) = grads, ctx.saved_tensors, ctx.grid
         levels = _levels(x, step, zero, low, high)
         low, high = low - zero, high - zero
@@ -100,13 +103,13 @@ class _LearnedRange(torch.autograd.Function):
         return (x * step.reciprocal()).round_().clamp_(-zero, top - zero).mul_(step)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, width, zero, top, ctx.fast = inputs
         ctx.shares = -zero / top, (top - zero) / top
         ctx.save_for_backward(x, width)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, width) = grads, ctx.saved_tensors
         low, high = (width * share for share in ctx.shares)
         moved = (g * (x >= high)).sum() * ctx.shares[1]
@@ -125,9 +128,9 @@ class _Through(torch.autograd.Function):
         return levels.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], None

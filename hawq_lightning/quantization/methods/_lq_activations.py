@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from hawq_lightning._errors import HawqError
+from hawq_lightning._types import AutogradContext, FunctionInputs
 from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY
+from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
     basis_levels,
@@ -53,10 +54,10 @@ class ActivationLQ(ActivationQuantizer):
         basis = torch.zeros_like(self.basis)
         if bits <= MOST_BITS and zero_point == 0:
             basis[:bits] = self.scale * 2.0 ** torch.arange(bits, device=basis.device)
-        self.arm_basis(basis)
+        self.enable_basis(basis)
 
     @torch.no_grad()
-    def arm_basis(self, basis: torch.Tensor) -> None:
+    def enable_basis(self, basis: torch.Tensor) -> None:
         """Take another basis, of up to 4 numbers; zeros: even steps."""
         self.basis.zero_()
         self.basis[: len(basis)] = basis.to(self.basis)
@@ -77,7 +78,30 @@ class ActivationLQ(ActivationQuantizer):
             return super().quantize(x)
         if self.training and self.range_updates_enabled and x.numel():
             self._refit(x)
-        return _Nearest.apply(x, self.levels())
+        nearest: torch.Tensor = _Nearest.apply(x, self.levels())
+        return nearest
+
+    @property
+    def even_steps(self) -> bool:
+        """Where no basis is learned."""
+        return not self.learned
+
+    @torch.no_grad()
+    def storage(self) -> Storage:
+        """The even steps, and the basis: four numbers whatever the bits, zeros where none is learned."""
+        return Storage({"basis": self.basis.detach().cpu().clone()}, super().storage().facts, plain=False)
+
+    @torch.no_grad()
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """See :meth:`Quantizer.from_storage`."""
+        storage.only("scale", "zero_point", "basis")
+        scale, zero_point = self._stored_grid(bits, code_format, storage)
+        # a file without a basis is of even steps
+        basis = storage.tensor("basis", (MOST_BITS,)) if "basis" in storage.tensors else torch.zeros(MOST_BITS)
+        if bool(basis[bits:].any()) or (bool(basis.any()) and (bits > MOST_BITS or zero_point != 0)):
+            raise HawqError(f"basis is {basis.tolist()}, which codes of {bits} bits and zero point {zero_point:g} lack")
+        self.enable(bits, scale, zero_point)
+        self.enable_basis(basis)
 
     def _table(self) -> torch.Tensor:
         return bit_table(self.bits, 0.0, self.basis.device)
@@ -119,12 +143,12 @@ class _Nearest(torch.autograd.Function):
         return nearest.to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, levels = inputs
         ctx.save_for_backward(x, levels)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, levels = ctx.saved_tensors
         low, high = levels.aminmax()
         if eager(x):

@@ -8,6 +8,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._quantizers import WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization._registry import register_quantizer
+from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
     basis_levels,
@@ -51,7 +52,7 @@ class WeightLQ(WeightQuantizer):
         return ("codebook",)
 
     @torch.no_grad()
-    def arm_basis(self, bits: int, basis: torch.Tensor) -> None:
+    def enable_basis(self, bits: int, basis: torch.Tensor) -> None:
         """Switch on, in place.
 
         Args:
@@ -77,7 +78,7 @@ class WeightLQ(WeightQuantizer):
         check_finite(weight)
         step, _ = weight_step(weight, bits, "midrise", self.axis)
         halves = 2.0 ** torch.arange(-1, bits - 1, device=weight.device)
-        self.arm_basis(bits, step[:, None] * halves)
+        self.enable_basis(bits, step[:, None] * halves)
         rows = self._rows(weight)
         best, least = self.basis.clone(), self._error(rows)
         for _ in range(_SWEEPS):
@@ -112,6 +113,24 @@ class WeightLQ(WeightQuantizer):
         """The float32 weight that ``codes`` stand for, bit-identical to ``self(weight)``."""
         rows = codes.transpose(0, self.axis).reshape(codes.shape[self.axis], -1).long() + (1 << (self.bits - 1))
         return self._shaped(self.levels().gather(1, rows), codes)
+
+    @property
+    def even_steps(self) -> bool:
+        """Levels lie anywhere."""
+        return False
+
+    @torch.no_grad()
+    def storage(self) -> Storage:
+        """The basis of every channel, ``[channels, bits]``."""
+        return Storage({"basis": self.basis[:, : self.bits].detach().cpu().contiguous()}, plain=False)
+
+    @torch.no_grad()
+    def from_storage(self, bits: int, code_format: str, storage: Storage) -> None:
+        """See :meth:`Quantizer.from_storage`."""
+        storage.only("basis")
+        if code_format != "codebook":
+            raise HawqError(f"code format {code_format!r} is none of quantizer {self.name!r}")
+        self.enable_basis(bits, storage.tensor("basis", (len(self.basis), bits)))
 
     def _signs(self) -> torch.Tensor:
         return bit_table(self.bits, -1.0, self.basis.device)

@@ -223,5 +223,5 @@ def test_models_that_cannot_be_deployed():
         if hasattr(module, "weight_quantizer"):
             module.weight_quantizer.disable()
             module.input_quantizer.disable()
-    with pytest.raises(HawqError, match="never armed"):
+    with pytest.raises(HawqError, match="never enabled"):
         deploy(net, plan, x)

@@ -1,18 +1,21 @@
 """The packed file: predicted size, exact reload in another process, refusals of damaged and foreign files."""
 
 import copy
-import dataclasses
+import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from hawq_lightning import HawqError, Plan, PlanSite, SiteTable, sites
-from hawq_lightning.export import Index, load_packed, packed_overhead, read_packed, save_packed
+from hawq_lightning.export import load_packed, packed_overhead, read_packed, save_packed
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization import to_fake_quantized
 from tests.internals import internal
@@ -190,8 +193,10 @@ def test_file_is_small_and_reproducible(packed: tuple[nn.Module, Plan, Path], tm
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     file = read_packed(path)
     payload = sum((s.numel * s.bits + 7) // 8 for s in plan.weights)
-    payload += sum(4 * t.numel() for t in file.scales.values()) + sum(t.nbytes for t in file.rest.values())
-    assert path.stat().st_size < payload + 2048
+    payload += sum(t.nbytes for s in file.weights for t in s.storage.tensors.values()) + sum(
+        t.nbytes for t in file.rest.values()
+    )
+    assert path.stat().st_size < payload + 5 * 1024
     assert file.plan.bits == plan.bits
     assert {s.name: (s.code, s.zero_point) for s in file.plan.sites} == {
         s.name: (s.code, s.zero_point) for s in plan.sites
@@ -230,43 +235,122 @@ def test_damage_is_always_noticed(packed: tuple[nn.Module, Plan, Path], tmp_path
         read_packed(bad)
 
 
-def test_values_are_checked_behind_a_valid_checksum(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
-    index, blobs = internal("export._container").read(packed[2])
-    most = sum(w.numel for w in index.weights)
-    wrong = [("scales", float("nan")), ("scales", -1.0), ("bits", 9), ("bits", 0), ("kinds", 7)]
-    wrong += [("act_bits", 1), ("act_scales", float("inf")), ("act_zeros", 0.5), ("act_zeros", 256.0)]
-    for name, value in wrong:
-        changed = {k: v.clone() for k, v in blobs.items()}
-        changed[name][0] = value
-        internal("export._container").write(tmp_path / "bad", index, changed, most)
+def resealed(path: Path, target: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Path:
+    """The file with other tensors or metadata, and a checksum that is right."""
+    tensors, metadata = internal("export._safetensors").read(path)
+    change(tensors, metadata)
+    internal("export._safetensors").write(target, tensors, metadata)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("site", "key", "value"),
+    [
+        ("first.weight", "bits", 9), ("first.weight", "bits", 0), ("first.weight", "bits", "4"),
+        ("first.weight", "code", "codebok"), ("first.weight", "code", None), ("first.weight", "shape", [8, 3, 3]),
+        ("first.weight", "shape", [8, 3, 3, 1 << 50]), ("first.weight", "axis", 4), ("first.weight", "dtype", "F31"),
+        ("first.weight", "layers", []), ("first.weight", "more", 1), ("first.weight", "shape", [1 << 39, 0]),
+        ("first.input", "bits", 1), ("first.input", "scale", float("inf")), ("first.input", "scale", -1.0),
+        ("first.input", "scale", 0.1), ("first.input", "zero_point", 0.5), ("first.input", "zero_point", 256),
+        ("first.input", "zero_point", True), ("first.input", "code", "midrise"), ("first.input", "other", 1),
+    ],
+)  # fmt: skip
+def test_facts_are_checked_behind_a_valid_checksum(
+    packed: tuple[nn.Module, Plan, Path], tmp_path: Path, site: str, key: str, value: object
+) -> None:
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        entries = json.loads(metadata["sites"])
+        entries[site][key] = value
+        metadata["sites"] = json.dumps(entries)
+
+    with pytest.raises(HawqError, match="corrupt"):
+        read_packed(resealed(packed[2], tmp_path / "bad", change))
+
+
+def test_tensors_are_checked_behind_a_valid_checksum(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(HawqError, match=r"corrupt: of 'up.weight' scale is not"):
+            read_packed(resealed(packed[2], tmp_path / "bad", lambda t, m, v=value: t["up.weight.scale"].fill_(v)))
+    with pytest.raises(HawqError, match="corrupt: of 'up.weight' scale is missing"):
+        read_packed(resealed(packed[2], tmp_path / "bad", lambda t, m: t.pop("up.weight.scale")))
+    with pytest.raises(HawqError, match="corrupt: of 'up.weight' basis is nothing"):
+        read_packed(resealed(packed[2], tmp_path / "bad", lambda t, m: t.update({"up.weight.basis": torch.ones(2)})))
+    with pytest.raises(HawqError, match="bytes of codes where its bits need"):
+        read_packed(resealed(packed[2], tmp_path / "bad", lambda t, m: t.update({"up.weight.codes": torch.ones(3)})))
+
+
+def test_a_users_quantizer_that_was_not_imported_is_named(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        metadata["sites"] = metadata["sites"].replace('"bits"', '"quantizer":"lqs","bits"', 1)
+
+    with pytest.raises(HawqError, match="no quantizer 'lqs'.*Did you mean 'lsq'.*known once imported"):
+        read_packed(resealed(packed[2], tmp_path / "bad", change))
+
+
+@pytest.mark.parametrize("header", ["[" * 130_000, "[" + "[]," * 40_000 + "[]]", '{"a":' * 20_000, "9" * 130_000])
+def test_a_small_file_takes_little_memory(tmp_path: Path, header: str) -> None:
+    """130 KB of nested or numerous JSON must not become gigabytes of objects."""
+    for raw in (
+        header,
+        json.dumps({"__metadata__": {"format": "hawq_lightning.packed", "version": "4", "sites": header}}),
+    ):
+        (tmp_path / "bad").write_bytes(len(raw).to_bytes(8, "little") + raw.encode())
+        tracemalloc.start()
         with pytest.raises(HawqError, match="corrupt"):
             read_packed(tmp_path / "bad")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 50 << 20
 
 
-def test_an_index_that_lies_about_sizes_allocates_nothing(packed: tuple[nn.Module, Plan, Path], tmp_path: Path) -> None:
-    index, blobs = internal("export._container").read(packed[2])
-    first = index.weights[0]
-    huge = dataclasses.replace(first, shape=(first.shape[0], 1 << 20, 1 << 14))
-    internal("export._container").write(
-        tmp_path / "bad", dataclasses.replace(index, weights=(huge, *index.weights[1:])), blobs, blobs["codes"].numel()
-    )
-    with pytest.raises(HawqError, match="corrupt: .* bytes of codes where its bits need"):
+@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, length: int) -> None:
+    (tmp_path / "bad").write_bytes(length.to_bytes(8, "little") + b"{}" * 50)
+    with pytest.raises(HawqError, match="its header of"):
         read_packed(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("text", ["", "AAAA", "!!", "eJyLjgUAARUAuQ=="])
-def test_a_damaged_index(text: str) -> None:
-    with pytest.raises(HawqError, match="index"):
-        Index.decode(text)
+def test_safe_open_shows_a_person_what_is_inside(packed: tuple[nn.Module, Plan, Path]) -> None:
+    net, plan, path = packed
+    with safe_open(path, framework="pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+        assert torch.equal(file.get_tensor("bn.running_var"), net.bn.running_var)
+        assert file.get_tensor("ramp").dtype == torch.bfloat16 and file.get_tensor("flags").dtype == torch.bool
+        for site in plan.weights:
+            codes = file.get_tensor(f"{site.name}.codes")
+            assert codes.dtype == torch.uint8 and len(codes) == (site.numel * site.bits + 7) // 8
+            assert torch.equal(
+                file.get_tensor(f"{site.name}.scale"), net.get_submodule(site.layers[0]).weight_quantizer.scale
+            )
+    assert "embed.weight" in names and "first.weight" not in names  # a tied weight that is not quantized everywhere
+    assert metadata["format"] == "hawq_lightning.packed" and metadata["version"] == "4" and metadata["description"]
+    entries = json.loads(metadata["sites"])
+    assert {n: e["bits"] for n, e in entries.items()} == plan.bits
+    assert entries["first.input"]["scale"] == float(net.first.input_quantizer.scale)
 
 
-def test_an_inflating_index_is_bounded() -> None:
-    import base64
-    import zlib
+def test_tied_parameters_are_stored_once(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(9, 4), "c": nn.Embedding(9, 4)})
+    net["c"].weight = net["b"].weight
+    plan = Plan((PlanSite("a.weight", "weight", ("a",), (4, 4), 16, 4, "affine"),))
+    save_packed(enable(net, plan), plan, tmp_path / "tied")
+    with safe_open(tmp_path / "tied", framework="pt") as file:
+        assert set(file.keys()) == {"a.weight.codes", "a.weight.scale", "a.bias", "b.weight"}
+        assert json.loads(file.metadata()["aliases"]) == {"b.weight": ["c.weight"]}
+    other = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(9, 4), "c": nn.Embedding(9, 4)})
+    with pytest.raises(HawqError, match="another model.*only in the file: b.weight"):
+        load_packed(tmp_path / "tied", other)
+    other["c"].weight = other["b"].weight
+    assert torch.equal(load_packed(tmp_path / "tied", other)["c"].weight, net["b"].weight)
 
-    bomb = base64.b64encode(zlib.compress(b"[" * (1 << 27), 9)).decode()
-    with pytest.raises(HawqError, match="too long"):
-        Index.decode(bomb)
+
+def test_a_state_key_that_is_a_sites_is_refused(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    plan = Plan((PlanSite("a.weight", "weight", ("a",), (4, 4), 16, 4, "affine"),))
+    enable(net, plan)
+    net["a"].__dict__["_buffers"]["weight.scale"] = torch.ones(2)
+    with pytest.raises(HawqError, match="'a.weight.scale', which is what a site's tensor is called"):
+        save_packed(net, plan, tmp_path / "x")
 
 
 def test_another_model_is_named_and_left_alone(packed: tuple[nn.Module, Plan, Path]) -> None:
@@ -292,7 +376,7 @@ def test_refusals_before_anything_is_written(packed: tuple[nn.Module, Plan, Path
     twins = built()
     for s in plan.weights:
         to_fake_quantized(twins.get_submodule(s.layers[0]))
-    with pytest.raises(HawqError, match="never armed"):
+    with pytest.raises(HawqError, match="never enabled"):
         save_packed(twins, plan, tmp_path / "a")
     with pytest.raises(HawqError, match="another plan"):
         save_packed(net, random_plan(sites(built(), torch.randn(1, 3, 8, 8)), 12), tmp_path / "a")
@@ -323,8 +407,16 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3)}, tmp_path / "plain")
     with pytest.raises(HawqError, match="not a packed file"):
         load_packed(tmp_path / "plain", built())
-    save_file(
-        {"w": torch.zeros(3)}, tmp_path / "later", {"format": internal("export._container").FORMAT, "version": "9"}
-    )
+    save_file({"w": torch.zeros(3)}, tmp_path / "later", {"format": "hawq_lightning.packed", "version": "9"})
     with pytest.raises(HawqError, match="version '9'"):
         load_packed(tmp_path / "later", built())
+
+
+def test_a_file_of_more_than_a_megabyte(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(1500, 1000), nn.Linear(1000, 300))
+    plan = Plan((PlanSite("0.weight", "weight", ("0",), (1000, 1500), 1_500_000, 8, "affine"),))
+    assert save_packed(enable(net, plan), plan, tmp_path / "x") > 2 << 20
+    x = torch.randn(2, 1500)
+    assert torch.equal(
+        load_packed(tmp_path / "x", nn.Sequential(nn.Linear(1500, 1000), nn.Linear(1000, 300)))(x), net(x)
+    )

@@ -107,3 +107,11 @@ def test_a_restored_plan_keeps_shared_weights_together():
     model[2].weight = model[0].weight
     plan = small_plan(model, batch=(torch.randn(8, 6), torch.randint(0, 6, (8,))))
     assert plan_of(hl.quantize(model, plan)).weights[0].layers == plan.weights[0].layers == ("0", "2")
+
+
+def test_a_site_whose_layer_was_renamed_and_whose_other_site_was_removed_is_refused() -> None:
+    """As many sites as the model could have, so that counting alone does not show it."""
+    net = nn.Sequential(nn.Linear(4, 3))
+    plan = hl.Plan((hl.PlanSite("0.weight", "weight", ("nowhere",), (3, 4), 12, 4, "affine"),))
+    with pytest.raises(HawqError, match="'0.weight' of the plan names a layer 'nowhere' that the model lacks"):
+        hl.quantize(net, plan)

@@ -45,7 +45,7 @@ def test_levels_are_sums_of_the_basis_and_the_nearest_is_taken(bits):
         assert torch.equal(q(x), even)
         return
     basis = torch.rand(bits) + 0.1
-    q.arm_basis(basis)
+    q.enable_basis(basis)
     levels = torch.stack([sum(b for k, b in enumerate(basis) if i >> k & 1) + torch.zeros(()) for i in range(2**bits)])
     assert torch.allclose(q.levels(), levels, atol=1e-6) and q.levels()[0] == 0
     taken = q(x)
@@ -58,7 +58,7 @@ def test_levels_are_sums_of_the_basis_and_the_nearest_is_taken(bits):
 
 def test_gradients_pass_between_the_lowest_and_the_highest_level():
     q = armed(2, 1.0)
-    q.arm_basis(torch.tensor([1.0, 1.5]))  # levels 0, 1, 1.5, 2.5
+    q.enable_basis(torch.tensor([1.0, 1.5]))  # levels 0, 1, 1.5, 2.5
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([-0.4, 0.3, 1.3, 2.4, 2.6, 9.0], dtype=dtype, requires_grad=True)
         y = q(x)
@@ -125,7 +125,7 @@ def test_training_packing_and_integer_arithmetic(tmp_path, bits):
         assert learned[n] or not m.input_quantizer.basis.any()
     assert torch.equal(layers["2"].input_quantizer.basis, start) == (bits == 8)
     size = save_packed(net.eval(), plan, tmp_path / "net")
-    variable = sum((s.numel * 3 + 7) // 8 + 16 * s.shape[0] for s in plan.weights)
+    variable = sum((s.numel * 3 + 7) // 8 + 12 * s.shape[0] for s in plan.weights)
     assert size == packed_overhead(net, plan.sites, "lq_nets") + variable
     back = load_packed(tmp_path / "net", net_and_plan(bits)[0].eval())
     with torch.no_grad():
@@ -138,8 +138,8 @@ def test_training_packing_and_integer_arithmetic(tmp_path, bits):
         codes = (q(image)[..., None] == q.levels()).int().argmax(-1)
         stored = file.codes["2.weight"] + 4
         out = layer.bias.detach().double().view(-1, 1, 1)
-        for j, v in enumerate(file.bases["2.input"].double()):
-            for k, w in enumerate(file.bases["2.weight"].double().T):
+        for j, v in enumerate(file["2.input"].storage.tensors["basis"][:bits].double()):
+            for k, w in enumerate(file["2.weight"].storage.tensors["basis"].double().T):
                 sign = ((stored >> k) & 1) * 2 - 1
                 whole = F.conv2d(((codes >> j) & 1).double(), sign.double(), padding=1)
                 out = out + v * w.view(-1, 1, 1) * whole
@@ -167,31 +167,23 @@ def test_states_come_back_and_layers_of_one_tensor_share_a_basis():
     assert torch.equal(other.basis, leader.basis) and other.learned
 
 
-def test_files_of_an_earlier_version_have_even_steps_and_damage_is_told(tmp_path, monkeypatch):
+def test_files_of_an_earlier_version_have_even_steps_and_damage_is_told(tmp_path):
     net, plan, x = net_and_plan(3)
     quantize(net, plan).eval()
     for layer in quantized_layers(net).values():
         layer.input_quantizer.basis.zero_()
         layer.input_quantizer.refresh()
-    container = internal("export._container")
-    packed = internal("export._packed")
-
-    def without(path, index, blobs, most, extras=None):
-        kept = {k: v for k, v in blobs.items() if k != "act_basis"}
-        return container.write(path, index, kept, most, {k: v for k, v in (extras or {}).items() if k != "act_basis"})
-
-    def damaged(path, index, blobs, most, extras=None):
-        return container.write(path, index, blobs | {"act_basis": blobs["act_basis"] + 1}, most, extras)
-
-    shim = type("container", (), {"write": staticmethod(without), "read": staticmethod(container.read)})
-    monkeypatch.setattr(packed, "container", shim)
-    save_packed(net, plan, tmp_path / "old")
+    save_packed(net, plan, tmp_path / "net")
+    safetensors = internal("export._safetensors")
+    tensors, metadata = safetensors.read(tmp_path / "net")
+    kept = {k: v for k, v in tensors.items() if not k.endswith(".input.basis")}
+    safetensors.write(tmp_path / "old", kept, metadata)
     back = load_packed(tmp_path / "old", net_and_plan(3)[0].eval())
     with torch.no_grad():
         assert torch.equal(back(x), net(x))
-    shim.write = staticmethod(damaged)
-    save_packed(net, plan, tmp_path / "damaged")
-    with pytest.raises(HawqError, match="'0.input' has a basis that its 3 bits do not"):
+    damaged = {k: v + 1 if k.endswith(".input.basis") else v for k, v in tensors.items()}
+    safetensors.write(tmp_path / "damaged", damaged, metadata)
+    with pytest.raises(HawqError, match=r"'0.input' basis is \[1.*, which codes of 3 bits and zero point .* lack"):
         read_packed(tmp_path / "damaged")
 
 

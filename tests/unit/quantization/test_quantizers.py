@@ -210,7 +210,7 @@ def test_quantizer_state_stays_float32_and_survives_averaging():
     q.enable(5, torch.full((4,), 0.1234567))
     q.to(torch.bfloat16)
     assert q.scale.dtype == torch.float32 and q.scale[0].item() == pytest.approx(0.1234567, rel=1e-6)
-    q.width.mul_(0.999).add_(0.001 * 5 - 0.0003)
+    q.num_bits.mul_(0.999).add_(0.001 * 5 - 0.0003)
     q.refresh()
     assert q.bits == 5
 

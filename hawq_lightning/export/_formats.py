@@ -1,0 +1,41 @@
+"""The exporters that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hawq_lightning._plan import Plan
+from hawq_lightning._types import Batch
+from hawq_lightning.export._deployed import Deployed, Inputs
+from hawq_lightning.export._exporters import register_exporter
+from hawq_lightning.export._packed import save_packed
+from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
+
+
+def _verify_onnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
+    return compare(model, path, batches, images=images)
+
+
+@register_exporter("packed", suffix=".safetensors", code_formats=None, even_steps=False, needs_example=False)
+def _write_packed(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> int:
+    return save_packed(model, plan, path)
+
+
+@register_exporter("onnx", suffix=".onnx", packages=("onnx", "onnxscript"), verify=_verify_onnx)
+def _write_onnx(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True, exact: bool = True
+) -> Deployed:
+    assert example_input is not None
+    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact)
+
+
+@register_exporter("program", suffix=".pt2")
+def _write_program(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+) -> torch.export.ExportedProgram:
+    assert example_input is not None
+    return to_program(model, plan, example_input, path, fold=fold)
