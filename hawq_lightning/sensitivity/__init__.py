@@ -2,7 +2,7 @@
 
 from hawq_lightning.sensitivity._auto import Auto
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._cache import TraceCache
+from hawq_lightning.sensitivity._cache import TraceCache, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
@@ -38,6 +38,7 @@ from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._repeatable import repeatable
 from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
 from hawq_lightning.sensitivity._statistics import TraceStatistics
@@ -104,6 +105,7 @@ __all__ = [
     "noisy_modules",
     "pick",
     "random_states_kept",
+    "read_intact",
     "register_estimator",
     "release_memory",
     "repeatable",
