@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -66,6 +67,28 @@ def like(batch: Batch, parts: Sequence[Any]) -> Batch:
     copied = copy.copy(batch)
     for f, part in zip(fields(batch), parts):
         object.__setattr__(copied, f.name, part)  # frozen ones, too
+    return copied
+
+
+def fresh_copy(batch: Batch, _copies: dict[int, Any] | None = None) -> Batch:
+    """A batch that may be changed in place, tensors and containers alike, without a trace in ``batch``.
+
+    Tensors are cloned, one that stands in several places once. Objects that are no containers are copied by their
+    method ``clone``, as graphs and tensor classes have it; without one they stay.
+    """
+    copies: dict[int, Any] = {} if _copies is None else _copies
+    if id(batch) in copies:
+        return copies[id(batch)]
+    copied = batch
+    if isinstance(batch, torch.Tensor):
+        copied = batch.detach().clone().requires_grad_(batch.requires_grad) if batch.is_leaf else batch.clone()
+    elif parts := parts_of(batch):
+        copied = like(batch, [fresh_copy(v, copies) for v in parts])
+    elif isinstance(batch, np.ndarray):
+        copied = batch.copy()
+    elif not isinstance(batch, (type, nn.Module)) and callable(getattr(batch, "clone", None)):
+        copied = batch.clone()
+    copies[id(batch)] = copied
     return copied
 
 

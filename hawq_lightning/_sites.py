@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning._batches import batch_images, default_forward
+from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
 from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
@@ -129,7 +130,7 @@ def find_sites(
     try:
         for p in trainable:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
-        with torch.enable_grad(), counter:
+        with torch.enable_grad(), counter, reentrant_checkpoints_replaced():
             modules = {n: reader.module for n, reader in layers.items()}
             norms = norms_behind(model, dict(_named_modules(model)), modules, run)
     finally:
@@ -175,7 +176,9 @@ def sites(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        return find_sites(model, lambda: forward(model, example_batch), batch_images(example_batch), include, exclude)
+        return find_sites(
+            model, lambda: forward(model, fresh_copy(example_batch)), batch_images(example_batch), include, exclude
+        )
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -57,6 +57,10 @@ def _prepare_layers(
     for layer, quantizer in trained_quantizers(state_dict).items():
         layers_of.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
     layers = quantizable_layers(module)[0]
+    # a submodule under several names is in the state dict under each of them, and a layer under its first
+    first = {id(reader.module): name for name, reader in layers.items()}
+    shared = {n: first[id(m)] for n, m in module.named_modules(remove_duplicate=False) if id(m) in first}
+    layers_of = {quantizer: {shared.get(n, n) for n in names} for quantizer, names in layers_of.items()}
     for quantizer, names in layers_of.items():
         if strict and (missing := sorted(names - set(layers))):
             hint = nearest(missing[0], layers)

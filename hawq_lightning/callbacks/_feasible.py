@@ -25,7 +25,7 @@ from hawq_lightning.selection import (
     nominal_problem,
     tables_of_budget,
 )
-from hawq_lightning.sensitivity import Sensitivity, isolated_eval
+from hawq_lightning.sensitivity import Sensitivity, isolated_eval, repeatable
 
 _CHANCE = 0.8  # of ln(classes)
 _SLOPE_SHARE = 0.01  # of the loss
@@ -60,6 +60,7 @@ def preview(
     weight_bits = check_bits(quantizer.weight_bits, "weight")
     activation_bits = None if quantizer.activation_bits is None else check_bits(quantizer.activation_bits, "activation")
     with isolated_eval(module):
+        loss_fn = repeatable(module, loss_fn)
         exclude = exclude_patterns(quantizer, module)
         table = find_sites(module, lambda: loss_fn(module, batch), batch_images(batch), quantizer.include, exclude)
         separate_input = activation_bits is not None and quantizer.input_bits is not None

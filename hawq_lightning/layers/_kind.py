@@ -113,7 +113,8 @@ class LayerKind:
         def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: torch.Tensor) -> torch.Tensor | None:
             return record(self.input(args, kwargs), output)
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+        # first of all hooks: the user's may change the product, or keep it for the loss
+        return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def macs(self, module: nn.Module, parameter: str, x: torch.Tensor, output: torch.Tensor) -> int:
         """Multiply-accumulates of one call: each output element is a sum over a row of the weight."""

@@ -23,7 +23,14 @@ from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
-from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_traces, isolated_eval, to_device
+from hawq_lightning.sensitivity import (
+    InputHooks,
+    Sensitivity,
+    guarded_mean_traces,
+    isolated_eval,
+    repeatable,
+    to_device,
+)
 
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
@@ -193,7 +200,8 @@ class _Runs:
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, sites: SiteTable, progress: bool
     ) -> None:
-        self.model, self.batches, self.loss_fn, self._progress = model, batches, loss_fn, progress
+        self.model, self.batches, self._progress = model, batches, progress
+        self.loss_fn = repeatable(model, loss_fn)
         layers, _ = quantizable_layers(model)
         self._readers = {x.name: layers[x.name] for x in sites.layers}
         self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}

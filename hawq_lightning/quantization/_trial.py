@@ -25,7 +25,7 @@ from hawq_lightning.quantization._apply import (
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
-from hawq_lightning.sensitivity import isolated_eval, to_device
+from hawq_lightning.sensitivity import isolated_eval, repeatable, to_device
 
 
 @contextmanager
@@ -173,6 +173,7 @@ def first_order_term(
     weights = {s.name: layers[s.layers[0]] for s in plan.weights}
     norms = norms_to_fold(model, plan.layers)
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
+    loss_fn = repeatable(model, loss_fn)
     total, count = 0.0, 0
     device = _device(model)
     with isolated_eval(model), torch.enable_grad():
@@ -201,7 +202,7 @@ class _MeanLoss:
     """The mean loss over batches on the model's device, weighed by samples."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, batch_size_fn: BatchSizeFn) -> None:
-        self._model, self._loss_fn = model, loss_fn
+        self._model, self._loss_fn = model, repeatable(model, loss_fn)
         self._batches = [to_device(b, _device(model)) for b in batches]
         self._samples = [batch_size_fn(b) for b in self._batches]
 

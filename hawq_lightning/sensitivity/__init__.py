@@ -38,6 +38,7 @@ from hawq_lightning.sensitivity._microbatch import pick
 from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
+from hawq_lightning.sensitivity._repeatable import repeatable
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
@@ -112,6 +113,7 @@ __all__ = [
     "read_intact",
     "register_estimator",
     "release_memory",
+    "repeatable",
     "sampling_design",
     "to_device",
     "top_eigenpairs",

@@ -18,6 +18,7 @@ from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._second_derivative import check_twice_differentiable, told_in_one_sentence
+from hawq_lightning.sensitivity._views import without_base
 
 Key = tuple[Node, int]
 _LARGE = 1 << 20  # output elements
@@ -46,8 +47,8 @@ class GradientStop(torch.autograd.Function):
 class Outputs:
     """Records the outputs of every module that owns parameters, as edges of the autograd graph.
 
-    Edges are taken in forward hooks, so they survive in-place operations on the outputs. Values are let go of as soon
-    as another recorded output follows from them: only those of the boundary serve.
+    Edges are taken in forward hooks, and outputs that are views are copied, so they survive in-place operations. Values
+    are let go of as soon as another recorded output follows from them: only those of the boundary serve.
 
     Args:
         model: hooks go on its modules while active.
@@ -68,7 +69,8 @@ class Outputs:
     def __enter__(self) -> Outputs:
         for name, module in self._model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                # before the user's hooks, which may keep what they see for the loss
+                self._handles.append(module.register_forward_hook(self._hook(name), prepend=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -113,8 +115,8 @@ class Outputs:
         if isinstance(output, torch.Tensor):
             if not self.recording or not output.requires_grad:
                 return output  # activation checkpointing runs the forward pass again
-            if len(self.edges) in self._cut:
-                output = GradientStop.apply(output, self.blocked)
+            cut = len(self.edges) in self._cut
+            output = GradientStop.apply(output, self.blocked) if cut else without_base(output)
             edge = get_gradient_edge(output)
             # an outer module's output is its last layer's
             self._number.setdefault((edge.node, edge.output_nr), len(self.edges))

@@ -103,7 +103,8 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
     for _ in range(2):  # again with the boundary cut, where an output on it also feeds another
         network = GradCapture(context.layers, context.table, context.diagnostics.overwritten)
         network.per_sample = per_sample
-        with network, Outputs(context.model, cut) as outputs, torch.enable_grad():
+        # layers see their outputs before the boundary does: the hooks entered last come first
+        with Outputs(context.model, cut) as outputs, network, torch.enable_grad():
             loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
             if not boundary:

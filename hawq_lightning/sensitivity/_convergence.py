@@ -19,6 +19,7 @@ from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
 from hawq_lightning.sensitivity._independence import independent_samples
 from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
+from hawq_lightning.sensitivity._repeatable import repeatable
 
 
 def trace_history(
@@ -52,6 +53,7 @@ def trace_history(
         raise HawqError(f"steps is {steps}; convergence needs at least 2.")
     data = BatchSet.of(model, batches, batch_size_fn)
     with isolated_eval(model, seed):
+        loss_fn = repeatable(model, loss_fn)
         table = sites or find_sites(model, lambda: loss_fn(model, data.batches[0]), data.samples[0])
         layers, _ = quantizable_layers(model)
         context = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
@@ -107,6 +109,7 @@ def landscape(
     moved = [to_device(b, weight.device) for b in batches]
     samples = [batch_size_fn(b) for b in moved]
     home = weight.detach().clone()
+    loss_fn = repeatable(model, loss_fn)
     out = []
     with isolated_eval(model), torch.no_grad():
         try:

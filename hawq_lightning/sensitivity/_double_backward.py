@@ -89,6 +89,9 @@ def gradients_of(
             loss ``<direction, f(theta)>``. ``None``: of the loss itself.
         sites: which; all by default.
         weights: also differentiate by weights; they must then be leaves that may require gradients.
+
+    Raises:
+        Overwritten: see :func:`with_copies`.
     """
     owners = {x.weight: context.layers[x.name].weight for x in reversed(context.table.layers)} if weights else {}
     requested = None if sites is None else set(sites)
@@ -99,6 +102,7 @@ def gradients_of(
         # the fused attention kernels have no second derivative, nor has the hard sigmoid
         with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(context, batch, per_sample) as forward:
             forward.network.recording = False
+            forward.network.check_reads()
             points: dict[str, list[Any]] = {n: [w] for n, w in owners.items()}
             points |= forward.network.aliases()
             if requested is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,10 +23,12 @@ from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, check_weights
 from hawq_lightning.sensitivity._double_backward import GradGraph, gradients_of
+from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._independence import independent_samples
 from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._lobpcg import LobpcgState
 from hawq_lightning.sensitivity._process_shard import ProcessShard
+from hawq_lightning.sensitivity._repeatable import repeatable
 
 Curvature = Literal["ggn", "hessian"]
 Apply = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -94,6 +97,7 @@ def top_eigenpairs(
         raise HawqError(f"count is {count}; it is 1 or more.")
     data = BatchSet.of(model, batches, batch_images, shard)
     with isolated_eval(model, seed):
+        loss_fn = repeatable(model, loss_fn)
         first, samples = data.batches[0], data.samples[0]
         table = sites or find_sites(model, lambda: loss_fn(model, first), samples)
         every_layer, _ = quantizable_layers(model)
@@ -227,7 +231,9 @@ class _Search:
 
         batch = self.data.batches[number]
         direction = unknown if self.kind == "ggn" else None
-        with gradients_of(self.context, batch, self.per_sample, direction, sites=sites) as gradients:
+        with ExitStack() as stack:
+            graph = partial(gradients_of, self.context, batch, self.per_sample, direction, sites=sites)
+            gradients = with_copies(self.context.diagnostics.overwritten, lambda: stack.enter_context(graph()))
             yield _Graph(gradients, directions, self.data.samples[number], self.per_sample)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._views import without_base
 
 
 class Overwritten(Exception):
@@ -57,7 +58,7 @@ class GradCapture:
     Args:
         layers: layer name -> reader of a weight, or the module if it reads a single one.
         table: their sites.
-        keep_copies: layers whose input is overwritten later.
+        keep_copies: layers whose input is overwritten later, and activation sites that are to be differentiated twice.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module | WeightReader], table: SiteTable, keep_copies: set[str]) -> None:
@@ -98,6 +99,16 @@ class GradCapture:
         """Activation site -> the tensors that its layers read, in the graph."""
         return {site: [c.value for c in calls] for site, calls in self._reads.items()}
 
+    def check_reads(self) -> None:
+        """Make sure that what layers read is still there, and in the graph under its name.
+
+        Raises:
+            Overwritten: a tensor was changed in place after it was read; it names the activation site.
+        """
+        for site, calls in self._reads.items():
+            if any(c.value._version != c.version for c in calls):
+                raise Overwritten(site)
+
     def output_nodes(self) -> dict[str, list[Any]]:
         """Weight site -> the autograd nodes of its layers' outputs, a call each."""
         return {site: [c.node for c in calls if c.node is not None] for site, calls in self._calls.items()}
@@ -134,7 +145,8 @@ class GradCapture:
     def _alias(self, site: str, x: torch.Tensor) -> torch.Tensor:
         if not self.recording or not torch.is_grad_enabled():
             return x  # activation checkpointing runs the forward pass again; a target network has no gradients
-        alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)
+        source = x.clone() if site in self._keep else x
+        alias = source.view_as(source) if x.requires_grad else source.detach().requires_grad_(True)
         call = CallRecord(site, site, None, alias, alias._version)
         self._reads.setdefault(site, []).append(call)
         self._handles.append(alias.register_hook(self._arrived(call)))
@@ -144,10 +156,10 @@ class GradCapture:
         def record(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
             if not self.recording or not torch.is_grad_enabled():
                 return None
-            read, product = x.detach(), output
+            read, product = x.detach(), without_base(output)
             if not output.requires_grad:  # a look-up by indices, which have no gradient
                 leaf = output.detach().requires_grad_(True)
-                product = leaf.view_as(leaf)
+                product = leaf.clone()  # a view of a leaf could not be changed in place
             if name in self._keep:
                 read = read.clone()
             call = CallRecord(
@@ -185,6 +197,7 @@ class GradCapture:
         for site, missing in self._waiting.items():
             if missing:  # some calls do not reach the loss
                 self._reduce(site)
+        self._waiting = {}  # what arrives until the next probe is none of it
 
     def _reduce(self, site: str) -> None:
         per_sample = self.per_sample.get(site, False)

@@ -23,6 +23,7 @@ from hawq_lightning.sensitivity._double_backward import (
     rademacher,
 )
 from hawq_lightning.sensitivity._estimator import Estimator, Pilot, ProbeRequest, Probes, register_estimator
+from hawq_lightning.sensitivity._grad_capture import with_copies
 
 _DISTRIBUTIONS = {"rademacher": rademacher, "gaussian": gaussian}
 
@@ -77,13 +78,17 @@ def hutchinson_batch(
         only: sites to work on; all by default.
     """
     direction = loss_gradient if linearised else None
-    with gradients_of(context, batch, per_sample, direction, sites=only) as gradients:
-        rows = [
-            {s: _quadratic_form(gradients, s, sampler, per_sample[s], samples) for s in gradients.points}
-            for _ in range(probes)
-        ]
-        network = gradients.forward.network
-        return Probes(rows, {s: network.sizes(s, samples) for s in gradients.points if s in network.aliases()})
+
+    def run() -> Probes:
+        with gradients_of(context, batch, per_sample, direction, sites=only) as gradients:
+            rows = [
+                {s: _quadratic_form(gradients, s, sampler, per_sample[s], samples) for s in gradients.points}
+                for _ in range(probes)
+            ]
+            network = gradients.forward.network
+            return Probes(rows, {s: network.sizes(s, samples) for s in gradients.points if s in network.aliases()})
+
+    return with_copies(context.diagnostics.overwritten, run)
 
 
 def _quadratic_form(gradients: GradGraph, site: str, sampler: Sampler, per_sample: bool, samples: int) -> torch.Tensor:

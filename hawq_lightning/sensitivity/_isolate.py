@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
+from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._types import Batch, FunctionInputs, Options
+from hawq_lightning.sensitivity._repeatable import HeldState
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -82,6 +84,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = HeldState(model.parameters())
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for module in noisy_modules(model):
@@ -90,7 +93,12 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             p.requires_grad_(False)
             p.grad = None
         # compiled modules drop hooks that come after compilation, and refuse double backward
-        with random_states_kept(seed), _NoDropout(), torch.compiler.set_stance("force_eager"):
+        with (
+            random_states_kept(seed),
+            _NoDropout(),
+            torch.compiler.set_stance("force_eager"),
+            reentrant_checkpoints_replaced(),
+        ):
             yield
     finally:
         for module, mode in modes:
@@ -99,6 +107,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             for buffer, value in buffers:
                 if buffer._version or not torch.equal(buffer, value):
                     buffer.copy_(value)
+        parameters.put_back()  # a loss may move a teacher's
         for p, required, grad in needs:
             p.requires_grad_(required)
             p.grad = grad

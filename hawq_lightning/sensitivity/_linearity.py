@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
 from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaussian, gradients_of
 from hawq_lightning.sensitivity._estimator import Pilot
+from hawq_lightning.sensitivity._grad_capture import with_copies
 
 _VANISHES = 1e-6  # relative; piecewise linear networks give exact zeros
 _FEW = 4  # samples for the check
@@ -47,6 +48,10 @@ def check_linearity(context: MeasureContext, pilot: Pilot, seed: int = 0, most: 
         most: look at no more than so many sites one by one, evenly over the table; ``None``: at all.
     """
     pilot = pilot.first(context, _FEW)
+    return with_copies(context.diagnostics.overwritten, lambda: _check_linearity(context, pilot, seed, most))
+
+
+def _check_linearity(context: MeasureContext, pilot: Pilot, seed: int, most: int | None) -> Linearity:
     sampler = gaussian(torch.Generator().manual_seed(seed))
 
     # the direction requires gradients so that kernels without a second derivative say so, instead of seeming constant

@@ -73,11 +73,16 @@ class Dense:
 
     def factor(self, z: Sequence[torch.Tensor], sign: float) -> list[torch.Tensor]:
         """``V sqrt(max(sign * lambda, 0)) z``, an output tensor each."""
-        flat = torch.cat([v.flatten(1) for v in z], 1)
+        flat = torch.cat([_by_sample(v) for v in z], 1)
         root = (sign * self.eigenvalues).clamp_min(0).sqrt()
         u = torch.matmul(self.vectors, (root * flat)[..., None])[..., 0]
         parts = u.split([v[0].numel() for v in z], 1)
         return [part.reshape(v.shape) for part, v in zip(parts, z)]
+
+
+def _by_sample(x: torch.Tensor) -> torch.Tensor:
+    """``[samples, numbers of a sample]``, also of one number a sample, as log-determinants are."""
+    return x.reshape(len(x), -1)
 
 
 def dense(hessian: OutputHessian) -> Dense | None:
@@ -95,7 +100,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
         for j in range(count):
             unit = [torch.zeros_like(v) for v in values]
             unit[i].view(samples, -1)[:, j] = 1.0
-            rows.append(torch.cat([h.flatten(1) for h in hessian(unit)], 1))
+            rows.append(torch.cat([_by_sample(h) for h in hessian(unit)], 1))
     matrix = torch.stack(rows, 1).to(torch.float64)
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     noise = (1e-10 if values[0].dtype == torch.float64 else 1e-5) * eigenvalues.abs().max()
@@ -188,7 +193,7 @@ def output_curvature(
             value = block.scale * (1 - p.square().sum(block.axis, keepdim=True))
         else:
             value = block.d.abs()
-        total += value.double().flatten(1).sum(1).cpu()
+        total += _by_sample(value.double()).sum(1).cpu()
     return total.clamp_min(0)
 
 

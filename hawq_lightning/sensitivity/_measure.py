@@ -18,6 +18,7 @@ from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
 from hawq_lightning.sensitivity._isolate import isolated_eval, release_memory
 from hawq_lightning.sensitivity._prepare import Reuse, first_look, make_runner
 from hawq_lightning.sensitivity._process_shard import ProcessShard
+from hawq_lightning.sensitivity._repeatable import repeatable
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._run_loop import run_loop
 from hawq_lightning.sensitivity._settings import MeasureOverrides, MeasureSettings
@@ -77,7 +78,7 @@ def measure(
     data = BatchSet.of(model, batches, settings.batch_size_fn, shard)
     progress = progress and data.shard.rank == 0
     with isolated_eval(model, config.seed):
-        look = first_look(model, data, loss_fn, sites, settings, reuse)
+        look = first_look(model, data, repeatable(model, loss_fn), sites, settings, reuse)
         if look.earlier is not None:
             return look.earlier
         runner = make_runner(look, data, settings)

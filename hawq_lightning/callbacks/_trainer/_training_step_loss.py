@@ -47,6 +47,14 @@ def loss_from_training_step(
     muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
     manual = loss_fn is None and not pl_module.automatic_optimization
     tensor_backward = torch.Tensor.backward
+    losses: list[torch.Tensor] = []
+
+    def by_hand(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """The graph stays for the probes; where no graph is built there is nothing to do."""
+        losses.append(self)
+        if self.requires_grad:
+            torch.autograd.backward(self, *args, **{**kwargs, "retain_graph": True})
+
     try:
         trainer.training = True
         trainer.loggers = [DummyLogger()] if loggers else []
@@ -59,7 +67,9 @@ def loss_from_training_step(
         if manual:
             pl_module.__dict__["manual_backward"] = _capture
             torch.Tensor.backward = lambda self, *a, **k: _capture(self)  # type: ignore[method-assign]
-        yield functools.partial(_loss, before, loss_fn)
+        else:
+            torch.Tensor.backward = by_hand  # type: ignore[method-assign]
+        yield functools.partial(_loss, before, loss_fn, losses)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
         for name in (*muted, "manual_backward"):
@@ -77,8 +87,16 @@ def _capture(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
     raise _LossCaptured(loss)
 
 
-def _loss(before: Callable[[], None], loss_fn: LossFn | None, module: LightningModule, batch: Batch) -> torch.Tensor:
+def _loss(
+    before: Callable[[], None],
+    loss_fn: LossFn | None,
+    losses: list[torch.Tensor],
+    module: LightningModule,
+    batch: Batch,
+) -> torch.Tensor:
+    """One loss of the step, or of ``loss_fn``; ``losses`` gets those that the step sends back by hand."""
     before()
+    losses.clear()
     if loss_fn is not None:
         loss: object = loss_fn(module, batch)
         if not isinstance(loss, torch.Tensor):
@@ -106,6 +124,9 @@ def _loss(before: Callable[[], None], loss_fn: LossFn | None, module: LightningM
             module._param_requires_grad_state = {}
     if isinstance(out, Mapping):
         out = out.get("loss")
+    if out is None and losses:  # Lightning skips the batch; the step has done the work
+        out = losses[0]
+    losses.clear()
     if not isinstance(out, torch.Tensor):
         what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
         raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")

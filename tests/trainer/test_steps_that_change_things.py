@@ -1,0 +1,157 @@
+"""Training steps that change their batch or the model, or go back by hand: measured as a step that does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from hawq_lightning import HAWQ, load_from_checkpoint, measure
+
+
+class Net(LightningModule):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = form
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        for p in self.teacher.parameters():
+            p.data.mul_(2)
+        self.register_buffer("queue", torch.zeros(3))
+        self.seen: list[torch.Tensor] = []
+
+    def training_step(self, batch, i):
+        x, y = batch
+        form = self.form
+        if form == "div_":
+            x = x.div_(255)
+        elif form == "slice":
+            x[:] = x / 255
+        elif form == "list":
+            batch[0] = x = x / 255
+        elif form == "pop":
+            y, x = batch.pop(), batch.pop() / 255
+        else:
+            x = x / 255
+        loss = F.cross_entropy(self.net(x), y)
+        if form == "teacher":
+            loss = loss + F.mse_loss(self.net(x), self.teacher(x))
+            for t, s in zip(self.teacher.parameters(), self.net.parameters()):
+                t.data = t.data * 0.5 + s.data * 0.5
+        elif form == "fixed teacher":
+            loss = loss + F.mse_loss(self.net(x), self.teacher(x))
+        elif form == "queue":
+            loss = loss * (1 + self.queue.sum())
+            self.queue += 1
+        elif form == "backward":
+            loss.backward()
+            return None
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 0.0)
+
+
+class Kept(HAWQ):
+    def on_train_start(self, trainer, module):
+        super().on_train_start(trainer, module)
+        self.state_at_start = {n: v.clone() for n, v in module.state_dict().items()}
+
+
+def rows() -> DataLoader:
+    g = torch.Generator().manual_seed(0)
+    return DataLoader([(torch.rand(6, generator=g) * 255, i % 3) for i in range(32)], 8)
+
+
+def run(form: str, tmp_path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    hawq = Kept(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path / form)
+    trainer = Trainer(
+        max_steps=1, callbacks=[hawq], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Net(form), rows())
+    return {r.name: r.trace for r in hawq.sensitivity}, hawq.state_at_start
+
+
+@pytest.mark.parametrize(
+    "form, plain",
+    [
+        ("div_", "copy"), ("slice", "copy"), ("list", "copy"), ("pop", "copy"), ("queue", "copy"),
+        ("teacher", "fixed teacher"),
+    ],
+)  # fmt: skip
+def test_a_step_that_changes_things_is_measured_as_one_that_does_not(form, plain, tmp_path):
+    got, state = run(form, tmp_path)
+    expected, _ = run(plain, tmp_path)
+    assert got == pytest.approx(expected, rel=1e-5)
+    fresh = Net(form).state_dict()
+    for name, value in fresh.items():
+        assert torch.equal(state[name], value), f"{name} had moved before the first step"
+
+
+def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
+    net, hawq = Net("backward"), HAWQ(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path)
+    trainer = Trainer(
+        max_epochs=1, limit_train_batches=1, callbacks=[hawq], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="returned `None`"):
+        trainer.fit(net, rows())
+    expected, _ = run("copy", tmp_path)
+    assert {r.name: r.trace for r in hawq.sensitivity} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_plain_loss_may_change_its_batch_and_a_teacher():
+    def in_place(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        m.old.weight.mul_(0.5)
+        return F.cross_entropy(m.net(b[0].mul_(0.1)), b[1]) + m.old.weight.square().sum() * m.net(b[0]).square().mean()
+
+    def copied(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        x = b[0] * 0.1
+        return F.cross_entropy(m.net(x), b[1]) + (0.5 * m.old.weight).square().sum() * m.net(x).square().mean()
+
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.net, net.old = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), nn.BatchNorm1d(3)
+    batch, before = (torch.randn(8, 4), torch.arange(8) % 3), net.old.weight.detach().clone()
+    x = batch[0].clone()
+    got = measure(net, [batch], in_place, progress=False, seed=1)
+    expected = measure(net, [batch], copied, progress=False, seed=1)
+    assert [r.trace for r in got] == pytest.approx([r.trace for r in expected], rel=1e-4)
+    assert torch.equal(batch[0], x) and torch.equal(net.old.weight, before)
+
+
+class Shared(LightningModule):
+    """A layer that is registered under three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.a, self.b = nn.Sequential(self.stem, nn.Linear(6, 3)), nn.ModuleDict({"x": self.stem})
+
+    def training_step(self, batch, i):
+        return F.cross_entropy(self.a(torch.relu(self.b["x"](batch[0]))), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_a_layer_under_several_names_is_loaded_from_a_checkpoint(tmp_path):
+    net = Shared()
+    trainer = Trainer(
+        max_steps=1, callbacks=[HAWQ(budget="9x", progress=False, dirpath=tmp_path)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(net, rows())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = load_from_checkpoint(Shared, tmp_path / "a.ckpt")
+    batch = next(iter(rows()))
+    assert torch.equal(again.eval().training_step(batch, 0), net.eval().training_step(batch, 0))
+    assert again.b["x"] is again.stem
