@@ -1,16 +1,39 @@
-"""Files: one writer that a crash cannot cut short, and one reader of JSON."""
+"""Files: one writer that a crash cannot cut short, and one reader of JSON that a stranger's file cannot exhaust."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hawq_lightning._errors import HawqError
 
-_MOST_TEXT = 1 << 29  # bytes of a JSON file
+_DEEPEST = 100  # JSON objects and lists within each other
+
+
+@dataclass(frozen=True)
+class JsonLimits:
+    """How much a JSON file may hold, told before it is parsed: ten bytes of text can be a kilobyte of objects.
+
+    Attributes:
+        size: bytes of text.
+        containers: objects, lists and fields of objects.
+        items: of all of them together.
+    """
+
+    size: int = 1 << 29
+    containers: int | None = None
+    items: int | None = None
+
+
+ANY_JSON = JsonLimits()
+PLAN_JSON = JsonLimits(size=1 << 26, containers=1 << 20, items=1 << 20)  # 13,000 sites of eight candidates
+TRACES_JSON = JsonLimits(containers=1 << 20, items=1 << 25)  # traces of 100 sites on 300,000 images
+RECORD_JSON = JsonLimits(size=1 << 26, containers=1 << 20, items=1 << 20)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -48,14 +71,48 @@ def write_bytes(path: str | Path, data: bytes | bytearray) -> None:
         raise
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Read JSON, or say in one sentence why it cannot be."""
+def read_json(path: str | Path, what: str, limits: JsonLimits = ANY_JSON) -> Any:
+    """Read JSON, or say in one sentence why it cannot be.
+
+    Args:
+        path: of the file.
+        what: it is, for the message.
+        limits: on what it may hold.
+
+    Raises:
+        HawqError: no such file, not readable, more than it may hold, or no JSON.
+    """
     path = Path(path)
     if not path.is_file():
         raise HawqError(f"No {what} at {path}.")
-    if path.stat().st_size > _MOST_TEXT:
-        raise HawqError(f"The {what} at {path} has {path.stat().st_size} bytes; {_MOST_TEXT} is the most.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > limits.size:
+            raise HawqError(f"The {what} at {path} has {size} bytes; {limits.size} is the most.")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise HawqError(f"The {what} at {path} cannot be read: {error.strerror or error}.") from error
+    if limits is not ANY_JSON:
+        _check_limits(raw, f"The {what} at {path}", limits)
+    try:
+        return json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits
         raise HawqError(f"The {what} at {path} is corrupt or cut short: {error}.") from error
+
+
+def _check_limits(raw: bytes, what: str, limits: JsonLimits) -> None:
+    # without the strings every bracket, colon and comma that is left counts something
+    if b"\\" in raw:
+        raw = re.sub(rb"\\.", b"", raw, flags=re.DOTALL)
+    raw = re.sub(rb'"[^"]*"', b"", raw)
+    counts = ((limits.containers, b"[{:", "objects, lists and fields"), (limits.items, b",", "items"))
+    for most, signs, name in counts:
+        count = sum(raw.count(signs[i : i + 1]) for i in range(len(signs)))
+        if most is not None and count > most:
+            raise HawqError(f"{what} holds {count} {name}; {most} is the most.")
+    depth = 0
+    for run in re.finditer(rb"[\[{]+|[\]}]+", raw):
+        length = run.end() - run.start()
+        depth += length if run[0][0] in b"[{" else -length
+        if depth > _DEEPEST:
+            raise HawqError(f"{what} has more than {_DEEPEST} objects and lists within each other.")

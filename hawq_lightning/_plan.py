@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import read_json, write_text
+from hawq_lightning._fields import sealed, was_changed
+from hawq_lightning._io import PLAN_JSON, read_json, write_text
 from hawq_lightning._plan_site import (
     ACTIVATION_BITS,
     WEIGHT_BITS,
@@ -141,9 +141,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, atomically, with a checksum of what it says."""
-        body = json.loads(json.dumps(self.to_dict()))
-        head = {"format": FORMAT, "version": VERSION, "sha256": _digest(body)}
-        write_text(path, json.dumps(head | body, indent=1))
+        write_text(path, json.dumps(sealed(self.to_dict()), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -152,9 +150,9 @@ class Plan:
         Raises:
             HawqError: no such file, no JSON, or no valid plan.
         """
-        data = read_json(path, "plan")
+        data = read_json(path, "plan", PLAN_JSON)
         plan = cls.from_dict(data)
-        if "sha256" in data and data["sha256"] != _digest({k: v for k, v in data.items() if k != "sha256"}):
+        if was_changed(data):
             warnings.warn(
                 f"The plan at {path} was changed after it was written; it is taken as it now stands (delete its line "
                 "'sha256' to say that this is meant).",
@@ -214,11 +212,6 @@ def check_version(version: object) -> None:
         )
     if version not in range(1, VERSION + 1) or isinstance(version, bool):
         raise HawqError(f"Plan version {version!r} is unknown here; this release reads 1 to {VERSION}.")
-
-
-def _digest(body: JsonObject) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(value: object) -> object:

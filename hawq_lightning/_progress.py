@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+
+def seconds_since(start: float) -> float:
+    """Seconds since ``time.perf_counter()`` said ``start``; 0 where the clock went back, as on suspended machines."""
+    return max(0.0, time.perf_counter() - start)
 
 
 class Advance(Protocol):

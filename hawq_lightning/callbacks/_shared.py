@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.sensitivity import Sensitivity, TraceCache
+from hawq_lightning.sensitivity import Sensitivity, TraceCache, read_intact
 
 
 class SharedTraces:
@@ -70,10 +70,7 @@ class SharedTraces:
     def _look(self, fingerprint: str) -> Sensitivity | None:
         path = self._folder / "sensitivity.json"
         if path.is_file():
-            try:
-                earlier = Sensitivity.load(path)
-            except HawqError:
-                earlier = None  # cut short by a crash of something else: measured again
+            earlier = read_intact(path)
             if earlier and earlier.fingerprint == fingerprint and {r.name: r.numel for r in earlier} == self._sites:
                 return earlier
         if self.cache is None:

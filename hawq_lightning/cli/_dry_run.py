@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
 from hawq_lightning.callbacks import HAWQ, preview
@@ -40,7 +41,7 @@ def dry_run(cfg: DictConfig) -> None:
         task, [batch], _loss, sites=table, estimator=config.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
         progress=False,
     )  # fmt: skip
-    seconds = estimate_seconds(trial, time.perf_counter() - start, config.images, config.rtol)
+    seconds = estimate_seconds(trial, seconds_since(start), config.images, config.rtol)
     print(
         f"traces: about {_duration(seconds)} for {config.images} images at rtol={config.rtol} "
         f"({config.estimator}, {torch.get_num_threads()} threads), extrapolated from one batch"

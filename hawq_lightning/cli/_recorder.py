@@ -121,5 +121,5 @@ class Recorder(pl.Callback):
 
     def _lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.record["seconds"][name] = self.record["seconds"].get(name, 0.0) + now - self._clock
+        self.record["seconds"][name] = self.record["seconds"].get(name, 0.0) + max(0.0, now - self._clock)
         self._clock = now

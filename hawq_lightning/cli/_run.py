@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawq_lightning._plan import Plan
+from hawq_lightning._progress import seconds_since
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
@@ -136,7 +137,7 @@ def train_float(
     for name, value in scores(results[0] if results else {}).items():
         record.setdefault(name, {})["float"] = value
     label = "float_training" if cfg.float_epochs else "float_validation"
-    record["seconds"][label] = record["seconds"].get(label, 0.0) + time.perf_counter() - start
+    record["seconds"][label] = record["seconds"].get(label, 0.0) + seconds_since(start)
     if trainer.is_global_zero:
         progress.keep(record)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import read_json
+from hawq_lightning._io import RECORD_JSON, read_json
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity import Sensitivity
@@ -162,7 +162,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _read_metrics(path: Path) -> JsonObject:
-    data = read_json(path, "metrics file")
+    data = read_json(path, "metrics file", RECORD_JSON)
     if not isinstance(data, dict):
         raise HawqError("it holds no JSON object.")
     return data

@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import SupportsIndex
+
+import numpy as np
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate, check_choice
 from hawq_lightning._site_table import Site
+
+MOST_OMEGA = 1e290  # sums over millions of sites stay below the largest double, 1.8e308
+
+
+def whole_number(value: object, what: str) -> int:
+    """A whole number of whatever type; 2.0 is one, and 2.7 is not taken for 2.
+
+    Args:
+        value: from the user.
+        what: it is, for the message.
+
+    Raises:
+        HawqError: it is none.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        if isinstance(value, SupportsIndex):
+            try:
+                return operator.index(value)
+            except (TypeError, RuntimeError, ValueError):  # a tensor or array of another kind
+                pass
+        if isinstance(value, (float, np.floating)) and math.isfinite(value):
+            if value == int(value):
+                return int(value)
+            raise HawqError(f"{what} is {value!r}, not a whole number; the nearest is {round(float(value))}.")
+    raise HawqError(f"{what} is {value!r}, not a whole number.")
 
 
 def check_sites(sites: Sequence[Site], candidates: Mapping[str, Sequence[Candidate]]) -> None:
@@ -39,7 +68,7 @@ def best_by_bits(
         symbol: what messages call the score.
 
     Raises:
-        HawqError: bits or codes that do not exist, a score that is NaN or negative, nothing available.
+        HawqError: bits or codes that do not exist, a score that is NaN, negative or too large, nothing available.
     """
     best: dict[int, tuple[int, float]] = {}
     for j, candidate in enumerate(candidates):
@@ -49,6 +78,11 @@ def best_by_bits(
             raise HawqError(
                 f"{symbol} of site {site.name!r} at {candidate.bits} bits is {score}; it must be a number >= 0 "
                 "(a negative trace means that the estimate is noise or the model is no minimum; try estimator='ggn')."
+            )
+        if MOST_OMEGA < score < math.inf:
+            raise HawqError(
+                f"{symbol} of site {site.name!r} at {candidate.bits} bits is {score:.3g}; more than {MOST_OMEGA:g} "
+                "cannot be added up: give it in a larger unit."
             )
         if score < best.get(candidate.bits, (0, math.inf))[1]:
             best[candidate.bits] = (j, score)

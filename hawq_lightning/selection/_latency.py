@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._fields import shown
 from hawq_lightning._site_table import Layer
+from hawq_lightning.selection._checks import whole_number
 
 _NAME = ("layer", "site", "name", "shape", "type")
 _WEIGHT = ("weight_bits", "w_bits", "bits")
 _ACTIVATION = ("activation_bits", "a_bits")
 _UNIT = {"ms": 1.0, "us": 1e-3, "s": 1e3, "latency_ms": 1.0}
+_MOST_BITS = 32
+_MOST_MS = 1e12
 
 
 class LatencyTable:
@@ -36,18 +40,21 @@ class LatencyTable:
             weight = next((row[k] for k in _WEIGHT if k in row), None)
             activation = next((row[k] for k in _ACTIVATION if k in row), None)
             unit = next((u for u in _UNIT if u in row), None)
+            if None in row or "None" in row:
+                raise HawqError(f"Line {line} of {source} has more cells than the first line has names.")
             if key == ("", "", "") or weight is None or unit is None:
                 raise HawqError(
                     f"Line {line} of {source} needs a layer or shape, weight_bits and ms; it has "
                     f"{', '.join(row) or 'nothing'}."
                 )
+            where = f"Line {line} of {source}"
+            bits = (_bits(weight, where), None if activation is None else _bits(activation, where))
             try:
-                bits = (int(weight), None if activation is None else int(activation))
                 ms = float(row[unit]) * _UNIT[unit]
-            except ValueError as error:
-                raise HawqError(f"Line {line} of {source}: {error}.") from error
-            if not (0 <= ms < math.inf):
-                raise HawqError(f"Line {line} of {source}: {row[unit]} {unit} is no latency.")
+            except (TypeError, ValueError, OverflowError) as error:
+                raise HawqError(f"{where}: {unit} is {shown(row[unit])}, not a number.") from error
+            if not (0 <= ms <= _MOST_MS):
+                raise HawqError(f"{where}: {shown(row[unit])} {unit} is no latency.")
             if self._rows.setdefault(key, {}).setdefault(bits, ms) != ms:
                 raise HawqError(
                     f"Line {line} of {source} contradicts an earlier one for {' '.join(k for k in key if k)}."
@@ -70,7 +77,9 @@ class LatencyTable:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 return cls(csv.DictReader(file), f"the latency table {path}")
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise HawqError(f"The latency table {path} cannot be read: {error}.") from error
+            raise HawqError(
+                f"The latency table {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+            ) from error
 
     def rows_of(self, layer: Layer, shape: tuple[int, ...]) -> dict[tuple[int, int | None], float]:
         """``(weight bits, activation bits or None) -> ms`` of one layer.
@@ -99,6 +108,21 @@ class LatencyTable:
         """Milliseconds, or ``inf`` where the device lacks these bits."""
         rows = self.rows_of(layer, shape)
         return rows.get((weight_bits, activation_bits), rows.get((weight_bits, None), math.inf))
+
+
+def _bits(value: object, where: str) -> int:
+    """A width from 1 to 32 bits: a whole number, or the text of one.
+
+    Raises:
+        HawqError: it is none.
+    """
+    try:
+        number = int(value) if isinstance(value, str) else whole_number(value, "bits")
+    except ValueError as error:  # a HawqError is one, too
+        raise HawqError(f"{where}: bits are {shown(value)}, not a whole number.") from error
+    if not 1 <= number <= _MOST_BITS:
+        raise HawqError(f"{where}: bits are {shown(value)}; they must be from 1 to {_MOST_BITS}.")
+    return number
 
 
 def _shape(text: str) -> str:

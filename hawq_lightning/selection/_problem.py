@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import Layer, Site, SiteTable
-from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table
+from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table, whole_number
 from hawq_lightning.selection._constraints import Pairs, Ties, device_pairs, narrow_to_device, narrowed, tie_indices
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._pareto import MAX_POINTS, Floats, connected_groups
@@ -126,8 +126,15 @@ class Problem:
         """
         count = len(names)
         rows = [[float(x) for x in row] for row in omega]
-        shared = [int(b) for b in bits if not isinstance(b, Sequence)]  # one list for all sites
-        widths = [shared] * count if shared else [[int(b) for b in row] for row in bits if isinstance(row, Sequence)]
+        shared = [
+            whole_number(b, "a width in bits") for b in bits if not isinstance(b, (Sequence, np.ndarray))
+        ]  # one list for all sites
+        nested = [
+            [whole_number(b, "a width in bits") for b in row] for row in bits if isinstance(row, (Sequence, np.ndarray))
+        ]
+        if shared and nested:
+            raise HawqError("bits must be one list of widths for all sites, or one list a site; not both.")
+        widths = [shared] * count if shared else nested
         lengths = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
         if mean_trace is not None:
             lengths["mean_trace"] = len(mean_trace)
@@ -142,12 +149,13 @@ class Problem:
             candidates[name] = [
                 Candidate(b, "midrise" if b == 1 else "affine", o, p) for b, o, p in zip(widths[i], rows[i], errors)
             ]
-        sites = tuple(Site(n, "weight", (n,), (int(k),), int(k), 0) for n, k in zip(names, numel))
+        elements = [whole_number(k, f"numel of {n!r}") for n, k in zip(names, numel)]
+        sites = tuple(Site(n, "weight", (n,), (k,), k, 0) for n, k in zip(names, elements))
         sensitivity = None
         if mean_trace is not None:
             records = [
-                SiteTrace(n, "weight", float(t) * int(k), 0.0, 0.0, int(k), float(t))
-                for n, t, k in zip(names, mean_trace, numel)
+                SiteTrace(n, "weight", float(t) * k, 0.0, 0.0, k, float(t))
+                for n, t, k in zip(names, mean_trace, elements)
             ]
             sensitivity = Sensitivity(tuple(records))
         return cls(SiteTable(sites, tuple(layers)), candidates, sensitivity, **constraints)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hawq_lightning._plan import Plan
+from hawq_lightning._progress import seconds_since
 from hawq_lightning.selection._budget import parse_budget
 from hawq_lightning.selection._plans import make_plan
 from hawq_lightning.selection._problem import Problem
@@ -50,6 +51,6 @@ def select(
     choice = entry.choose(request)
     settings: dict[str, object] = {
         "selector_seed": seed,
-        "selection_seconds": round(time.perf_counter() - began, 4),
+        "selection_seconds": round(seconds_since(began), 4),
     } | request.notes
     return make_plan(problem, choice, budget=budget, selector=selector, settings=settings)

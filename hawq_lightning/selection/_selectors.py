@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import read_json
+from hawq_lightning._io import PLAN_JSON, read_json
 from hawq_lightning._plan import FORMAT, Plan
 from hawq_lightning._registry import Registry
 from hawq_lightning.selection._constraints import matching
@@ -110,7 +110,7 @@ def manual(request: Request) -> list[int]:
     """Bits given by hand: a mapping site -> bits (globs allowed), a plan file, or a JSON file of such a mapping."""
     given = request.bits
     if isinstance(given, (str, Path)):
-        data = read_json(given, "manual plan")
+        data = read_json(given, "manual plan", PLAN_JSON)
         given = Plan.from_dict(data).bits if isinstance(data, dict) and data.get("format") == FORMAT else data
     if not isinstance(given, Mapping):
         raise HawqError("A manual plan must map site names to bits.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from hawq_lightning._config import SelectConfig, config_check
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import read_json
+from hawq_lightning._io import PLAN_JSON, read_json
 from hawq_lightning.selection._budget import tables_of_budget
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._problem import Problem
@@ -31,7 +31,7 @@ def check_select(config: SelectConfig) -> None:
     SELECTORS[config.selector].check(config.budget, config.bits)
     SCORES.check(config.score)
     if isinstance(config.bits, (str, Path)):
-        read_json(config.bits, "manual plan")
+        read_json(config.bits, "manual plan", PLAN_JSON)
     for key in config.constraints or {}:
         if key not in CONSTRAINTS:
             names = ", ".join(CONSTRAINTS)

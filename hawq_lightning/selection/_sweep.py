@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.selection._checks import MOST_OMEGA
 from hawq_lightning.selection._lagrangian_bound import lagrangian_bound
 from hawq_lightning.selection._pareto import MAX_POINTS, Block, Floats, Ints, connected_groups, minima
+
+_LARGE = 1e100  # Ω beyond which products with prices may overflow
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def frontier(
             raise HawqError(
                 f"{what} of site {i}, option {j} is {table[i, j]}; it must be a number >= 0 (inf: not available)."
             )
+        for i, j in np.argwhere(np.isfinite(table) & (table > MOST_OMEGA)):
+            raise HawqError(
+                f"{what} of site {i}, option {j} is {table[i, j]:.3g}; more than {MOST_OMEGA:g} cannot be added up: "
+                "give it in a larger unit."
+            )
     usable = np.isfinite(o) & np.isfinite(c)
     for i in range(len(o)):
         if not usable[i].any():
@@ -135,6 +143,7 @@ def sweep(
     """
     if max_points < 2:
         raise HawqError(f"max_points is {max_points}; the frontier needs at least 2.")
+    blocks, unit = _in_range(blocks)
     small = [b.pruned() for b in blocks]
     alone = [b for b in small if len(b.cost) == 1]
     # largest first: early points then spread over the whole range, and small blocks fill in
@@ -159,7 +168,16 @@ def sweep(
         costs, omegas = s[at], o[at]
     if not rest and costs[0] > cap:
         costs, omegas = costs[:0], omegas[:0]
-    return Frontier(costs, omegas, factor, (*alone, *rest), tuple(stages), sites)
+    return Frontier(costs, omegas * unit, factor, (*alone, *rest), tuple(stages), sites)
+
+
+def _in_range(blocks: Sequence[Block]) -> tuple[Sequence[Block], float]:
+    """Blocks whose Ω can be multiplied by prices without overflow, and the power of two that was divided by."""
+    largest = max(float(np.max(b.omega, where=np.isfinite(b.omega), initial=0.0)) for b in blocks)
+    if largest <= _LARGE:
+        return blocks, 1.0
+    unit = math.ldexp(1.0, math.frexp(largest)[1])
+    return [Block(b.members, b.rows, b.cost, b.omega / unit) for b in blocks], unit
 
 
 def _thin(at: Ints, omega: Floats, max_points: int) -> tuple[Ints, float]:

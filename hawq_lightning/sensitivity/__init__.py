@@ -4,7 +4,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._cache import TraceCache
+from hawq_lightning.sensitivity._cache import TraceCache, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
@@ -38,7 +38,8 @@ from hawq_lightning.sensitivity._microbatch import pick
 from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
-from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
 from hawq_lightning.sensitivity._statistics import TraceStatistics
@@ -107,6 +108,7 @@ __all__ = [
     "noisy_modules",
     "pick",
     "random_states_kept",
+    "read_intact",
     "register_estimator",
     "release_memory",
     "sampling_design",

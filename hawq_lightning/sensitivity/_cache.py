@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -100,12 +101,26 @@ class TraceCache:
         path = self.path(fingerprint)
         if not path.is_file() or not os.access(path, os.R_OK):
             return None
-        try:
-            measured = Sensitivity.load(path)
-        except HawqError:
-            return None  # damaged: measured again, and overwritten
+        measured = read_intact(path)
+        if measured is None:
+            return None
         same = {r.name: r.numel for r in measured} == self._sites
         return measured if same and measured.fingerprint == fingerprint else None
+
+
+def read_intact(path: Path) -> Sensitivity | None:
+    """An earlier measurement; ``None``, with a warning, if its file is not as it was written: then it is made anew."""
+    try:
+        measured, changed = Sensitivity.read(path)
+    except HawqError as error:
+        warnings.warn(f"{error} The traces are measured anew.", stacklevel=2)
+        return None
+    if changed:
+        warnings.warn(
+            f"The sensitivity file at {path} was changed after it was written: the traces are measured anew.",
+            stacklevel=2,
+        )
+    return None if changed else measured
 
 
 def fingerprint(

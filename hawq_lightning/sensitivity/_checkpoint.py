@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 
 _EVERY = 5.0  # seconds between files within a step
+_DIGEST = 32  # bytes of SHA-256 before the rest
 _TABLES = ("mean", "m2", "size")
 
 
@@ -74,7 +76,11 @@ class MeasurementCheckpoint:
         if self._path is None or not self._path.is_file():
             return None
         try:
-            state = torch.load(self._path, weights_only=True)
+            raw = self._path.read_bytes()
+            data = raw[_DIGEST:]
+            if raw[:_DIGEST] != hashlib.sha256(data).digest():  # torch.load takes damaged numbers for good
+                return None
+            state = torch.load(io.BytesIO(data), weights_only=True)
             key, _, _ = state["key"], state["figures"], state["notes"]
             fits = key == self._key and all(
                 {k: v.shape for k, v in state[n].items()} == {k: v.shape for k, v in getattr(statistics, n).items()}
@@ -92,15 +98,16 @@ class MeasurementCheckpoint:
             step: number of the step that goes on.
             done: how many of this process's batches are in it.
         """
-        if self._path is None or (done and time.perf_counter() - self._last < _EVERY):
-            return
+        if self._path is None or (done and 0 <= time.perf_counter() - self._last < _EVERY):
+            return  # (a clock that went back is no reason to keep nothing)
         self._last = time.perf_counter()
         state: JsonObject = {n: getattr(statistics, n) for n in _TABLES}
         state |= {"key": self._key, "step": step, "done": done, "count": list(statistics.counts)}
         state |= {"figures": dict(self._diagnostics.figures), "notes": list(self._diagnostics.notes)}
-        data = io.BytesIO()
-        torch.save(state, data)
-        write_bytes(self._path, data.getvalue())
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        write_bytes(self._path, hashlib.sha256(data).digest() + data)
 
     def delete(self) -> None:
         """The result is complete; the file goes."""

@@ -10,6 +10,7 @@ from typing import Unpack
 from torch import nn
 
 from hawq_lightning._config import MeasureConfig
+from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
@@ -96,6 +97,6 @@ def measure(
     if loop.stopped.note:
         diagnostics.warn_once(loop.stopped.note)
     check_curvature(final.records(), diagnostics)
-    seconds = time.perf_counter() - began
+    seconds = seconds_since(began)
     record = settings_record(config, runner, sampling, final, loop.stopped.reason, seconds)
     return to_sensitivity(final, look.fingerprint, exact=estimator.exact, settings=record, notes=diagnostics.notes)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import read_json, write_text
+from hawq_lightning._fields import sealed, shown, was_changed
+from hawq_lightning._io import TRACES_JSON, read_json, write_text
 from hawq_lightning._types import JsonObject
+from hawq_lightning.sensitivity._result_fields import SiteTrace, read_fields
 
 FORMAT = "hawq_lightning.sensitivity"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class SiteTrace:
-    """The Hessian trace of one site.
-
-    Attributes:
-        name: of the site.
-        kind: ``weight`` or ``activation``.
-        trace: of the mean loss for weights (eq. 6); of one image's loss averaged over images for activations (eq. 9).
-        stderr: standard error against the exact trace on the same images.
-        stderr_data: with the sampling of the images from their population added.
-        numel: elements of the weight, or of one image's activation.
-        mean_trace: trace over elements; for activations the division is inside the mean over images.
-    """
-
-    name: str
-    kind: str
-    trace: float
-    stderr: float
-    stderr_data: float
-    numel: int
-    mean_trace: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +69,7 @@ class Sensitivity:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "records": [_finite(asdict(r)) for r in self.records],
+            "records": [_without_infinity(asdict(r)) for r in self.records],
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "fingerprint": self.fingerprint,
@@ -101,54 +81,56 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: object) -> Sensitivity:
-        """Read what :meth:`to_dict` wrote.
+        """Read what :meth:`to_dict` wrote; every field is checked.
 
         Raises:
-            HawqError: not a sensitivity file, an unknown version, or damaged fields.
+            HawqError: not a sensitivity file, an unknown version, or a field that cannot be; the message names it.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise HawqError(f'This is not a sensitivity file: expected a JSON object with "format": "{FORMAT}".')
-        if data.get("version") != VERSION:
-            raise HawqError(f"Sensitivity version {data.get('version')!r} is unknown; this release reads {VERSION}.")
-        try:
-            records = tuple(_record(r) for r in data["records"])
-            for r in records:
-                if r.kind not in ("weight", "activation") or not math.isfinite(r.trace) or r.numel < 1:
-                    raise ValueError(f"site {r.name!r} has kind {r.kind!r}, trace {r.trace!r}, numel {r.numel!r}")
-            tables = {
-                key: {str(k): [float(x) for x in v] for k, v in data.get(key, {}).items()}
-                for key in ("rows", "sizes", "row_weights")
-            }
-            return cls(
-                records=records,
-                settings=dict(data.get("settings", {})),
-                notes=tuple(map(str, data.get("notes", ()))),
-                fingerprint=str(data.get("fingerprint", "")),
-                row_unit={str(k): str(v) for k, v in data.get("row_unit", {}).items()},
-                **tables,
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            raise HawqError(
+                f"Sensitivity version {shown(data.get('version'))} is unknown; this release reads {VERSION}."
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise HawqError(f"The sensitivity file is damaged: {type(error).__name__}: {error}.") from error
+        try:
+            return cls(**read_fields(data))
+        except HawqError as error:
+            raise HawqError(f"The sensitivity file is damaged: {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, atomically."""
-        write_text(path, json.dumps(self.to_dict()))
+        """Write JSON, atomically, with a checksum of what it says."""
+        write_text(path, json.dumps(sealed(self.to_dict())))
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read JSON written by :meth:`save`.
+        """Read JSON written by :meth:`save`, or by hand; warns of a file that was changed since it was written.
 
         Raises:
-            HawqError: no such file, no JSON, or damaged.
+            HawqError: no such file, no JSON, or damaged; the message names file and field.
         """
-        return cls.from_dict(read_json(path, "sensitivity file"))
+        measured, changed = cls.read(path)
+        if changed:
+            warnings.warn(
+                f"The sensitivity file at {path} was changed after it was written; it is taken as it now stands "
+                "(delete its line 'sha256' to say that this is meant).",
+                stacklevel=2,
+            )
+        return measured
+
+    @classmethod
+    def read(cls, path: str | Path) -> tuple[Sensitivity, bool]:
+        """What :meth:`load` gives, and whether the file was changed since it was written.
+
+        Raises:
+            HawqError: see :meth:`load`.
+        """
+        data = read_json(path, "sensitivity file", TRACES_JSON)
+        try:
+            return cls.from_dict(data), was_changed(data)
+        except HawqError as error:
+            raise HawqError(f"{path}: {error}") from error
 
 
-def _finite(record: JsonObject) -> JsonObject:
-    # JSON has no infinity: an infinite error is null
-    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in record.items()}
-
-
-def _record(raw: JsonObject) -> SiteTrace:
-    values: JsonObject = {k: math.inf if v is None else v for k, v in raw.items()}
-    return SiteTrace(**values)
+def _without_infinity(record: JsonObject) -> JsonObject:
+    # JSON has no infinity: an error that is not known is null
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

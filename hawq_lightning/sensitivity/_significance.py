@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 
 SIGNIFICANT = 2.0  # standard errors
 

@@ -10,7 +10,7 @@ import torch
 
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.sensitivity._process_shard import ProcessShard
-from hawq_lightning.sensitivity._result import SiteTrace
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 
 
 class TraceStatistics:

@@ -9,7 +9,8 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._context import Diagnostics
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
-from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 from hawq_lightning.sensitivity._trace_loop import Sampling
 

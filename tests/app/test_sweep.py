@@ -85,7 +85,8 @@ def test_parallel_jobs_wait_for_the_one_that_measures(tmp_path):
     waiting.join(10)
     assert got[0].records == measured.records
     first.path("sha256:x").write_text('{"cut sho')
-    assert first.find("sha256:x") is None  # damaged: to be measured again, under the lock
+    with pytest.warns(UserWarning, match="cut short.*measured anew"):
+        assert first.find("sha256:x") is None  # damaged: to be measured again, under the lock
     first.release()
     assert TraceCache(tmp_path, table).find("sha256:other") is None
 
