@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
@@ -43,7 +43,7 @@ from hawq_lightning.selection import (
     select,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, kinds_in_noise, measure, top_eigenvalues
 
 Value = TypeVar("Value")
 _WHEN = "it is there once trainer.fit has started to measure."
@@ -276,7 +276,13 @@ class MeasureTraces(Callback):
 
     def _log(self, trainer: Trainer, plan: Plan) -> None:
         _, floored = guarded_mean_traces(self.sensitivity)
-        for note in (*self.sensitivity.notes, *floored):
+        loud = len(kinds_in_noise(self.sensitivity))  # the first of the sentences
+        for note in floored[:loud]:
+            rank_zero_warn(
+                f"HAWQ: {note} Traces mean something near a minimum: load trained weights, or give "
+                "start_epoch=<epochs>; if the network is trained, measure more probes or images."
+            )
+        for note in (*self.sensitivity.notes, *floored[loud:]):
             rank_zero_info(f"HAWQ: {note}")
         rank_zero_info(describe(plan))
         values: dict[str, float] = {}

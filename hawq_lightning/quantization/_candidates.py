@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import get_args
@@ -283,4 +284,7 @@ class _Perturbations:
         size = torch.as_tensor(sensitivity.sizes.get(site, ()), dtype=torch.float64)
         if lift is not None or len(trace) != len(perturbation):
             return (sensitivity[site].mean_trace if lift is None else lift) * mean, mean
-        return max(0.0, float((share * trace / size.clamp_min(1) * perturbation).sum())), mean
+        omega = float((share * trace / size.clamp_min(1) * perturbation).sum())
+        if math.isnan(omega):  # which max would take for 0, and the site would get the fewest bits
+            raise HawqError(f"Omega of site {site!r} at {bits} bits is not a number; measure it again, or exclude it.")
+        return max(0.0, omega), mean

@@ -133,7 +133,8 @@ def _trace_axes(ax: Axes, records: Sequence[SiteTrace], kind: str, chosen: Mappi
         value = max(r.mean_trace, floor)
         xs.append(i)
         ys.append(value)
-        errors.append((r.stderr * scale, r.stderr_data * scale))
+        sampling = r.stderr_data if math.isfinite(r.stderr_data) else r.stderr  # of one batch it is not known
+        errors.append((r.stderr * scale, sampling * scale))
         bits = f"\n{chosen[r.name]} bits chosen" if r.name in chosen else ""
         text = f"{r.name}\nmean trace {r.mean_trace:.3g} ± {r.stderr * scale:.1g}\n{count(r.numel)} elements{bits}"
         tooltips.append(Tooltip(ax, i, value, text))

@@ -14,7 +14,7 @@ from hawq_lightning.selection._budget import parse_budget
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
 from hawq_lightning.selection._selectors import SELECTORS
-from hawq_lightning.sensitivity import Sensitivity
+from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def bootstrap_factors(problem: Problem, seed: int = 0, bootstraps: int = 100) ->
     """Site name -> drawn mean trace over measured mean trace, for every bootstrap.
 
     Sites measured on the same rows are redrawn together, so what they share cancels in the ranking. A site without rows
-    gets a normal error of its ``stderr_data``, cut at 0.
+    gets a normal error of its ``stderr_data``, cut at 0; a single row, whose is infinite, of the probes alone.
 
     Args:
         problem: with its sensitivity.
@@ -68,9 +68,15 @@ def bootstrap_factors(problem: Problem, seed: int = 0, bootstraps: int = 100) ->
                 full, again = values.sum() / weights.sum(), values[at].sum() / weights[at].sum()
                 factors[r.name] = max(float(again / full), 0.0) if full > 0 else 1.0
             elif r.trace > 0:
-                factors[r.name] = max(1 + float(error) * r.stderr_data / r.trace, 0.0)
+                factors[r.name] = max(1 + float(error) * _error(r) / r.trace, 0.0)
         out.append(factors)
     return out
+
+
+def _error(record: SiteTrace) -> float:
+    """The standard error to draw with: of a single row nobody knows what other images would have given."""
+    error = record.stderr_data if math.isfinite(record.stderr_data) else record.stderr
+    return error if math.isfinite(error) else 0.0
 
 
 def _weighted(measured: Sensitivity, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -363,5 +363,10 @@ def _with_factor(candidate: Candidate, factor: float) -> Candidate:
 def _record_with_factor(record: SiteTrace, factor: float) -> SiteTrace:
     return replace(
         record, trace=record.trace * factor, mean_trace=record.mean_trace * factor,
-        stderr=record.stderr * factor, stderr_data=record.stderr_data * factor,
+        stderr=_times(record.stderr, factor), stderr_data=_times(record.stderr_data, factor),
     )  # fmt: skip
+
+
+def _times(error: float, factor: float) -> float:
+    """An unknown error stays so: infinity times 0 is no number."""
+    return error * factor if math.isfinite(error) else error

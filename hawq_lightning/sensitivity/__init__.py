@@ -41,7 +41,7 @@ from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
-from hawq_lightning.sensitivity._significance import guarded_mean_traces
+from hawq_lightning.sensitivity._significance import guarded_mean_traces, kinds_in_noise
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 from hawq_lightning.sensitivity._stopping import (
     AllOf,
@@ -103,6 +103,7 @@ __all__ = [
     "independent_samples",
     "isolated_eval",
     "join",
+    "kinds_in_noise",
     "landscape",
     "measure",
     "noisy_modules",

@@ -152,6 +152,10 @@ class Estimator(ABC):
     def probe(self, context: MeasureContext, request: ProbeRequest) -> Probes:
         """Rows of ``request.probes`` random vectors, unbiased over the seeds."""
 
+    def every_column(self) -> Estimator | None:
+        """The estimator that takes all unit vectors where this one draws random ones; ``None``: there is none."""
+        return None
+
     def sample_curvature(self, context: MeasureContext, batch: Batch) -> torch.Tensor | None:
         """Curvature of the loss at the outputs (samples,), to draw samples by; ``None`` where it is not known."""
         return None

@@ -88,6 +88,10 @@ class GaussNewton(Estimator):
 
         return factored_probes(context, request, run, elementwise=request.batch_number in self._elementwise)
 
+    def every_column(self) -> Estimator:
+        """See :meth:`Estimator.every_column`."""
+        return _EveryColumn()
+
     def sample_curvature(self, context: MeasureContext, batch: Batch) -> torch.Tensor | None:
         """See :meth:`Estimator.sample_curvature`."""
         return output_curvature_of(context, batch)
@@ -133,6 +137,12 @@ class AllOutputs(Estimator):
             factored.probes.rows.append(total)
 
         return factored_probes(context, request, run)
+
+
+class _EveryColumn(AllOutputs):
+    """What Gauss-Newton probes become where columns are so few that random signs would repeat each other."""
+
+    name = GaussNewton.name
 
 
 def columns(values: Sequence[torch.Tensor], samples: int, by_sample: bool) -> Iterable[list[torch.Tensor]]:

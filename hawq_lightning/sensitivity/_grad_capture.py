@@ -75,6 +75,7 @@ class GradCapture:
         self.per_sample: Mapping[str, bool] = {}
         self.leaks: dict[str, bool] | None = None
         self.samples = 1
+        self.outside = torch.zeros(0, dtype=torch.bool)  # samples that nothing may reach, while leaks are looked for
         self._handles: list[Any] = []
         self._reader = InputHooks(layers, self._reads_of, self._alias)
 
@@ -176,7 +177,8 @@ class GradCapture:
 
     def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
-        apart = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0] and not bool(grad[1:].any())
+        apart = grad.ndim > 1 and grad.shape[0] == self.samples == call.value.shape[0]
+        apart = apart and not bool(grad[self.outside.to(grad.device)].any())
         self.leaks[call.site] = self.leaks.get(call.site, False) or not apart
 
     def _finish(self) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import combinations, islice
+
 import torch
 
 from hawq_lightning._types import Batch, BatchSizeFn
-from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
+from hawq_lightning.sensitivity._boundary import OutputHessian
+from hawq_lightning.sensitivity._context import MeasureContext, forward_pass, outputs_of
+from hawq_lightning.sensitivity._memory import RanOut, attempt
 from hawq_lightning.sensitivity._microbatch import slice_batch
 
-_FEW = 16  # samples that tell as much as a batch
+_FEW = 16  # samples that tell as much of the network as a batch
+_COUPLED = "The loss couples the images of a batch: whole batches are the unit of the traces."
 
 
 def samples_apart(context: MeasureContext, batch: Batch, samples: int, batch_size_fn: BatchSizeFn) -> dict[str, bool]:
-    """Site -> whether rows are samples there; of a large batch by its first samples, if the loss takes them.
+    """Site -> whether rows are samples there; of a large batch the network is tried on the first samples alone.
+
+    The loss is tried on the whole batch: among a few samples there may be no pair, no event and nothing unmasked.
 
     Args:
         context: model, loss and sites.
@@ -21,49 +30,96 @@ def samples_apart(context: MeasureContext, batch: Batch, samples: int, batch_siz
         batch_size_fn: number of samples in a batch.
     """
     part = slice_batch(batch, samples, 0, _FEW, batch_size_fn) if samples > _FEW else None
-    if part is not None:
-        try:
-            return independent_samples(context, part, _FEW)
-        except Exception:  # somebody's loss: whatever it raises, the whole batch is what it was made for
-            pass
-    return independent_samples(context, batch, samples)
+    if part is None:
+        return independent_samples(context, batch, samples)
+    try:
+        apart = independent_samples(context, part, _FEW)
+    except Exception:  # somebody's loss: whatever it raises, the whole batch is what it was made for
+        return independent_samples(context, batch, samples)
+    coupled = any(apart.values()) and attempt(lambda: _loss_couples(context, batch, samples))
+    if isinstance(coupled, RanOut) or not coupled:  # out of memory: the few samples must do
+        return apart
+    context.diagnostics.warn_once(_COUPLED)
+    return {s.name: False for s in context.table}
 
 
 def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> dict[str, bool]:
-    """Site -> whether sample 0's outputs alone reach row 0 alone of what its layers read and return.
+    """Site -> whether every sample's outputs reach its own row alone of what the site's layers read and return.
 
-    Also the loss: whether its Hessian leaks from sample 0 to others.
+    Nowhere, if the loss's Hessian couples any two samples.
 
     Args:
         context: model, loss and sites.
         batch: samples.
         samples: their number.
     """
-    if samples < 2:
-        return {s.name: False for s in context.table}
     nothing, warn_once = {s.name: False for s in context.table}, context.diagnostics.warn_once
+    if samples < 2:
+        return nothing
     with forward_pass(context, batch, nothing) as forward:
         values = forward.hessian.values
         if any(v.ndim == 0 or v.shape[0] != samples for v in values):
-            context.diagnostics.warn_once(
-                "Rows of the loss's inputs are not images: whole batches are the unit of the traces."
-            )
+            warn_once("Rows of the loss's inputs are not images: whole batches are the unit of the traces.")
             return nothing
-        generator = torch.Generator().manual_seed(0)
-        first = [torch.randn(v.shape, generator=generator).to(v) for v in values]
-        for v in first:
-            v[1:] = 0
-        if any(bool(h[1:].any()) for h in forward.hessian(first)):
-            context.diagnostics.warn_once(
-                "The loss couples the images of a batch: whole batches are the unit of the traces."
-            )
+        if couples(forward.hessian, samples):
+            warn_once(_COUPLED)
             return nothing
         forward.free_loss()
         network = forward.network
         network.recording, network.samples, network.leaks = False, samples, {}
-        forward.hessian.backward(first, last=True)
+        subsets = separating_subsets(samples)
+        for i, subset in enumerate(subsets):
+            network.outside = ~subset
+            forward.hessian.backward(_on_subset(values, subset), last=i == len(subsets) - 1)
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
         warn_once(f"Rows are not images at {', '.join(shared[:3])}{'...' if len(shared) > 3 else ''}: batch sums.")
     return {s.name: not leaks.get(s.name, True) for s in context.table}
+
+
+def _loss_couples(context: MeasureContext, batch: Batch, samples: int) -> bool:
+    with outputs_of(context, batch) as hessian:
+        return any(v.ndim == 0 or v.shape[0] != samples for v in hessian.values) or couples(hessian, samples)
+
+
+def couples(hessian: OutputHessian, samples: int) -> bool:
+    """Whether the loss's second derivative mixes the outputs of any two samples.
+
+    Args:
+        hessian: its boundary tensors have the samples as first axis.
+        samples: their number.
+    """
+    for subset in separating_subsets(samples):
+        if any(bool(h[(~subset).to(h.device)].any()) for h in hessian(_on_subset(hessian.values, subset))):
+            return True
+    return False
+
+
+def separating_subsets(samples: int) -> list[torch.Tensor]:
+    """Subsets of samples, masks (samples,), such that for any two i and j one of them holds i and not j.
+
+    Every sample gets its own half of the subsets: of two different sets of one size neither holds the other (Sperner,
+    Mathematische Zeitschrift 27, 1928), so that some ten passes tell any pair of hundreds of samples apart, whichever
+    are masked. Which sample gets which is random.
+
+    Args:
+        samples: at least 2.
+    """
+    count = next(k for k in range(2, samples + 1) if math.comb(k, k // 2) >= samples)
+    members = torch.zeros(samples, count, dtype=torch.bool)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0)).tolist()
+    for i, subset in zip(order, islice(combinations(range(count), count // 2), samples)):
+        members[i, list(subset)] = True
+    return list(members.T)
+
+
+def _on_subset(values: Sequence[torch.Tensor], subset: torch.Tensor) -> list[torch.Tensor]:
+    """Random tensors like ``values``, zero but for the samples of a subset."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for v in values:
+        x = torch.randn(v.shape, generator=generator).to(v)
+        x[(~subset).to(x.device)] = 0
+        out.append(x)
+    return out

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning.sensitivity._boundary import OutputHessian
 
 _DENSE = 64  # outputs an image up to which an unknown loss's Hessian is formed
@@ -121,6 +122,12 @@ def factorize_loss_hessian(
     state = generator.get_state()
     update = hessian([_normal(v, generator) for v in hessian.values])
     diagonal = hessian([v.new_ones(()).expand_as(v) for v in hessian.values])
+    for name, h in zip(hessian.names, update):
+        if not bool(torch.isfinite(h).all()):
+            raise HawqError(
+                f"The second derivative of the loss in the output of {name or 'the model'} is not finite, as that of "
+                "sqrt, norm or a quotient is at 0: add a small constant there."
+            )
     size = max((float(h.abs().max()) for h in update if h.numel()), default=0.0)
     blocks: list[Block] = []
     generator.set_state(state)  # drawn again, not kept in memory: outputs may be as large as the network's activations

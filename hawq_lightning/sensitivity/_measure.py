@@ -23,7 +23,7 @@ from hawq_lightning.sensitivity._run_loop import run_loop
 from hawq_lightning.sensitivity._settings import MeasureOverrides, MeasureSettings
 from hawq_lightning.sensitivity._statistics import TraceStatistics
 from hawq_lightning.sensitivity._stopping import default_rule
-from hawq_lightning.sensitivity._summary import check_curvature, settings_record, to_sensitivity
+from hawq_lightning.sensitivity._summary import check_curvature, check_rows, settings_record, to_sensitivity
 from hawq_lightning.sensitivity._trace_loop import TraceLoop
 
 Resume = str | Path | Callable[[str], str | Path | None]
@@ -97,6 +97,7 @@ def measure(
     if loop.stopped.note:
         diagnostics.warn_once(loop.stopped.note)
     check_curvature(final.records(), diagnostics)
+    check_rows(final, diagnostics)
     seconds = seconds_since(began)
     record = settings_record(config, runner, sampling, final, loop.stopped.reason, seconds)
     return to_sensitivity(final, look.fingerprint, exact=estimator.exact, settings=record, notes=diagnostics.notes)

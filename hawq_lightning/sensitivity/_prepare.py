@@ -12,7 +12,7 @@ from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._cache import fingerprint
-from hawq_lightning.sensitivity._context import MeasureContext, check_weights
+from hawq_lightning.sensitivity._context import MeasureContext, check_weights, outputs_of
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
 from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._memory import RanOut, half, with_fewer
@@ -24,6 +24,9 @@ from hawq_lightning.sensitivity._settings import MeasureSettings
 
 Reuse = Callable[[str], Sensitivity | None]
 """From the fingerprint to an earlier measurement of the same, or ``None``."""
+
+
+_FEW_COLUMNS = 12  # outputs of all rows together: then each is sent back by itself, and the traces have no error
 
 
 @dataclass(frozen=True)
@@ -109,4 +112,20 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
         runner.enable_microbatching(data.batches[0], data.samples[0], pilot.samples)
     first = [data.batches[b] for b in data.local[:1]]
     runner.estimator = estimator.calibrate(context, first, data.shard, config.max_probes)
+    if whole and config.sampling != "curvature" and _few_columns(runner, data):
+        runner.estimator = runner.estimator.every_column() or runner.estimator
     return runner
+
+
+def _few_columns(runner: ProbeRunner, data: BatchSet) -> bool:
+    """Whether signs are so few, over all rows, that probes soon repeat each other, and their spread means little."""
+    context, by_sample = runner.context, all(runner.per_sample.values())
+    rows = sum(data.samples) if by_sample else len(data.batches)
+    if rows > _FEW_COLUMNS or context.precision != "float32" or runner.estimator.every_column() is None:
+        return False
+    for batch, samples in zip(data.batches, data.samples):
+        with outputs_of(context, batch) as hessian:
+            outputs = sum(v.numel() for v in hessian.values)
+        if rows * outputs > _FEW_COLUMNS * (samples if by_sample else 1):
+            return False
+    return True

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from hawq_lightning._errors import HawqError
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 
 SIGNIFICANT = 2.0  # standard errors
+_KINDS = ("weight", "activation")
 
 
 def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tuple[str, ...]]:
     """Mean traces to choose bits by.
 
     A significant one stays as measured. Otherwise (zero curvature, a concave loss, noise) it is the larger of its
-    upper bound, trace + 2 stderr, and the lowest significant mean trace of its kind.
+    upper bound, trace + 2 stderr, and the lowest significant mean trace of its kind. Where a kind has no significant
+    trace at all, all its sites get the same: Ω then ranks by perturbation alone.
 
     Returns:
-        site -> mean trace >= 0, and one sentence for each site that was floored.
+        site -> mean trace >= 0, and one sentence for each site that was floored, or for its kind.
+
+    Raises:
+        HawqError: a trace is no number.
     """
-    significant = {
-        k: [r.mean_trace for r in sensitivity if r.kind == k and _significant(r)] for k in ("weight", "activation")
-    }
+    _check_numbers(sensitivity)
+    lowest = {k: min((r.mean_trace for r in _significant_of(sensitivity, k)), default=0.0) for k in _KINDS}
     out, notes = {}, []
+    common = {k: _common(_of_kind(sensitivity, k)) or max(lowest.values()) or 1.0 for k in kinds_in_noise(sensitivity)}
+    for kind, value in common.items():
+        records = _of_kind(sensitivity, kind)
+        notes.append(
+            f"The {kind} traces ({len(records)}) say nothing: none is significantly positive. Bits of {kind}s are "
+            f"chosen by size of their quantization error alone, as if every mean trace were {value:.2g}."
+        )
     for r in sensitivity:
         if _significant(r):
             out[r.name] = r.mean_trace
             continue
-        bound = max(0.0, (r.trace + SIGNIFICANT * r.stderr) / r.numel)
-        out[r.name] = max(bound, min(significant[r.kind], default=bound))
+        if r.kind in common:
+            out[r.name] = common[r.kind]
+            continue
+        out[r.name] = max(_upper_bound(r), lowest[r.kind])
         notes.append(
             f"{r.name}: trace {r.trace:.2g} with standard error {r.stderr:.2g} is not significantly positive; "
             f"bits are chosen as if its mean trace were {out[r.name]:.2g}."
@@ -34,5 +51,38 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
     return out, tuple(notes)
 
 
+def kinds_in_noise(sensitivity: Sensitivity) -> tuple[str, ...]:
+    """Those of ``weight`` and ``activation`` that have sites, none with a significantly positive trace."""
+    return tuple(k for k in _KINDS if _of_kind(sensitivity, k) and not _significant_of(sensitivity, k))
+
+
+def _of_kind(sensitivity: Sensitivity, kind: str) -> list[SiteTrace]:
+    return [r for r in sensitivity if r.kind == kind]
+
+
+def _significant_of(sensitivity: Sensitivity, kind: str) -> list[SiteTrace]:
+    return [r for r in _of_kind(sensitivity, kind) if _significant(r)]
+
+
+def _common(records: Sequence[SiteTrace]) -> float:
+    """The largest upper bound; of traces that are all significantly negative their largest size."""
+    return max(map(_upper_bound, records)) or max((abs(r.trace) + SIGNIFICANT * _error(r)) / r.numel for r in records)
+
+
+def _upper_bound(record: SiteTrace) -> float:
+    return max(0.0, (record.trace + SIGNIFICANT * _error(record)) / record.numel)
+
+
+def _error(record: SiteTrace) -> float:
+    return record.stderr if math.isfinite(record.stderr) else abs(record.trace)  # a single probe tells none
+
+
 def _significant(record: SiteTrace) -> bool:
     return record.trace > SIGNIFICANT * record.stderr and record.trace > 0
+
+
+def _check_numbers(sensitivity: Sensitivity) -> None:
+    for r in sensitivity:
+        rows = sensitivity.rows.get(r.name, ())
+        if not all(map(math.isfinite, (r.trace, r.mean_trace, *rows))) or math.isnan(r.stderr):
+            raise HawqError(f"The trace of site {r.name!r} is not a finite number; measure it again, or exclude it.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result_fields import SiteTrace
@@ -46,6 +47,11 @@ class TraceStatistics:
         }
         self.counts = [0] * len(samples)
         self.probes = 0
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Number of samples of each batch."""
+        return tuple(self._samples)
 
     def place(self, site: str, batch: int) -> slice:
         """Where the rows of a batch stand in the table."""
@@ -119,12 +125,40 @@ class TraceStatistics:
         return max(float(variance.sqrt()), self.stderr(site) if self.probes > 1 else 0.0)
 
     def degrees_of_freedom(self, site: str) -> float:
-        """Degrees of freedom behind :meth:`stderr` (Welch and Satterthwaite: few noisy rows count as few)."""
+        """Degrees of freedom behind :meth:`stderr` (Welch and Satterthwaite: few noisy rows count as few).
+
+        Probes without any spread tell as much as there are of them, since equal values may be luck: z and -z give the
+        same, and a quadratic form in random signs that is not constant gives another value with probability 1/4 at
+        least. Each counts half, so that 20 degrees of freedom leave a chance of (3/4)^40 = 1e-5.
+        """
         if self.probes < 2:
             return 0.0
         noise = self._noise(site)
         total = float(noise.sum())
-        return math.inf if total == 0 else total**2 / float(noise.square().sum()) * (self.probes - 1)
+        if total == 0:
+            return 0.5 * (self.probes - 1) * self._live_rows(site)
+        return total**2 / float(noise.square().sum()) * (self.probes - 1)
+
+    def _live_rows(self, site: str) -> int:
+        """Rows of the site's unit that have a trace at any site; all where none has."""
+        unit = self.per_sample[site]
+        live = torch.zeros(len(self.mean[site]), dtype=torch.bool)
+        for name, mean in self.mean.items():
+            if self.per_sample[name] == unit:
+                live |= mean != 0
+        return int(live.sum()) or len(live)
+
+    def check_finite(self) -> None:
+        """Raise HawqError where a row is no number, and name its site."""
+        for site, mean in self.mean.items():
+            bad = (~torch.isfinite(mean + self.m2[site])).nonzero()
+            if len(bad):
+                unit = "image" if self.per_sample[site] else "batch"
+                raise HawqError(
+                    f"The trace of site {site!r} is not finite for {len(bad)} of {len(mean)} rows (the first is {unit} "
+                    f"{int(bad[0])}): the loss or the network has no finite derivatives there, such as sqrt or norm at "
+                    "0. Exclude the layer, or add a small constant there."
+                )
 
     def filled_sizes(self, site: str) -> torch.Tensor:
         """Elements of each row of an activation site; of rows never probed, whose traces count 0, the others' mean."""

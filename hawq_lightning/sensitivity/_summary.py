@@ -73,6 +73,18 @@ def settings_record(
     } | runner.context.diagnostics.figures | sampling.record(statistics.probes)  # fmt: skip
 
 
+def check_rows(statistics: TraceStatistics, diagnostics: Diagnostics) -> None:
+    """Say where a single row leaves the error by the choice of images unknown."""
+    if single := [n for n, mean in statistics.mean.items() if len(mean) < 2]:
+        images = sum(statistics.samples)
+        what = "one image" if images < 2 else f"one batch of {images} images that cannot be told apart"
+        where = "" if len(single) == len(statistics.mean) else f" at {len(single)} of {len(statistics.mean)} sites"
+        diagnostics.warn_once(
+            f"Traces are of {what}{where}: how much other images would change them is not known (stderr_data is "
+            "infinite). Measure two batches or more."
+        )
+
+
 def check_curvature(records: Sequence[SiteTrace], diagnostics: Diagnostics) -> None:
     """Name the sites without curvature.
 

@@ -63,7 +63,7 @@ def test_backward_passes_of_a_probe(loss, each, monkeypatch):
     passes = []
     plain = OutputHessian.backward
     monkeypatch.setattr(OutputHessian, "backward", lambda self, *a, **k: (passes.append(1), plain(self, *a, **k))[1])
-    found = measure(model, _batches()[:1], loss, rtol=1e-9, max_probes=32, sampling="all")
-    looks = 1  # whether images can be told apart
-    assert len(passes) - looks == 32 * each
+    found = measure(model, _batches()[:2], loss, rtol=1e-9, max_probes=32, sampling="all")
+    looks = 4  # whether any two of 4 images can be told apart
+    assert len(passes) - looks == 2 * 32 * each
     assert found.settings["probes"] == 32

@@ -374,16 +374,16 @@ def test_rows_of_another_measurement_or_a_damaged_file_are_not_used(tmp_path):
     net, path = build(ConvNet), tmp_path / "rows.partial"
     batch = image_batch()
     kwargs = {"rtol": 0.5, "progress": False}
-    plain = measure(net, [batch], case_loss, **kwargs)
+    plain = measure(net, [batch, batch], case_loss, **kwargs)
     path.write_bytes(b"not a file of ours")
-    assert [r.trace for r in measure(net, [batch], case_loss, resume=path, **kwargs)] == [r.trace for r in plain]
+    assert [r.trace for r in measure(net, [batch, batch], case_loss, resume=path, **kwargs)] == [r.trace for r in plain]
     with pytest.raises(StopError):
-        measure(net, [batch], _stops_after(case_loss, 12), resume=path, rtol=0.01, progress=False)
+        measure(net, [batch, batch], _stops_after(case_loss, 12), resume=path, rtol=0.01, progress=False)
     assert path.is_file()
     with torch.no_grad():
         net.fc.weight.mul_(1.1)
-    other = measure(net, [batch], case_loss, resume=path, rtol=0.01, progress=False)
-    fresh = measure(net, [batch], case_loss, rtol=0.01, progress=False)
+    other = measure(net, [batch, batch], case_loss, resume=path, rtol=0.01, progress=False)
+    fresh = measure(net, [batch, batch], case_loss, rtol=0.01, progress=False)
     assert [r.trace for r in other] == [r.trace for r in fresh]
 
 
