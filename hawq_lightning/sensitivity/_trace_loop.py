@@ -86,27 +86,13 @@ class TraceLoop:
         local, shard = len(self.data.local), self.data.shard
         position = self.checkpoint.restore(statistics)
         step, done, started = position.step, position.done, position.started
-<<<<<<< HEAD
         with progress_bar("Hessian traces", local, self.progress) as advance:
             while True:
                 if step and not started:  # a step has ended, here or before an interruption
                     total = statistics.summed(shard, sampling.probes_per_step * step)
+                    total.check_finite()
                     if self.estimator.exact:
                         self.stopped = Stop("exact")
-=======
-        while True:
-            if step and not started:  # a step has ended, here or before an interruption
-                total = statistics.summed(shard, sampling.probes_per_step * step)
-                total.check_finite()
-                if self.estimator.exact:
-                    self.stopped = Stop("exact")
-                    return total
-                # within a period estimates are biased: the concave part has been counted too often or not yet
-                if total.probes % self.estimator.period == 0:
-                    stop = self.rule.decide(self._progress(sampling, total, step))
-                    if stop is not None:
-                        self.stopped = stop
->>>>>>> main
                         return total
                     # within a period estimates are biased: the concave part has been counted too often or not yet
                     if total.probes % self.estimator.period == 0:
