@@ -71,6 +71,15 @@ def write_bytes(path: str | Path, data: bytes | bytearray) -> None:
         raise
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raise HawqError now, rather than after an hour of work, where nothing can be written into a folder."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise HawqError(f"Cannot write into {folder}: {error.strerror or error}.") from error
+
+
 def read_json(path: str | Path, what: str, limits: JsonLimits = ANY_JSON) -> Any:
     """Read JSON, or say in one sentence why it cannot be.
 

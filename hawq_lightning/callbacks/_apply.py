@@ -28,6 +28,7 @@ from hawq_lightning.callbacks._trainer import (
     is_sharded,
     move_to_front,
     rerun_setup,
+    scores_begin_anew,
     sync_averages,
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
@@ -92,6 +93,7 @@ class ApplyPlan(Callback):
         weakref.finalize(self, _remove, self._handoff_file, os.getpid())
         self._resumed = ResumedStates()
         self._refitted = -1
+        self._told_float = False
 
     @property
     def has_plan(self) -> bool:
@@ -197,6 +199,11 @@ class ApplyPlan(Callback):
             more = f" and {len(left) - 4} more" if len(left) > 4 else ""
             rank_zero_warn(f"HAWQ: the plan says nothing of {', '.join(left[:4])}{more}: they stay float.")
         sync_averages(trainer, pl_module)
+        if names := scores_begin_anew(trainer):
+            rank_zero_info(
+                f"HAWQ: the scores of {', '.join(names)} begin anew: those so far are of the float network. Its files "
+                "are kept."
+            )
         self._plan = plan
         for companion in companions(trainer):
             companion.after_enable(trainer, pl_module)
@@ -207,8 +214,17 @@ class ApplyPlan(Callback):
         if self._plan is None and enabled_bits(pl_module):
             self._plan = _sized(plan_of(pl_module))
 
-    on_test_start = on_validation_start
-    on_predict_start = on_validation_start
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As before a validation; a network that is still float is told once."""
+        self.on_validation_start(trainer, pl_module)
+        if not enabled_bits(pl_module) and not self._told_float:
+            self._told_float = True
+            rank_zero_warn(
+                f"HAWQ: this network is float: no quantizer is enabled, so what trainer.{trainer.state.fn} gives is "
+                "not of the quantized network. Fit it first, or give a ckpt_path that was saved after that."
+            )
+
+    on_predict_start = on_test_start
 
     def before_data(self, trainer: Trainer) -> None:
         """A resumed epoch starts from the random states of its checkpoint: its iterator is made after this."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import write_text
+from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, JsonObject, LossFn
@@ -180,6 +179,8 @@ class MeasureTraces(Callback):
             batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
             table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
             self._sites, overhead = table, nominal.file_overhead
+            if trainer.is_global_zero:
+                check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
             with shared_traces(trainer, folder, config.cache, table) as traces:
                 weigh = partial(
@@ -314,8 +315,5 @@ def describe(plan: Plan) -> str:
 
 
 def _csv(rows: Sequence[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=["site", "kind", "bits", "predicted", "measured"])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    columns = ("site", "kind", "bits", "predicted", "measured")
+    return csv_text(columns, ([row.get(c) for c in columns] for row in rows), lineterminator="\r\n")

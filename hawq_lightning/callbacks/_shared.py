@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -57,15 +57,16 @@ class SharedTraces:
     def forget_partial(self, fingerprint: str) -> None:
         """The result is saved: unfinished rows of it are of no more use."""
         path, rank = self.partial(fingerprint), self._trainer.global_rank
-        Path(f"{path}.{rank}" if rank else path).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(f"{path}.{rank}" if rank else path).unlink(missing_ok=True)
 
     def store(self, measured: Sensitivity) -> None:
         """Keep a new measurement for other runs."""
         if self.cache is not None and self._trainer.is_global_zero:
             try:
                 self.cache.store(measured)
-            except OSError as error:
-                rank_zero_warn(f"HAWQ: the traces could not be saved for other runs: {error}.")
+            except (HawqError, OSError) as error:  # a full disk there is no reason to stop
+                rank_zero_warn(f"HAWQ: the traces could not be saved for other runs: {error}")
 
     def _look(self, fingerprint: str) -> Sensitivity | None:
         path = self._folder / "sensitivity.json"

@@ -15,6 +15,7 @@ from hawq_lightning.cli._renamed_keys import check_renamed
 from hawq_lightning.cli._resume import settings_hash
 from hawq_lightning.cli._run import run
 from hawq_lightning.cli._speeds import uniform
+from hawq_lightning.cli._trusted import check_targets
 
 __all__ = [
     "Images",
@@ -23,6 +24,7 @@ __all__ = [
     "budget_ranges",
     "check_choices",
     "check_renamed",
+    "check_targets",
     "collect_main",
     "dry_run",
     "estimate_seconds",

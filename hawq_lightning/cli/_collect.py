@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.cli._entry import stop
+from hawq_lightning.cli._entry import explain, stop
+from hawq_lightning.cli._run_folder import MANIFEST, RunFolder
 
 _WHAT = """Reads every run folder below a sweep's folder and writes sweep.html, sweep.md, sweep.csv and
 figures/accuracy_size.png there. Unfinished and unreadable runs are listed with the reason."""
+_WRITTEN = ("sweep.html", "sweep.md", "sweep.csv", "figures/accuracy_size.png", "figures/accuracy_size.csv")
+_KIND = "Sweep of mixed-precision quantization"  # in every sweep.html
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from hawq_lightning.report import collect, mean_table, sweep_facts
 
+    place = RunFolder(options.out or options.folder, _WRITTEN)
     try:
+        if not _of_an_earlier_release(place.folder):
+            place.refuse_strangers()
         sweep = collect(options.folder, options.out)
-    except HawqError as error:
-        stop(error)
+        place.note_files()
+    except (HawqError, OSError) as error:
+        stop(explain(error) or error)
     columns, rows = mean_table(sweep)
     table = Table(title=sweep_facts(sweep))
     # what is the same in every row only takes width
@@ -41,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, reason in sweep.left_out.items():
         print(f"left out: {name}: {reason}")
     print(f"written: {(options.out or options.folder) / 'sweep.html'}, sweep.md, sweep.csv, figures/accuracy_size.png")
+
+
+def _of_an_earlier_release(folder: Path) -> bool:
+    """Whether an earlier release, which noted no names, wrote a sweep's page there."""
+    page = folder / "sweep.html"
+    return not (folder / MANIFEST).is_file() and page.is_file() and _KIND in page.read_text("utf-8", "replace")
 
 
 if __name__ == "__main__":

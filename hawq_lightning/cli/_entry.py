@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -10,10 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from typing import Any, NoReturn, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -25,6 +27,9 @@ T = TypeVar("T")
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=\[?(?P<names>[\w,.\-/ ]+)\]?$")
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_OURS = "HAWQ_LIGHTNING_SET_FULL_ERROR"  # and not the user: processes that are started inherit both
 _LAUNCHERS = {
     "joblib": "hydra_joblib_launcher",
     **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
@@ -48,7 +53,7 @@ def check_choices(argv: Sequence[str]) -> None:
         if match is not None:
             _check_launcher(match["group"], match["names"].strip())
         folder = conf.joinpath(match["group"]) if match else conf
-        if match is None or not folder.is_dir():
+        if match is None or match["group"].startswith("hydra/") or not folder.is_dir():  # Hydra has options of its own
             continue
         options = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
         for name in match["names"].split(","):
@@ -90,7 +95,25 @@ def run_main(main: Callable[[], object]) -> None:
         sys.argv += sweep_dirname_overrides(sys.argv[1:])
     except HawqError as error:
         stop(error)
-    main()
+    if _full_error_wished():
+        main()
+        return
+    # Hydra prints tracebacks of its own where a folder cannot be made; with this it raises
+    os.environ |= {_FULL_ERROR: "1", _OURS: "1"}
+    try:
+        main()
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        stop(sentence)
+    finally:
+        for name in (_FULL_ERROR, _OURS):
+            os.environ.pop(name, None)
+
+
+def _full_error_wished() -> bool:
+    return os.environ.get(_FULL_ERROR) == "1" and _OURS not in os.environ
 
 
 def run_job(job: Callable[[], T]) -> T:
@@ -100,7 +123,7 @@ def run_job(job: Callable[[], T]) -> T:
         return job()
     except Exception as error:
         sentence = explain(error)
-        if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if sentence is None or _full_error_wished():
             raise
         stop(sentence)
 
@@ -115,12 +138,18 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set; add {error.full_key}=..."
-    if isinstance(error, (InstantiationException, OmegaConfBaseException, MisconfigurationException)):
-        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, (HydraException, OmegaConfBaseException, MisconfigurationException)):
+        more = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        return " ".join(line.strip() for line in f"{error}{more}".splitlines() if line.strip())
+    if isinstance(error, UnpicklingError):
+        return f"A checkpoint holds more than tensors and plain values: {str(error).splitlines()[0]}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{error}: pip install it, or hawq-lightning with its extra."
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename2 or error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is not None:
+            return f"{error.filename2 or error.filename}: {error.strerror}."
+        if error.errno in _OF_THE_DISK:
+            return f"Cannot write: {error.strerror}."
     return None
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from hawq_lightning._errors import HawqError
@@ -20,8 +23,11 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
 from hawq_lightning.cli._onnx import Images, write_onnx
+from hawq_lightning.cli._resume import check_checkpoint
+from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
-from hawq_lightning.export import EXPORTERS, check_writable, export, load_packed, network_of, require
+from hawq_lightning.cli._trusted import check_targets
+from hawq_lightning.export import EXPORTERS, Exporter, check_writable, export, load_packed, network_of, require
 from hawq_lightning.export.onnx import layer_latencies, write_table
 from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
@@ -45,12 +51,23 @@ def export_run(cfg: DictConfig) -> JsonObject:
     _check(cfg)
     require("onnxruntime")
     folder = Path(cfg.run_folder)
-    run = _settings(folder, cfg.data_root)
-    exporters = [
-        EXPORTERS[name] for name in dict.fromkeys(("onnx", *(cfg.get("formats") or ())))
-    ]  # all the others go by it
-    for name in (*(f"model{e.suffix}" for e in exporters), *_WRITTEN):
+    imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
+    run = _settings(folder, cfg.data_root, imports)
+    names = dict.fromkeys(("onnx", *(cfg.get("formats") or ())))  # all the others go by the first
+    exporters = [EXPORTERS[name] for name in names]
+    written = (*(f"model{e.suffix}" for e in exporters), *_WRITTEN)
+    place = RunFolder(folder, written)
+    place.refuse_strangers()
+    for name in written:
         check_writable(folder / name)
+    with place.locked():
+        record = _export(cfg, run, folder, exporters)
+        place.note_files()
+    print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
+    return record
+
+
+def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[Exporter]) -> JsonObject:
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     for exporter in exporters:
@@ -78,7 +95,6 @@ def export_run(cfg: DictConfig) -> JsonObject:
         write_table(rows, folder / "latency.csv")
     write_text(folder / "export.json", json.dumps(record, indent=1))
     _tell(run, folder)
-    print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
     return record
 
 
@@ -94,18 +110,36 @@ def _check(cfg: DictConfig) -> None:
 def _tell(run: DictConfig, folder: Path) -> None:
     """The run's report and card again, now with what was exported."""
     if (folder / "report.html").is_file():
-        model_card(folder, title=run.get("name"))
+        if not RunFolder(folder).changed():
+            model_card(folder, title=run.get("name"))
+            RunFolder(folder).note_card()
         write_report(folder, title=run.get("name"))
 
 
-def _settings(folder: Path, data_root: str | None) -> DictConfig:
+def _module(name: str) -> str:
+    """``my_quantizers`` for ``my_quantizers.py`` as well, wherever it lies now."""
+    return Path(name).stem if str(name).endswith(".py") else str(name)
+
+
+def _settings(folder: Path, data_root: str | None, imports: Sequence[str]) -> DictConfig:
     path = folder / ".hydra" / "config.yaml"
     if not path.is_file():
         raise HawqError(f"There is no run at {folder}: {path} is missing.")
-    run = OmegaConf.load(path)
-    assert isinstance(run, DictConfig)
+    try:
+        run = OmegaConf.load(path)
+        if not isinstance(run, DictConfig) or not all(key in run for key in ("model", "data", "paths", "quantizer")):
+            raise HawqError(f"{path} holds no settings of a run.")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise HawqError(f"{path} is corrupt or cut short: {' '.join(str(error).split())}.") from error
     OmegaConf.set_struct(run, False)
-    import_quantizers(run.get("imports") or run.quantizer.get("imports") or ())  # the second: of release 0.1.0
+    noted = run.get("imports") or run.quantizer.get("imports") or ()  # the second: of release 0.1.0
+    missing = [n for n in ([noted] if isinstance(noted, str) else noted) if _module(n) not in map(_module, imports)]
+    if missing:
+        raise HawqError(
+            f"The run at {folder} was made with code of its own, {', '.join(map(str, missing))}. A run folder is data "
+            f"and runs no code: if you trust it, name it, imports=[{','.join(map(str, missing))}]."
+        )
+    import_quantizers(imports)
     run.paths.output_dir = str(folder)
     for part in (run.model, run.data):
         if match := _TARGET_OF_0_1_0.fullmatch(part.get("_target_", "")):
@@ -113,6 +147,8 @@ def _settings(folder: Path, data_root: str | None) -> DictConfig:
     for key in _NO_DOWNLOAD:
         if key in run.model:
             run.model[key] = _NO_DOWNLOAD[key]
+    for part in (run.model, run.data):
+        check_targets(part, {_module(name) for name in imports}, folder)
     if data_root is not None:
         if "root" not in run.data:
             raise HawqError(f"data_root={str(data_root)!r}: this run's data are not read from a folder.")
@@ -136,14 +172,22 @@ def _batches(run: DictConfig) -> Iterable[Batch]:
 def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:
     """The network with full-precision weights if the run kept a checkpoint, else with the quantized ones."""
     path = folder / "checkpoints" / "fine_tuning" / "last.ckpt"
+    reason = "no checkpoint in the folder"
     if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
-        net = _fresh(run)
-        fresh_state = net.state_dict()
-        trained_state = {k.removeprefix(TASK): v for k, v in state.items()}
-        if set(fresh_state) <= set(trained_state):
-            net.load_state_dict({k: trained_state[k] for k in fresh_state})
-            return net.eval(), ""
+        try:
+            check_checkpoint(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            net = _fresh(run)
+            fresh_state = net.state_dict()
+            trained_state = {k.removeprefix(TASK): v for k, v in state.items()}
+            if set(fresh_state) <= set(trained_state):
+                net.load_state_dict({k: trained_state[k] for k in fresh_state})
+                return net.eval(), ""
+            reason = f"{path} is of another network"
+        except pickle.UnpicklingError:
+            reason = f"{path} holds more than tensors and plain values, and is not trusted"
+        except Exception as error:  # whatever a damaged archive raises
+            reason = f"{path} cannot be read, {type(error).__name__}"
     net = load_packed(folder / "model.safetensors", _fresh(run))
-    note = "float and uniform 8 hold the quantized weights (no checkpoint in the folder): compare their gzip with care"
+    note = f"float and uniform 8 hold the quantized weights ({reason}): compare their gzip with care"
     return unquantize(net).eval(), note

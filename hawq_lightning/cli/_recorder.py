@@ -33,7 +33,24 @@ def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
     return {k: v for k, v in values.items() if math.isfinite(v)}
 
 
-class Recorder(pl.Callback):
+class CommitAtFirstBatch(pl.Callback):
+    """From the first step on there are results to lose; all that can be refused before one was refused."""
+
+    def __init__(self, progress: RunState) -> None:
+        self.progress = progress
+        self._committed = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: object) -> None:
+        """In the first process."""
+        self._commit(trainer)
+
+    def _commit(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and not self._committed:
+            self.progress.commit()
+            self._committed = True
+
+
+class Recorder(CommitAtFirstBatch):
     """Keeps the scores before and after fine-tuning and the seconds of each phase.
 
     Args:
@@ -44,7 +61,8 @@ class Recorder(pl.Callback):
     """
 
     def __init__(self, hawq: HAWQ, folder: Path, record: JsonObject, progress: RunState) -> None:
-        self.hawq, self.folder, self.record, self.progress = hawq, folder, record, progress
+        super().__init__(progress)
+        self.hawq, self.folder, self.record = hawq, folder, record
         self._clock = time.perf_counter()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -52,7 +70,9 @@ class Recorder(pl.Callback):
         self._clock = time.perf_counter()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The plan is chosen and installed."""
+        """The plan is chosen and installed, unless that is for a later epoch."""
+        if self.hawq.has_plan:
+            self._commit(trainer)
         self._lap("traces_and_plan")
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,6 +114,7 @@ class Recorder(pl.Callback):
         if not self.hawq.has_plan:
             raise HawqError(f"hawq.start_epoch={self.hawq.start_epoch} was never reached: nothing was quantized.")
         plan = self.hawq.plan
+        self._commit(trainer)  # nothing was trained
         if not (self.folder / "plan.json").is_file():  # it was given, or came with a checkpoint
             plan.save(self.folder / "plan.json")
         size = save_packed(pl_module, plan, self.folder / "model.safetensors")

@@ -22,9 +22,11 @@ from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
 from hawq_lightning.cli._build import check_settings, make_callback, make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._figures import PaperFigures
+from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
 from hawq_lightning.cli._onnx import write_onnx
-from hawq_lightning.cli._recorder import Recorder, scores
-from hawq_lightning.cli._resume import RunState, settings_hash
+from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
+from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
+from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
 from hawq_lightning.export import EXPORTERS, load_packed, require
 
 
@@ -32,7 +34,8 @@ def run(cfg: DictConfig) -> JsonObject:
     """Carry out a configuration and leave everything in its run folder.
 
     A finished run with the same settings in the same folder is not repeated; an unfinished one goes on from its last
-    checkpoint.
+    checkpoint. A folder with results of other settings, or with files that no run made, is refused; with
+    ``overwrite=true`` the results go as soon as there are new ones.
 
     With ``epochs=0`` nothing is fine-tuned: traces, plan, the score right after quantizing, packed file and report.
 
@@ -46,8 +49,29 @@ def run(cfg: DictConfig) -> JsonObject:
     if cfg.onnx:  # found missing now, not after the training
         for package in (*EXPORTERS["onnx"].packages, "onnxruntime"):
             require(package)
-    folder = Path(cfg.paths.output_dir)
-    progress = RunState(folder, settings_hash(cfg))
+    if cfg.ckpt_path is not None:
+        check_checkpoint(cfg.ckpt_path)
+    place = RunFolder(
+        Path(cfg.paths.output_dir), (*result_names(), *HYDRA) if writes_hydra_files(cfg) else result_names()
+    )
+    progress = RunState(place, settings_hash(cfg))
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        progress.check(cfg.overwrite)
+        return _run(cfg, progress)
+    place.refuse_strangers()  # before even the lock is written there
+    with place.locked():
+        place.put_back()  # what a killed run set aside
+        progress.check(cfg.overwrite)
+        try:
+            record = _run(cfg, progress)
+        finally:
+            place.put_back()
+        place.note_files()
+        return record
+
+
+def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
+    folder = progress.folder.folder
     resume = bool(cfg.resume) and cfg.ckpt_path is None
     if resume and (finished := progress.finished()) is not None:
         print(f"finished already, not repeated (resume=false repeats it): {folder}")
@@ -66,8 +90,9 @@ def run(cfg: DictConfig) -> JsonObject:
     record = progress.unfinished() if resume else None
     if record is None:
         record = _empty_record(cfg, task) | {"settings": progress.settings}
-        if cfg.ckpt_path is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            progress.clear()
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            progress.begin(stays=files_named(cfg, folder))
+            write_hydra_files(cfg)
             progress.keep(record)
     else:
         print(f"goes on where it stopped: {folder}")
@@ -106,7 +131,8 @@ def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
         from hawq_lightning.report import model_card, write_report
 
         write_report(folder, title=cfg.name)
-        model_card(folder, title=cfg.name)
+        if not RunFolder(folder).changed():
+            model_card(folder, title=cfg.name)
 
 
 def train_float(
@@ -124,7 +150,7 @@ def train_float(
     start = time.perf_counter()
     fine_tuning_lr = task.lr
     float_checkpoint = progress.checkpoint("float") if cfg.resume else None
-    extra: list[pl.Callback] = [KeepRandomStates()]
+    extra: list[pl.Callback] = [KeepRandomStates(), CommitAtFirstBatch(progress)]
     if float_checkpoint is None and cfg.hawq.plan is None:
         extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)

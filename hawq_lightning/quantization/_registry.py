@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TypeVar
 
@@ -134,6 +135,9 @@ def option_names(of: type) -> set[str]:
     return {p.name for p in inspect.signature(of).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+_OF_A_RUN = (".hawq_lightning.json", ".hydra", "metrics.json", "unfinished.json")
+
+
 def import_quantizers(files: Iterable[str]) -> None:
     """Import the user's modules, whose quantizers register themselves.
 
@@ -150,6 +154,9 @@ def import_quantizers(files: Iterable[str]) -> None:
             if not path.is_file():
                 raise HawqError(f"No file {name} to import quantizers from.")
             module = path.stem
+            if any((path.parent / n).exists() for n in _OF_A_RUN):  # its other files are not to be found by name
+                _import_alone(path, name)
+                continue
             if str(path.parent) not in sys.path:  # where processes that are started later look too
                 sys.path.insert(0, str(path.parent))
         try:
@@ -160,6 +167,23 @@ def import_quantizers(files: Iterable[str]) -> None:
             raise
         except Exception as error:
             raise HawqError(f"Cannot import quantizers from {name}: {type(error).__name__}: {error}.") from error
+
+
+def _import_alone(path: Path, name: str) -> None:
+    """Import a file whose folder must not be on the path."""
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None:
+        if Path(getattr(loaded, "__file__", None) or "").resolve() != path:
+            raise HawqError(f"{name} is hidden by another module {path.stem!r}; rename the file.")
+        return
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[path.stem]
+        raise HawqError(f"Cannot import quantizers from {name}: {type(error).__name__}: {error}.") from error
 
 
 register_quantizer("uniform")(WeightQuantizer)

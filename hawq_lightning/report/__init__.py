@@ -1,11 +1,12 @@
 """What people look at: report.html with its figures, and the model card."""
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._io import write_text
 from hawq_lightning.report._card import markdown_table, model_card
 from hawq_lightning.report._checks import rank_correlations
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
 from hawq_lightning.report._export_section import sentences, speed_note, speed_rows
-from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, csv_text, log_scale
+from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, canvas, log_scale
 from hawq_lightning.report._landscape import draw_landscapes
 from hawq_lightning.report._page import draw_all, write_report
 from hawq_lightning.report._paper import paper_figures

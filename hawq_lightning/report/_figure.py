@@ -6,7 +6,6 @@ Colours are Okabe and Ito's, which people with any colour vision can tell apart;
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
+from hawq_lightning._io import write_bytes, write_text
 
 try:
     import matplotlib
@@ -112,27 +113,8 @@ class ReportFigure:
 
     def save(self, folder: Path) -> None:
         """Write PNG and CSV."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.png").write_bytes(self.png())
-        (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
-
-
-def csv_text(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """CSV whose texts no spreadsheet takes for formulas."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([_harmless(cell) for cell in row] for row in (columns, *rows))
-    return buffer.getvalue()
-
-
-def _harmless(cell: object) -> object:
-    if not isinstance(cell, str) or not cell.lstrip().startswith(("=", "+", "-", "@")):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return "'" + cell
-    return cell
+        write_bytes(folder / f"{self.name}.png", self.png())
+        write_text(folder / f"{self.name}.csv", self.csv())
 
 
 def log_scale(ax: Axes, *names: str) -> None:

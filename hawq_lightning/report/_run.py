@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from hawq_lightning._csv import cell_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import RECORD_JSON, read_json
 from hawq_lightning._plan import Plan
@@ -172,7 +173,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = []
         for row in csv.DictReader(file):
-            rows.append({(k or "").strip(): v or "" for k, v in row.items()})
+            rows.append({cell_text((k or "").strip()): cell_text(v or "") for k, v in row.items()})
             if len(rows) > _MOST_ROWS:
                 raise HawqError(f"it has more than {_MOST_ROWS} rows.")
     return rows

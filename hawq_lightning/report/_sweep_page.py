@@ -9,10 +9,11 @@ from pathlib import Path
 
 from matplotlib.ticker import PercentFormatter
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning.report._card import markdown_table, markdown_text
-from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, PURPLE, SOFT, ReportFigure, Tooltip, canvas, csv_text
+from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, PURPLE, SOFT, ReportFigure, Tooltip, canvas
 from hawq_lightning.report._page import render
 from hawq_lightning.report._sweep import NUMBERS, Row, Sweep, read_sweep
 from hawq_lightning.report._text import score, size, times

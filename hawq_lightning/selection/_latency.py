@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hawq_lightning._csv import cell_text
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import shown
 from hawq_lightning._site_table import Layer
@@ -75,7 +76,7 @@ class LatencyTable:
         path = Path(path)
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                return cls(csv.DictReader(file), f"the latency table {path}")
+                return cls(map(_as_written, csv.DictReader(file)), f"the latency table {path}")
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise HawqError(
                 f"The latency table {path} cannot be read: {getattr(error, 'strerror', None) or error}."
@@ -108,6 +109,10 @@ class LatencyTable:
         """Milliseconds, or ``inf`` where the device lacks these bits."""
         rows = self.rows_of(layer, shape)
         return rows.get((weight_bits, activation_bits), rows.get((weight_bits, None), math.inf))
+
+
+def _as_written(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: cell_text(v) if isinstance(v, str) else v for k, v in row.items()}
 
 
 def _bits(value: object, where: str) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
@@ -107,11 +106,8 @@ class PlanFrontier(Frontier):
     def to_csv(self, path: str | Path, max_rows: int | None = CSV_ROWS) -> None:
         """Write :meth:`rows`, atomically. The first columns are ``point`` and ``cost``."""
         rows = [{("cost" if k == self.cost_name else k): v for k, v in row.items()} for row in self.rows(max_rows)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        write_text(path, text.getvalue())
+        cells = ([f"{v:.10g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+        write_text(path, csv_text(rows[0], cells, lineterminator="\r\n"))
 
     def _bits(self, choice: Sequence[int], site: int) -> int:
         group = self.problem.group_of[site]

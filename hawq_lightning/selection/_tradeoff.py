@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
@@ -84,11 +83,8 @@ def uniform_points(problem: Problem, cost: str = "weight_bytes") -> list[tuple[i
 
 def save_tradeoff(rows: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Write the rows of :func:`tradeoff` as CSV, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["series", "label", "cost", "omega"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    columns = ("series", "label", "cost", "omega")
+    write_text(path, csv_text(columns, ([row.get(c) for c in columns] for row in rows), lineterminator="\r\n"))
 
 
 def set_b_count(bits: Sequence[Sequence[int]]) -> int:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.sensitivity._isolate import release_memory
+from hawq_lightning.sensitivity._second_derivative import check_twice_differentiable, told_in_one_sentence
 
 Key = tuple[Node, int]
 _LARGE = 1 << 20  # output elements
@@ -169,6 +170,7 @@ class OutputHessian:
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
+        check_twice_differentiable(loss, self.edges)
         values = []
         for i in boundary:
             value = outputs.values[i]
@@ -204,9 +206,10 @@ class OutputHessian:
             return [torch.zeros_like(v) for v in self.values]
         self._outputs.blocked["on"] = True
         try:
-            products = torch.autograd.grad(
-                [g for g, _ in pairs], self.edges, [v for _, v in pairs], retain_graph=True, allow_unused=True
-            )
+            with told_in_one_sentence():
+                products = torch.autograd.grad(
+                    [g for g, _ in pairs], self.edges, [v for _, v in pairs], retain_graph=True, allow_unused=True
+                )
         finally:
             self._outputs.blocked["on"] = False
         self._tidy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from hawq_lightning._types import Batch
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
+from hawq_lightning.sensitivity._loss_signature import loss_signature
 from hawq_lightning.sensitivity._result import VERSION, Sensitivity
 
 _POLL = 0.2  # seconds
@@ -126,7 +127,7 @@ def read_intact(path: Path) -> Sensitivity | None:
 def fingerprint(
     context: MeasureContext, batches: Sequence[Batch], samples: Sequence[int], first: Batch, settings: str, seed: int
 ) -> str:
-    """Hash of weights, input tensors, loss and settings: what a measurement belongs to.
+    """Hash of weights, batches, what the loss does, and settings: what a measurement belongs to.
 
     The loss itself goes into the diagnostics, as ``loss``.
 
@@ -151,7 +152,7 @@ def fingerprint(
     with torch.enable_grad():
         loss = check_loss_value(context, first)
     context.diagnostics.figures["loss"] = loss
-    digest.update(f"{loss:.6g}".encode())
+    digest.update(loss_signature(context, [first, *batches[1:]], seed).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -187,7 +188,13 @@ def check_loss_value(context: MeasureContext, batch: Batch) -> float:
 
 def _hash_tensors(batch: Batch, digest: hashlib._Hash) -> None:
     if isinstance(batch, torch.Tensor):
+        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
         digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(batch, (int, float, str)) or batch is None:
+        digest.update(f"{type(batch).__name__} {batch!r}".encode())
     else:
-        for value in parts_of(batch):
+        parts = parts_of(batch)
+        keys = list(batch) if isinstance(batch, Mapping) else ""
+        digest.update(f"{type(batch).__name__} {len(parts)} {keys}".encode())
+        for value in parts:
             _hash_tensors(value, digest)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_bytes
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._context import Diagnostics
@@ -107,9 +109,14 @@ class MeasurementCheckpoint:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        write_bytes(self._path, hashlib.sha256(data).digest() + data)
+        try:
+            write_bytes(self._path, hashlib.sha256(data).digest() + data)
+        except HawqError as error:  # only an interruption would need it
+            self._diagnostics.warn_once(f"The unfinished measurement cannot be kept: {error}")
+            self._path = None
 
     def delete(self) -> None:
         """The result is complete; the file goes."""
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)

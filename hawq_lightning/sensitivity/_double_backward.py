@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._types import Batch, FunctionInputs, Options
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
+from hawq_lightning.sensitivity._second_derivative import told_in_one_sentence
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, list[torch.Tensor]]
@@ -61,9 +62,10 @@ class GradGraph:
         pairs = [(g, v) for g, v in zip(gradients, vectors) if g is not None and g.requires_grad]
         if not pairs:
             return [torch.zeros_like(p) for p in points]
-        products = torch.autograd.grad(
-            [g for g, _ in pairs], points, [v for _, v in pairs], retain_graph=True, allow_unused=True
-        )
+        with told_in_one_sentence():
+            products = torch.autograd.grad(
+                [g for g, _ in pairs], points, [v for _, v in pairs], retain_graph=True, allow_unused=True
+            )
         return [torch.zeros_like(p) if h is None else h.detach() for h, p in zip(products, points)]
 
 

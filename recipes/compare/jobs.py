@@ -173,7 +173,7 @@ def run(job: Job) -> None:
     from hawq_lightning.cli import run as carry_out_configuration
 
     quiet_down()
-    cfg = composed([*job.overrides, f"paths.output_dir={quoted(job.folder)}"])
+    cfg = composed([*job.overrides, f"paths.output_dir={quoted(job.folder)}", "overwrite=true"])
     OmegaConf.save(cfg, _made(job.folder / ".hydra") / "config.yaml")
     OmegaConf.save(OmegaConf.create(list(job.overrides)), job.folder / ".hydra" / "overrides.yaml")
     carry_out_configuration(cfg)

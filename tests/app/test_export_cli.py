@@ -83,6 +83,8 @@ def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
     assert done.returncode == 0, done.stderr
     asked = ["run_folder=run", "images=32", "speed=false", "table=false"]
     done = script("hawq-lightning-export", *asked, cwd=tmp_path)
+    assert done.returncode == 1 and "if you trust it, name it, imports=[halving.py]" in done.stderr
+    done = script("hawq-lightning-export", *asked, "imports=[halving.py]", cwd=tmp_path)
     assert done.returncode == 0 and "images (" in done.stdout, done.stderr
 
 

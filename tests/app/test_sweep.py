@@ -139,7 +139,10 @@ def test_finished_runs_are_repeated_only_when_something_changed(tmp_path, weight
     assert run(settings(tmp_path, *given)) == first and "finished already" in capsys.readouterr().out
     run(settings(tmp_path, *given, "report=true", f"paths.cache={tmp_path / 'elsewhere'}"))
     assert (tmp_path / "metrics.json").stat().st_mtime_ns == stamp and (tmp_path / "report.html").is_file()
-    run(settings(tmp_path, *given, "select.budget=10x"))
+    with pytest.raises(HawqError, match="a finished run with other settings.*overwrite=true"):
+        run(settings(tmp_path, *given, "select.budget=10x"))
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == stamp
+    run(settings(tmp_path, *given, "select.budget=10x", "overwrite=true"))
     assert (tmp_path / "metrics.json").stat().st_mtime_ns != stamp
     assert Plan.load(tmp_path / "plan.json").budget == "10x"
     stamp = (tmp_path / "metrics.json").stat().st_mtime_ns
@@ -149,7 +152,7 @@ def test_finished_runs_are_repeated_only_when_something_changed(tmp_path, weight
 
 def test_the_hash_of_settings_ignores_where_and_sees_what(tmp_path):
     base = settings_hash(settings(tmp_path / "a"))
-    assert settings_hash(settings(tmp_path / "b", "paths.runs=/elsewhere", "resume=false")) == base
+    assert settings_hash(settings(tmp_path / "b", "paths.runs=/elsewhere", "resume=false", "overwrite=true")) == base
     assert settings_hash(settings(tmp_path / "a", "seed=2")) != base
     assert settings_hash(settings(tmp_path / "a", "+x=${oc.env:HAWQ_TEST_NOWHERE}")) != base
 

@@ -293,6 +293,7 @@ def test_a_float_checkpoint_does_not_disarm_a_quantized_module(tmp_path, float_c
     assert same_states(model.state_dict(), state)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. this network is float")  # see test_scores_begin_anew.py
 def test_a_float_checkpoint_tests_float(tmp_path, float_checkpoint):
     model = Classifier()
     found = trainer(tmp_path, hawq()).test(model, loader(shuffle=False), ckpt_path=float_checkpoint[1])

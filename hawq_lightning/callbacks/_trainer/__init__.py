@@ -12,6 +12,7 @@ from hawq_lightning.callbacks._trainer._patched_step import (
     restore_training_step,
     with_loss,
 )
+from hawq_lightning.callbacks._trainer._scores import scores_begin_anew
 from hawq_lightning.callbacks._trainer._trainer import (
     after_layers_exist,
     at_epoch_end,
@@ -60,6 +61,7 @@ __all__ = [
     "restore_progress",
     "restore_training_step",
     "runs_script_again",
+    "scores_begin_anew",
     "shard_of",
     "shows_progress",
     "signal_handlers",

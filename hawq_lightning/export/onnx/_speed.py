@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import statistics
 import subprocess
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
@@ -131,14 +130,7 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     Raises:
         HawqError: it cannot be written there.
     """
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    try:
-        write_text(path, buffer.getvalue())
-    except OSError as error:
-        raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
+    write_text(path, csv_text(_FIELDS, ([row.get(c) for c in _FIELDS] for row in rows)))
 
 
 def _input_shapes(
