@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from hawq_lightning import HawqError, Sensitivity, SiteTable, find_sites, measure
+from hawq_lightning import HawqError, Sensitivity, SiteTable, measure
+from hawq_lightning.sensitivity import find_sites
 
 ESTIMATORS = ("ggn", "exact", "hutchinson", "hessian", "auto")
 
