@@ -37,7 +37,7 @@ from hawq_lightning.sensitivity._output_probes import backpropagate, concave_sha
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._repeatable import repeatable
-from hawq_lightning.sensitivity._result import Sensitivity, SiteTrace
+from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
 from hawq_lightning.sensitivity._significance import guarded_mean_traces
