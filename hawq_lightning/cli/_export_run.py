@@ -127,7 +127,8 @@ def _settings(folder: Path, data_root: str | None, imports: Sequence[str]) -> Di
         raise HawqError(f"There is no run at {folder}: {path} is missing.")
     try:
         run = OmegaConf.load(path)
-        if not isinstance(run, DictConfig) or not all(key in run for key in ("model", "data", "paths", "quantizer")):
+        parts = ("model", "data", "paths", "quantizer")
+        if not isinstance(run, DictConfig) or not all(isinstance(run.get(part), DictConfig) for part in parts):
             raise HawqError(f"{path} holds no settings of a run.")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise HawqError(f"{path} is corrupt or cut short: {' '.join(str(error).split())}.") from error

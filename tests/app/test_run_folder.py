@@ -303,11 +303,10 @@ def test_folders_that_cannot_be_are_one_line(home, script):
 
 
 def test_a_cut_packed_file_is_no_finished_run(run, made):
-    for size in (0, -9):
-        (run / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes()[:size])
-        code, out, err = train(run)
-        assert code == 0 and "finished already" not in out, err
-        assert (run / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes()[:-9])
+    code, out, err = train(run)
+    assert code == 0 and "finished already" not in out, err
+    assert (run / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
 def test_a_cut_checkpoint_is_named(run):
@@ -389,9 +388,14 @@ class Evil:
 def test_a_checkpoint_from_somebody_else_is_not_unpickled(run):
     last = run / "checkpoints" / "fine_tuning" / "last.ckpt"
     torch.save({"state_dict": Evil()}, last)
-    few = ["images=0", "seconds=0.01", "batch_size=1", "formats=[]", "table=false"]
-    code, out, err = shell("hawq-lightning-export", "run_folder=run", *few, cwd=run.parent)
-    assert code == 0 and "not trusted" in out.replace("\n", " "), (out, err)
+    few = ["images=0", "formats=[]", "table=false"]
+
+    def no_clock():  # the networks are made and handed on, and that is all
+        module = internal("cli._export_run")
+        module.speeds, module.show = lambda *_, **__: {}, lambda record, note: print(note)
+
+    code, out, err = shell("hawq-lightning-export", "run_folder=run", *few, cwd=run.parent, before=no_clock)
+    assert code == 0 and "not trusted" in out, (out, err)
     assert not (run.parent / "ran").exists()
 
 
