@@ -90,13 +90,14 @@ def work(name: str, what: str, threads: int) -> None:
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
     else:
-        from hawq_lightning import find_sites, quantizable_layers
+        from hawq_lightning.quantization import quantizable_layers
         from hawq_lightning.sensitivity import (
             GaussNewton,
             Heap,
             MeasureContext,
             ProbeRequest,
             ProcessShard,
+            find_sites,
             independent_samples,
             isolated_eval,
             release_memory,

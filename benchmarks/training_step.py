@@ -59,8 +59,8 @@ def network(name: str) -> nn.Module:
 
 def ours(net: nn.Module, images: torch.Tensor, quantizer: str) -> nn.Module:
     """Steps fitted to the weights; activation steps from one pass, as a plan would have them."""
-    from hawq_lightning import Plan, PlanSite, quantizable_layers
-    from hawq_lightning.quantization import activation_step, quantize
+    from hawq_lightning import Plan, PlanSite
+    from hawq_lightning.quantization import activation_step, quantizable_layers, quantize
 
     layers, _ = quantizable_layers(net)
     sites: list[PlanSite] = []

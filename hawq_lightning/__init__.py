@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
-from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import write_text
+from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Layer, Site, SiteTable
-from hawq_lightning._sites import find_sites, quantizable_layers, sites
+from hawq_lightning._sites import sites
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.layers import register_layer
@@ -74,15 +72,11 @@ __all__ = [
     "Site",
     "SiteTable",
     "__version__",
-    "batch_images",
     "candidates",
-    "find_sites",
     "frontier",
     "load_from_checkpoint",
     "load_packed",
     "measure",
-    "nearest",
-    "quantizable_layers",
     "quantize",
     "register_cost",
     "register_layer",
@@ -93,5 +87,4 @@ __all__ = [
     "select",
     "sites",
     "unquantize",
-    "write_text",
 ]

@@ -17,7 +17,7 @@ from hawq_lightning._errors import HawqError, choice
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
 from hawq_lightning._registry import check_registered
 from hawq_lightning._sites import Patterns
-from hawq_lightning._types import LossFn
+from hawq_lightning._types import Budget, LossFn
 
 CodeFormat = Literal["auto", "affine", "midrise"]
 Sampling = Literal["auto", "all", "curvature"]
@@ -164,7 +164,7 @@ class SelectConfig:
         HawqError: a budget that cannot be read, or an unknown selector, score or constraint; the nearest is named.
     """
 
-    budget: Any = "8x"
+    budget: Budget | None = "8x"
     """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}``, several, ``None``."""
     selector: str = "pareto"
     """Registered name: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ..."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 
 class HawqError(ValueError):
@@ -16,7 +17,10 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
-def choice(what: str, value: object, choices: Sequence[str]) -> str:
+Name = TypeVar("Name", bound=str)
+
+
+def choice(what: str, value: object, choices: Sequence[Name]) -> Name:
     """Return ``value`` if it is one of ``choices``.
 
     Args:
@@ -27,6 +31,7 @@ def choice(what: str, value: object, choices: Sequence[str]) -> str:
     Raises:
         HawqError: it is none of them; the message lists them and suggests the nearest.
     """
-    if value not in choices:
-        raise HawqError(f"Unknown {what} {value!r}; use one of {', '.join(choices)}.{nearest(str(value), choices)}")
-    return str(value)
+    for name in choices:
+        if name == value:
+            return name
+    raise HawqError(f"Unknown {what} {value!r}; use one of {', '.join(choices)}.{nearest(str(value), choices)}")

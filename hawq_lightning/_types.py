@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+"""The type of a model that a function takes and gives back."""
 
 Batch: TypeAlias = Any
 """What a dataloader yields: tensors in lists, dicts, dataclasses or classes of the user's own."""
@@ -31,6 +34,9 @@ AutogradContext: TypeAlias = Any
 
 FunctionInputs: TypeAlias = tuple[Any, ...]
 """Arguments of a torch.autograd.Function's ``forward``, as ``setup_context`` gets them."""
+
+Budget: TypeAlias = str | Mapping[str, str | float]
+"""``"12x"``, ``"8MB"``, ``{"bops": "50%"}``: one bound, or several by name."""
 
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object, keys and values as ``json.loads`` gives them."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import SiteTable, quantizable_layers
+from hawq_lightning import SiteTable
+from hawq_lightning.quantization import quantizable_layers
 from hawq_lightning.sensitivity import InputHooks
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import WRAPPERS, quantizable_layers
-from hawq_lightning._types import StateDict
+from hawq_lightning._types import Options, StateDict
 from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -25,50 +25,50 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
         kwargs: passed on.
 
     Returns:
-        the module, armed as it was saved.
+        the module, with the quantizers enabled that were so when it was saved.
 
     Raises:
         HawqError: a quantizer of the user's own whose file was not imported, or layers that the module lacks.
     """
 
-    def with_twins(self: Module, checkpoint: StateDict) -> None:
+    def with_fake_quant_layers(self: Module, checkpoint: StateDict) -> None:
         original(self, checkpoint)  # it may build layers
         strict = kwargs.get("strict")
         strict = self.strict_loading if strict is None else strict
-        _install(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
+        _prepare_layers(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
 
     original = module_class.on_load_checkpoint
-    own = "on_load_checkpoint" in module_class.__dict__
-    module_class.on_load_checkpoint = with_twins  # type: ignore[assignment, method-assign]
+    overridden = "on_load_checkpoint" in module_class.__dict__
+    module_class.on_load_checkpoint = with_fake_quant_layers  # type: ignore[assignment, method-assign]
     try:
         return module_class.load_from_checkpoint(path, **kwargs)
     finally:
-        if own:
+        if overridden:
             module_class.on_load_checkpoint = original  # type: ignore[method-assign]
         else:
             del module_class.on_load_checkpoint
 
 
-def _install(
-    module: LightningModule, state_dict: Mapping[str, object], callbacks: Mapping[str, Any], strict: bool
+def _prepare_layers(
+    module: LightningModule, state_dict: Mapping[str, object], callbacks: StateDict, strict: bool
 ) -> None:
-    """Make twins of the layers that a state dict has quantizers of."""
-    twins: dict[str, set[str]] = {}  # quantizer -> layers
+    """Make fake-quant layers of those that a state dict has quantizers of."""
+    layers_of: dict[str, set[str]] = {}  # quantizer -> layers
     for layer, quantizer in trained_quantizers(state_dict).items():
-        twins.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
-    known = quantizable_layers(module)[0]
-    for quantizer, names in twins.items():
-        if strict and (missing := sorted(names - set(known))):
-            hint = nearest(missing[0], known)
+        layers_of.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
+    layers = quantizable_layers(module)[0]
+    for quantizer, names in layers_of.items():
+        if strict and (missing := sorted(names - set(layers))):
+            hint = nearest(missing[0], layers)
             raise HawqError(
                 f"The checkpoint has a quantized layer {missing[0]!r}, which {type(module).__name__} lacks.{hint}"
             )
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
-        if names & set(known):
+        if names & set(layers):
             prepare(module, include=lambda name, layer, names=names: name in names, quantizer=spec)
 
 
-def _options(callbacks: Mapping[str, Any], quantizer: str) -> Mapping[str, Any]:
-    """A quantizer's options, which stand in the plan that a callback of ours kept beside the state dict."""
+def _options(callbacks: StateDict, quantizer: str) -> Options:
+    """A quantizer's options, which stand in the plan that a callback of ours saved beside the state dict."""
     plans = [s["plan"] for s in callbacks.values() if isinstance(s, dict) and isinstance(s.get("plan"), dict)]
     return next((p.get("quantizer_options") or {} for p in plans if p.get("quantizer") == quantizer), {})

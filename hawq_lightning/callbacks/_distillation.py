@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +15,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
+    StepOutput,
     float_copy,
     is_sharded,
     loss_of,
@@ -131,7 +132,9 @@ class Distillation(Companion):
     def _teaches(self, pl_module: LightningModule) -> bool:
         return self._teacher is not None and self._of is not None and self._of() is pl_module
 
-    def _step(self, step: Any, pl_module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+    def _step(
+        self, step: Callable[..., StepOutput], pl_module: LightningModule, *args: object, **kwargs: object
+    ) -> StepOutput:
         states = random_states()
         if not self.heads:
             out, student = self._first(step, pl_module, *args, **kwargs)
@@ -142,13 +145,13 @@ class Distillation(Companion):
         loss = loss_of(out)
         if loss is None or not student:
             return out
-        added = distance(self.heads, student, self._ask(states, student, *args, **kwargs), self.temperature)
+        added = distance(self.heads, student, self._teacher_outputs(states, student, *args, **kwargs), self.temperature)
         pl_module.log("train/distillation", added.detach())
         return with_loss(out, loss + self.weight * added.to(loss.dtype))
 
     def _first(
-        self, step: Any, pl_module: LightningModule, *args: Any, **kwargs: Any
-    ) -> tuple[Any, dict[str, list[torch.Tensor]]]:
+        self, step: Callable[..., StepOutput], pl_module: LightningModule, *args: object, **kwargs: object
+    ) -> tuple[StepOutput, dict[str, list[torch.Tensor]]]:
         """A step that finds the heads."""
         with GraphOutputs(pl_module) as outputs:
             out = step(*args, **kwargs)
@@ -172,8 +175,8 @@ class Distillation(Companion):
         return out, {} if self._copy else student  # overwritten outputs: from the next step on
 
     @torch.no_grad()
-    def _ask(
-        self, states: dict[str, Any], student: dict[str, list[torch.Tensor]], *args: Any, **kwargs: Any
+    def _teacher_outputs(
+        self, states: StateDict, student: dict[str, list[torch.Tensor]], *args: object, **kwargs: object
     ) -> dict[str, list[torch.Tensor]]:
         """The teacher's outputs on the same batch, with the random draws that the student had."""
         assert self._teacher is not None

@@ -1,4 +1,4 @@
-"""What can be told before the traces are known, and what makes them doubtful."""
+"""Checks before the traces are measured, and what makes them doubtful."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +15,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Patterns, quantizable_layers
-from hawq_lightning._types import StateDict
+from hawq_lightning._types import Budget, JsonObject, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
@@ -59,7 +58,7 @@ class HAWQ(ApplyPlan):
         self,
         weight_bits: int | Sequence[int] | None = None,
         activation_bits: int | Sequence[int] | EllipsisType | None = ...,
-        budget: str | Mapping[str, Any] | None = None,
+        budget: Budget | None = None,
         *,
         quantizer: str | QuantizerConfig | None = None,
         measure: MeasureConfig | None = None,
@@ -104,7 +103,7 @@ class HAWQ(ApplyPlan):
         return self.measure_callback.candidates
 
     @property
-    def loss_per_site(self) -> list[dict[str, Any]]:
+    def loss_per_site(self) -> list[JsonObject]:
         """Predicted and measured loss changes, with ``MeasureConfig(loss_per_site=True)``."""
         return self.measure_callback.loss_per_site
 

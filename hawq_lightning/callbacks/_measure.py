@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,7 +17,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._types import Batch, LossFn
+from hawq_lightning._types import Batch, JsonObject, LossFn
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
@@ -94,7 +94,7 @@ class MeasureTraces(Callback):
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.dirpath, self.progress = dirpath, progress
         self.candidates: Mapping[str, tuple[Candidate, ...]] = {}
-        self.loss_per_site: list[dict[str, Any]] = []
+        self.loss_per_site: list[JsonObject] = []
         self.eigenvalues: dict[str, float] = {}
         self._sites: SiteTable | None = None
         self._sensitivity: Sensitivity | None = None
@@ -314,6 +314,6 @@ def describe(plan: Plan) -> str:
     return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def _csv(rows: Sequence[Mapping[str, object]]) -> str:
     columns = ("site", "kind", "bits", "predicted", "measured")
     return csv_text(columns, ([row.get(c) for c in columns] for row in rows), lineterminator="\r\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks._apply import quantizing_callback
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
@@ -50,7 +50,7 @@ class PostTraining(Companion):
         if not self.methods:
             raise HawqError(f"PostTraining(methods={methods!r}) names no method; leave the callback out for none.")
         self.measure = measure
-        self.improved: dict[str, dict[str, Any]] = {}
+        self.improved: dict[str, JsonObject] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Somebody has to quantize."""
@@ -112,7 +112,7 @@ def outside_of_evaluation(pl_module: LightningModule) -> Iterator[None]:
             module.training = mode
 
 
-def _summary(name: str, layers: dict[str, Any]) -> str:
+def _summary(name: str, layers: JsonObject) -> str:
     if not layers:
         return "no layer that it applies to."
     count = len(layers)

@@ -15,7 +15,7 @@ from hawq_lightning.sensitivity import Sensitivity, TraceCache, read_intact
 
 
 class SharedTraces:
-    """What ``measure`` asks before it measures; the first process looks, the others are told.
+    """What ``measure`` asks before it measures; the first process looks, the others get its answer.
 
     Args:
         trainer: whose processes measure together.
@@ -35,23 +35,23 @@ class SharedTraces:
         if self._asked:  # a process that ran out of memory asks again, which the others do not know
             return None
         self._asked = True
-        known, usable = None, True
+        earlier, usable = None, True
         if self._trainer.is_global_zero:
             try:
-                known = self._look(fingerprint)
+                earlier = self._look(fingerprint)
             except HawqError as refused:  # a home that cannot be written to is no reason to stop
                 usable = False
                 rank_zero_warn(f"HAWQ: {refused}")
         if self._trainer.world_size > 1:
-            told = None if known is None else known.to_dict()
-            told, usable = self._trainer.strategy.broadcast((told, usable))
-            known = None if told is None else Sensitivity.from_dict(told)
+            data = None if earlier is None else earlier.to_dict()
+            data, usable = self._trainer.strategy.broadcast((data, usable))
+            earlier = None if data is None else Sensitivity.from_dict(data)
         if not usable:
             self.cache = None
-        return known
+        return earlier
 
     def partial(self, fingerprint: str) -> Path:
-        """Where unfinished rows are kept."""
+        """Where unfinished rows are saved."""
         return self._folder / "sensitivity.partial" if self.cache is None else self.cache.partial(fingerprint)
 
     def forget_partial(self, fingerprint: str) -> None:
@@ -66,20 +66,20 @@ class SharedTraces:
             try:
                 self.cache.store(measured)
             except (HawqError, OSError) as error:  # a full disk there is no reason to stop
-                rank_zero_warn(f"HAWQ: the traces could not be kept for other runs: {error}")
+                rank_zero_warn(f"HAWQ: the traces could not be saved for other runs: {error}")
 
     def _look(self, fingerprint: str) -> Sensitivity | None:
         path = self._folder / "sensitivity.json"
         if path.is_file():
-            known = read_intact(path)
-            if known and known.fingerprint == fingerprint and {r.name: r.numel for r in known} == self._sites:
-                return known
+            earlier = read_intact(path)
+            if earlier and earlier.fingerprint == fingerprint and {r.name: r.numel for r in earlier} == self._sites:
+                return earlier
         if self.cache is None:
             return None
-        known = self.cache.find(fingerprint)
-        if known is not None:
+        earlier = self.cache.find(fingerprint)
+        if earlier is not None:
             rank_zero_info(f"HAWQ: the traces were measured before, by another run: {self.cache.path(fingerprint)}")
-        return known
+        return earlier
 
 
 @contextmanager

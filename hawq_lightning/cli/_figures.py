@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning._progress import progress_bar
 from hawq_lightning.callbacks import HAWQ, draw_batches, loss_from_training_step, onto_device, shows_progress
 from hawq_lightning.quantization import fake_quant_disabled
 
@@ -37,8 +36,7 @@ class PaperFigures(pl.Callback):
         ):
             drawn = draw_batches(trainer, min(_IMAGES, config.images), config.seed)
             batches = onto_device(trainer, pl_module, drawn)
-            with progress_bar(shows_progress(trainer)) as bar:
-                paper_figures(
-                    self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
-                    seed=config.seed, bar=bar,
-                )  # fmt: skip
+            paper_figures(
+                self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
+                seed=config.seed, progress=shows_progress(trainer),
+            )  # fmt: skip

@@ -5,6 +5,7 @@ from hawq_lightning.data._detection import CocoData
 from hawq_lightning.data._digits import DigitsDataModule
 from hawq_lightning.data._image_files import random_box
 from hawq_lightning.data._image_folder import ImageFolderDataModule
+from hawq_lightning.data._image_folder_config import ImageFolderConfig
 from hawq_lightning.data._miniatures import write_coco, write_image_folder
 from hawq_lightning.data._tensors import TensorImages
 from hawq_lightning.data._tiny import TinyCoco, TinyImageFolder
@@ -13,6 +14,7 @@ __all__ = [
     "CocoData",
     "CocoDataset",
     "DigitsDataModule",
+    "ImageFolderConfig",
     "ImageFolderDataModule",
     "TensorImages",
     "TinyCoco",

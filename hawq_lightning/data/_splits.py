@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hawq_lightning._errors import HawqError
 
+EvaluateOn = Literal["val", "held_out"]
 Labelled = Sequence[tuple[Path, int]]
 
 
@@ -30,7 +32,7 @@ class Parts:
 
     held_out: int = 0
     train_subset: int | None = None
-    evaluate_on: str = "val"
+    evaluate_on: EvaluateOn = "val"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,7 +44,7 @@ class Parts:
             raise HawqError(f"data.train_subset={self.train_subset} must be at least 1.")
 
     def of(self, splits: Mapping[str, Labelled]) -> dict[str, Labelled]:
-        """``train`` and ``val`` of the files with their labels, cut as asked."""
+        """``train`` and ``val`` of the files with their labels, cut by these settings."""
         train, val = splits["train"], splits["val"]
         if not self.held_out and self.train_subset is None:
             return {"train": train, "val": val}

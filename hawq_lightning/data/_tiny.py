@@ -7,6 +7,7 @@ from typing import Any
 
 from hawq_lightning.data._detection import CocoData
 from hawq_lightning.data._image_folder import ImageFolderDataModule
+from hawq_lightning.data._image_folder_config import ImageFolderConfig
 from hawq_lightning.data._miniatures import write_coco, write_image_folder
 
 
@@ -19,7 +20,8 @@ class TinyImageFolder(ImageFolderDataModule):
         images: training images a class.
         val_images: validation images a class.
         pixels: short side of the files, about.
-        **rest: of :class:`ImageFolderDataModule`.
+        config: how to read it.
+        **overrides: of :class:`ImageFolderDataModule`.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class TinyImageFolder(ImageFolderDataModule):
         images: int = 8,
         val_images: int = 4,
         pixels: int = 64,
-        **rest: Any,
+        config: ImageFolderConfig | None = None,
+        **overrides: object,
     ) -> None:
-        super().__init__(root, **rest)
+        super().__init__(root, config, **overrides)
         self.recipe = {"classes": classes, "train": images, "val": val_images, "size": pixels}
 
     def prepare_data(self) -> None:

@@ -135,7 +135,7 @@ def check_same(
             unknown.append(site.name)
         elif site.kind == "weight":
             weights = {id(m.weight): m.weight for m in layers}  # type: ignore[union-attr]
-            shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}  # type: ignore[union-attr, arg-type]
+            shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}  # type: ignore[arg-type]
             if shapes != {site.shape} or channel_axis(layers[0]) != held.axis:  # type: ignore[arg-type]
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
             elif types != {held.dtype}:

@@ -33,7 +33,7 @@ class DetectorNetwork(nn.Module):
             y of two corners in pixels of the input, clipped to it.
         """
         features = list(self.backbone(images).values())
-        found = self.head(features)
+        found: dict[str, torch.Tensor] = self.head(features)
         if self.boxes is None:
             return found
         return {

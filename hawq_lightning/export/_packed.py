@@ -20,7 +20,7 @@ from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._types import JsonObject
+from hawq_lightning._types import JsonObject, Model
 from hawq_lightning._values import check_has_values
 from hawq_lightning.export import _packed_v3, _safetensors
 from hawq_lightning.export._bits import pack, packed_bytes
@@ -47,7 +47,6 @@ from hawq_lightning.quantization import (
     to_fake_quantized,
 )
 
-Model = TypeVar("Model", bound=nn.Module)
 Value = TypeVar("Value", torch.Tensor, Spec)
 _LONGEST = 1.2345678901234567e-05  # no positive float32 takes more digits
 

@@ -2,6 +2,7 @@
 
 from hawq_lightning._code_formats import CODE_FORMATS, CodeFormat, register_code_format
 from hawq_lightning._config import check_bits
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
     check_plan,
@@ -76,11 +77,11 @@ __all__ = [
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
-    "must_be_called",
     "network_inputs",
     "per_channel_view",
     "plan_of",
     "prepare",
+    "quantizable_layers",
     "quantize",
     "quantized_layers",
     "quantizer_named",
@@ -92,7 +93,6 @@ __all__ = [
     "refresh",
     "register_code_format",
     "register_quantizer",
-    "share",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",

@@ -13,6 +13,7 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning._types import Model
 from hawq_lightning._values import check_has_values
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization._fold import norms_to_fold
@@ -54,7 +55,7 @@ def prepare(
     return {name: with_quantizers(reader) for name, reader in readers.items()}
 
 
-def unquantize(model: nn.Module) -> nn.Module:
+def unquantize(model: Model) -> Model:
     """Plain layers again, with the float weights that they hold.
 
     Args:
@@ -78,8 +79,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     layers, _ = quantizable_layers(model)
     have: dict[str, Site] = {}
     for s in plan.sites:
-        known = [n for n in s.layers if n in layers]
-        if len(known) == len(s.layers) and s.layers:
+        names = [n for n in s.layers if n in layers]
+        if len(names) == len(s.layers) and s.layers:
             shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape
             have[s.name] = Site(s.name, s.kind, s.layers, shape, s.numel)
     if len(have) != len(plan.sites):
@@ -198,7 +199,7 @@ def reestimate(model: nn.Module, step: int) -> None:
     """Fit ranges anew where ``reestimate`` divides ``step``, as the callbacks do by themselves.
 
     Args:
-        model: armed.
+        model: with quantizers enabled.
         step: optimizer steps so far.
     """
     for layer in quantized_layers(model).values():
@@ -214,8 +215,8 @@ def disable(model: nn.Module) -> None:
         quantizer.disable()
 
 
-def quantize(model: nn.Module, plan: Plan) -> nn.Module:
-    """Install and arm a plan in place; the same Parameters and state-dict names, plus the quantizers' buffers.
+def quantize(model: Model, plan: Plan) -> Model:
+    """Enable a plan's quantizers in place; the same Parameters and state-dict names, plus the quantizers' buffers.
 
     Args:
         model: a float model, or one already quantized.
@@ -240,13 +241,13 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 @contextmanager
 def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     """The float model for a while: every quantizer is the identity inside."""
-    mine = [q for q in quantizers(model) if not q.fake_quant_disabled]
-    for quantizer in mine:
+    enabled = [q for q in quantizers(model) if not q.fake_quant_disabled]
+    for quantizer in enabled:
         quantizer.fake_quant_disabled = True
     try:
         yield
     finally:
-        for quantizer in mine:
+        for quantizer in enabled:
             quantizer.fake_quant_disabled = False
 
 
@@ -268,7 +269,7 @@ def enabled_bits(model: nn.Module) -> dict[str, int]:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that a model is armed with, read from its quantizers: bits, codes and scales without their history.
+    """The plan that a model's enabled quantizers carry: bits, codes and scales without their history.
 
     Raises:
         HawqError: no quantizer is on.
@@ -300,7 +301,7 @@ def plan_of(model: nn.Module) -> Plan:
                 )
             )
     if not sites["weight"] and not sites["activation"]:
-        raise HawqError("No quantizer of this model is armed.")
+        raise HawqError("No quantizer of this model is enabled.")
     spec = next(x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
     return Plan(
         sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=spec.name,

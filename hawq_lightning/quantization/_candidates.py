@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import get_args
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
-from hawq_lightning._config import QuantizerConfig, check_bits
+from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._plan import Candidate
-from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
@@ -27,13 +28,13 @@ from hawq_lightning.sensitivity import InputHooks, Sensitivity, guarded_mean_tra
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
 
-def weight_code_formats(bits: int, code_format: str = "auto") -> tuple[str, ...]:
+def weight_code_formats(bits: int, code_format: CodeFormat = "auto") -> tuple[str, ...]:
     """Code formats to try at a width: 1 bit is sign times scale; at 2 bits the better of both; integers above.
 
     Raises:
         HawqError: an unknown format.
     """
-    choice("code_format", code_format, ("auto", "affine", "midrise"))
+    choice("code_format", code_format, get_args(CodeFormat))
     if bits == 1:
         return ("midrise",)
     if code_format != "auto":
@@ -46,7 +47,7 @@ def weight_candidates(
     axis: int,
     widths: Sequence[int],
     mean_trace: float,
-    code_format: str = "auto",
+    code_format: CodeFormat = "auto",
     quantizer: str | QuantizerSpec = "uniform",
     norm: nn.Module | None = None,
 ) -> tuple[Candidate, ...]:
@@ -116,24 +117,21 @@ def candidates(
     config = _overridden(config or QuantizerConfig(), overrides)
     spec = quantizer_named(config.name, config.options) if quantizer is None else quantizer_named(quantizer)
     mean_traces, _ = guarded_mean_traces(sensitivity)
-    with progress_bar(progress) as bar:
-        by_site = _of_weights(model, sites, mean_traces, config, spec, bar)
-        if config.activation_bits is not None and sites.activations:
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            run = _Runs(model, [to_device(b, device) for b in batches], loss_fn, sites, bar)
-            with isolated_eval(model):
-                steps = _calibrated(run, sites, config, spec)
-                samples = [batch_size_fn(b) for b in run.batches]
-                rows = _Perturbations(steps, samples, sensitivity.row_unit)
-                run.all("Activation perturbations", rows.visit)
-            for site in sites.activations:
-                lift = _lift(sensitivity, site.name, mean_traces[site.name])
-                by_site[site.name] = tuple(
-                    Candidate(
-                        bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero
-                    )
-                    for bits, (step, zero) in steps[site.name].items()
-                )
+    by_site = _of_weights(model, sites, mean_traces, config, spec, progress)
+    if config.activation_bits is not None and sites.activations:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        run = _Runs(model, [to_device(b, device) for b in batches], loss_fn, sites, progress)
+        with isolated_eval(model):
+            steps = _calibrated(run, sites, config, spec)
+            samples = [batch_size_fn(b) for b in run.batches]
+            rows = _Perturbations(steps, samples, sensitivity.row_unit)
+            run.all("Activation perturbations", rows.visit)
+        for site in sites.activations:
+            lift = _lift(sensitivity, site.name, mean_traces[site.name])
+            by_site[site.name] = tuple(
+                Candidate(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
+                for bits, (step, zero) in steps[site.name].items()
+            )
     return Candidates.of(by_site, sites, spec.name, spec.options)
 
 
@@ -151,23 +149,23 @@ def _of_weights(
     mean_traces: Mapping[str, float],
     config: QuantizerConfig,
     spec: QuantizerSpec,
-    bar: Bar,
+    progress: bool,
 ) -> dict[str, tuple[Candidate, ...]]:
     widths = check_bits(config.weight_bits, "weight")
     layers, _ = quantizable_layers(model)
     norms = norms_to_fold(model, sites.layers)
-    task = bar.begin("Weight ranges", len(sites.weights))
-    out = {}
-    for i, site in enumerate(sites.weights):
-        name = site.layers[0]
-        layer, trace, norm = layers[name], mean_traces[site.name], norms.get(name)
-        try:
-            out[site.name] = weight_candidates(
-                layer.weight.detach(), layer.channel_axis, widths, trace, config.code_format, spec, norm
-            )
-        except HawqError as error:
-            raise HawqError(f"Layer {name!r}: {error}.") from None
-        bar.advance(task, i + 1)
+    with progress_bar("Weight ranges", len(sites.weights), progress) as advance:
+        out = {}
+        for i, site in enumerate(sites.weights):
+            name = site.layers[0]
+            layer, trace, norm = layers[name], mean_traces[site.name], norms.get(name)
+            try:
+                out[site.name] = weight_candidates(
+                    layer.weight.detach(), layer.channel_axis, widths, trace, config.code_format, spec, norm
+                )
+            except HawqError as error:
+                raise HawqError(f"Layer {name!r}: {error}.") from None
+            advance(i + 1)
     return out
 
 
@@ -192,25 +190,27 @@ def _calibrated(
 class _Runs:
     """Runs of the model over batches, in which visitors see what activation sites read."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, sites: SiteTable, bar: Bar) -> None:
-        self.model, self.batches, self.loss_fn, self._bar = model, batches, loss_fn, bar
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, sites: SiteTable, progress: bool
+    ) -> None:
+        self.model, self.batches, self.loss_fn, self._progress = model, batches, loss_fn, progress
         layers, _ = quantizable_layers(model)
         self._readers = {x.name: layers[x.name] for x in sites.layers}
         self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
 
     def all(self, what: str, visitor: Callable[[int], Callable[[str, torch.Tensor], None]]) -> None:
         """Every batch once; ``visitor(batch)`` returns what gets site and tensor."""
-        task = self._bar.begin(what, len(self.batches))
-        for b, batch in enumerate(self.batches):
-            look = visitor(b)
+        with progress_bar(what, len(self.batches), self._progress) as advance:
+            for b, batch in enumerate(self.batches):
+                look = visitor(b)
 
-            def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
-                look(site, x.detach())
-                return x
+                def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
+                    look(site, x.detach())
+                    return x
 
-            with InputHooks(self._readers, self._site_of, visit), torch.no_grad():
-                self.loss_fn(self.model, batch)
-            self._bar.advance(task, b + 1)
+                with InputHooks(self._readers, self._site_of, visit), torch.no_grad():
+                    self.loss_fn(self.model, batch)
+                advance(b + 1)
 
 
 def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.sensitivity import Outputs, find_boundary
 
 _TINY = 1e-12
@@ -45,7 +47,7 @@ class GraphOutputs(Outputs):
         super().__enter__()
         return self
 
-    def _visit(self, name: str, output: Any) -> Any:
+    def _visit(self, name: str, output: ModelOutputs) -> ModelOutputs:
         count = len(self.edges)
         out = super()._visit(name, output)
         if isinstance(out, torch.Tensor) and len(self.edges) > count:
@@ -71,7 +73,7 @@ def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     return list(heads.values())
 
 
-def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Any, int], int]) -> dict[int, tuple[tuple[int, ...], int]]:
+def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Node, int], int]) -> dict[int, tuple[tuple[int, ...], int]]:
     """Number of a boundary output -> shape and axis of the softmax between it and the loss."""
     softmaxes: dict[int, tuple[tuple[int, ...], int]] = {}
     stack: list[tuple[Any, Any]] = [(loss.grad_fn, None)]
@@ -133,8 +135,8 @@ class HeadOutputs:
         """Outputs seen so far."""
         return sum(len(t) for t in self.tensors.values())
 
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Any) -> Any:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], ModelOutputs], ModelOutputs]:
+        def record(module: nn.Module, args: tuple[object, ...], output: ModelOutputs) -> ModelOutputs:
             self.tensors[name] += list(_tensors(output))
             if self._enough is not None and self.count() >= self._enough:
                 raise Enough
@@ -147,7 +149,7 @@ class Enough(BaseException):
     """All outputs were seen; the loss that would follow is of no interest."""
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
+def _tensors(output: ModelOutputs) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
+from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity import InputHooks
 
 
-def network_inputs(
-    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], sites: SiteTable
-) -> frozenset[str]:
+def network_inputs(model: nn.Module, batch: Batch, loss_fn: LossFn, sites: SiteTable) -> frozenset[str]:
     """Activation sites that read what no parameter has touched.
 
     Args:
         model: its parameters must not need gradients; afterwards they do not.
-        batch: one.
+        batch: a batch of the user's, as a dataloader gives it.
         loss_fn: runs the model on it.
         sites: of the model.
     """
     layers, _ = quantizable_layers(model)
     readers = {x.name: layers[x.name] for x in sites.layers}
     site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
-    found: set[str] = set()
+    inputs: set[str] = set()
 
     def visit(site: str, x: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad:
-            found.add(site)
+            inputs.add(site)
         return x
 
     parameters = [p for p in model.parameters() if p.is_floating_point()]
@@ -43,4 +39,4 @@ def network_inputs(
     finally:
         for p in parameters:
             p.requires_grad_(False)
-    return frozenset(found)
+    return frozenset(inputs)

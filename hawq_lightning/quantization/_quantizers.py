@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, choice
 from hawq_lightning.layers import deterministic
 from hawq_lightning.quantization._fake_quantize import (
     MIDRISE_ZERO,
@@ -20,9 +20,8 @@ from hawq_lightning.quantization._fake_quantize import (
     per_channel_view,
 )
 from hawq_lightning.quantization._quantizer import Quantizer
-from hawq_lightning.quantization._ranges import ACTIVATION_RANGES, WEIGHT_RANGES, activation_step, weight_step
+from hawq_lightning.quantization._ranges import RANGES, Ranges, activation_step, weight_step
 from hawq_lightning.quantization._storage import Storage
-from hawq_lightning.quantization._widths import one_of
 
 _DEFAULT = "uniform"
 _MARK = "quantizer_"
@@ -46,10 +45,10 @@ class WeightQuantizer(Quantizer):
     zero_points = False  # whether affine codes have zero points of their own
     folding = False  # whether the grid is one of the weight with a BatchNorm in it
 
-    def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse", reestimate: int = 0) -> None:
+    def __init__(self, channels: int, axis: int = 0, *, ranges: Ranges = "mse", reestimate: int = 0) -> None:
         super().__init__(channels)
         self.axis = axis
-        self.ranges = one_of("ranges", ranges, WEIGHT_RANGES)
+        self.ranges = choice("ranges", ranges, RANGES)
         if isinstance(reestimate, bool) or not isinstance(reestimate, int) or reestimate < 0:
             raise HawqError(f"reestimate is {reestimate!r}; it is a number of training steps, 0 or more.")
         self.reestimate = reestimate
@@ -74,8 +73,8 @@ class WeightQuantizer(Quantizer):
         return ("midrise",) if bits == 1 else ("affine", "midrise")
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
-        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        if own and (trained := named_in(own)) != self.name:
+        names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if names and (trained := named_in(names)) != self.name:
             raise HawqError(
                 f"{prefix.removesuffix('.weight_quantizer.')!r} was trained with quantizer {trained!r}, but this "
                 f"network has {self.name!r}; build it with quantizer={trained!r}."
@@ -176,9 +175,9 @@ class ActivationQuantizer(Quantizer):
         ranges: ``mse`` (the step of least squared error), ``minmax`` or ``percentile`` (0.1 % beyond either end).
     """
 
-    def __init__(self, *, ranges: str = "mse") -> None:
+    def __init__(self, *, ranges: Ranges = "mse") -> None:
         super().__init__()
-        self.ranges = one_of("ranges", ranges, ACTIVATION_RANGES)
+        self.ranges = choice("ranges", ranges, RANGES)
 
     def calibrate(self, sample: torch.Tensor, low: float, high: float, bits: int) -> tuple[float, int]:
         """Step and zero point for one site, before training.

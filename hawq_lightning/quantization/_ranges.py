@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO
 
-WEIGHT_RANGES = ACTIVATION_RANGES = ("mse", "minmax", "percentile")
+Ranges = Literal["mse", "minmax", "percentile"]
+"""How the clipping range is chosen: least squared error, the extremes, or all but the outermost values."""
+RANGES: tuple[Ranges, ...] = get_args(Ranges)
 OUTSIDE = 0.001  # the share of values that ``percentile`` leaves beyond a range
 TINY = 1e-30  # below it 1/step leaves float32
 HUGE = 3.2e38  # float32 ends soon after
@@ -18,7 +22,7 @@ _SWEEPS = 4
 
 @torch.no_grad()
 def weight_step(
-    weight: torch.Tensor, bits: int, code: str, axis: int = 0, ranges: str = "mse"
+    weight: torch.Tensor, bits: int, code: str, axis: int = 0, ranges: Ranges = "mse"
 ) -> tuple[torch.Tensor, float]:
     """Per-channel steps, by default of least squared error, and their squared error.
 
@@ -79,7 +83,9 @@ def weight_step(
 
 
 @torch.no_grad()
-def activation_step(sample: torch.Tensor, low: float, high: float, bits: int, ranges: str = "mse") -> tuple[float, int]:
+def activation_step(
+    sample: torch.Tensor, low: float, high: float, bits: int, ranges: Ranges = "mse"
+) -> tuple[float, int]:
     """Step and zero point for one activation site, by default of least squared error.
 
     Args:

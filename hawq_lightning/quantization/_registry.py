@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hawq_lightning._config import QuantizerConfig, config_check
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._registry import Registry
+from hawq_lightning._types import Options
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 
 Weight = TypeVar("Weight", bound=type[WeightQuantizer])
@@ -55,7 +56,7 @@ class QuantizerSpec:
         """
         return self.activation(**self._options(self.activation))
 
-    def _options(self, of: type) -> dict[str, Any]:
+    def _options(self, of: type) -> Options:
         possible = option_names(of)
         return {k: v for k, v in self.options.items() if k in possible}
 

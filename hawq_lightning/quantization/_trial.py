@@ -95,10 +95,9 @@ def loss_per_site(
         temporarily_quantized(model, quantizer) as layers,
         isolated_eval(model),
         torch.no_grad(),
-        progress_bar(progress) as bar,
+        progress_bar("Loss change, site by site", len(trials), progress) as advance,
     ):
         base = mean_loss()
-        task = bar.begin("Loss change, site by site", len(trials))
         for done, (site, candidate) in enumerate(trials):
             for name in site.layers:
                 enable_site(layers[name], _plan_site(site, candidate), norms.get(name))
@@ -110,7 +109,7 @@ def loss_per_site(
                 "site": site.name, "kind": site.kind, "bits": candidate.bits,
                 "predicted": candidate.omega / 2, "measured": measured,
             })  # fmt: skip
-            bar.advance(task, done + 1)
+            advance(done + 1)
     return rows
 
 

@@ -1,6 +1,7 @@
 """What people look at: report.html with its figures, and the model card."""
 
 from hawq_lightning._csv import csv_text
+from hawq_lightning._io import write_text
 from hawq_lightning.report._card import markdown_table, model_card
 from hawq_lightning.report._checks import rank_correlations
 from hawq_lightning.report._convergence import chosen_sites, draw_eigenvalues, draw_images, draw_steps
@@ -53,4 +54,5 @@ __all__ = [
     "sweep_facts",
     "uniform_points",
     "write_report",
+    "write_text",
 ]

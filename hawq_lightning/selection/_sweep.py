@@ -84,7 +84,7 @@ def frontier(
     Args:
         omega: sites x options, Ω of every choice (any unit, >= 0); ``inf`` means not available. Rows may have different
             lengths.
-        cost: likewise, what every choice costs (any unit, >= 0).
+        cost: what every choice costs, of omega's shape, in any unit, not negative.
         ties: lists of site indices that take one option; lists that share a site become one.
         max_points: points kept at most between two steps; beyond, :attr:`Frontier.factor` exceeds 1.
 

@@ -1,5 +1,7 @@
 """Hessian traces of every weight and activation, with standard errors (paper 2.1, 2.2, 3.1)."""
 
+from hawq_lightning._batches import batch_images
+from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._cache import TraceCache, read_intact
@@ -87,12 +89,14 @@ __all__ = [
     "TraceStatistics",
     "WholeBatches",
     "backpropagate",
+    "batch_images",
     "check_linearity",
     "chunks",
     "concave_share",
     "factor_probe",
     "factorize_loss_hessian",
     "find_boundary",
+    "find_sites",
     "forward_pass",
     "guarded_mean_traces",
     "hutchinson_batch",

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
-from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import Batch, LossFn
@@ -27,7 +27,7 @@ from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._lobpcg import LobpcgState
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 
-KINDS = ("ggn", "hessian")
+Curvature = Literal["ggn", "hessian"]
 Apply = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 """From site -> vectors (rows, elements) to site -> products with the site's block."""
 
@@ -58,7 +58,7 @@ def top_eigenpairs(
     loss_fn: LossFn,
     *,
     count: int = 1,
-    kind: str = "ggn",
+    kind: Curvature = "ggn",
     sites: SiteTable | None = None,
     only: Collection[str] | None = None,
     rtol: float = 0.02,
@@ -89,11 +89,11 @@ def top_eigenpairs(
     Raises:
         HawqError: unknown kind or site, no batches, or a network that cannot be differentiated twice.
     """
-    choice("kind", kind, KINDS)
+    choice("kind", kind, get_args(Curvature))
     if count < 1:
         raise HawqError(f"count is {count}; it is 1 or more.")
     data = BatchSet.of(model, batches, batch_images, shard)
-    with isolated_eval(model, seed), progress_bar(progress and data.shard.rank == 0) as bar:
+    with isolated_eval(model, seed):
         first, samples = data.batches[0], data.samples[0]
         table = sites or find_sites(model, lambda: loss_fn(model, first), samples)
         every_layer, _ = quantizable_layers(model)
@@ -104,7 +104,8 @@ def top_eigenpairs(
         for name in requested:
             choice("site", name, names)
         context = MeasureContext(model, layers, table, loss_fn)
-        search = _Search(context, data, independent_samples(context, first, samples), kind, rtol, max_steps, seed, bar)
+        separable, show = independent_samples(context, first, samples), progress and data.shard.rank == 0
+        search = _Search(context, data, separable, kind, rtol, max_steps, seed, show)
         try:
             pairs = search.weights([s.name for s in table.weights if s.name in requested], count)
             pairs |= search.activations([s.name for s in table.activations if s.name in requested])
@@ -127,17 +128,17 @@ class _Search:
         rtol: residual to reach.
         max_steps: products a site at the most.
         seed: of the first vectors.
-        bar: progress.
+        progress: show a bar.
     """
 
     context: MeasureContext
     data: BatchSet
     per_sample: Mapping[str, bool]
-    kind: str
+    kind: Curvature
     rtol: float
     max_steps: int
     seed: int
-    bar: Bar
+    progress: bool
 
     def weights(self, names: list[str], count: int) -> dict[str, Eigenpairs]:
         owner: dict[str, Any] = {
@@ -205,15 +206,15 @@ class _Search:
             generator = torch.Generator().manual_seed(self.seed + i)
             start = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
             states[n] = LobpcgState(start, deflated.get(n))
-        task = self.bar.begin(what, len(states))
-        for step in range(self.max_steps):
-            active = {n: c for n, c in states.items() if step == 0 or not c.done(self.rtol)}
-            self.bar.advance(task, len(states) - len(active))
-            if not active:
-                break
-            products = apply({n: c.next_vectors() for n, c in active.items()})
-            for n, c in active.items():
-                c.update(products[n])
+        with progress_bar(what, len(states), self.progress) as advance:
+            for step in range(self.max_steps):
+                active = {n: c for n, c in states.items() if step == 0 or not c.done(self.rtol)}
+                advance(len(states) - len(active))
+                if not active:
+                    break
+                products = apply({n: c.next_vectors() for n, c in active.items()})
+                for n, c in active.items():
+                    c.update(products[n])
         return states
 
     @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hawq_lightning._progress import Bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._chunks import Chunk, chunks
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
@@ -161,13 +161,13 @@ class ImportanceSampler:
         return values[self._start[batch] : self._start[batch + 1]]
 
 
-def importance_sampler(runner: ProbeRunner, data: BatchSet, bar: Bar) -> ImportanceSampler:
+def importance_sampler(runner: ProbeRunner, data: BatchSet, progress: bool) -> ImportanceSampler:
     """Design the drawing of samples by the curvature of all samples' losses.
 
     Args:
         runner: how a batch is probed.
         data: all batches.
-        bar: progress.
+        progress: show a bar.
 
     Raises:
         NotDrawableError: samples cannot be drawn; all processes find so together.
@@ -179,19 +179,19 @@ def importance_sampler(runner: ProbeRunner, data: BatchSet, bar: Bar) -> Importa
     start, heap = data.start, Heap()
     # the last entry counts processes that cannot draw: all must go the same way
     table = torch.zeros(start[-1] + 1, dtype=torch.float64)
-    task = bar.begin("Curvature at the outputs", len(data.local))
-    for done, b in enumerate(data.local):
-        curvature = None
-        if runner.largest is None:  # else a whole batch is too much
-            batch = data.batches[b]
-            result = attempt(lambda batch=batch: runner.estimator.sample_curvature(runner.context, batch))  # type: ignore[misc]
-            curvature = None if isinstance(result, RanOut) else result
-        if curvature is None or len(curvature) != data.samples[b]:
-            table[-1] += 1
-            break
-        table[start[b] : start[b + 1]] = curvature
-        heap.tidy()
-        bar.advance(task, done + 1)
+    with progress_bar("Curvature at the outputs", len(data.local), progress) as advance:
+        for done, b in enumerate(data.local):
+            curvature = None
+            if runner.largest is None:  # else a whole batch is too much
+                batch = data.batches[b]
+                result = attempt(lambda batch=batch: runner.estimator.sample_curvature(runner.context, batch))  # type: ignore[misc]
+                curvature = None if isinstance(result, RanOut) else result
+            if curvature is None or len(curvature) != data.samples[b]:
+                table[-1] += 1
+                break
+            table[start[b] : start[b + 1]] = curvature
+            heap.tidy()
+            advance(done + 1)
     table = data.shard.sum(table)
     if float(table[-1]):
         raise NotDrawableError(

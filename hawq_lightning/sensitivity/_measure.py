@@ -10,7 +10,7 @@ from typing import Unpack
 from torch import nn
 
 from hawq_lightning._config import MeasureConfig
-from hawq_lightning._progress import progress_bar, seconds_since
+from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
@@ -75,7 +75,8 @@ def measure(
     settings = MeasureSettings.of(config, overrides)
     config, began = settings.config, time.perf_counter()
     data = BatchSet.of(model, batches, settings.batch_size_fn, shard)
-    with isolated_eval(model, config.seed), progress_bar(progress and data.shard.rank == 0) as bar:
+    progress = progress and data.shard.rank == 0
+    with isolated_eval(model, config.seed):
         look = first_look(model, data, loss_fn, sites, settings, reuse)
         if look.earlier is not None:
             return look.earlier
@@ -86,7 +87,7 @@ def measure(
         release_memory()  # what it took to get ready
         stop = settings.stop
         enough = None if stop is None else lambda rows: stop(to_sensitivity(rows, look.fingerprint))
-        loop = TraceLoop(data, estimator, default_rule(config, enough), checkpoint, bar, config.rtol)
+        loop = TraceLoop(data, estimator, default_rule(config, enough), checkpoint, progress, config.rtol)
         unit = estimator.row_unit(runner.context, runner.per_sample)
         sampling, final = run_loop(
             loop, runner, config.sampling, TraceStatistics(look.context.table, data.samples, unit)

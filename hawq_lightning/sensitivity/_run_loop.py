@@ -31,7 +31,7 @@ def run_loop(
     if kind == "all":
         return whole, loop.run(whole, statistics)
     try:
-        drawn = importance_sampler(runner, loop.data, loop.bar)
+        drawn = importance_sampler(runner, loop.data, loop.progress)
         if kind == "curvature" or pays_off(drawn.design):
             return drawn, loop.run(drawn, statistics.fresh())
     except NotDrawableError as reason:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hawq_lightning._progress import Bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
 from hawq_lightning.sensitivity._estimator import Estimator
@@ -64,7 +64,7 @@ class TraceLoop:
         estimator: prepared.
         rule: asked whenever the estimates are unbiased.
         checkpoint: of the unfinished measurement.
-        bar: progress; it shows the error of the worst site.
+        progress: show a bar, with the error of the worst site.
         rtol: share of a trace below which its standard error makes it significant, for that figure.
         stopped: why, once it has run.
     """
@@ -73,7 +73,7 @@ class TraceLoop:
     estimator: Estimator
     rule: StoppingRule
     checkpoint: MeasurementCheckpoint
-    bar: Bar
+    progress: bool
     rtol: float
     stopped: Stop = field(default=Stop(""), init=False)
 
@@ -84,33 +84,33 @@ class TraceLoop:
             the sum over processes.
         """
         local, shard = len(self.data.local), self.data.shard
-        task = self.bar.begin("Hessian traces", local)
         position = self.checkpoint.restore(statistics)
         step, done, started = position.step, position.done, position.started
-        while True:
-            if step and not started:  # a step has ended, here or before an interruption
-                total = statistics.summed(shard, sampling.probes_per_step * step)
-                total.check_finite()
-                if self.estimator.exact:
-                    self.stopped = Stop("exact")
-                    return total
-                # within a period estimates are biased: the concave part has been counted too often or not yet
-                if total.probes % self.estimator.period == 0:
-                    stop = self.rule.decide(self._progress(sampling, total, step))
-                    if stop is not None:
-                        self.stopped = stop
+        with progress_bar("Hessian traces", local, self.progress) as advance:
+            while True:
+                if step and not started:  # a step has ended, here or before an interruption
+                    total = statistics.summed(shard, sampling.probes_per_step * step)
+                    total.check_finite()
+                    if self.estimator.exact:
+                        self.stopped = Stop("exact")
                         return total
-                    if step % sampling.report_every == 0:
-                        worst, name = worst_error(total, self.rtol)
-                        task = self.bar.begin(f"Hessian traces, error {worst:.1%} at {name}", local)
+                    # within a period estimates are biased: the concave part has been counted too often or not yet
+                    if total.probes % self.estimator.period == 0:
+                        stop = self.rule.decide(self._progress(sampling, total, step))
+                        if stop is not None:
+                            self.stopped = stop
+                            return total
+                        if step % sampling.report_every == 0:
+                            worst, name = worst_error(total, self.rtol)
+                            advance(0, f"Hessian traces, error {worst:.1%} at {name}")
 
-            def after(batches: int, step: int = step, task: object = task) -> None:
-                self.bar.advance(task, batches)
-                self.checkpoint.save(statistics, step, batches)
+                def after(batches: int, step: int = step) -> None:
+                    advance(batches)
+                    self.checkpoint.save(statistics, step, batches)
 
-            sampling.step(step, statistics, done, after)
-            step, done, started = step + 1, 0, False
-            self.checkpoint.save(statistics, step, 0)
+                sampling.step(step, statistics, done, after)
+                step, done, started = step + 1, 0, False
+                self.checkpoint.save(statistics, step, 0)
 
     def _progress(self, sampling: Sampling, total: TraceStatistics, step: int) -> Progress:
         work = float(sampling.probes_per_step * sampling.work)  # probes a sample in a step, on average

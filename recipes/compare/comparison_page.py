@@ -9,7 +9,7 @@ from bootstrap import Interval
 from comparison import Comparison, Row, read_comparison, widths
 from matplotlib.ticker import PercentFormatter
 
-from hawq_lightning import HawqError, write_text
+from hawq_lightning import HawqError
 from hawq_lightning.report import (
     BLUE,
     GREEN,
@@ -21,6 +21,7 @@ from hawq_lightning.report import (
     markdown_table,
     score,
     size,
+    write_text,
 )
 
 COLUMNS = ["Method", "w-bits", "a-bits", "before", "after", "against {}", "W-Comp", "A-Comp", "Size", "Perturb. (Ω)",

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from jobs import Job, quoted
 
-from hawq_lightning import HawqError, nearest
+from hawq_lightning import HawqError
+from hawq_lightning.cli import nearest
 
 SCORES = ("accuracy", "map")
 

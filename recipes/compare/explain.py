@@ -31,7 +31,8 @@ from explain_page import draw, tables
 from held_out import HeldOut
 from jobs import needs
 
-from hawq_lightning import HawqError, Plan, select, write_text
+from hawq_lightning import HawqError, Plan, select
+from hawq_lightning.report import write_text
 from hawq_lightning.selection import problem_of
 
 MARKS = (0, 5, 10, 20, 40, 80, 160)

@@ -211,7 +211,7 @@ def test_what_is_in_the_way_is_found_before_anything_is_written(folder, tmp_path
 
 
 def test_an_error_of_the_disk_is_one_line(tmp_path):
-    from hawq_lightning import write_text
+    from hawq_lightning.report import write_text
 
     (tmp_path / "a.json").mkdir()
     with pytest.raises(HawqError, match=r"Cannot write .*a\.json: Is a directory\."):

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from hawq_lightning import HawqError, find_sites, measure
+from hawq_lightning import HawqError, measure
 from hawq_lightning.report import chosen_sites, draw_eigenvalues, draw_images, draw_steps, paper_figures
-from hawq_lightning.sensitivity import landscape, trace_history
+from hawq_lightning.sensitivity import find_sites, landscape, trace_history
 from tests.cases import CASES, ConvNet, build
 
 NAMES = ["convergence_images", "convergence_steps_weights", "convergence_steps_activations", "eigenvalues", "landscape"]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import candidates, find_sites, measure, sites
+from hawq_lightning import candidates, measure, sites
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import build
 
 

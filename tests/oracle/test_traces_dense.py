@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, find_sites, measure
+from hawq_lightning import HawqError, measure
 from hawq_lightning.sensitivity import (
     MeasureContext,
     backpropagate,
     factor_probe,
     factorize_loss_hessian,
+    find_sites,
     forward_pass,
     hutchinson_batch,
     independent_samples,

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch.nn import functional as F
 
-from hawq_lightning import batch_images
+from hawq_lightning.sensitivity import batch_images
 from tests.small_network import Batch, Small, images, small_plan
 
 

@@ -11,14 +11,7 @@ import hawq_lightning
 
 PACKAGE = Path(hawq_lightning.__file__).parent
 MOST_PARAMETERS = 12
-MOST_ANY = 13  # a thousand lines
-# what is above the limits today; a number here may only fall, and an entry only go
-LONGER = {
-    "callbacks/_hawq.py: __init__": 38, "callbacks/_measure.py: __init__": 29, "data/_image_folder.py: __init__": 19,
-    "selection/_problem.py: __init__": 13, "sensitivity/_eigen.py: top_eigenpairs": 15,
-    "sensitivity/_measure.py: measure": 21,
-}  # fmt: skip
-ANY_TODAY, PHRASES_TODAY = 27, 28
+MOST_ANY = 10  # times the word in a thousand lines
 PHRASES = re.compile(r"\blikewise\b|^\s*\w+: (one|it|this|that|what it is)\.$", re.I | re.M)
 
 
@@ -43,14 +36,12 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def any_count(text: str) -> int:
-    """Uses of ``Any`` in the code, its import apart."""
-    return sum(
-        isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(ast.parse(text, type_comments=True))
-    )
+    """Uses of the word ``Any``, imports and comments counted too."""
+    return len(re.findall(r"\bAny\b", text))
 
 
 def test_no_parameter_list_is_longer_than_a_screen_of_a_config():
-    long = {name: n for name, node in functions() if (n := parameters(node)) > LONGER.get(name, MOST_PARAMETERS)}
+    long = {name: n for name, node in functions() if (n := parameters(node)) > MOST_PARAMETERS}
     assert not long, f"more than {MOST_PARAMETERS} parameters: {long}"
 
 
@@ -59,9 +50,9 @@ def test_untyped_places_are_few():
     lines = sum(text.count("\n") for _, text in modules())
     share = 1000 * sum(counts.values()) / lines
     most = sorted(counts.items(), key=lambda x: -x[1])[:8]
-    assert share <= max(MOST_ANY, ANY_TODAY), f"{share:.1f} `Any` in 1,000 lines; most in {most}"
+    assert share <= MOST_ANY, f"{share:.1f} `Any` in 1,000 lines; most in {most}"
 
 
 def test_docstrings_say_what_an_argument_is():
     empty = [f"{name}: {m[0].strip()}" for name, text in modules() for m in PHRASES.finditer(text)]
-    assert len(empty) <= PHRASES_TODAY, "\n".join(empty)
+    assert not empty, "\n".join(empty)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import hawq_lightning as hl
-from hawq_lightning import HawqError, batch_images, sites
+from hawq_lightning import HawqError, sites
 from hawq_lightning.layers import must_be_called
 from hawq_lightning.quantization import prepare
+from hawq_lightning.sensitivity import batch_images
 from tests.cases import ConvNet, SharedHead, Tied
 from tests.trainers import mlp
 

@@ -5,6 +5,7 @@ Tested with lightning 2.6; every private name that the package uses is used here
 
 from hawq_lightning.callbacks._trainer._data import draw_batches, onto_device
 from hawq_lightning.callbacks._trainer._patched_step import (
+    StepOutput,
     float_copy,
     loss_of,
     patch_training_step,
@@ -37,6 +38,7 @@ from hawq_lightning.callbacks._trainer._trainer import (
 from hawq_lightning.callbacks._trainer._training_step_loss import loss_from_training_step
 
 __all__ = [
+    "StepOutput",
     "after_layers_exist",
     "at_epoch_end",
     "builds_later",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,10 +15,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity import random_states_kept
 
+Index = TypeVar("Index")
+Loaders: TypeAlias = Any
+"""A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
-def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
+
+def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Batch]:
     """The first ``images`` images that the Trainer's own train data would give, in the user's batches.
 
     Transforms, sampler and collate function are the user's; loaders, generators, workers and random states stay
@@ -40,7 +45,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Any]:
     return batches
 
 
-def _loaders(trainer: Trainer) -> Any:
+def _loaders(trainer: Trainer) -> Loaders:
     source = trainer.fit_loop._data_source
     if trainer.state.fn == "fit":
         if not source.is_defined():
@@ -55,7 +60,7 @@ def _loaders(trainer: Trainer) -> Any:
     return trainer.validate_loop._data_source.dataloader()
 
 
-def _train_data(trainer: Trainer) -> Any:
+def _train_data(trainer: Trainer) -> Loaders:
     source, data = trainer.fit_loop._data_source, getattr(trainer, "datamodule", None)
     try:
         return source.dataloader()
@@ -66,58 +71,61 @@ def _train_data(trainer: Trainer) -> Any:
         return source.dataloader()
 
 
-def _from_loader(loader: Any, images: int, seed: int, overfit: int) -> list[Any]:
+def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int) -> list[Batch]:
     if not isinstance(loader, DataLoader):
-        if hasattr(loader, "__len__") and len(loader) == 0:
+        if isinstance(loader, Sized) and len(loader) == 0:
             return []
         stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
         return _until(stream, images)
     if isinstance(loader.dataset, IterableDataset):
-        own = DataLoader(
+        fresh = DataLoader(
             copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
         )  # fmt: skip
-        return _until(iter(own), images)
+        return _until(iter(fresh), images)
     collate = loader.collate_fn or default_collate
     dataset = loader.dataset
     if loader.batch_size is None and loader.batch_sampler is None:
-        indices = (i for i in _own_sampler(loader.sampler, seed))
+        indices = (i for i in _copied_sampler(loader.sampler, seed))
         return _until((collate(_item(dataset, i, seed)) for i in indices), images)
-    sampler = loader.batch_sampler
+    sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
-        sampler = torch.utils.data.BatchSampler(SequentialSampler(dataset), loader.batch_size or 1, False)  # type: ignore[arg-type]
-    lists = _own_sampler(sampler, seed)
+        in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
+        sampler = torch.utils.data.BatchSampler(in_order, loader.batch_size or 1, False)
+    assert sampler is not None  # a loader has the one or the other
+    lists = _copied_sampler(sampler, seed)
     if overfit:
         lists = itertools.islice(lists, overfit)
     return _until((collate(_items(dataset, ids, seed)) for ids in lists), images)
 
 
-def _own_sampler(sampler: Any, seed: int) -> Iterator[Any]:
+def _copied_sampler(sampler: Iterable[Index], seed: int) -> Iterator[Index]:
     """Iterate a shallow copy of a sampler, with a generator of its own where the original has one."""
-    own = copy.copy(sampler)
-    if isinstance(getattr(own, "generator", None), torch.Generator):
-        own.generator = torch.Generator().manual_seed(seed)
-    inner = getattr(own, "sampler", None)
+    copied: Any = copy.copy(sampler)
+    if isinstance(getattr(copied, "generator", None), torch.Generator):
+        copied.generator = torch.Generator().manual_seed(seed)
+    inner = getattr(copied, "sampler", None)
     if inner is not None and inner is not sampler:
         inner = copy.copy(inner)
         if isinstance(getattr(inner, "generator", None), torch.Generator):
             inner.generator = torch.Generator().manual_seed(seed)
-        own.sampler = inner
-    return iter(own)
+        copied.sampler = inner
+    return iter(copied)
 
 
-def _item(dataset: Dataset[Any], index: Any, seed: int) -> Any:
+def _item(dataset: Dataset[Batch], index: object, seed: int) -> Batch:
     torch.manual_seed(seed + 7919 * int(index) if isinstance(index, int) else seed)  # transforms: a seed an index
     return dataset[index]
 
 
-def _items(dataset: Dataset[Any], ids: Any, seed: int) -> Any:
+def _items(dataset: Dataset[Batch], ids: Iterable[object], seed: int) -> list[Batch]:
     if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(list(ids))
+        items: list[Batch] = dataset.__getitems__(list(ids))
+        return items
     return [_item(dataset, i, seed) for i in ids]
 
 
-def _until(stream: Iterator[Any], images: int) -> list[Any]:
+def _until(stream: Iterator[Batch], images: int) -> list[Batch]:
     out, count = [], 0
     for batch in stream:
         out.append(batch)
@@ -127,7 +135,7 @@ def _until(stream: Iterator[Any], images: int) -> list[Any]:
     return out
 
 
-def onto_device(trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> list[Any]:
+def onto_device(trainer: Trainer, pl_module: LightningModule, batches: list[Batch]) -> list[Batch]:
     """Move batches as the Trainer would, with the module's own transfer hooks."""
     out = []
     for batch in batches:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,13 +15,13 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._types import StateDict
+from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.sensitivity import ProcessShard
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
-def check_namespace(trainer: Any) -> None:
+def check_namespace(trainer: object) -> None:
     """Lightning has two names, whose classes are not each other's.
 
     Raises:
@@ -72,14 +71,16 @@ def builds_later(pl_module: LightningModule) -> bool:
     return any(is_overridden(name, pl_module) for name in ("setup", "configure_model"))
 
 
-def after_layers_exist(pl_module: LightningModule, prepare: Callable[[], Any]) -> None:
+def after_layers_exist(pl_module: LightningModule, prepare: Callable[[], object]) -> None:
     """Call ``install`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
     for name in ("setup", "configure_model"):
         if not is_overridden(name, pl_module) or name in pl_module.__dict__:
             continue
         original = getattr(pl_module, name)
 
-        def once(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+        def once(
+            *args: object, _name: str = name, _original: Callable[..., object] = original, **kwargs: object
+        ) -> object:
             pl_module.__dict__.pop(_name, None)
             out = _original(*args, **kwargs)
             prepare()
@@ -104,7 +105,7 @@ def rerun_setup(before: list[Callback], trainer: Trainer, pl_module: LightningMo
 
 
 def sync_averages(trainer: Trainer, pl_module: LightningModule, weights: bool = False) -> None:
-    """Arm the copies that averaging callbacks hold; their averages stay unless ``weights`` are to begin anew too."""
+    """Enable the quantizers in the copies of averaging callbacks; with ``weights`` their averages begin anew too."""
     state = {k: v for k, v in pl_module.state_dict().items() if weights or "_quantizer." in k}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
@@ -146,7 +147,7 @@ def in_middle_of_epoch(checkpoint: StateDict) -> bool:
     return bool(progress) and not progress["is_last_batch"] and progress["current"]["ready"] > 0
 
 
-def train_loaders(trainer: Trainer) -> list[Any]:
+def train_loaders(trainer: Trainer) -> list[Iterable[Batch]]:
     """The train dataloaders, once the Trainer has them."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
@@ -159,17 +160,17 @@ def renew_train_iterator(trainer: Trainer) -> None:
         iter(fetcher)
 
 
-def gathered(trainer: Trainer, mine: dict[str, Any]) -> dict[str, Any]:
+def gathered(trainer: Trainer, state: StateDict) -> StateDict:
     """What a single process says, or ``{"ranks": [...]}`` of several."""
     if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return mine
-    everyone: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everyone, mine)
+        return state
+    everyone: list[StateDict | None] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, state)
     return {"ranks": everyone}
 
 
 def has_parent(trainer: Trainer) -> bool:
-    """Whether the user's own process waits for this one (spawn and fork), and learns by files what it found."""
+    """Whether the user's own process waits for this one (spawn and fork), and learns by files what it measured."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 

@@ -6,16 +6,18 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, LossFn
 
 
 class _LossCaptured(BaseException):
@@ -29,9 +31,9 @@ class _LossCaptured(BaseException):
 def loss_from_training_step(
     trainer: Trainer,
     pl_module: LightningModule,
-    loss_fn: Callable[..., Any] | None = None,
+    loss_fn: LossFn | None = None,
     before: Callable[[], None] = lambda: None,
-) -> Iterator[Callable[[Any, Any], torch.Tensor]]:
+) -> Iterator[LossFn]:
     """Lend ``training_step`` (or the user's ``loss_fn``) as ``loss(module, batch)``; afterwards nothing has changed.
 
     ``before`` is called before every loss, and may raise.
@@ -41,7 +43,7 @@ def loss_from_training_step(
     stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
     modules = list(pl_module.modules())
     modes = [(m, m.training) for m in modules]
-    kept = [(m, _snapshot(m)) for m in modules]
+    snapshots = [(m, _snapshot(m)) for m in modules]
     muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
     manual = loss_fn is None and not pl_module.automatic_optimization
     tensor_backward = torch.Tensor.backward
@@ -55,14 +57,14 @@ def loss_from_training_step(
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
         if manual:
-            pl_module.__dict__["manual_backward"] = _found
-            torch.Tensor.backward = lambda self, *a, **k: _found(self)  # type: ignore[method-assign]
+            pl_module.__dict__["manual_backward"] = _capture
+            torch.Tensor.backward = lambda self, *a, **k: _capture(self)  # type: ignore[method-assign]
         yield functools.partial(_loss, before, loss_fn)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
         for name in (*muted, "manual_backward"):
             pl_module.__dict__.pop(name, None)
-        for m, snapshot in kept:
+        for m, snapshot in snapshots:
             _put_back(m, snapshot)
         for m, mode in modes:
             m.training = mode
@@ -71,17 +73,17 @@ def loss_from_training_step(
         trainer.state.stage = stage
 
 
-def _found(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+def _capture(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
     raise _LossCaptured(loss)
 
 
-def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module: Any, batch: Any) -> torch.Tensor:
+def _loss(before: Callable[[], None], loss_fn: LossFn | None, module: LightningModule, batch: Batch) -> torch.Tensor:
     before()
     if loss_fn is not None:
-        out = loss_fn(module, batch)
-        if not isinstance(out, torch.Tensor):
-            raise HawqError(f"loss_fn returned {type(out).__name__}; it takes (module, batch) and returns the loss.")
-        return out
+        loss: object = loss_fn(module, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise HawqError(f"loss_fn returned {type(loss).__name__}; it takes (module, batch) and returns the loss.")
+        return loss
     step = module.training_step
     hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
@@ -91,8 +93,8 @@ def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module
     needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
     try:
         out = step(*args)
-    except _LossCaptured as found:
-        return found.loss
+    except _LossCaptured as captured:
+        return captured.loss
     except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
         raise HawqError(
             f"{type(module).__name__}.training_step cannot run before training starts ({error}); {hint}."
@@ -110,10 +112,13 @@ def _loss(before: Callable[[], None], loss_fn: Callable[..., Any] | None, module
     return out
 
 
+Snapshot: TypeAlias = dict[str, tuple[Any, Any]]
+"""Attribute -> the object, and what it held."""
+
 _INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
 
 
-def _snapshot(module: Any) -> dict[str, tuple[Any, Any]]:
+def _snapshot(module: nn.Module) -> Snapshot:
     """Plain attributes of a module: the object, and a copy of what it held."""
     out = {}
     states = getattr(module, "_defaults", {}) if isinstance(module, Metric) else {}
@@ -132,11 +137,11 @@ def _snapshot(module: Any) -> dict[str, tuple[Any, Any]]:
 class _Container:
     """What a list, dict or set holds, and the ones in it hold, put back in place: others may point at them."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self._parts: list[tuple[Any, Any]] = []
         self._note(value, set())
 
-    def _note(self, value: Any, seen: set[int]) -> None:
+    def _note(self, value: object, seen: set[int]) -> None:
         if isinstance(value, (list, dict, set)) and id(value) not in seen:
             seen.add(id(value))
             self._parts.append((value, copy.copy(value)))
@@ -153,13 +158,13 @@ class _Container:
                 value.update(held)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     return [v.detach().clone() for v in value] if isinstance(value, list) else copy.copy(value)
 
 
-def _put_back(module: Any, snapshot: dict[str, tuple[Any, Any]]) -> None:
+def _put_back(module: nn.Module, snapshot: Snapshot) -> None:
     for name in [n for n in module.__dict__ if n not in snapshot and n not in _INTERNAL and "_hooks" not in n]:
         del module.__dict__[name]
     for name, (value, held) in snapshot.items():

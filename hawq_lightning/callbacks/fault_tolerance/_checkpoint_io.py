@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -23,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Here the temporary file lies beside the checkpoint. Remote paths are written as Lightning does.
     """
 
-    def save_checkpoint(self, checkpoint: StateDict, path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: str | Path, storage_options: object | None = None) -> None:
         """Write the checkpoint under ``path``.
 
         Raises:

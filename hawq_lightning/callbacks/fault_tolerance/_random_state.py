@@ -22,7 +22,7 @@ from hawq_lightning.callbacks._trainer import (
 KEY = "hawq_lightning_random_states"
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> StateDict:
     """Torch's, NumPy's and Python's states, in types that ``weights_only=True`` loads."""
     state: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = state
@@ -35,7 +35,7 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: StateDict) -> None:
     """Put back what :func:`random_states` gave."""
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and torch.cuda.is_available():
@@ -54,7 +54,7 @@ class ResumedStates:
     """
 
     def __init__(self) -> None:
-        self._states: dict[str, Any] | None = None
+        self._states: StateDict | None = None
         self._middle = False
         self._doubts: list[str] = []
 
@@ -100,12 +100,12 @@ class ResumedStates:
         """Take this process's states out of a checkpoint."""
         if trainer.state.fn != "fit":
             return
-        self._states, self._doubts, found = None, [], checkpoint.get(KEY)
+        self._states, self._doubts, saved = None, [], checkpoint.get(KEY)
         self._middle = in_middle_of_epoch(checkpoint)
-        if found is None:
+        if saved is None:
             self._doubts.append("the checkpoint holds no random states")
             return
-        states = found.get("ranks", [found])
+        states = saved.get("ranks", [saved])
         if len(states) == trainer.world_size:
             self._states = states[trainer.global_rank]
         else:

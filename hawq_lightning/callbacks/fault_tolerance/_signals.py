@@ -58,8 +58,8 @@ def _held(waiting: list[tuple[Callable[..., Any], int]]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread runs handlers
         return
-    own = {number: signal.getsignal(number) for number in _SIGNALS}
-    held = {number: handler for number, handler in own.items() if callable(handler)}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
         for number, handler in held.items():
             signal.signal(number, lambda n, frame, handler=handler: waiting.append((handler, n)))  # type: ignore[misc]

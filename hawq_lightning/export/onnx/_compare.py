@@ -90,7 +90,7 @@ class Agreement:
 def compare(
     model: nn.Module, path: str | Path, batches: Iterable[Any], *, images: int | None = None, codes: bool = True
 ) -> Agreement:
-    """Run the file with onnxruntime (default optimizations, CPU) and the armed model on the same images.
+    """Run the file with onnxruntime (default optimizations, CPU) and the quantized model on the same images.
 
     Args:
         model: the fake-quant model that was exported; class logits, or raw outputs whose last axis holds the classes.

@@ -102,7 +102,9 @@ class OnnxDetector(nn.Module):
                     overlap=net.nms_thresh, most=net.detections_per_img,
                 )
             )  # fmt: skip
-        return net.transform.postprocess(found, scaled.image_sizes, [tuple(i.shape[-2:]) for i in images])
+        in_pixels: list[dict[str, torch.Tensor]]
+        in_pixels = net.transform.postprocess(found, scaled.image_sizes, [tuple(i.shape[-2:]) for i in images])
+        return in_pixels
 
     def _anchors(self, images: torch.Tensor) -> list[int]:
         """Anchors of each level, which only the backbone knows."""

@@ -46,10 +46,10 @@ def to_onnx(
     fold: bool = True,
     exact: bool = True,
 ) -> Deployed:
-    """Write an armed model as an ONNX file with a free batch size; the model stays as it is.
+    """Write a quantized model as an ONNX file with a free batch size; the model stays as it is.
 
     Args:
-        model: with twins, armed.
+        model: with quantizers enabled.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: float images ``[N, C, H, W]``, or a tuple of the model's positional inputs.
         path: of the file; missing folders are made, an old file is replaced atomically.
@@ -103,7 +103,7 @@ def to_program(
     """The deployed network as a ``torch.export`` program of torch's own operators, with integer weights.
 
     Args:
-        model: with twins, armed; it stays as it is.
+        model: with quantizers enabled; it stays as it is.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: as for :func:`to_onnx`; the batch size is free.
         path: of a ``.pt2`` file to write, for ``torch.export.load``.
@@ -126,7 +126,7 @@ def to_program(
     except Exception as error:
         raise HawqError(f"torch.export cannot follow this model: {first_line(error)}") from error
     if path is not None:
-        program.example_inputs = None  # type: ignore[assignment]  # somebody's images are not to travel along
+        program.example_inputs = None  # somebody's images are not to travel along
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         write_bytes(Path(path), buffer.getvalue())

@@ -124,7 +124,8 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     each = 8 // bits
     flat = values.reshape(-1).astype(np.uint8) & ((1 << bits) - 1)
     flat = np.pad(flat, (0, -flat.size % each)).reshape(-1, each)
-    return np.bitwise_or.reduce(flat << (bits * np.arange(each, dtype=np.uint8)), axis=1).astype(np.uint8)
+    packed: np.ndarray = np.bitwise_or.reduce(flat << (bits * np.arange(each, dtype=np.uint8)), axis=1)
+    return packed.astype(np.uint8)
 
 
 def _raise_opset(proto: Any, version: int) -> None:

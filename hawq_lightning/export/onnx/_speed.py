@@ -87,7 +87,7 @@ def layer_latencies(
     """Milliseconds of every layer of a plan alone, for every width, one image at a time, with onnxruntime here.
 
     Args:
-        model: float or with twins; only the layers' shapes matter.
+        model: float or with fake-quant layers; only the layers' shapes matter.
         plan: its widths are measured, and all that it weighed.
         inputs: of the model, any number of images.
         weight_bits: more widths.

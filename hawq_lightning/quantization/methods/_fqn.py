@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
+from hawq_lightning.quantization._ranges import Ranges
 from hawq_lightning.quantization._registry import register_quantizer
 
 
@@ -13,7 +14,7 @@ class ActivationFQN(ActivationQuantizer):
         ranges: ``percentile``, or another.
     """
 
-    def __init__(self, *, ranges: str = "percentile") -> None:
+    def __init__(self, *, ranges: Ranges = "percentile") -> None:
         super().__init__(ranges=ranges)
 
 

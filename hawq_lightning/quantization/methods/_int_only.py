@@ -11,7 +11,7 @@ from hawq_lightning._batchnorm import gain
 from hawq_lightning._errors import HawqError
 from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
-from hawq_lightning.quantization._ranges import HUGE, TINY, check_finite
+from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges, check_finite
 from hawq_lightning.quantization._registry import register_quantizer
 
 
@@ -29,7 +29,7 @@ class ActivationEMA(ActivationQuantizer):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self, *, ranges: str = "minmax", momentum: float = 0.01) -> None:
+    def __init__(self, *, ranges: Ranges = "minmax", momentum: float = 0.01) -> None:
         super().__init__(ranges=ranges)
         if not 0 < momentum <= 1:
             raise HawqError(f"momentum is {momentum!r}; it is a share, more than 0 and at most 1.")

@@ -8,7 +8,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import AutogradContext, FunctionInputs
 from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
-from hawq_lightning.quantization._ranges import HUGE, TINY
+from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization.methods._basis import (
     AVERAGE,
@@ -42,7 +42,7 @@ class ActivationLQ(ActivationQuantizer):
     updates_range = True
     basis: torch.Tensor
 
-    def __init__(self, *, ranges: str = "mse") -> None:
+    def __init__(self, *, ranges: Ranges = "mse") -> None:
         super().__init__(ranges=ranges)
         self.register_buffer("basis", torch.zeros(MOST_BITS))
         self.learned = False

@@ -11,7 +11,7 @@ from hawq_lightning.layers import deterministic
 from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
-from hawq_lightning.quantization._ranges import TINY
+from hawq_lightning.quantization._ranges import TINY, Ranges
 from hawq_lightning.quantization._registry import register_quantizer
 from hawq_lightning.quantization.methods._learned import learned_step
 
@@ -72,7 +72,7 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
         ranges: where steps start from: ``mse``, ``minmax`` or ``percentile``.
     """
 
-    def __init__(self, channels: int, axis: int = 0, *, ranges: str = "mse") -> None:
+    def __init__(self, channels: int, axis: int = 0, *, ranges: Ranges = "mse") -> None:
         super().__init__(channels, axis, ranges=ranges)
 
     @deterministic

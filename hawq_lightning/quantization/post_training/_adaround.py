@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import default_forward
-from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning._types import Batch
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._reference import (
@@ -32,7 +32,7 @@ def adaround(
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
     ridge: float = 0.01,
-    progress: bool | Bar = False,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Choose for every weight the code below or above it, layer by layer, so that outputs stay those of the float net.
 
@@ -62,15 +62,15 @@ def adaround(
     layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
     report: dict[str, dict[str, float]] = {}
-    with still(model), progress_bar(bool(progress)) as bar:
+    with still(model):
         order = calls_in_order(model, layers, calibration[0], forward)
-        task = bar.begin("Rounding", len(order))
-        for done, (name, calls) in enumerate(order.items()):
-            layer = layers[name]
-            if _on_even_grid(layer) and not _shared(layer, model):
-                moments = _moments(model, layer, calls, calibration, forward, reference)
-                report[name] = _round(layer, moments, ridge)
-            bar.advance(task, done + 1)
+        with progress_bar("Rounding", len(order), progress) as advance:
+            for done, (name, calls) in enumerate(order.items()):
+                layer = layers[name]
+                if _on_even_grid(layer) and not _shared(layer, model):
+                    moments = _moments(model, layer, calls, calibration, forward, reference)
+                    report[name] = _round(layer, moments, ridge)
+                advance(done + 1)
     return report
 
 

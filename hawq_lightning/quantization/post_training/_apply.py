@@ -8,7 +8,6 @@ from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._progress import Bar
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.quantization.post_training._adaround import adaround
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
@@ -46,7 +45,7 @@ def post_training(
     methods: bool | str | Sequence[str] = True,
     *,
     forward: Forward = default_forward,
-    progress: bool | Bar = False,
+    progress: bool = False,
 ) -> dict[str, JsonObject]:
     """Improve a quantized model without training it.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._batchnorm import norms_behind
-from hawq_lightning._progress import Bar, progress_bar
+from hawq_lightning._progress import progress_bar
 from hawq_lightning._types import Batch
 from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._modules import QuantizedWeight
@@ -31,7 +31,7 @@ def bias_correction(
     *,
     forward: Forward = default_forward,
     reference: FloatReference | None = None,
-    progress: bool | Bar = False,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Put the mean of every output channel back to what it was in the float network.
 
@@ -56,29 +56,31 @@ def bias_correction(
     layers, calibration = prepared(model, batches)
     reference = reference or FloatReference(model)
     shifts: dict[str, float] = {}
-    with still(model), progress_bar(bool(progress)) as bar:
+    with still(model):
         order = calls_in_order(model, layers, calibration[0], forward)
         norms = _own_norms(model, layers, calibration[0], forward)
         targets = {n: ChannelMean() for n in order}
         with reference.in_place():
             _means_of_all(model, layers, calibration, forward, targets)
             float_means = {n: m.running_mean.clone() for n, m in norms.items() if m.running_mean is not None}
-        task = bar.begin("Bias correction", len(order))
-        for done, (name, calls) in enumerate(order.items()):
-            layer = layers[name]
-            bias = getattr(layer.module, "bias", None)
-            if bias is not None or name in norms:
-                mean = ChannelMean()
-                for batch in calibration:
-                    look_at(model, layer, calls, batch, forward, _mean_into(mean, _channels(layer)))
-                shift = targets[name].value - mean.value
-                if bias is not None:
-                    bias.add_(shift.to(bias.dtype))
-                else:
-                    running: Any = norms[name].running_mean
-                    running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
-                shifts[name] = float((shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt())
-            bar.advance(task, done + 1)
+        with progress_bar("Bias correction", len(order), progress) as advance:
+            for done, (name, calls) in enumerate(order.items()):
+                layer = layers[name]
+                bias = getattr(layer.module, "bias", None)
+                if bias is not None or name in norms:
+                    mean = ChannelMean()
+                    for batch in calibration:
+                        look_at(model, layer, calls, batch, forward, _mean_into(mean, _channels(layer)))
+                    shift = targets[name].value - mean.value
+                    if bias is not None:
+                        bias.add_(shift.to(bias.dtype))
+                    else:
+                        running: Any = norms[name].running_mean
+                        running.copy_(float_means[name] - shift.to(running.dtype))  # also where it was measured anew
+                    shifts[name] = float(
+                        (shift.square().mean() / targets[name].variance.mean().clamp_min(1e-30)).sqrt()
+                    )
+                advance(done + 1)
     return shifts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, Plan, candidates, find_sites, load_packed, measure, quantize, save_packed, select
+from hawq_lightning import HawqError, Plan, candidates, load_packed, measure, quantize, save_packed, select
 from hawq_lightning.layers import (
     FakeQuantLayer,
     LayerCall,
@@ -22,6 +22,7 @@ from hawq_lightning.layers import (
 )
 from hawq_lightning.quantization import enabled_bits, plan_of, unquantize
 from hawq_lightning.selection import Problem
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import dense_activation_traces, dense_weight_traces
 
 

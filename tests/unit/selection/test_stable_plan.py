@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hawq_lightning import HAWQ, HawqError, MeasureConfig, Plan, SelectConfig, find_sites, measure, select
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, Plan, SelectConfig, measure, select
 from hawq_lightning.quantization import candidates
 from hawq_lightning.selection import Problem, StablePlan
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import CASES
 from tests.trainers import Classifier, fit, loader
 from tests.unit.sensitivity.test_importance_sampling import images, sure_net

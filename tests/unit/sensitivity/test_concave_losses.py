@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hawq_lightning import find_sites, measure
-from hawq_lightning.sensitivity import MeasureContext, OutputHessian, concave_share, isolated_eval
+from hawq_lightning import measure
+from hawq_lightning.sensitivity import MeasureContext, OutputHessian, concave_share, find_sites, isolated_eval
 from tests.cases import ConvNet, build, focal, image_batch, labels
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, find_sites
-from hawq_lightning.sensitivity import InputHooks, top_eigenpairs, top_eigenvalues
+from hawq_lightning import HawqError
+from hawq_lightning.sensitivity import InputHooks, find_sites, top_eigenpairs, top_eigenvalues
 from tests.cases import CASES, ConvNet, batch_for, build, image_batch
 from tests.unit.sensitivity.test_estimators import Smooth
 

@@ -10,8 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import MeasureContext, Pilot, hutchinson_batch, independent_samples, isolated_eval
+from hawq_lightning import HawqError, measure
+from hawq_lightning.sensitivity import (
+    MeasureContext,
+    Pilot,
+    find_sites,
+    hutchinson_batch,
+    independent_samples,
+    isolated_eval,
+)
 from tests.cases import (
     CASES,
     ConvNet,
@@ -164,8 +171,7 @@ def test_auto_names_layers_and_takes_the_true_hessian_where_it_matters():
     [(Attention, {"embed", "qkv"}), (Serial, {"again"}), (Smooth, {"stem", "squeeze", "excite", "mix"})],
 )
 def test_only_the_layers_behind_which_something_bends_are_named(kind, layers):
-    from hawq_lightning import batch_images
-    from hawq_lightning.sensitivity import check_linearity
+    from hawq_lightning.sensitivity import batch_images, check_linearity
 
     net, batch, table, _ = prepare(kind)
     with isolated_eval(net):

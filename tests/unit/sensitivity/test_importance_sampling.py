@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import HawqError, find_sites, measure
-from hawq_lightning.sensitivity import ProcessShard, chunks, join, pick, sampling_design
+from hawq_lightning import HawqError, measure
+from hawq_lightning.sensitivity import ProcessShard, chunks, find_sites, join, pick, sampling_design
 from tests.cases import CASES, ConvNet, build
 
 
@@ -226,7 +226,7 @@ def test_images_are_taken_out_and_joined(make):
     one = pick(kept[0], 5, torch.tensor([3, 0]))
     assert first(one) == [3.0, 0.0]
     assert first(join([one, kept[1]], [2, 4])) == [3.0, 0.0, 5.0, 6.0, 7.0, 8.0]
-    from hawq_lightning import batch_images
+    from hawq_lightning.sensitivity import batch_images
 
     chosen = [(0, torch.tensor([1, 4])), (1, torch.tensor([2]))]
     (chunk,) = chunks(kept, [5, 4], chosen, 5, batch_images)

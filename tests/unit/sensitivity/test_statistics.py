@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from hawq_lightning import find_sites, measure
+from hawq_lightning import measure
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import CASES, ConvNet, build
 
 
