@@ -21,6 +21,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS, Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._types import JsonObject, Model
+from hawq_lightning._values import check_has_values
 from hawq_lightning.export import _packed_v3, _safetensors
 from hawq_lightning.export._bits import pack, packed_bytes
 from hawq_lightning.export._contents import (
@@ -190,6 +191,7 @@ def load_packed(path: str | Path, model: Model) -> Model:
             model is then as it was.
     """
     file = read_packed(path)
+    check_has_values(model, "load_packed")
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     first = file.weights[0].site.layers[0]
     rename = renaming(first, [n for n, m in modules.items() if find_kind(m) is not None])

@@ -81,7 +81,9 @@ class LinearKind(LayerKind):
 def _factors(calls: Sequence[LayerCall], per_sample: bool) -> list[Factors]:
     sides = []
     for call in calls:
-        tensors = call.read, call.grad, call.grad if call.other is None else call.other
+        tensors = [call.read, call.grad, call.grad if call.other is None else call.other]
+        if call.grad.ndim == 1:  # a vector without a batch axis is one sample
+            tensors = [x[None] for x in tensors]
         u, d, e = (x.reshape(x.shape[0], -1, x.shape[-1]).mT.unsqueeze(1) for x in tensors)
         sides.append((u, d, e) if per_sample else as_one_row((u, d, e)))
     return sides

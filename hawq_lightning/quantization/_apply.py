@@ -14,6 +14,7 @@ from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning._sites import Patterns, quantizable_layers, site_name
 from hawq_lightning._types import Model
+from hawq_lightning._values import check_has_values
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._hooked import renew_weight
@@ -225,8 +226,9 @@ def quantize(model: Model, plan: Plan) -> Model:
         the model itself.
 
     Raises:
-        HawqError: the plan was made for another model.
+        HawqError: the plan was made for another model, or the model is on the meta device.
     """
+    check_has_values(model, "quantize")
     enable(model, plan)
     return model
 

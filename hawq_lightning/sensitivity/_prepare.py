@@ -10,6 +10,7 @@ from torch import nn
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import LossFn
+from hawq_lightning._values import check_has_values
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._cache import fingerprint
 from hawq_lightning.sensitivity._context import MeasureContext, check_weights, outputs_of
@@ -67,6 +68,7 @@ def first_look(
     Raises:
         HawqError: no quantizable layer, weights that hold NaN, or a loss that cannot be measured.
     """
+    check_has_values(model, "measure")
     layers, _ = quantizable_layers(model, settings.include, settings.exclude)
     check_weights(layers)
     batch, samples, size_of = data.batches[0], data.samples[0], settings.batch_size_fn

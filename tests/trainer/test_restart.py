@@ -343,6 +343,7 @@ def test_a_crash_after_measuring_does_not_measure_again(tmp_path):
     assert [s.trace for s in changed.sensitivity] != [s["trace"] for s in known["records"]]
 
 
+@pytest.mark.filterwarnings("ignore:.*measured anew")  # see tests/unit/test_damaged_files.py
 @pytest.mark.feature("Restart", "a damaged file of traces in the run folder", "is measured again")
 @pytest.mark.parametrize("damage", ["", "{", '{"format": "hawq_lightning.sensitivity", "version": 99}'])
 def test_a_damaged_measurement_is_made_again(tmp_path, damage):
