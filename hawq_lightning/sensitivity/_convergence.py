@@ -47,8 +47,13 @@ def trace_history(
 
     Returns:
         site -> one estimate a step; their running mean is what converges.
+
+    Raises:
+        HawqError: fewer than two steps, an unknown estimator, or one that is exact.
     """
     entry = ESTIMATORS[estimator]
+    if entry.exact:
+        raise HawqError(f"Estimator {estimator!r} draws nothing, so nothing converges; use hutchinson or ggn.")
     if steps < 2:
         raise HawqError(f"steps is {steps}; convergence needs at least 2.")
     data = BatchSet.of(model, batches, batch_size_fn)
