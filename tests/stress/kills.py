@@ -111,7 +111,7 @@ def kept(folder: Path, total: int) -> int:
     if not partial.is_file():
         return 0
     state = torch.load(io.BytesIO(partial.read_bytes()[32:]), weights_only=True)  # a checksum comes first
-    return state["turn"] * BATCHES + state["done"]
+    return state["step"] * BATCHES + state["done"]
 
 
 def campaign(count: int, seed: int, folder: Path) -> dict:
