@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -489,7 +490,8 @@ def run_case(seed: int, estimators: Sequence[str] = ESTIMATORS) -> list[Miss]:
     """Measure the case of a seed with several estimators; whatever is not true of its own dense matrix."""
     case = make_case(seed)
     table = find_sites(case.net, lambda: case.loss_fn(case.net, case.batch), len(case.batch[0]))
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+    # neither the fused attention kernels nor the hard sigmoid have a second derivative
+    with sdpa_kernel(SDPBackend.MATH), patch.object(F, "hardsigmoid", lambda x: F.relu6(x + 3) / 6):
         truth = {s.name: dense(case, s) for s in table}
     misses = []
     for estimator in estimators:
@@ -500,7 +502,7 @@ def run_case(seed: int, estimators: Sequence[str] = ESTIMATORS) -> list[Miss]:
 def _measured(case: Case, table: SiteTable, estimator: str, seed: int) -> Sensitivity:
     return measure(
         case.net, [case.batch], case.loss_fn, sites=table, estimator=estimator, rtol=RTOL, max_probes=PROBES,
-        seed=seed, progress=False,
+        seed=seed, progress=False, l1_curvature="zero",
     )  # fmt: skip
 
 
@@ -514,12 +516,15 @@ def _compare(case: Case, table: SiteTable, truth: Mapping[str, tuple[float, floa
     used = str(measured.settings["estimator"])
     column = 0 if used in ("ggn", "exact") else 1
     size = max(abs(t[column]) for t in truth.values())
-    misses = []
+    misses: list[str] = []
+    again: list[Sensitivity] = []
     for r in measured:
         right = truth[r.name][column]
-        if _off(r.trace, r.stderr, right, size) and not (
-            r.stderr > 0 and _right_on_average(case, table, estimator, r.name, right, size)
-        ):
+        if _off(r.trace, r.stderr, right, size):
+            if r.stderr > 0 and not again:
+                again = [_measured(case, table, estimator, seed) for seed in range(1, REPEATS + 1)]
+            if again and _right_on_average(again, r.name, right, size):
+                continue
             misses.append(f"{r.name}: {used} says {r.trace:.5g} +- {r.stderr:.2g}, dense {right:.5g}")
     return misses + _false_notes(measured, truth, column, size)
 
@@ -528,12 +533,12 @@ def _off(trace: float, error: float, right: float, size: float) -> bool:
     return not abs(trace - right) <= 4 * error + SLACK * abs(right) + 1e-9 * size
 
 
-def _right_on_average(case: Case, table: SiteTable, estimator: str, site: str, right: float, size: float) -> bool:
+def _right_on_average(again: Sequence[Sensitivity], site: str, right: float, size: float) -> bool:
     """A lone miss may be chance: whether other seeds agree with the matrix, each and in the mean."""
-    again = [_measured(case, table, estimator, seed)[site] for seed in range(1, REPEATS + 1)]
-    alone = sum(_off(r.trace, r.stderr, right, size) for r in again)
-    mean = sum(r.trace for r in again) / REPEATS
-    error = math.sqrt(sum(r.stderr**2 for r in again)) / REPEATS
+    records = [measured[site] for measured in again]
+    alone = sum(_off(r.trace, r.stderr, right, size) for r in records)
+    mean = sum(r.trace for r in records) / len(records)
+    error = math.sqrt(sum(r.stderr**2 for r in records)) / len(records)
     return alone <= 1 and not _off(mean, error, right, size)
 
 
