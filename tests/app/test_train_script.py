@@ -185,7 +185,8 @@ def test_codebooks_count_in_the_range_of_files():
     problems = (nominal_problem(table, **asked, quantizer=q) for q in ("uniform", "lq_nets"))
     plain, books = (cost_rows(p, "file_bytes")[0] for p in problems)
     choice = [0] * len(table.weights)
-    assert books(choice) - plain(choice) == sum(4 * s.channels * 2 for s in table.weights)
+    # two basis values a channel in the place of one scale
+    assert books(choice) - plain(choice) == sum(4 * s.channels * (2 - 1) for s in table.weights)
 
 
 def test_what_no_plan_meets_is_told_before_the_float_training(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from tests.oracle.generated import ESTIMATORS, make_case, run, run_case
 
 SEEDS = 40
+QUICK = 8  # of them in every test run: a dense Hessian takes seconds
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", [s if s < QUICK else pytest.param(s, marks=pytest.mark.stress) for s in range(SEEDS)])
 def test_a_random_network_is_measured_right(seed):
     """One estimator a seed; the campaign takes all of them."""
     wrong = run_case(seed, [ESTIMATORS[seed % len(ESTIMATORS)]])
