@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from hawq_lightning._batches import batch_images
+from hawq_lightning._batches import batch_images, fresh_copy
 from hawq_lightning._config import QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
@@ -60,7 +60,7 @@ def preview(
     weight_bits = check_bits(quantizer.weight_bits, "weight")
     activation_bits = None if quantizer.activation_bits is None else check_bits(quantizer.activation_bits, "activation")
     with isolated_eval(module):
-        loss_fn = repeatable(module, loss_fn)
+        plain, loss_fn = loss_fn, repeatable(module, loss_fn)
         exclude = exclude_patterns(quantizer, module)
         table = find_sites(module, lambda: loss_fn(module, batch), batch_images(batch), quantizer.include, exclude)
         separate_input = activation_bits is not None and quantizer.input_bits is not None
@@ -68,7 +68,9 @@ def preview(
         constraints = constraints_of(select)
         constraints.pop("score", None)  # no score is known yet, and none matters to what is feasible
         if "steps" in tables_of_budget(budget, constraints.get("extra_costs") or ()):
-            constraints.setdefault("steps", activation_steps(module, batch, table, forward=loss_fn, evaluate=False))
+            constraints.setdefault(
+                "steps", activation_steps(module, fresh_copy(batch), table, forward=plain, evaluate=False)
+            )
     quantized = [s for s in table if s.kind == "weight" or activation_bits is not None]
     problem = nominal_problem(
         table, weight_bits=weight_bits, activation_bits=activation_bits, input_bits=quantizer.input_bits,

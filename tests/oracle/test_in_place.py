@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import find_sites, measure
+from hawq_lightning import measure
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import dense_activation_traces, dense_weight_traces
 
 Tensor = torch.Tensor

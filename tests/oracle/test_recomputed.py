@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction, checkpoint, checkpoint_sequential
 
-from hawq_lightning import find_sites, measure, sites
+from hawq_lightning import measure, sites
+from hawq_lightning.sensitivity import find_sites
 from tests.cases import dense_activation_traces, dense_weight_traces
 
 

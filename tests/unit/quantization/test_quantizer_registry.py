@@ -288,7 +288,7 @@ def test_names_and_options_are_checked(tmp_path):
     for make, say in (
         (lambda: quantizer_named("lqs"), "no quantizer 'lqs'.*Did you mean 'lsq'"),
         (lambda: quantizer_named("uniform", {"range": "mse"}), "no option 'range'.*Did you mean 'ranges'"),
-        (lambda: quantizer_named("uniform", {"ranges": "minmx"}), "ranges='minmx'.*Did you mean 'minmax'"),
+        (lambda: quantizer_named("uniform", {"ranges": "minmx"}), "ranges 'minmx'.*Did you mean 'minmax'"),
         (lambda: quantizer_named("uniform", {"reestimate": -1}), "reestimate is -1"),
         (lambda: quantizer_named("int_only", {"momentum": 2}), "momentum is 2"),
         (lambda: quantizer_named("lsq", {"reestimate": 3}), "'lsq' has no option 'reestimate'"),
