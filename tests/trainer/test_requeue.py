@@ -95,6 +95,11 @@ def test_the_middle_of_an_epoch(tmp_path, undisturbed, epoch, step):
     "stopped in the middle of an epoch, with a loader that does not keep its position",
     "the same plan; a warning names the reason why the weights differ",
 )
+# Lightning's word on the savers of the run before
+OTHER_SAVERS = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
+
+
+@OTHER_SAVERS
 def test_a_loader_without_a_position_is_told(tmp_path):
     def data():
         return DataLoader(Noisy(), 8, shuffle=True)
@@ -105,6 +110,7 @@ def test_a_loader_without_a_position_is_told(tmp_path):
         run(tmp_path, data, seed=8, ckpt=str(tmp_path / "epoch=0-step=5.ckpt"))
 
 
+@OTHER_SAVERS
 def test_a_checkpoint_without_random_states_is_told(tmp_path):
     with pytest.raises(Stop):
         run(tmp_path, stateful, saver(tmp_path), At(0, 5, stop), enable_checkpointing=True)
