@@ -61,5 +61,3 @@ def weights_hash(module: torch.nn.Module) -> str:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner and path.is_file():
         path.unlink()
-
-

@@ -61,8 +61,7 @@ def parts_from_arrays(
     sensitivity = None
     if mean_trace is not None:
         records = [
-            SiteTrace(n, "weight", float(t) * k, 0.0, 0.0, k, float(t))
-            for n, t, k in zip(names, mean_trace, elements)
+            SiteTrace(n, "weight", float(t) * k, 0.0, 0.0, k, float(t)) for n, t, k in zip(names, mean_trace, elements)
         ]
         sensitivity = Sensitivity(tuple(records))
     return sites, candidates, sensitivity

@@ -1,4 +1,4 @@
-"""What a choice costs, by every registered cost. Budgets, plans, the dry run and the report read all of it from here."""
+"""What a choice costs, by every registered cost: budgets, plans, the dry run and the report read it from here."""
 
 from __future__ import annotations
 

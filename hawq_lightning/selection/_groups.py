@@ -70,8 +70,7 @@ def structure_of(
         if layer.weight not in index:
             raise HawqError(f"Layer {layer.name!r} uses {layer.weight!r}, which is no site.")
     layer_groups = [
-        (x, group_of[index[x.weight]], group_of[index[x.activation]] if x.activation in index else None)
-        for x in layers
+        (x, group_of[index[x.weight]], group_of[index[x.activation]] if x.activation in index else None) for x in layers
     ]
     return Structure(members, bits, layer_groups, narrow_to_device(bits, layer_groups, device_pairs(pairs, layers)))
 
