@@ -8,7 +8,9 @@ from hawq_lightning.export._exporters import EXPORTERS, Exporter, Verification, 
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._network import DetectorNetwork, network_of
-from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed, stored_sites
+from hawq_lightning.export._packed import load_packed, read_packed, save_packed
+from hawq_lightning.export._packed_size import packed_overhead
+from hawq_lightning.export._stored import stored_sites
 from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
