@@ -16,6 +16,7 @@ from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass, outputs_of
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
 from hawq_lightning.sensitivity._grad_capture import with_copies
+from hawq_lightning.sensitivity._independence import check_independent
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._loss_hessian import (
     Block,
@@ -143,6 +144,8 @@ def _factored_probes(
     context: MeasureContext, request: ProbeRequest, run: Callable[[FactoredPass], None], elementwise: bool
 ) -> tuple[Probes, bool]:
     with forward_pass(context, request.batch, request.per_sample) as forward:
+        if request.first_probe == 0 and request.batch_number and any(request.per_sample.values()):
+            check_independent(forward.hessian, request.samples, request.batch_number)
         sizes = {s: forward.network.sizes(s, request.samples) for s in forward.network.aliases()}
         blocks = _blocks(context, forward.hessian, any(request.per_sample.values()), elementwise)
         l1_outputs = _l1_outputs(context, forward.hessian, blocks)

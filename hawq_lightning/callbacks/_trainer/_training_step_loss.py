@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -18,13 +18,7 @@ from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, LossFn
-
-
-class _LossCaptured(BaseException):
-    """Carries the loss out of a step that optimizes by hand."""
-
-    def __init__(self, loss: torch.Tensor) -> None:
-        self.loss = loss
+from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 
 
 @contextmanager
@@ -64,15 +58,12 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        if manual:
-            pl_module.__dict__["manual_backward"] = _capture
-            torch.Tensor.backward = lambda self, *a, **k: _capture(self)  # type: ignore[method-assign]
-        else:
+        if not manual:
             torch.Tensor.backward = by_hand  # type: ignore[method-assign]
         yield functools.partial(_loss, before, loss_fn, losses)
     finally:
         torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
-        for name in (*muted, "manual_backward"):
+        for name in muted:
             pl_module.__dict__.pop(name, None)
         for m, snapshot in snapshots:
             _put_back(m, snapshot)
@@ -81,10 +72,6 @@ def loss_from_training_step(
         pl_module._current_fx_name = hook
         trainer.loggers = loggers
         trainer.state.stage = stage
-
-
-def _capture(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
-    raise _LossCaptured(loss)
 
 
 def _loss(
@@ -110,8 +97,9 @@ def _loss(
     manual = not module.automatic_optimization
     needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
     try:
-        out = step(*args)
-    except _LossCaptured as captured:
+        with manual_backward(module) if manual else nullcontext():
+            out = step(*args)
+    except LossCaptured as captured:
         return captured.loss
     except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
         raise HawqError(
