@@ -18,7 +18,8 @@ from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaus
 from hawq_lightning.sensitivity._estimator import Pilot
 from hawq_lightning.sensitivity._grad_capture import with_copies
 
-_VANISHES = 1e-6  # relative; piecewise linear networks give exact zeros
+_VANISHES = 1e-6  # relative, less in float64; piecewise linear networks give exact zeros
+_ROUNDINGS = 8
 _FEW = 4  # samples for the check
 
 
@@ -106,9 +107,13 @@ def _has_second_derivative(
     )
     # of the size of what is disturbed, so that the gradients change by a share that means something
     return any(
-        h is not None and float(h.norm()) > _VANISHES * float(g.detach().norm())
+        h is not None and float(h.norm()) > _vanishes(h) * float(g.detach().norm())
         for h, (_, g, _) in zip(changes[: len(points)], pairs)
     )
+
+
+def _vanishes(x: torch.Tensor) -> float:
+    return min(_VANISHES, _ROUNDINGS * torch.finfo(x.dtype).eps)
 
 
 def _size(point: torch.Tensor) -> float:

@@ -63,7 +63,7 @@ class ManualBackward(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def manual_backward(module: nn.Module) -> Iterator[None]:
     try:
         module.__dict__["manual_backward"] = backward
         torch.Tensor.backward = lambda self, *a, **k: backward(self)  # type: ignore[method-assign]
-        LightningOptimizer.step = update  # type: ignore[method-assign, assignment]
+        LightningOptimizer.step = update  # type: ignore[method-assign]
         with backward:
             yield
         backward.settle()
