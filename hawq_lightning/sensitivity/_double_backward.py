@@ -18,6 +18,7 @@ from hawq_lightning.sensitivity._second_derivative import told_in_one_sentence
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, list[torch.Tensor]]
+_HARD_SIGMOIDS = (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_)
 
 
 def rademacher(generator: torch.Generator) -> Sampler:
@@ -37,8 +38,11 @@ class _Twice(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_):
-            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        if func in _HARD_SIGMOIDS:
+            x = args[0] if args else kwargs["input"]
+            y = F.relu6(x + 3) / 6
+            in_place = func is torch._C._nn.hardsigmoid_ or kwargs.get("inplace") or (len(args) > 1 and args[1])
+            return x.copy_(y) if in_place else y
         return func(*args, **kwargs)
 
 

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning._types import Batch, FunctionInputs, Options
+from hawq_lightning._types import Batch
+from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_state import KeptParameters
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
@@ -33,21 +32,6 @@ _NOISY = (
     nn.TransformerDecoderLayer,
 )
 _NOISY_NAMES = re.compile(r"StochasticDepth|Drop(Path|Block|out)", re.IGNORECASE)
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
-}  # fmt: skip
-
-
-class _NoDropout(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or len(args) > 4):
-            args, kwargs = (*args[:4], 0.0, *args[5:]), {k: v for k, v in kwargs.items() if k != "dropout_p"}
-        return func(*args, **kwargs)
 
 
 def noisy_modules(model: nn.Module) -> list[nn.Module]:
@@ -96,7 +80,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         with (
             random_states_kept(seed),
             parameters,
-            _NoDropout(),
+            WithoutChance(),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
         ):
