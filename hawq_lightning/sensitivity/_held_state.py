@@ -32,6 +32,10 @@ class HeldState:
         """Those that are held."""
         return [t for t, _, _ in self._held]
 
+    def values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Those that fill their memory, with their values: of parts of a larger tensor it is not known which part."""
+        return [(t, v) for t, data, v in self._held if _fills(data) and v.stride() == data.stride()]
+
     def changed(self) -> list[torch.Tensor]:
         """Tensors that are not what they were, changed in place or with ``tensor.data = ...``."""
         return [t for t, _, value in self._held if t.shape != value.shape or not torch.equal(t.detach(), value)]
@@ -73,7 +77,7 @@ class KeptParameters(TorchFunctionMode):
         self._free: dict[int, list[torch.Tensor]] = {}
         for tensor in real:
             if not is_traceable_wrapper_subclass(tensor):
-                self._free.setdefault(_memory(tensor), []).append(tensor)
+                self._free.setdefault(memory_of(tensor), []).append(tensor)
         self._sums = self._checksums()
 
     def __torch_function__(
@@ -88,6 +92,20 @@ class KeptParameters(TorchFunctionMode):
         """Values as they were before the first write."""
         for held in self._held:
             held.put_back()
+
+    @property
+    def written(self) -> bool:
+        """Whether anything was written to."""
+        return bool(self._held)
+
+    def owners(self) -> dict[int, torch.Tensor]:
+        """Memory -> the tensor that fills it, of those that nothing has written to or that :meth:`value` knows."""
+        free = {key: t for key, tensors in self._free.items() for t in tensors if _fills(t)}
+        return free | {memory_of(t): t for held in self._held for t, _ in held.values()}
+
+    def value(self, memory: int) -> torch.Tensor:
+        """What the tensor that fills ``memory`` held before it was written to."""
+        return next(v for held in self._held for t, v in held.values() if memory_of(t) == memory)
 
     def check_unseen(self) -> None:
         """Warn when something has written to a tensor past torch's functions, as extensions in C++ can."""
@@ -112,7 +130,7 @@ class KeptParameters(TorchFunctionMode):
         for tensor in _tensors(written):
             if is_traceable_wrapper_subclass(tensor) or tensor.is_meta:
                 continue
-            if tensors := self._free.pop(_memory(tensor), None):
+            if tensors := self._free.pop(memory_of(tensor), None):
                 with torch._C.DisableTorchFunction():
                     self._held.append(HeldState(tensors))
 
@@ -143,7 +161,16 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _fills(tensor: torch.Tensor) -> bool:
+    return tensor.storage_offset() == 0
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins; views of one tensor share it.
+
+    Raises:
+        NotImplementedError: the tensor is sparse.
+    """
     with torch._C.DisableTorchFunction():  # a context of this kind around this one would take it for a write
         return tensor.untyped_storage().data_ptr()
 

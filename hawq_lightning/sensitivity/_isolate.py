@@ -31,12 +31,17 @@ _NOISY = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-_NOISY_NAMES = re.compile(r"StochasticDepth|Drop(Path|Block|out)", re.IGNORECASE)
+_NOISY_NAMES = re.compile(r"StochasticDepth|Drop(Path|Block|out)|SpectralNorm", re.IGNORECASE)
 
 
 def noisy_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules whose training mode couples images or draws random numbers."""
-    return [m for m in model.modules() if isinstance(m, _NOISY) or _NOISY_NAMES.search(type(m).__name__)]
+    """Modules whose training mode couples images, draws random numbers, or changes a weight at every call."""
+    return [m for m in model.modules() if isinstance(m, _NOISY) or any(map(_NOISY_NAMES.search, _names(m)))]
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Of its class and of the hooks before its call: old-style spectral norm iterates there."""
+    return [type(x).__name__ for x in (module, *module._forward_pre_hooks.values())]
 
 
 @contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hawq_lightning._batches import fresh_copy
+from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters
+from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
 
 _LOOKS = 2  # calls after which it is known which buffers a loss moves
 
@@ -39,17 +42,78 @@ class _Repeatable:
         self._parameters.put_back()
         for held in self._buffers:
             held.put_back()
-        with self._parameters:
-            if self._calls >= _LOOKS:
-                return self._loss_fn(model, fresh_copy(batch))
-            self._calls += 1
-            held = HeldState(_state(self._model, nn.Module.buffers))
-            loss = self._loss_fn(model, fresh_copy(batch))
+        if self._calls >= _LOOKS:
+            if not self._parameters.written and not self._buffers:  # as nearly every loss
+                with self._parameters:
+                    return self._loss(model, batch)
+            with self._parameters, _saved_as_used(self._parameters, self._buffers):
+                return self._loss(model, batch)
+        self._calls += 1
+        held = HeldState(_state(self._model, nn.Module.buffers))
+        with self._parameters, _saved_as_used(self._parameters, [held]):
+            loss = self._loss(model, batch)
         known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
         if moved := [t for t in held.changed() if id(t) not in known]:
             held.keep_only(moved)
             self._buffers.append(held)
         return loss
+
+    def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        try:
+            return self._loss_fn(model, fresh_copy(batch))
+        except RuntimeError as error:
+            if not any(text in str(error) for text in _NO_GRADIENTS):
+                raise
+            raise HawqError(
+                f"The loss asks for gradients of what the network makes, in a pass that computes none ({error}): give "
+                "loss_fn= without that part."
+            ) from error
+
+
+# what torch says where a graph is asked for that is not there
+_NO_GRADIENTS = ("does not require grad", "has requires_grad=False", "does not have a grad_fn")
+
+
+def _saved_as_used(parameters: KeptParameters, buffers: list[HeldState]) -> AbstractContextManager[object]:
+    """Inside, graphs keep what they need of the model as it is when they use it: a step may move it afterwards."""
+    values = {memory_of(t): (t._version, value) for state in buffers for t, value in state.values()}
+    versions = {key: t._version for key, t in parameters.owners().items()} | {k: v for k, (v, _) in values.items()}
+
+    def pack(tensor: torch.Tensor) -> _Saved | torch.Tensor:
+        try:
+            key = memory_of(tensor)
+        except NotImplementedError:  # a sparse tensor is no parameter
+            return tensor
+        if key not in versions:
+            return tensor
+        used = tensor.detach()
+        if tensor._version != versions[key]:
+            return used.clone()
+        return _Saved(used, versions[key], lambda: values[key][1] if key in values else parameters.value(key))
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.used() if isinstance(x, _Saved) else x)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A parameter or buffer, or a view of one, that a graph needs.
+
+    Attributes:
+        tensor: as it is now.
+        version: that it had when it was used.
+        value: gives the whole parameter as it was then, once it has been written to.
+    """
+
+    tensor: torch.Tensor
+    version: int
+    value: Callable[[], torch.Tensor]
+
+    def used(self) -> torch.Tensor:
+        """Its value when it was used."""
+        if self.tensor._version == self.version:
+            return self.tensor
+        whole = self.value()
+        return whole.as_strided(self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
 
 
 def _state(model: nn.Module, tensors: Callable[..., Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:
