@@ -171,6 +171,11 @@ class Problem:
         return self.table.layers if isinstance(self.table, SiteTable) else ()
 
     @cached_property
+    def first_to_last(self) -> tuple[Layer, ...]:
+        """:attr:`layers`, the network's last one at the end: what ``first`` and ``last`` mean."""
+        return self.table.first_to_last if isinstance(self.table, SiteTable) else ()
+
+    @cached_property
     def index(self) -> dict[str, int]:
         """Site name -> position in :attr:`sites`."""
         return {s.name: i for i, s in enumerate(self.sites)}
@@ -320,8 +325,9 @@ class Problem:
 
     @cached_property
     def _structure(self) -> _Structure:
-        allowed = narrowed([sorted(b) for b in self.best], self.sites, self.layers, self.fixed, self.min_bits)
-        members = connected_groups(len(self.sites), tie_indices(self.ties, self.sites, self.layers))
+        order = self.first_to_last
+        allowed = narrowed([sorted(b) for b in self.best], self.sites, order, self.fixed, self.min_bits)
+        members = connected_groups(len(self.sites), tie_indices(self.ties, self.sites, order))
         bits = [self._common(tied, allowed) for tied in members]
         group_of = {i: g for g, tied in enumerate(members) for i in tied}
         for layer in self.layers:
