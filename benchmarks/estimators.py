@@ -275,8 +275,8 @@ def page(runs: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     groups = {n: [r for r in runs if r["network"] == n] for n in dict.fromkeys(r["network"] for r in runs)}
     counts = sorted({len(g) for g in groups.values()})
     lines = ["# Gauss-Newton or the true Hessian", "",
-             f"{facts['date']}, torch {facts['torch']}. Made by `benchmarks/estimators.py`, whose head says how. Means "
-             f"over {' or '.join(map(str, counts))} networks a row. Pairs are: by Gauss-Newton traces / by true ones.", "",
+             f"{facts['date']}, torch {facts['torch']}. Made by `benchmarks/estimators.py`, whose head says how; means "
+             f"over {' or '.join(map(str, counts))} networks a row. Pairs: by Gauss-Newton traces / by true ones.", "",
              "## One site quantized alone: Spearman of ½Ω with what was measured", "",
              "| network | weights: KL | KL, one width | loss | activations: KL | KL, one width | loss |",
              "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip

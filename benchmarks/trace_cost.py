@@ -17,7 +17,6 @@ Results: benchmarks/results/trace_cost.{json,md}.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -34,6 +33,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning import models
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # images a batch, height and width
@@ -49,9 +50,7 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
     torch.manual_seed(0)
     count, height, width = SETTINGS[name]
     if name.startswith("retinanet"):
-        from hawq_lightning.models import retinanet_resnet50
-
-        net = retinanet_resnet50(num_classes=80, min_size=height, max_size=width)
+        net = models.retinanet_resnet50(num_classes=80, min_size=height, max_size=width)
         images = [torch.rand(3, height, width) for _ in range(count)]
         targets = []
         for _ in range(count):
@@ -59,7 +58,7 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
             size = 20 + torch.rand(7, 2) * torch.tensor([width * 0.3, height * 0.3])
             targets.append({"boxes": torch.cat([corner, corner + size], 1), "labels": torch.randint(0, 80, (7,))})
         return net, (images, targets), lambda m, b: torch.stack(list(m(*b).values())).sum()
-    net = getattr(importlib.import_module(f"hawq_lightning.models.{name}"), name)()
+    net = getattr(models, name)()
     batch = (torch.randn(count, 3, height, width), torch.randint(0, 1000, (count,)))
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:

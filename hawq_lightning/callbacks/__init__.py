@@ -1,6 +1,6 @@
 """Lightning callbacks: hooks only, no maths."""
 
-from hawq_lightning.callbacks._apply import ApplyPlan, weights_hash
+from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._block_order import BlockwiseOrder
 from hawq_lightning.callbacks._channels_last import ChannelsLast
 from hawq_lightning.callbacks._checkpoint import load_from_checkpoint
@@ -8,6 +8,7 @@ from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._distillation import Distillation
 from hawq_lightning.callbacks._feasible import preview
 from hawq_lightning.callbacks._freeze import FreezeSchedule
+from hawq_lightning.callbacks._handoff import weights_hash
 from hawq_lightning.callbacks._hawq import HAWQ
 from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._mixed_training import MixedTraining

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-import uuid
-import weakref
 from pathlib import Path
 
 import torch
@@ -16,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning._sites import Patterns
 from hawq_lightning._types import Batch, StateDict
+from hawq_lightning.callbacks._adopted import agrees, consistent, with_sizes
 from hawq_lightning.callbacks._companion import Companion
+from hawq_lightning.callbacks._handoff import Handoff
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
@@ -41,14 +38,12 @@ from hawq_lightning.quantization import (
     prepare,
     quantized_layers,
     quantizer_of,
-    quantizers_in,
     reestimate,
     refresh,
     tie_scales,
     trained_quantizers,
     with_quantizer,
 )
-from hawq_lightning.selection import recost
 
 
 class ApplyPlan(Callback):
@@ -79,7 +74,7 @@ class ApplyPlan(Callback):
         plan: Plan | str | Path | None = None,
         quantizer: str | QuantizerConfig | None = None,
     ) -> None:
-        given = _consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
+        given = consistent(Plan.load(plan) if isinstance(plan, (str, Path)) else plan)
         if quantizer is None and given is not None:
             quantizer = QuantizerConfig(given.quantizer, options=given.quantizer_options)
         elif quantizer is None or isinstance(quantizer, str):
@@ -88,9 +83,7 @@ class ApplyPlan(Callback):
         self.quantizer = quantizer_of(quantizer)
         self.given_plan = None if given is None else with_quantizer(given, self.quantizer)
         self._plan: Plan | None = None
-        # under spawn and fork the parent process learns of the plan by this file
-        self._handoff_file = Path(tempfile.gettempdir()) / f"hawq_lightning-{uuid.uuid4().hex}.pt"
-        weakref.finalize(self, _remove, self._handoff_file, os.getpid())
+        self._handoff = Handoff()
         self._resumed = ResumedStates()
         self._refitted = -1
         self._told_float = False
@@ -98,8 +91,7 @@ class ApplyPlan(Callback):
     @property
     def has_plan(self) -> bool:
         """Whether there is a plan in force."""
-        if self._plan is None and self._handoff_file.is_file():
-            self._plan = Plan.from_dict(torch.load(self._handoff_file, weights_only=True)["plan"])
+        self._plan = self._plan or self._handoff.plan()
         return self._plan is not None
 
     @property
@@ -133,10 +125,8 @@ class ApplyPlan(Callback):
         if not builds_later(pl_module):
             self._layers_exist(trainer, pl_module, stage)
         rerun_setup(before, trainer, pl_module, stage)
-        if self._handoff_file.is_file() and not enabled_bits(pl_module):
-            message = torch.load(self._handoff_file, weights_only=True)
-            if message["weights"] == weights_hash(pl_module):  # another model has nothing to do with it
-                pl_module.load_state_dict(message["buffers"], strict=False)
+        if not enabled_bits(pl_module):
+            self._handoff.restore(pl_module)
 
     def _prepare(self, pl_module: LightningModule) -> None:
         prepare(pl_module, self.quantizer_config.include, self.excluded(pl_module), self.quantizer)
@@ -173,15 +163,15 @@ class ApplyPlan(Callback):
             return True
         if self.given_plan is not None and self.given_plan.bits.items() - plan_of(pl_module).bits.items():
             check_plan(pl_module, self.given_plan)
-            if not _agrees(self.given_plan, pl_module):
+            if not agrees(self.given_plan, pl_module):
                 rank_zero_warn(
                     "HAWQ: the model was quantized by another plan than the one given; the model's own stays."
                 )
-                self._plan = _sized(plan_of(pl_module))
+                self._plan = with_sizes(plan_of(pl_module))
                 tie_scales(pl_module, self._plan)
                 return True
-        if self._plan is None or not _agrees(self._plan, pl_module):
-            self._plan = self.given_plan or _sized(plan_of(pl_module))
+        if self._plan is None or not agrees(self._plan, pl_module):
+            self._plan = self.given_plan or with_sizes(plan_of(pl_module))
         tie_scales(pl_module, self._plan)
         rank_zero_info("HAWQ: the model is quantized already; nothing is measured again.")
         return True
@@ -212,7 +202,7 @@ class ApplyPlan(Callback):
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
         refresh(pl_module)
         if self._plan is None and enabled_bits(pl_module):
-            self._plan = _sized(plan_of(pl_module))
+            self._plan = with_sizes(plan_of(pl_module))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As before a validation; a network that is still float is told once."""
@@ -240,17 +230,8 @@ class ApplyPlan(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one; by now averaged weights are in place."""
-        if not has_parent(trainer) or not trainer.is_global_zero:
-            return
-        if self._plan is not None:
-            buffers = {
-                f"{layer.prefix}{part}.{key}": value.detach().cpu()
-                for layer in quantized_layers(pl_module).values()
-                for part, quantizer in quantizers_in(layer.module).items()
-                for key, value in quantizer.state_dict().items()
-            }
-            message = {"plan": self._plan.to_dict(), "buffers": buffers, "weights": weights_hash(pl_module)}
-            torch.save(message, self._handoff_file)
+        if self._plan is not None and has_parent(trainer) and trainer.is_global_zero:
+            self._handoff.write(self._plan, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Ranges that follow the weights, after every so many optimizer steps."""
@@ -301,41 +282,3 @@ def quantizing_callback(trainer: Trainer) -> ApplyPlan | None:
 def learned_of(layer: QuantizedWeight) -> list[torch.nn.Parameter]:
     """Parameters of a fake-quant layer's quantizers."""
     return [*layer.weight_quantizer.parameters(), *layer.input_quantizer.parameters()]
-
-
-def _agrees(plan: Plan, module: torch.nn.Module) -> bool:
-    """Whether a model's quantizers have a plan's bits."""
-    bits = enabled_bits(module)
-    parts = {"weight": "weight", "activation": "input"}
-    return all(bits.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """Hash of the quantizable layers' own parameters, from which a hook may make the weight."""
-    digest = hashlib.sha256()
-    for name, layer in quantizable_layers(module)[0].items():
-        for part, p in layer.module.named_parameters(recurse=False):
-            digest.update(f"{name}.{part}".encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner and path.is_file():
-        path.unlink()
-
-
-def _consistent(plan: Plan | None) -> Plan | None:
-    """A plan whose bits were edited by hand, with grids, Omega and costs that follow from them."""
-    if plan is None or (settled := plan.reconciled()) is plan:
-        return plan
-    try:
-        return recost(plan)
-    except HawqError:  # a width that was never weighed: weights can have it all the same
-        return _sized(settled.replace(selector="manual"))
-
-
-def _sized(plan: Plan) -> Plan:
-    """A plan without a history, with the costs that bits alone tell."""
-    size = sum(s.numel * s.bits for s in plan.weights) / 8
-    costs = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
-    return plan.replace(costs=costs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import EllipsisType
 
@@ -12,20 +12,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, whole, with_shorthands
 from hawq_lightning._errors import HawqError
-from hawq_lightning._plan import Candidate, Plan
-from hawq_lightning._site_table import SiteTable
+from hawq_lightning._plan import Plan
 from hawq_lightning._sites import Patterns, quantizable_layers
-from hawq_lightning._types import Budget, JsonObject, StateDict
+from hawq_lightning._types import Budget, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
 from hawq_lightning.callbacks._measure import MeasureTraces
+from hawq_lightning.callbacks._results import HasResults
 from hawq_lightning.quantization import enabled_bits
-from hawq_lightning.selection import Frontier
 from hawq_lightning.sensitivity import Sensitivity
 
 
-class HAWQ(ApplyPlan):
+class HAWQ(HasResults, ApplyPlan):
     """HAWQ-V2 in one callback: :class:`MeasureTraces`, then :class:`ApplyPlan`.
 
     Before fitting (or after ``start_epoch`` epochs of it) the traces of every layer are measured on the Trainer's own
@@ -79,33 +78,9 @@ class HAWQ(ApplyPlan):
             quantizer=self.quantizer_config, measure=measure, select=select, sensitivity=sensitivity, dirpath=dirpath,
             progress=progress,
         )  # fmt: skip
+        self.results = self.measure_callback.results
         self.measure_config, self.progress = self.measure_callback.measure, progress
         self._freeze = FreezeSchedule(batchnorm=self.start_epoch) if self.quantizer.freezes_norms else None
-
-    @property
-    def sensitivity(self) -> Sensitivity:
-        """The traces that were measured or given."""
-        return self.measure_callback.sensitivity
-
-    @property
-    def frontier(self) -> Frontier:
-        """Every plan that no other beats in both Omega and size."""
-        return self.measure_callback.frontier
-
-    @property
-    def sites(self) -> SiteTable:
-        """The tensors that get quantizers."""
-        return self.measure_callback.sites
-
-    @property
-    def candidates(self) -> Mapping[str, tuple[Candidate, ...]]:
-        """Bit-widths weighed for every site, by its name."""
-        return self.measure_callback.candidates
-
-    @property
-    def loss_per_site(self) -> list[JsonObject]:
-        """Predicted and measured loss changes, with ``MeasureConfig(loss_per_site=True)``."""
-        return self.measure_callback.loss_per_site
 
     def excluded(self, pl_module: torch.nn.Module) -> Patterns:
         """Patterns of layers that stay float: the user's, and the module's own ``quantization_exclude``."""
@@ -161,11 +136,11 @@ class HAWQ(ApplyPlan):
 
     def state_dict(self) -> StateDict:
         """Plan and traces, in plain types."""
-        traces = {"sensitivity": self.sensitivity.to_dict()} if self.measure_callback.has_sensitivity else {}
+        traces = {"sensitivity": self.sensitivity.to_dict()} if self.has_sensitivity else {}
         return super().state_dict() | traces
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """See :meth:`state_dict`."""
         super().load_state_dict(state_dict)
         if "sensitivity" in state_dict:
-            self.measure_callback.sensitivity = Sensitivity.from_dict(state_dict["sensitivity"])
+            self.results.sensitivity = Sensitivity.from_dict(state_dict["sensitivity"])

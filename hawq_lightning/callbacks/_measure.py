@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
-from hawq_lightning._plan import Candidate, Plan
-from hawq_lightning._site_table import SiteTable
-from hawq_lightning._types import Batch, JsonObject, LossFn
+from hawq_lightning._plan import Plan
+from hawq_lightning._types import Batch, LossFn
+from hawq_lightning.callbacks._announce import announce
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
+from hawq_lightning.callbacks._results import HasResults, Results, there
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
     check_namespace,
@@ -35,7 +34,6 @@ from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
 from hawq_lightning.selection import (
     SELECTORS,
-    Frontier,
     Problem,
     StablePlan,
     constraints_of,
@@ -43,13 +41,10 @@ from hawq_lightning.selection import (
     select,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, kinds_in_noise, measure, top_eigenvalues
-
-Value = TypeVar("Value")
-_WHEN = "it is there once trainer.fit has started to measure."
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
 
 
-class MeasureTraces(Callback):
+class MeasureTraces(HasResults, Callback):
     """Measure the Hessian traces of every site on the Trainer's own train data and pick a plan, before fitting.
 
     It changes nothing in the model.
@@ -94,38 +89,9 @@ class MeasureTraces(Callback):
             )
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.dirpath, self.progress = dirpath, progress
-        self.candidates: Mapping[str, tuple[Candidate, ...]] = {}
-        self.loss_per_site: list[JsonObject] = []
+        self.results = Results()
         self.eigenvalues: dict[str, float] = {}
-        self._sites: SiteTable | None = None
-        self._sensitivity: Sensitivity | None = None
-        self._frontier: Frontier | None = None
-        self._no_frontier = _WHEN
         self._plan: Plan | None = None
-
-    @property
-    def sites(self) -> SiteTable:
-        """The tensors that get quantizers."""
-        return _there(self._sites, "table of sites")
-
-    @property
-    def has_sensitivity(self) -> bool:
-        """Whether traces were measured, or taken from a file or a checkpoint."""
-        return self._sensitivity is not None
-
-    @property
-    def sensitivity(self) -> Sensitivity:
-        """The traces that were measured or given."""
-        return _there(self._sensitivity, "sensitivity")
-
-    @sensitivity.setter
-    def sensitivity(self, sensitivity: Sensitivity) -> None:
-        self._sensitivity = sensitivity
-
-    @property
-    def frontier(self) -> Frontier:
-        """Every plan that no other beats in both Omega and size."""
-        return _there(self._frontier, "frontier", self._no_frontier)
 
     @property
     def has_plan(self) -> bool:
@@ -135,7 +101,7 @@ class MeasureTraces(Callback):
     @property
     def plan(self) -> Plan:
         """The plan that was chosen."""
-        return _there(self._plan, "plan")
+        return there(self._plan, "plan")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and select; what was measured before on the same weights and data is taken from its file."""
@@ -179,7 +145,7 @@ class MeasureTraces(Callback):
         ):
             batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
             table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
-            self._sites, overhead = table, nominal.file_overhead
+            self.results.sites, overhead = table, nominal.file_overhead
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
@@ -199,25 +165,25 @@ class MeasureTraces(Callback):
                 if self.given is None:
                     traces.store(sensitivity)
             # as the file tells it: a run that takes it from there chooses by the same digits
-            sensitivity = self._sensitivity = Sensitivity.from_dict(sensitivity.to_dict())
+            sensitivity = self.results.sensitivity = Sensitivity.from_dict(sensitivity.to_dict())
             check_covers(sensitivity, table)
             if trainer.is_global_zero:
                 sensitivity.save(folder / "sensitivity.json")
             traces.forget_partial(sensitivity.fingerprint)
-            self.candidates = weigh(sensitivity, progress=show)
-            problem = Problem(table, self.candidates, sensitivity, overhead, **constraints)
+            choices = self.results.candidates = weigh(sensitivity, progress=show)
+            problem = Problem(table, choices, sensitivity, overhead, **constraints)
             plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, problem)
             if trainer.is_global_zero:
                 plan.save(folder / "plan.json")
             self._draw_frontier(problem, folder if trainer.is_global_zero else None)
             warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
-                self.loss_per_site = loss_per_site(
-                    pl_module, batches, loss_fn, table, self.candidates, quantizer=quantizer, progress=show
+                losses = self.results.loss_per_site = loss_per_site(
+                    pl_module, batches, loss_fn, table, choices, quantizer=quantizer, progress=show
                 )
                 if trainer.is_global_zero:
-                    write_text(folder / "loss_check.csv", _csv(self.loss_per_site))
-        self._log(trainer, plan)
+                    write_text(folder / "loss_check.csv", _csv(losses))
+        announce(trainer, sensitivity, plan)
         return plan
 
     def _choose(
@@ -243,7 +209,7 @@ class MeasureTraces(Callback):
         if "eigenvalues" in self._selector.needs:
             names = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
             eigenvalues = top_eigenvalues(
-                pl_module, batches, loss_fn, sites=self._sites, only=names, rtol=self.measure.rtol,
+                pl_module, batches, loss_fn, sites=self.sites, only=names, rtol=self.measure.rtol,
                 seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
             self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
@@ -262,10 +228,10 @@ class MeasureTraces(Callback):
         try:
             frontier = plan_frontier(problem)
         except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
-            self._frontier, self._no_frontier = None, str(error)
+            self.results.frontier, self.results.no_frontier = None, str(error)
             rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")
             return
-        self._frontier = frontier
+        self.results.frontier = frontier
         if folder is not None:
             frontier.to_csv(folder / "frontier.csv")
 
@@ -276,44 +242,6 @@ class MeasureTraces(Callback):
         widths = check_bits(q.weight_bits, "weight")
         others = None if q.activation_bits is None else check_bits(q.activation_bits, "activation")
         return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}"
-
-    def _log(self, trainer: Trainer, plan: Plan) -> None:
-        _, floored = guarded_mean_traces(self.sensitivity)
-        loud = len(kinds_in_noise(self.sensitivity))  # the first of the sentences
-        for note in floored[:loud]:
-            rank_zero_warn(
-                f"HAWQ: {note} Traces mean something near a minimum: load trained weights, or give "
-                "start_epoch=<epochs>; if the network is trained, measure more probes or images."
-            )
-        for note in (*self.sensitivity.notes, *floored[loud:]):
-            rank_zero_info(f"HAWQ: {note}")
-        rank_zero_info(describe(plan))
-        values: dict[str, float] = {}
-        for s in plan.sites:
-            values[f"hawq/bits/{s.name}"] = s.bits
-            for what, number in (("mean_trace", s.mean_trace), ("stderr", s.stderr), ("omega", s.omega)):
-                if number is not None and math.isfinite(number):
-                    values[f"hawq/{what}/{s.name}"] = number
-        values |= {f"hawq/{k}": v for k, v in plan.costs.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-
-
-def _there(value: Value | None, what: str, reason: str = _WHEN) -> Value:
-    if value is None:
-        raise HawqError(f"There is no {what}: {reason}")
-    return value
-
-
-def describe(plan: Plan) -> str:
-    """One line about a plan."""
-    counts: dict[int, int] = {}
-    for s in plan.weights:
-        counts[s.bits] = counts.get(s.bits, 0) + 1
-    spread = ", ".join(f"{n} at {b} bit" for b, n in sorted(counts.items()))
-    size = plan.costs.get("weight_bytes", 0.0)
-    ratio = plan.costs.get("float_weight_bytes", 0.0) / size if size else 0.0
-    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."
 
 
 def _csv(rows: Sequence[Mapping[str, object]]) -> str:

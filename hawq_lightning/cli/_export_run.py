@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
@@ -27,7 +28,7 @@ from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
 from hawq_lightning.cli._trusted import check_targets
-from hawq_lightning.export import EXPORTERS, Exporter, check_writable, export, load_packed, network_of, require
+from hawq_lightning.export import EXPORTERS, Exporter, check_writable, export, load_packed, network_of
 from hawq_lightning.export.onnx import layer_latencies, write_table
 from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report

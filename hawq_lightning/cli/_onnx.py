@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import compare, network_of, to_onnx
-from hawq_lightning.models import require
 from hawq_lightning.quantization import unquantize
 
 
@@ -128,7 +128,7 @@ def mean_average_precision(
     Raises:
         HawqError: the package that computes mAP is missing.
     """
-    require("faster_coco_eval", "detection")
+    require("faster_coco_eval")
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints tables
     from torchmetrics.detection import MeanAveragePrecision
 

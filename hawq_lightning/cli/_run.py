@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._types import JsonObject
@@ -27,7 +28,7 @@ from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
 from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
-from hawq_lightning.export import EXPORTERS, load_packed, require
+from hawq_lightning.export import EXPORTERS, load_packed
 
 
 def run(cfg: DictConfig) -> JsonObject:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._types import JsonObject
-from hawq_lightning.export import require, to_onnx
+from hawq_lightning.export import to_onnx
 from hawq_lightning.export.onnx import float_onnx, measure_file
 from hawq_lightning.quantization import quantize
 

@@ -3,7 +3,6 @@
 from hawq_lightning.data._coco import CocoDataset, load_image, random_flips, read_coco
 from hawq_lightning.data._detection import CocoData
 from hawq_lightning.data._digits import DigitsDataModule
-from hawq_lightning.data._image_files import random_box
 from hawq_lightning.data._image_folder import ImageFolderDataModule
 from hawq_lightning.data._image_folder_config import ImageFolderConfig
 from hawq_lightning.data._miniatures import write_coco, write_image_folder
@@ -20,7 +19,6 @@ __all__ = [
     "TinyCoco",
     "TinyImageFolder",
     "load_image",
-    "random_box",
     "random_flips",
     "read_coco",
     "write_coco",

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning._io import read_json
 from hawq_lightning._types import JsonObject
 from hawq_lightning.data._image_files import read_image
@@ -188,16 +189,21 @@ def load_image(picture: Picture, longest: int | None = None) -> tuple[torch.Tens
 def random_flips(
     horizontal: bool, vertical: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Mirror an image and its boxes along either axis, each with probability one half."""
+    """Mirror an image and its boxes along either axis, each with probability one half (torchvision's transforms).
+
+    Raises:
+        HawqError: torchvision is missing.
+    """
+    v2, tensors = require("torchvision.transforms.v2"), require("torchvision.tv_tensors")
+    enabled = [v2.RandomHorizontalFlip()] * horizontal + [v2.RandomVerticalFlip()] * vertical
+    flips = v2.Compose(enabled or [v2.Identity()])
 
     def flip(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for enabled, axis in ((horizontal, 2), (vertical, 1)):
-            if enabled and torch.rand(()) < 0.5:
-                image = image.flip(axis)
-                low, high = (0, 2) if axis == 2 else (1, 3)
-                boxes = boxes.clone()
-                boxes[:, [low, high]] = image.shape[axis] - boxes[:, [high, low]]
-        return image, boxes
+        size = (image.shape[-2], image.shape[-1])
+        image, corners = flips(
+            tensors.Image(image), tensors.BoundingBoxes(boxes.clone(), format="XYXY", canvas_size=size)
+        )
+        return image.as_subclass(torch.Tensor), corners.as_subclass(torch.Tensor)
 
     return flip
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning.data._image_files import ImageFiles, read_image
+from hawq_lightning.data._image_files import ImageFiles, read_image, square_crop
 from hawq_lightning.data._image_folder_config import ImageFolderConfig, image_folder_config
 from hawq_lightning.data._splits import Labelled
 from hawq_lightning.data._tensors import TensorImages
@@ -75,13 +75,12 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _dataset(self, files: Labelled, training: bool) -> Dataset[tuple[Tensor, int]]:
         config = self.config
-        crop = training and config.augment == "resized_crop"
-        decoded = ImageFiles(files, config.size, config.resize, crop, tuple(config.mean), tuple(config.std))
+        crop = square_crop(config.size, config.resize, training and config.augment == "resized_crop")
         if not config.memory:
-            return decoded
+            return ImageFiles(files, crop, tuple(config.mean), tuple(config.std))
         images = torch.empty(len(files), 3, config.size, config.size, dtype=torch.uint8)
         for i, (path, _) in enumerate(files):
-            images[i] = decoded.pixels(path)
+            images[i] = crop(read_image(path))
         moving = training and config.augment == "shift_flip"
         labels = torch.tensor([label for _, label in files])
         shift = config.shift if moving else 0

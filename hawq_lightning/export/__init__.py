@@ -5,11 +5,12 @@ from hawq_lightning.export._bits import pack, unpack
 from hawq_lightning.export._contents import PackedFile, StoredSite
 from hawq_lightning.export._deployed import Deployed, deploy, portable, stored_layers
 from hawq_lightning.export._exporters import EXPORTERS, Exporter, Verification, export, register_exporter
-from hawq_lightning.export._extra import require
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._network import DetectorNetwork, network_of
-from hawq_lightning.export._packed import load_packed, packed_overhead, read_packed, save_packed, stored_sites
+from hawq_lightning.export._packed import load_packed, read_packed, save_packed
+from hawq_lightning.export._packed_size import packed_overhead
+from hawq_lightning.export._stored import stored_sites
 from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "portable",
     "read_packed",
     "register_exporter",
-    "require",
     "save_packed",
     "stored_layers",
     "stored_sites",

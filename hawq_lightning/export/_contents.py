@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -19,9 +20,10 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan, PlanSite, check_choice
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export._bits import packed_bytes, unpack
-from hawq_lightning.export._safetensors import TORCH_TYPES, shape_from
+from hawq_lightning.export._safetensors import TORCH_TYPES, Spec, shape_from, spec_of
 from hawq_lightning.quantization import Storage, quantizer_named
 
+Value = TypeVar("Value", torch.Tensor, Spec)
 FORMAT = "hawq_lightning.packed"
 VERSION = "4"
 DESCRIPTION = (
@@ -139,6 +141,25 @@ def site_entry(stored: StoredSite) -> JsonObject:
             f"Quantizer {stored.quantizer!r} stores a fact called {taken[0]!r}, which the file uses itself."
         )
     return entry | stored.storage.facts
+
+
+def ordered(tensors: Mapping[str, Value], rest: Mapping[tuple[str, ...], Value]) -> dict[str, Value]:
+    """All tensors of a file: wide types first, and codes last, whose sizes the bits change.
+
+    Raises:
+        HawqError: two have one name.
+    """
+    named: dict[str, Value] = {keys[0]: value for keys, value in rest.items()}
+    if twice := sorted(set(named) & set(tensors)):
+        raise HawqError(f"The model's state holds {twice[0]!r}, which is what a site's tensor is called in the file.")
+
+    def key(item: tuple[str, Value]) -> tuple[int, bool, bool, str]:
+        name, value = item
+        spec = value if isinstance(value, Spec) else spec_of(value)
+        return -TORCH_TYPES[spec.dtype].itemsize, name in tensors, name.endswith(f".{CODES}"), name
+
+    named.update(tensors)
+    return dict(sorted(named.items(), key=key))
 
 
 def contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> PackedFile:

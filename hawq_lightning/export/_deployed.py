@@ -17,9 +17,9 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
+from hawq_lightning.export._enabled import check_enabled, quantized_by_name
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import plain, renaming
-from hawq_lightning.export._packed import check_enabled, quantized_by_name
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.quantization import QuantizedLayer, plan_of
 

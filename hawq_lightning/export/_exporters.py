@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._registry import Registry
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.export._deployed import Inputs
-from hawq_lightning.export._extra import require
+from hawq_lightning.export._enabled import quantized_by_name
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export._packed import quantized_by_name
 from hawq_lightning.quantization import plan_of
 
 EVEN_STEPS = ("affine", "midrise")

@@ -1,6 +1,7 @@
 """What is known of each kind of layer, in one place; a kind of one's own is a class under ``@register_layer``."""
 
-from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind, by_kernel
+from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
+from hawq_lightning.layers._conv_gradients import by_kernel
 from hawq_lightning.layers._fake_quant import (
     ActivationQ,
     FakeQuantLayer,

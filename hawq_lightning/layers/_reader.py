@@ -51,6 +51,12 @@ class WeightReader:
         return weight_of(self.module, self.parameter)
 
     @property
+    def recomputed(self) -> bool:
+        """Whether a hook computes the weight before every call (old-style weight norm, pruning): it is no parameter."""
+        holder, _, name = self.parameter.rpartition(".")
+        return name not in self.module.get_submodule(holder)._parameters
+
+    @property
     def channel_axis(self) -> int:
         """Axis of the weight that gets one scale an index."""
         return self.read.channel_axis
@@ -71,6 +77,11 @@ class WeightReader:
     def on_call(self, record: Record) -> RemovableHandle:
         """After each call show what was read and the product; ``record`` may return another product."""
         return self.kind.on_call(self.module, self.parameter, record)
+
+    def put_weight(self, weight: torch.Tensor) -> None:
+        """Put another tensor in the place of a weight that is :attr:`recomputed`; the next call computes it anew."""
+        holder, _, name = self.parameter.rpartition(".")
+        setattr(self.module.get_submodule(holder), name, weight)
 
     def set_weight(self, weight: nn.Parameter | None) -> None:
         """Put another parameter in the place of the weight, here alone."""

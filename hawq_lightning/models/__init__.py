@@ -11,7 +11,7 @@ from hawq_lightning.models._retinanet import (
     retinanet_torchvision,
 )
 from hawq_lightning.models._squeezenext import squeezenext
-from hawq_lightning.models._weights import load_weights, require
+from hawq_lightning.models._weights import load_weights
 
 __all__ = [
     "BETA",
@@ -19,7 +19,6 @@ __all__ = [
     "inception_blocks",
     "inception_v3",
     "load_weights",
-    "require",
     "resnet20",
     "resnet50",
     "retinanet_resnet18",

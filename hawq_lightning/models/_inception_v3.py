@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from hawq_lightning.models._weights import build, require
+from hawq_lightning._extra import require
+from hawq_lightning.models._weights import build
 
 AUXILIARY = "AuxLogits"
 
@@ -33,7 +34,7 @@ def inception_v3(
     Raises:
         HawqError: torchvision is missing, or the weights cannot be had or do not fit.
     """
-    models = require("torchvision.models", "vision")
+    models = require("torchvision.models")
 
     def make(download: bool) -> nn.Module:
         head: dict[str, int] = {} if download else {"num_classes": num_classes, "init_weights": weights is None}

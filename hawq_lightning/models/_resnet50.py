@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from hawq_lightning.models._weights import build, require
+from hawq_lightning._extra import require
+from hawq_lightning.models._weights import build
 
 
 def resnet50(num_classes: int = 1000, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
@@ -20,7 +21,7 @@ def resnet50(num_classes: int = 1000, pretrained: bool = False, weights: str | P
     Raises:
         HawqError: torchvision is missing, or the weights cannot be had or do not fit.
     """
-    models = require("torchvision.models", "vision")
+    models = require("torchvision.models")
     return build(
         "resnet50",
         lambda download: models.resnet50(

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.models._weights import build, require
+from hawq_lightning._extra import require
+from hawq_lightning.models._weights import build
 
 BOX_LOSSES = ("smooth_l1", "l1")
 BETA = 1 / 9  # where smooth-L1 turns from a parabola into a line; Detectron's value for RetinaNet
@@ -86,7 +87,7 @@ def retinanet_torchvision(
             if type(module).__name__ == "FrozenBatchNorm2d":
                 module.eps = 0.0  # type: ignore[assignment]  # these weights were trained so
         if download:
-            choices = require("torchvision.models.detection", "detection").RetinaNet_ResNet50_FPN_Weights
+            choices = require("torchvision.models.detection").RetinaNet_ResNet50_FPN_Weights
             state = choices.COCO_V1.get_state_dict(progress=True, check_hash=True)
             model.load_state_dict({_newer_name(k): v for k, v in state.items()})
         return model
@@ -172,10 +173,10 @@ def assemble(
     """
     if box_loss not in BOX_LOSSES:
         raise HawqError(f"box_loss is {box_loss!r}; use one of {', '.join(BOX_LOSSES)}.")
-    models = require("torchvision.models", "detection")
-    detection = require("torchvision.models.detection.retinanet", "detection")
-    pyramid = require("torchvision.models.detection.backbone_utils", "detection").BackboneWithFPN
-    ops = require("torchvision.ops", "detection")
+    models = require("torchvision.models")
+    detection = require("torchvision.models.detection.retinanet")
+    pyramid = require("torchvision.models.detection.backbone_utils").BackboneWithFPN
+    ops = require("torchvision.ops")
     norm = ops.FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
 
     trunk: Any = build(

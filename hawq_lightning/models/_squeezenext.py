@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from hawq_lightning.models._weights import build, require
+from hawq_lightning._extra import require
+from hawq_lightning.models._weights import build
 
 
 def squeezenext(num_classes: int = 1000, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
@@ -20,7 +21,7 @@ def squeezenext(num_classes: int = 1000, pretrained: bool = False, weights: str 
     Raises:
         HawqError: pytorchcv is missing, or the weights cannot be had or do not fit.
     """
-    provider = require("pytorchcv.models.squeezenext", "vision")
+    provider = require("pytorchcv.models.squeezenext")
 
     def make(download: bool) -> nn.Module:
         model = provider.sqnxt23_w2(pretrained=download, num_classes=num_classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,23 +11,6 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-
-
-def require(module: str, extra: str) -> Any:
-    """Import an optional dependency.
-
-    Args:
-        module: dotted name.
-        extra: of this package, which installs it.
-
-    Raises:
-        HawqError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        top = module.partition(".")[0]
-        raise HawqError(f"{top} is not installed; run: pip install 'hawq-lightning[{extra}]'.") from error
 
 
 def build(

@@ -4,18 +4,15 @@ from hawq_lightning.selection import _baselines, _built_in_costs  # noqa: F401  
 from hawq_lightning.selection._activation_memory import activation_steps
 from hawq_lightning.selection._bootstrap import Stability, bootstrap_stability, with_bootstrap_stability
 from hawq_lightning.selection._budget import UpperLimit, parse_budget, read_budget, tables_of_budget
+from hawq_lightning.selection._cost import Cost, LayerCost, SiteCost, table_of
 from hawq_lightning.selection._costs import (
     COSTS,
-    Cost,
-    LayerCost,
-    SiteCost,
     available_costs,
     cost_of,
     cost_rows,
     costs_of,
     format_cost,
     register_cost,
-    table_of,
 )
 from hawq_lightning.selection._coupling import group_frontier
 from hawq_lightning.selection._feasible import check_feasible, nominal_problem

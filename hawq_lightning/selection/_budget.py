@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning.selection._costs import COSTS, Cost, cost_named, cost_rows
+from hawq_lightning.selection._cost import Cost
+from hawq_lightning.selection._costs import COSTS, cost_named, cost_rows
 from hawq_lightning.selection._problem import Problem
 
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)")

@@ -9,7 +9,8 @@ from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import Layer, Site
 from hawq_lightning.selection._constraints import FLOAT_BITS
-from hawq_lightning.selection._costs import LayerCost, SiteCost, register_cost, site_row, table_of
+from hawq_lightning.selection._cost import LayerCost, SiteCost, site_row, table_of
+from hawq_lightning.selection._costs import register_cost
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._problem import Problem

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,40 +17,15 @@ from numpy.typing import NDArray
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import Layer, Site, SiteTable
-from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table, whole_number
-from hawq_lightning.selection._constraints import Pairs, Ties, device_pairs, narrow_to_device, narrowed, tie_indices
+from hawq_lightning.selection._arrays import parts_from_arrays
+from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table
+from hawq_lightning.selection._constraints import Pairs, Ties
+from hawq_lightning.selection._groups import Group, Structure, structure_of
 from hawq_lightning.selection._latency import LatencyTable
-from hawq_lightning.selection._pareto import MAX_POINTS, Floats, connected_groups
+from hawq_lightning.selection._pareto import MAX_POINTS, Floats
+from hawq_lightning.selection._scaled import scaled_candidates, scaled_traces
 from hawq_lightning.selection._scores import DEFAULT_SCORE, SCORES
-from hawq_lightning.sensitivity import Sensitivity, SiteTrace, guarded_mean_traces
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sites of one kind that take the same bits: the unit of choice.
-
-    Attributes:
-        members: indices of the sites.
-        kind: ``weight`` or ``activation``.
-        bits: the widths it may take, ascending.
-        score: what selection minimises at each of them, added up over the members.
-        omega: Ω at each of them, added up over the members.
-    """
-
-    members: tuple[int, ...]
-    kind: str
-    bits: tuple[int, ...]
-    score: Floats
-    omega: Floats
-
-
-class _Structure(NamedTuple):
-    """What ties and the device leave: members and bits of every group, and what couples them."""
-
-    members: list[list[int]]
-    bits: list[list[int]]
-    layer_groups: list[tuple[Layer, int, int | None]]
-    allowed_pairs: dict[tuple[int, int], NDArray[np.bool_]]
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,40 +98,7 @@ class Problem:
         Raises:
             HawqError: lengths that differ, or what :class:`Problem` refuses.
         """
-        count = len(names)
-        rows = [[float(x) for x in row] for row in omega]
-        shared = [
-            whole_number(b, "a width in bits") for b in bits if not isinstance(b, (Sequence, np.ndarray))
-        ]  # one list for all sites
-        nested = [
-            [whole_number(b, "a width in bits") for b in row] for row in bits if isinstance(row, (Sequence, np.ndarray))
-        ]
-        if shared and nested:
-            raise HawqError("bits must be one list of widths for all sites, or one list a site; not both.")
-        widths = [shared] * count if shared else nested
-        lengths = {"bits": len(widths), "omega": len(rows), "numel": len(numel)}
-        if mean_trace is not None:
-            lengths["mean_trace"] = len(mean_trace)
-        for what, length in lengths.items():
-            if length != count:
-                raise HawqError(f"There are {count} names but {length} rows of {what}.")
-        candidates: dict[str, list[Candidate]] = {}
-        for i, name in enumerate(names):
-            if len(widths[i]) != len(rows[i]):
-                raise HawqError(f"Site {name!r} has {len(widths[i])} widths but {len(rows[i])} values of omega.")
-            errors = [0.0] * len(rows[i]) if perturbation is None else [float(x) for x in perturbation[i]]
-            candidates[name] = [
-                Candidate(b, "midrise" if b == 1 else "affine", o, p) for b, o, p in zip(widths[i], rows[i], errors)
-            ]
-        elements = [whole_number(k, f"numel of {n!r}") for n, k in zip(names, numel)]
-        sites = tuple(Site(n, "weight", (n,), (k,), k, 0) for n, k in zip(names, elements))
-        sensitivity = None
-        if mean_trace is not None:
-            records = [
-                SiteTrace(n, "weight", float(t) * k, 0.0, 0.0, k, float(t))
-                for n, t, k in zip(names, mean_trace, elements)
-            ]
-            sensitivity = Sensitivity(tuple(records))
+        sites, candidates, sensitivity = parts_from_arrays(names, bits, omega, numel, mean_trace, perturbation)
         return cls(SiteTable(sites, tuple(layers)), candidates, sensitivity, **constraints)  # type: ignore[arg-type]
 
     @cached_property
@@ -304,14 +245,10 @@ class Problem:
         Args:
             factors: site name -> trace drawn / trace measured. Ω of a candidate is linear in it by definition.
         """
-        candidates = {
-            name: tuple(_with_factor(c, factors.get(name, 1.0)) for c in listed)
-            for name, listed in self.candidates.items()
-        }
-        if self.sensitivity is None:
-            return replace(self, candidates=candidates)
-        records = tuple(_record_with_factor(r, factors.get(r.name, 1.0)) for r in self.sensitivity)
-        return replace(self, candidates=candidates, sensitivity=replace(self.sensitivity, records=records))
+        return replace(
+            self, candidates=scaled_candidates(self.candidates, factors),
+            sensitivity=None if self.sensitivity is None else scaled_traces(self.sensitivity, factors),
+        )  # fmt: skip
 
     def _traces_for_score(self) -> Mapping[str, float]:
         if "traces" not in SCORES[self.score].needs:
@@ -324,25 +261,12 @@ class Problem:
         return traces
 
     @cached_property
-    def _structure(self) -> _Structure:
-        order = self.first_to_last
-        allowed = narrowed([sorted(b) for b in self.best], self.sites, order, self.fixed, self.min_bits)
-        members = connected_groups(len(self.sites), tie_indices(self.ties, self.sites, order))
-        bits = [self._common(tied, allowed) for tied in members]
-        group_of = {i: g for g, tied in enumerate(members) for i in tied}
-        for layer in self.layers:
-            if layer.weight not in self.index:
-                raise HawqError(f"Layer {layer.name!r} uses {layer.weight!r}, which is no site.")
-        layer_groups = [
-            (
-                x,
-                group_of[self.index[x.weight]],
-                group_of[self.index[x.activation]] if x.activation in self.index else None,
-            )
-            for x in self.layers
-        ]
-        allowed_pairs = narrow_to_device(bits, layer_groups, device_pairs(self.pairs, self.layers))
-        return _Structure(members, bits, layer_groups, allowed_pairs)
+    def _structure(self) -> Structure:
+        widths = [sorted(b) for b in self.best]
+        return structure_of(
+            self.sites, self.layers, self.first_to_last, widths,
+            ties=self.ties, fixed=self.fixed, min_bits=self.min_bits, pairs=self.pairs,
+        )  # fmt: skip
 
     def _group(self, members: Sequence[int], bits: tuple[int, ...]) -> Group:
         score = np.asarray([math.fsum(self.best[i][b][1] for i in members) for b in bits])
@@ -351,28 +275,3 @@ class Problem:
 
     def _best(self, site: int, bits: int) -> Candidate:
         return self.candidates[self.sites[site].name][self.best[site][bits][0]]
-
-    def _common(self, members: Sequence[int], allowed: Sequence[Sequence[int]]) -> list[int]:
-        common = [b for b in allowed[members[0]] if all(b in allowed[i] for i in members)]
-        if not common:
-            listed = "; ".join(f"{self.sites[i].name} {', '.join(map(str, allowed[i]))}" for i in members[:4])
-            raise HawqError(f"These tied sites conflict, they have no bits in common: {listed}.")
-        return common
-
-
-def _with_factor(candidate: Candidate, factor: float) -> Candidate:
-    if not math.isfinite(candidate.omega):  # not available, whatever the trace
-        return candidate
-    return replace(candidate, omega=candidate.omega * factor)
-
-
-def _record_with_factor(record: SiteTrace, factor: float) -> SiteTrace:
-    return replace(
-        record, trace=record.trace * factor, mean_trace=record.mean_trace * factor,
-        stderr=_times(record.stderr, factor), stderr_data=_times(record.stderr_data, factor),
-    )  # fmt: skip
-
-
-def _times(error: float, factor: float) -> float:
-    """An unknown error stays so: infinity times 0 is no number."""
-    return error * factor if math.isfinite(error) else error

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from hawq_lightning.models import require
+from hawq_lightning._extra import require
 from hawq_lightning.tasks._matching import join, match_image, objects_of
 from hawq_lightning.tasks._optimizers import check_names, make_optimizer
 
@@ -50,7 +50,7 @@ class DetectionTask(LightningModule):
     ) -> None:
         super().__init__()
         check_names(optimizer, schedule)
-        require("faster_coco_eval", "detection")
+        require("faster_coco_eval")
         logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints its table at every validation
         self.save_hyperparameters(ignore=["net"])
         self.net = net

@@ -17,6 +17,9 @@ from hawq_lightning.callbacks import AtomicCheckpointIO, in_middle_of_epoch
 from tests.internals import internal
 from tests.trainers import FEATURES, Augmented, Classifier, assert_mixed, hawq, loader, trainer
 
+# Lightning's word on the savers of the run before
+OTHER_SAVERS = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
+
 
 class Noisy(Augmented):
     """Augmented by torch's random numbers; the network has dropout, which draws as well."""
@@ -95,10 +98,6 @@ def test_the_middle_of_an_epoch(tmp_path, undisturbed, epoch, step):
     "stopped in the middle of an epoch, with a loader that does not keep its position",
     "the same plan; a warning names the reason why the weights differ",
 )
-# Lightning's word on the savers of the run before
-OTHER_SAVERS = pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path:UserWarning")
-
-
 @OTHER_SAVERS
 def test_a_loader_without_a_position_is_told(tmp_path):
     def data():

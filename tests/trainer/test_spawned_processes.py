@@ -23,7 +23,7 @@ def test_a_plan_of_processes_that_were_spawned_stays_with_its_model(tmp_path):
     spawned = {"strategy": "ddp_spawn", "devices": 1}
     first = Classifier()
     trainer(tmp_path, callback, **spawned).fit(first, loader())
-    relay = callback._handoff_file
+    relay = callback._handoff.path
     assert relay.is_file()
     never_fitted = Classifier()
     callback.setup(trainer(tmp_path, callback), first, "validate")
@@ -33,9 +33,7 @@ def test_a_plan_of_processes_that_were_spawned_stays_with_its_model(tmp_path):
 
 
 def test_what_processes_tell_each_other_by_is_removed_at_the_end():
-    code = (
-        "from hawq_lightning import ApplyPlan; c = ApplyPlan(); c._handoff_file.write_text('x'); print(c._handoff_file)"
-    )
+    code = "from hawq_lightning import ApplyPlan; c = ApplyPlan()._handoff; c.path.write_text('x'); print(c.path)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     path = Path(done.stdout.strip())
     assert path.name.startswith("hawq_lightning-") and not path.exists()

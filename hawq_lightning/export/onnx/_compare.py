@@ -14,7 +14,7 @@ from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
-from hawq_lightning.export._extra import require
+from hawq_lightning._extra import require
 from hawq_lightning.export._inventory import plain
 from hawq_lightning.layers import FakeQuantLayer, kinds
 from hawq_lightning.quantization import ActivationQuantizer, QuantizedLayer

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._compare import session
 
 
@@ -41,10 +42,7 @@ def detections(
     Raises:
         HawqError: torchvision is missing, or ``levels`` do not sum to A.
     """
-    try:
-        from torchvision.ops import batched_nms
-    except ImportError as error:
-        raise HawqError(f"This needs torchvision ({error}): pip install 'hawq-lightning[detection]'.") from error
+    batched_nms = require("torchvision.ops").batched_nms
     levels = list(levels) or [len(scores)]
     if sum(levels) != len(scores):
         raise HawqError(f"The levels have {sum(levels):,} anchors, the scores {len(scores):,}.")

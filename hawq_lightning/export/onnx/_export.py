@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
 from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
 from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
-from hawq_lightning.export._extra import require
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._float_bias import split_bias
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights

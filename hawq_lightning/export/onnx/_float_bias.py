@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hawq_lightning.export._extra import require
+from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._low_bits import replace_nodes
 from hawq_lightning.layers import LayerKind, kinds
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.export._extra import require
+from hawq_lightning._extra import require
 
 INT2_OPSET = 25
 _WIDTHS = (2, 4, 8, 16)

@@ -48,9 +48,9 @@ def _uses(
 
 
 def _take(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    for module in ("layers._conv", "layers._linear"):
+    for module in ("layers._conv_gradients", "layers._linear"):
         monkeypatch.setattr(internal(module), "gram_is_less", lambda *a: how == "ghost")
-    monkeypatch.setattr(internal("layers._conv"), "by_kernel", lambda *a: how == "kernel")
+    monkeypatch.setattr(internal("layers._conv_gradients"), "by_kernel", lambda *a: how == "kernel")
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
@@ -78,7 +78,7 @@ def test_images_side_by_side_and_one_by_one_are_the_same(name, images, monkeypat
     uses, *_ = _uses(name, images, 1, False)
     _take(monkeypatch, "kernel")
     together = inner_products(uses, True)
-    monkeypatch.setattr(internal("layers._conv"), "_LIGHT", 0)
+    monkeypatch.setattr(internal("layers._conv_gradients"), "_LIGHT", 0)
     assert torch.allclose(together, inner_products(uses, True), rtol=1e-11)
 
 

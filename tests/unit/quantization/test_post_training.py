@@ -342,7 +342,10 @@ def test_without_post_training_validate_leaves_the_network_float(tmp_path):
     model = Classifier()
     trainer(tmp_path, hawq()).validate(model, loader(shuffle=False), verbose=False)
     assert not enabled_bits(model)
-    with pytest.warns(UserWarning, match="the network is float here"):
+    with (
+        pytest.warns(UserWarning, match="this network is float: no quantizer is enabled"),
+        pytest.warns(UserWarning, match="the network is float here"),
+    ):
         trainer(tmp_path, hawq(), PostTraining()).test(model, loader(shuffle=False), verbose=False)
 
 

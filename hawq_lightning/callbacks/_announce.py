@@ -1,0 +1,51 @@
+"""What a measurement says: sentences for the user, numbers for the Trainer's loggers."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from hawq_lightning._plan import Plan
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, kinds_in_noise
+
+
+def announce(trainer: Trainer, sensitivity: Sensitivity, plan: Plan) -> None:
+    """Say what was measured and chosen, and log it.
+
+    Args:
+        trainer: whose loggers get the numbers.
+        sensitivity: the traces.
+        plan: chosen by them.
+    """
+    _, floored = guarded_mean_traces(sensitivity)
+    loud = len(kinds_in_noise(sensitivity))  # the first of the sentences
+    for note in floored[:loud]:
+        rank_zero_warn(
+            f"HAWQ: {note} Traces mean something near a minimum: load trained weights, or give "
+            "start_epoch=<epochs>; if the network is trained, measure more probes or images."
+        )
+    for note in (*sensitivity.notes, *floored[loud:]):
+        rank_zero_info(f"HAWQ: {note}")
+    rank_zero_info(describe(plan))
+    values: dict[str, float] = {}
+    for s in plan.sites:
+        values[f"hawq/bits/{s.name}"] = s.bits
+        for what, number in (("mean_trace", s.mean_trace), ("stderr", s.stderr), ("omega", s.omega)):
+            if number is not None and math.isfinite(number):
+                values[f"hawq/{what}/{s.name}"] = number
+    values |= {f"hawq/{k}": v for k, v in plan.costs.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+
+
+def describe(plan: Plan) -> str:
+    """One line about a plan."""
+    counts: dict[int, int] = {}
+    for s in plan.weights:
+        counts[s.bits] = counts.get(s.bits, 0) + 1
+    spread = ", ".join(f"{n} at {b} bit" for b, n in sorted(counts.items()))
+    size = plan.costs.get("weight_bytes", 0.0)
+    ratio = plan.costs.get("float_weight_bytes", 0.0) / size if size else 0.0
+    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."

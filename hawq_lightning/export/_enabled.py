@@ -1,0 +1,53 @@
+"""Whether a model's quantizers are those of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Plan
+from hawq_lightning.export._inventory import plain
+from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.quantization import QuantizedLayer
+
+
+def quantized_by_name(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The fake-quant layers under all their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {plain(n): m for n, m in modules if isinstance(m, FakeQuantLayer)}
+
+
+def check_enabled(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
+    """Raise HawqError, naming the site, unless these layers carry exactly ``plan``."""
+    planned: set[int] = set()
+    for site in plan.reconciled().sites:
+        for name in site.layers:
+            if name not in layers:
+                raise HawqError(f"The model is not quantized at {name!r}: call quantize(model, plan) first.")
+            quantizer = layers[name].weight_quantizer if site.kind == "weight" else layers[name].input_quantizer
+            planned.add(id(quantizer))
+            quantizer.refresh()
+            reads = layers[site.layers[0]].input_quantizer
+            if site.kind == "activation" and float(quantizer.scale) != float(reads.scale):
+                raise HawqError(
+                    f"The layers of {site.name!r} read one tensor by different grids, {site.layers[0]!r} and {name!r}; "
+                    "call hawq_lightning.quantization.tie_scales(model, plan) before training goes on."
+                )
+            if quantizer.bits == 0:
+                raise HawqError(f"The quantizer of {site.name!r} was never enabled: call quantize(model, plan) first.")
+            code = layers[name].weight_quantizer.code if site.kind == "weight" else site.code
+            if quantizer.bits != site.bits or code != site.code:
+                raise HawqError(
+                    f"The model carries another plan: {site.name!r} has {quantizer.bits} bits ({code}), "
+                    f"the plan says {site.bits} ({site.code})."
+                )
+            if site.kind == "activation" and site.code != "affine":
+                raise HawqError(f"Site {site.name!r}: code format {site.code!r} cannot be packed.")
+    for name, layer in layers.items():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer.bits and id(quantizer) not in planned:
+                raise HawqError(
+                    f"The model carries another plan: {name!r} has an enabled quantizer that the plan has not."
+                )

@@ -1,0 +1,82 @@
+"""The sites of a quantized model as files hold them: codes of weights, and what each quantizer stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Plan, PlanSite
+from hawq_lightning._site_table import Site
+from hawq_lightning.export._contents import StoredSite
+from hawq_lightning.export._enabled import check_enabled, quantized_by_name
+from hawq_lightning.export._inventory import plain, weight_of
+from hawq_lightning.export._safetensors import DTYPES
+from hawq_lightning.layers import channel_axis
+from hawq_lightning.quantization import QuantizedLayer, Storage
+
+
+def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
+    """The sites of a plan as files hold them: codes of weights, and what each quantizer stores.
+
+    Args:
+        model: with fake-quant layers, enabled; it stays as it is.
+        plan: the plan that it carries.
+
+    Raises:
+        HawqError: the model is float, carries another plan, or a weight is not finite or not on its quantizer's grid.
+    """
+    layers = quantized_by_name(model)
+    check_enabled(layers, plan)
+    modules: Mapping[str, nn.Module] = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    for site in plan.sites:
+        weight_of(model, site, modules)
+        yield _stored_weight(site, layers) if site.kind == "weight" else _stored_activation(site, layers)
+
+
+def _stored_weight(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
+    layer = layers[site.layers[0]]
+    quantizer, weight = layer.weight_quantizer, layer.weight
+    if not torch.isfinite(weight).all():
+        raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
+    codes = quantizer.codes(weight)
+    narrow = torch.float32 if weight.dtype == torch.float64 else weight.dtype
+    if not torch.equal(quantizer.dequantize(codes).to(narrow), quantizer.eval_weight(weight).to(narrow)):
+        raise HawqError(
+            f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
+            "network would be another one."
+        )
+    storage, reader = quantizer.storage(), layer.weight_quantizer.name
+    return stored_site(site, quantizer.bits, quantizer.code, storage, reader, layer, codes)
+
+
+def _stored_activation(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
+    layer = layers[site.layers[0]]
+    quantizer = layer.input_quantizer
+    return stored_site(site, quantizer.bits, site.code, quantizer.storage(), layer.weight_quantizer.name)
+
+
+def stored_site(
+    site: Site | PlanSite, bits: int, code: str, storage: Storage, reader: str,
+    layer: nn.Module | None = None, codes: torch.Tensor | None = None,
+) -> StoredSite:  # fmt: skip
+    """A site with its storage.
+
+    Args:
+        site: of a table or a plan.
+        bits: of its quantizer.
+        code: code format.
+        storage: of its quantizer.
+        reader: registered name of the quantizer that wrote the storage.
+        layer: of a weight: the first that reads it.
+        codes: of a weight.
+    """
+    planned = PlanSite(site.name, site.kind, tuple(site.layers), tuple(site.shape), site.numel, bits, code)
+    reader = "uniform" if storage.plain else reader
+    if layer is None:
+        return StoredSite(planned, storage, reader)
+    dtype = layer.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return StoredSite(planned, storage, reader, codes, channel_axis(layer), DTYPES[dtype])
