@@ -162,7 +162,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _fills(tensor: torch.Tensor) -> bool:
-    return tensor.storage_offset() == 0
+    return bool(tensor.storage_offset() == 0)
 
 
 def memory_of(tensor: torch.Tensor) -> int:
