@@ -53,23 +53,25 @@ def _prepare_layers(
     module: LightningModule, state_dict: Mapping[str, object], callbacks: StateDict, strict: bool
 ) -> None:
     """Make fake-quant layers of those that a state dict has quantizers of."""
-    layers_of: dict[str, set[str]] = {}  # quantizer -> layers
-    for layer, quantizer in trained_quantizers(state_dict).items():
-        layers_of.setdefault(quantizer, set()).add(".".join(p for p in layer.split(".") if p not in WRAPPERS))
-    layers = quantizable_layers(module)[0]
-    # a submodule under several names is in the state dict under each of them, and a layer under its first
-    first = {id(reader.module): name for name, reader in layers.items()}
-    shared = {n: first[id(m)] for n, m in module.named_modules(remove_duplicate=False) if id(m) in first}
-    layers_of = {quantizer: {shared.get(n, n) for n in names} for quantizer, names in layers_of.items()}
-    for quantizer, names in layers_of.items():
-        if strict and (missing := sorted(names - set(layers))):
-            hint = nearest(missing[0], layers)
+    names_of: dict[str, set[str]] = {}  # quantizer -> modules
+    for name, quantizer in trained_quantizers(state_dict).items():
+        names_of.setdefault(quantizer, set()).add(".".join(p for p in name.split(".") if p not in WRAPPERS))
+    quantizable = {id(reader.module): reader.module for reader in quantizable_layers(module)[0].values()}
+    # a submodule under several names is in the state dict under each of them
+    modules = {
+        ".".join(p for p in n.split(".") if p not in WRAPPERS): quantizable[id(m)]
+        for n, m in module.named_modules(remove_duplicate=False)
+        if id(m) in quantizable
+    }
+    for quantizer, names in names_of.items():
+        if strict and (missing := sorted(names - set(modules))):
+            hint = nearest(missing[0], modules)
             raise HawqError(
                 f"The checkpoint has a quantized layer {missing[0]!r}, which {type(module).__name__} lacks.{hint}"
             )
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
-        if names & set(layers):
-            prepare(module, include=lambda name, layer, names=names: name in names, quantizer=spec)
+        if chosen := {id(modules[n]) for n in names if n in modules}:
+            prepare(module, include=lambda name, layer, chosen=chosen: id(layer) in chosen, quantizer=spec)
 
 
 def _options(callbacks: StateDict, quantizer: str) -> Options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import pickle
 import re
@@ -19,7 +18,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning._io import write_text
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
@@ -94,7 +93,7 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
         if inner_plan is not plan:  # the run reads the table under its own names
             rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
         write_table(rows, folder / "latency.csv")
-    write_text(folder / "export.json", json.dumps(record, indent=1))
+    write_text(folder / "export.json", json_text(record, indent=1))
     _tell(run, folder)
     return record
 

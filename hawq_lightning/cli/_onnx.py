@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning._io import write_text
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._speeds import show, speeds
@@ -109,7 +108,7 @@ def write_onnx(
         whole = unquantize(copy.deepcopy(net)).cpu().eval()
         record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
         show(record)
-    write_text(folder / "export.json", json.dumps(record, indent=1))
+    write_text(folder / "export.json", json_text(record, indent=1))
     return record
 
 

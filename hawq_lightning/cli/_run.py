@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawq_lightning._extra import require
+from hawq_lightning._io import read_json, with_infinity
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._types import JsonObject
@@ -106,7 +106,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record
-    written: JsonObject = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    written: JsonObject = with_infinity(read_json(folder / "metrics.json", "metrics file"))
     try:
         if cfg.onnx:
             write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning.layers._fake_quant import layer_type, quantizer_attribute
+from hawq_lightning.layers._fake_quant import input_quantizer_attribute, layer_type, quantizer_attribute
 from hawq_lightning.layers._kind import LayerKind, Record, WeightRead, kind_of, weight_of
 
 
@@ -72,15 +72,26 @@ class WeightReader:
         """After each call show what was read and the product; ``record`` may return another product."""
         return self.kind.on_call(self.module, self.parameter, record)
 
+    @property
+    def holder(self) -> tuple[nn.Module, str]:
+        """The module whose own parameter the weight is, and its name there."""
+        holder, _, name = self.parameter.rpartition(".")
+        return self.module.get_submodule(holder), name
+
     def set_weight(self, weight: nn.Parameter | None) -> None:
         """Put another parameter in the place of the weight, here alone."""
-        holder, _, name = self.parameter.rpartition(".")
-        setattr(self.module.get_submodule(holder), name, weight)
+        holder, name = self.holder
+        setattr(holder, name, weight)
 
     @property
     def quantizer_attribute(self) -> str:
         """Name of the weight's quantizer in the fake-quant layer."""
         return quantizer_attribute(self.parameter)
+
+    @property
+    def input_quantizer_attribute(self) -> str:
+        """Name of the quantizer of what the weight is multiplied with."""
+        return input_quantizer_attribute(self.parameter)
 
 
 def as_reader(layer: nn.Module | WeightReader) -> WeightReader:

@@ -169,8 +169,7 @@ def tie_scales(model: nn.Module, plan: Plan) -> None:
     """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
     layers = quantized_layers(model)
     for s in plan.sites:
-        part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
-        first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
+        first, *others = (layers[name].quantizer_of(s.kind) for name in s.layers if name in layers)
         for quantizer in others:
             if quantizer.has_dynamic_range and quantizer is not first and type(quantizer) is type(first):
                 quantizer.tie_to(first)

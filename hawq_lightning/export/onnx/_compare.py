@@ -15,9 +15,8 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning.export._inventory import plain
-from hawq_lightning.layers import FakeQuantLayer, kinds
-from hawq_lightning.quantization import ActivationQuantizer, QuantizedLayer
+from hawq_lightning.layers import kinds
+from hawq_lightning.quantization import QuantizedWeight, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ def compare(
             or onnxruntime cannot run the file.
     """
     whole = session(path)
-    inside, reads, stored = _with_codes(path) if codes else (None, {}, set())
-    layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)}
+    layers = quantized_layers(model)
+    inside, reads, stored = _with_codes(path, layers) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
@@ -185,8 +184,11 @@ def session(path: str | Path | bytes, threads: int | None = None, optimize: bool
         raise HawqError(f"onnxruntime {ort.__version__} cannot run {shown}: {str(error).splitlines()[0]}") from error
 
 
-def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
-    """A session that also returns activation codes; output -> (layer, which of its calls); names of stored weights."""
+def _with_codes(
+    path: str | Path, layers: Mapping[str, QuantizedWeight]
+) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
+    """A session that also returns activation codes; output -> (layer, which of its calls); layers of stored weights."""
+    layer_of = {f"{x.prefix}{x.quantizer_attribute}.codes": name for name, x in layers.items()}
     onnx = require("onnx")
     proto = onnx.load(str(path))
     made = {out: node for node in proto.graph.node for out in node.output}
@@ -204,7 +206,7 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[
             grid = made.get(grid.input[0])
         if weight is None:
             continue
-        name = weight.input[0].removesuffix(".weight_quantizer.codes")
+        name = layer_of.get(weight.input[0], weight.input[0])
         call, calls[name] = calls[name], calls[name] + 1
         if grid is not None and grid.op_type == "DequantizeLinear":
             reads.setdefault(grid.input[0], (name, call))
@@ -217,14 +219,14 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[
 class _Seen:
     """Collects the activation codes of every call of every layer while the model runs."""
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer], alike: Mapping[str, str]) -> None:
+    def __init__(self, layers: Mapping[str, QuantizedWeight], alike: Mapping[str, str]) -> None:
         self.layers, self.alike = layers, alike
         self.codes: dict[str, list[np.ndarray]] = defaultdict(list)
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Seen:
         for name, layer in self.layers.items():
-            if isinstance(layer.input_quantizer, ActivationQuantizer) and layer.input_quantizer.bits:
+            if layer.input_quantizer.bits:
                 self._handles.append(
                     layer.input_quantizer.register_forward_hook(self._hook(self.alike.get(name, name)))
                 )
@@ -242,7 +244,7 @@ class _Seen:
         return hook
 
 
-def _alike(layers: Mapping[str, QuantizedLayer], stored: set[str]) -> dict[str, str]:
+def _alike(layers: Mapping[str, QuantizedWeight], stored: set[str]) -> dict[str, str]:
     """Layer that the file does not name -> one with the same codes that it does: small equal tensors are held once."""
     merged = {n: x for n, x in layers.items() if x.weight_quantizer.bits and n not in stored}
     if not merged:
@@ -253,7 +255,7 @@ def _alike(layers: Mapping[str, QuantizedLayer], stored: set[str]) -> dict[str, 
     return {name: first.get(_codes_of(layer), name) for name, layer in merged.items()}
 
 
-def _codes_of(layer: QuantizedLayer) -> tuple[Any, ...]:
+def _codes_of(layer: QuantizedWeight) -> tuple[Any, ...]:
     codes = layer.weight_quantizer.codes(layer.weight).cpu().numpy()
     return codes.shape, codes.tobytes()
 

@@ -25,7 +25,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
-from hawq_lightning.layers import channel_axis, find_kind, kind_of
+from hawq_lightning.layers import as_reader, find_kind, kind_of
 
 _PROCESS = Path(__file__).with_name("_speed_process.py")
 _FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
@@ -168,7 +168,7 @@ def _milliseconds(
     half = 1 << (bits - 1)
     codes = np.asarray(rng.integers(-half, half, shape), np.int8) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1
     kind = kind_of(layer)
-    axis, size = channel_axis(layer), kind.onnx_input_shape(reads)
+    axis, size = as_reader(layer).channel_axis, kind.onnx_input_shape(reads)
     byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
     values = [
         arrays.from_array(np.asarray(codes, np.int8), "codes"),
