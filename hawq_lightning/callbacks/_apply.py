@@ -1,4 +1,4 @@
-"""The callback that installs a plan: structure in ``setup``, bits as state, so that checkpoints restore themselves."""
+"""The callback that applies a plan: structure in ``setup``, bits as state, so that checkpoints restore themselves."""
 
 from __future__ import annotations
 

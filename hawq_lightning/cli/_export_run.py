@@ -22,7 +22,7 @@ from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
-from hawq_lightning.cli._onnx import Images, write_onnx
+from hawq_lightning.cli._onnx import FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
@@ -53,7 +53,7 @@ def export_run(cfg: DictConfig) -> JsonObject:
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys(("onnx", *(cfg.get("formats") or ())))  # all the others go by the first
+    names = dict.fromkeys((ONNX.name, *(cfg.get("formats") or ())))  # all the others go by the first
     exporters = [EXPORTERS[name] for name in names]
     written = (*(f"model{e.suffix}" for e in exporters), *_WRITTEN)
     place = RunFolder(folder, written)
@@ -73,17 +73,22 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
     for exporter in exporters:
         exporter.check(network_of(net))
     batches = _batches(run)
-    first = Images(net, batches).first()
+    real = Images(net, batches)
+    first = real.first()
     record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
     for exporter in exporters[1:]:
         path = folder / f"model{exporter.suffix}"
         fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
         export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
         record.setdefault("files", {})[path.name] = path.stat().st_size
+        if exporter.verify is not None and cfg.images != 0:
+            verified = exporter.verify(network_of(net), path, real, cfg.images)
+            record.setdefault("verified", {})[path.name] = verified.to_dict()
+            print(f"{path.name}: {verified}")
     if cfg.speed:
         whole, note = _float_network(run, folder)
         record |= speeds(
-            network_of(whole), plan, first, folder / "model.onnx", threads=cfg.threads, batch_size=cfg.batch_size,
+            network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
             seconds=cfg.seconds, fold=cfg.fold, exact=cfg.exact,
         )  # fmt: skip
         show(record, note)

@@ -164,8 +164,8 @@ def _store(layer: QuantizedWeight) -> None:
     stored: nn.Module = nn.Identity()
     if w.bits:
         midrise = w.code == "midrise"
-        own = 0 if midrise else round(float(w.zero_point))
-        stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
+        zero_of_codes = 0 if midrise else round(float(w.zero_point))
+        stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, zero_of_codes)
         layer.set_weight(None)  # it may be tied to something else, which keeps it
     setattr(layer.module, layer.quantizer_attribute, stored)
     reads = QuantizeActivation(scale, zero, bits) if bits else nn.Identity()

@@ -73,7 +73,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Compare a plan with the layers of a model.
 
     Raises:
-        HawqError: it was made for another model (says which sites differ), a code format that cannot be installed, or
+        HawqError: it was made for another model (says which sites differ), a code format that its quantizer lacks, or
             an activation without a grid for its bits.
     """
     layers, _ = quantizable_layers(model)

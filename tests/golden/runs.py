@@ -200,9 +200,9 @@ def selectors(record: Record, folder: Path) -> None:
         net, data, nets.cross_entropy, sites=table, rtol=0.05, seed=3, max_steps=60).items()}  # fmt: skip
 
     def loss_of(plan: Any) -> float:
-        armed = api.quantize(copy.deepcopy(net), plan)
+        enabled = api.quantize(copy.deepcopy(net), plan)
         with torch.no_grad():
-            return float(sum(nets.cross_entropy(armed, b) for b in data))
+            return float(sum(nets.cross_entropy(enabled, b) for b in data))
 
     def pick(section: str, budget: Any, selector: str = "pareto", constraints: Any = None, **own: Any) -> None:
         problem = api.problem(table, weighed, found, file_overhead=100, **(constraints or {}))

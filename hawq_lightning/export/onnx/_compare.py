@@ -15,8 +15,8 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning.layers import kinds
-from hawq_lightning.quantization import QuantizedWeight, quantized_layers
+from hawq_lightning.layers import WeightReader, kinds
+from hawq_lightning.quantization import QuantizedWeight, quantizable_layers, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def compare(
     """
     whole = session(path)
     layers = quantized_layers(model)
-    inside, reads, stored = _with_codes(path, layers) if codes else (None, {}, set())
+    inside, reads, stored = _with_codes(path, quantizable_layers(model)[0]) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
@@ -121,28 +121,27 @@ def compare(
             x = x.to(device)
             feed = _feed(whole, x)
             with _Seen(layers, alike) as seen:
-                wanted = _leaves(default_forward(model, x))
-            found = whole.run(None, feed)
-            if [w.shape for w in wanted] != [f.shape for f in found]:
+                expected = _leaves(default_forward(model, x))
+            actual = whole.run(None, feed)
+            if [e.shape for e in expected] != [a.shape for a in actual]:
                 raise HawqError(f"{path} is another network's file: its outputs have other shapes than the model's.")
-            for i, (w, f) in enumerate(zip(wanted, found)):
-                apart = np.abs(w - f)
+            for i, (e, a) in enumerate(zip(expected, actual)):
+                apart = np.abs(e - a)
                 most[i] = max(most[i], apart.max(initial=0.0))
                 total[i] += apart.sum(dtype=np.float64)
                 values[i] += apart.size
-            classes = len(wanted) == 1 and wanted[0].ndim == 2
-            different += _differences(wanted[0], found[0], count) if classes else []
+            classes = len(expected) == 1 and expected[0].ndim == 2
+            different += _differences(expected[0], actual[0], count) if classes else []
             if inside is not None:
-                for tensor, held in zip(reads, inside.run(list(reads), feed)):
+                for tensor, codes_of_file in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
                     made = seen.codes[name]
-                    if call >= len(made) or made[call].shape != held.shape:
+                    if call >= len(made) or made[call].shape != codes_of_file.shape:
                         raise HawqError(
                             f"The model quantizes the input of {name!r} otherwise than {path} or not at all."
                         )
-                    expected = made[call]
-                    flipped[f"{name}.input"] += int((expected != held.astype(np.int32)).sum())
-                    counted[f"{name}.input"] += held.size
+                    flipped[f"{name}.input"] += int((made[call] != codes_of_file.astype(np.int32)).sum())
+                    counted[f"{name}.input"] += codes_of_file.size
             count += len(x)
             if images is not None and count >= images:
                 break
@@ -159,8 +158,8 @@ def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
     """Images under the name of a session's input."""
     takes = run.get_inputs()[0]
     if len(takes.shape) != x.ndim or any(isinstance(k, int) and k != n for k, n in zip(takes.shape, x.shape)):
-        wanted = ", ".join("N" if isinstance(k, str) else str(k) for k in takes.shape)
-        raise HawqError(f"The file takes images [{wanted}], not {list(x.shape)}.")
+        expected = ", ".join("N" if isinstance(k, str) else str(k) for k in takes.shape)
+        raise HawqError(f"The file takes images [{expected}], not {list(x.shape)}.")
     return {takes.name: x.cpu().numpy()}
 
 
@@ -185,7 +184,7 @@ def session(path: str | Path | bytes, threads: int | None = None, optimize: bool
 
 
 def _with_codes(
-    path: str | Path, layers: Mapping[str, QuantizedWeight]
+    path: str | Path, layers: Mapping[str, WeightReader]
 ) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
     """A session that also returns activation codes; output -> (layer, which of its calls); layers of stored weights."""
     layer_of = {f"{x.prefix}{x.quantizer_attribute}.codes": name for name, x in layers.items()}
@@ -264,10 +263,10 @@ def _leaves(result: Any) -> list[np.ndarray]:
     return [t.detach().float().cpu().numpy() for t in torch.utils._pytree.tree_leaves(result)]
 
 
-def _differences(wanted: np.ndarray, found: np.ndarray, start: int) -> list[Disagreement]:
+def _differences(expected: np.ndarray, actual: np.ndarray, start: int) -> list[Disagreement]:
     out = []
-    for i in np.flatnonzero(wanted.argmax(1) != found.argmax(1)):
-        second, first = np.sort(wanted[i])[-2:]
-        moved = found[i].astype(np.float64) - wanted[i]
+    for i in np.flatnonzero(expected.argmax(1) != actual.argmax(1)):
+        second, first = np.sort(expected[i])[-2:]
+        moved = actual[i].astype(np.float64) - expected[i]
         out.append(Disagreement(start + int(i), float(first - second), float(moved.max() - moved.min())))
     return out

@@ -29,7 +29,7 @@ from hawq_lightning.export import compare, network_of, to_onnx, to_program
 from hawq_lightning.export.onnx import float_onnx, session
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import Problem
-from tests.unit.export.test_folding import armed
+from tests.unit.export.test_folding import enabled
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
@@ -163,7 +163,7 @@ def test_weights_alone_are_compared_too(tmp_path):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_all_kinds_of_layers_and_norms_run_the_same(tmp_path, fold):
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     deployed = to_onnx(net, plan, x, tmp_path / "a.onnx", fold=fold)
     left = [n.op_type for n in onnx.load(str(tmp_path / "a.onnx")).graph.node].count("BatchNormalization")
     assert bool(deployed.folding.folded) is fold and left == (14 if not fold else 5), left
@@ -223,7 +223,7 @@ def test_a_layer_may_be_called_as_the_graphs_output(tmp_path):
 
 
 def test_metadata_says_what_it_is_and_nothing_about_this_machine(tmp_path):
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     to_onnx(net, plan, x, tmp_path / "a.onnx")
     proto = onnx.load(str(tmp_path / "a.onnx"))
     about = {e.key: e.value for e in proto.metadata_props}
@@ -234,14 +234,14 @@ def test_metadata_says_what_it_is_and_nothing_about_this_machine(tmp_path):
 
 
 def test_the_same_model_gives_the_same_file(tmp_path):
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     for name in ("a", "b"):
         to_onnx(net, plan, x, tmp_path / f"{name}.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 def test_program_runs_in_a_process_without_this_package(tmp_path):
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     to_program(net, plan, x, tmp_path / "a.pt2", fold=False)
     with torch.no_grad():
         torch.save((x, net(x)), tmp_path / "io.pt")
@@ -287,7 +287,7 @@ def test_what_onnx_cannot_express_is_one_sentence(tmp_path, kind, words):
 
 
 def test_errors_leave_nothing_behind(tmp_path):
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     (tmp_path / "file").write_text("x")
     with pytest.raises(HawqError, match="Cannot write"):
         to_onnx(net, plan, x, tmp_path / "file" / "a.onnx")
@@ -332,7 +332,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, missing):
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(HawqError, match=r"hawq-lightning\[export\]"):
         to_onnx(net, plan, x, tmp_path / "a.onnx")
@@ -419,7 +419,7 @@ def test_resnet20_on_real_images(tmp_path):
 
 
 def test_a_packed_file_reloaded_exports_the_same_bytes(tmp_path):
-    net, x, plan = armed(2)
+    net, x, plan = enabled(2)
     save_packed(net, plan, tmp_path / "m.safetensors")
     again = load_packed(tmp_path / "m.safetensors", type(net)()).eval()
     to_onnx(net, plan, x, tmp_path / "a.onnx")
