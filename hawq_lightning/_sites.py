@@ -14,12 +14,13 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._function_reads import FunctionReads
+from hawq_lightning._product_counter import ProductCounter
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
 from hawq_lightning._types import Batch, Outputs
@@ -34,6 +35,7 @@ from hawq_lightning.layers import (
     why_float,
 )
 
+READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern] | None
@@ -124,13 +126,15 @@ def find_sites(
 
         return reader.on_call(record)
 
-    handles = [record_calls_of(n, reader) for n, reader in quantizable_layers(model)[0].items()]
-    counter = FlopCounterMode(display=False)
+    every_layer = quantizable_layers(model)[0]
+    handles = [record_calls_of(n, reader) for n, reader in every_layer.items()]
+    functions = FunctionReads(model, every_layer)
+    counter = ProductCounter()
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
-        with torch.enable_grad(), counter, reentrant_checkpoints_replaced():
+        with torch.enable_grad(), counter, reentrant_checkpoints_replaced(), functions:
             modules = {n: reader.module for n, reader in layers.items()}
             norms = norms_behind(model, dict(_named_modules(model)), modules, run)
     finally:
@@ -138,13 +142,21 @@ def find_sites(
             p.requires_grad_(True)
         for handle in handles:
             handle.remove()
+    read_by_function = functions.layers(with_gradients=bool(calls))
     calls = calls or without_gradients
     if not calls:
         raise HawqError("The forward pass called none of the quantizable layers: " + ", ".join(list(layers)[:4]) + ".")
     called = {name for name, *_ in calls}
     for name in [n for n in layers if n not in called]:
         reason = "run without gradients, as teachers are" if name in macs else "not called in the forward pass"
+        if name in read_by_function:
+            reason = "a function reads its weight; the layer itself is not called"
         floats.append(_left_out(name, layers.pop(name), reason))
+    for name in [n for n in read_by_function if n in layers]:
+        floats.append(_left_out(name, layers.pop(name), READ_BY_FUNCTION))
+    if not layers:
+        raise HawqError("Nothing can be quantized: a function reads the weight of every layer that is called.")
+    calls = [c for c in calls if c[0] in layers]
     floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
     floats += _functional(counter, macs, floats, images)
     ordered = {name: layers[name] for name in macs if name in layers}
@@ -210,13 +222,13 @@ def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
 
 
 def _functional(
-    counter: FlopCounterMode,
+    counter: ProductCounter,
     macs: Mapping[str, int],
     floats: Sequence[FloatPart],
     images: int,
 ) -> list[FloatPart]:
     """Products outside the sites (attention, recurrent nets, functional calls), one entry in all."""
-    rest = counter.get_total_flops() // 2 - sum(macs.values())
+    rest = counter.macs - sum(macs.values())
     if rest <= sum(macs.values()) * 1e-6:
         return []
     names = ", ".join(f.name or f.type for f in floats if f.reason in (ATTENTION, RECURRENT))

@@ -1,4 +1,4 @@
-"""The tests share no traces with the user's own runs."""
+"""The tests share no traces with the user's own runs, and one process that starts their programs."""
 
 import os
 import sys
@@ -11,6 +11,17 @@ import pytest
 def own_cache():
     with tempfile.TemporaryDirectory(prefix="hawq_lightning-cache-") as folder:
         os.environ["HAWQ_LIGHTNING_CACHE"] = folder
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(own_cache):
+    """Before the first test, so that nothing has computed; only where a collected test starts programs."""
+    console = sys.modules.get("tests.console")
+    if console is None:
+        yield
+        return
+    with console.serving():
         yield
 
 

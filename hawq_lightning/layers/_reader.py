@@ -51,6 +51,12 @@ class WeightReader:
         return weight_of(self.module, self.parameter)
 
     @property
+    def recomputed(self) -> bool:
+        """Whether a hook computes the weight before every call (old-style weight norm, pruning): it is no parameter."""
+        holder, name = self.holder
+        return name not in holder._parameters
+
+    @property
     def channel_axis(self) -> int:
         """Axis of the weight that gets one scale an index."""
         return self.read.channel_axis
@@ -77,6 +83,11 @@ class WeightReader:
         """The module whose own parameter the weight is, and its name there."""
         holder, _, name = self.parameter.rpartition(".")
         return self.module.get_submodule(holder), name
+
+    def put_weight(self, weight: torch.Tensor) -> None:
+        """Put another tensor in the place of a weight that is :attr:`recomputed`; the next call computes it anew."""
+        holder, name = self.holder
+        setattr(holder, name, weight)
 
     def set_weight(self, weight: nn.Parameter | None) -> None:
         """Put another parameter in the place of the weight, here alone."""

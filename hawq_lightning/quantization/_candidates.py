@@ -216,7 +216,7 @@ class _Runs:
                     look(site, x.detach())
                     return x
 
-                with InputHooks(self._readers, self._site_of, visit), torch.no_grad():
+                with InputHooks(self._readers, self._site_of, visit), torch.enable_grad():  # a step may want x.grad
                     self.loss_fn(self.model, batch)
                 advance(b + 1)
 

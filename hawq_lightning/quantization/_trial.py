@@ -23,9 +23,10 @@ from hawq_lightning.quantization._apply import (
     quantizers,
 )
 from hawq_lightning.quantization._fold import norms_to_fold
+from hawq_lightning.quantization._hooked import renew_weight
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
-from hawq_lightning.sensitivity import isolated_eval, repeatable, to_device
+from hawq_lightning.sensitivity import EffectiveWeights, isolated_eval, repeatable, to_device
 
 
 @contextmanager
@@ -94,7 +95,6 @@ def loss_per_site(
     with (
         temporarily_quantized(model, quantizer) as layers,
         isolated_eval(model),
-        torch.no_grad(),
         progress_bar("Loss change, site by site", len(trials), progress) as advance,
     ):
         base = mean_loss()
@@ -146,7 +146,7 @@ def loss_of_plan(
                 enabled[site.name] = site
         return mean_loss()
 
-    with temporarily_quantized(model, quantizer) as layers, isolated_eval(model), torch.no_grad():
+    with temporarily_quantized(model, quantizer) as layers, isolated_eval(model):
         yield loss_of
 
 
@@ -179,6 +179,7 @@ def first_order_term(
         errors = {}
         for s in plan.weights:
             layer = weights[s.name]
+            renew_weight(layer.module)
             w = layer.weight.detach()
             axis = layer.channel_axis
             quantizer = spec.weight_quantizer(w.shape[axis], axis).to(w.device)
@@ -190,8 +191,9 @@ def first_order_term(
         for batch in batches:
             batch = to_device(batch, device)
             n = batch_size_fn(batch)
-            loss = loss_fn(model, batch)
-            grads = torch.autograd.grad(loss, [m.weight for m in weights.values()], allow_unused=True)
+            with EffectiveWeights(weights) as effective:
+                loss = loss_fn(model, batch)
+                grads = torch.autograd.grad(loss, [effective[k] for k in weights], allow_unused=True)
             total += n * sum(float((g * errors[k]).sum()) for k, g in zip(weights, grads) if g is not None)
             count += n
     return total / max(count, 1)
@@ -206,7 +208,8 @@ class _MeanLoss:
         self._samples = [batch_size_fn(b) for b in self._batches]
 
     def __call__(self) -> float:
-        losses = [float(self._loss_fn(self._model, b)) * n for b, n in zip(self._batches, self._samples)]
+        with torch.enable_grad():  # no parameter needs gradients, but a step may want those of its inputs
+            losses = [float(self._loss_fn(self._model, b)) * n for b, n in zip(self._batches, self._samples)]
         return sum(losses) / sum(self._samples)
 
 

@@ -38,6 +38,7 @@ from hawq_lightning.sensitivity._microbatch import pick
 from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
+from hawq_lightning.sensitivity._recomputed_weights import EffectiveWeights
 from hawq_lightning.sensitivity._repeatable import repeatable
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
@@ -61,6 +62,7 @@ __all__ = [
     "AllOutputs",
     "AnyOf",
     "Auto",
+    "EffectiveWeights",
     "Eigenpairs",
     "Estimator",
     "GaussNewton",

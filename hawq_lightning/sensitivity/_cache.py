@@ -20,8 +20,8 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
 from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
+from hawq_lightning.sensitivity._first_loss import check_first_loss
 from hawq_lightning.sensitivity._loss_signature import loss_signature
 from hawq_lightning.sensitivity._result import VERSION, Sensitivity
 
@@ -150,7 +150,7 @@ def fingerprint(
     for batch in batches:
         _hash_tensors(batch, digest)
     with torch.enable_grad():
-        loss = check_loss_value(context, first)
+        loss = check_first_loss(context, first)
     context.diagnostics.figures["loss"] = loss
     digest.update(loss_signature(context, [first, *batches[1:]], seed).encode())
     return f"sha256:{digest.hexdigest()}"
@@ -164,26 +164,6 @@ def _idle_quantizers(model: nn.Module) -> Iterator[str]:
                 quantizer = getattr(layer, key)
                 if not quantizer.bits or quantizer.fake_quant_disabled:
                     yield f"{name}.{key}." if name else f"{key}."
-
-
-def check_loss_value(context: MeasureContext, batch: Batch) -> float:
-    """The loss of a batch as a number, checked; a penalty on the weights themselves is noted."""
-    weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items()}
-    for _, w in weights.values():
-        w.requires_grad_(True)
-    try:
-        with Outputs(context.model) as outputs:
-            loss = context.loss(batch)
-        if read := [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]:
-            more = f" and {len(read) - 3} more" if len(read) > 3 else ""
-            context.diagnostics.warn_once(
-                f"The loss reads the weights of {', '.join(read[:3])}{more} outside of their layers (a penalty on "
-                "weights?); the curvature from there is not counted."
-            )
-        return float(loss.detach())
-    finally:
-        for _, w in weights.values():
-            w.requires_grad_(False)
 
 
 def _hash_tensors(batch: Batch, digest: hashlib._Hash) -> None:

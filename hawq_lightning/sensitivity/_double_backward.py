@@ -13,11 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._types import Batch, FunctionInputs, Options
+from hawq_lightning.layers import as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
+from hawq_lightning.sensitivity._recomputed_weights import EffectiveWeights
 from hawq_lightning.sensitivity._second_derivative import told_in_one_sentence
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, list[torch.Tensor]]
+_HARD_SIGMOIDS = (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_)
 
 
 def rademacher(generator: torch.Generator) -> Sampler:
@@ -37,8 +40,11 @@ class _Twice(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_):
-            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        if func in _HARD_SIGMOIDS:
+            x = args[0] if args else kwargs["input"]
+            y = F.relu6(x + 3) / 6
+            in_place = func is torch._C._nn.hardsigmoid_ or kwargs.get("inplace") or (len(args) > 1 and args[1])
+            return x.copy_(y) if in_place else y
         return func(*args, **kwargs)
 
 
@@ -88,25 +94,27 @@ def gradients_of(
         direction: what to send back from the boundary, detached: the gradients are then those of the linearised
             loss ``<direction, f(theta)>``. ``None``: of the loss itself.
         sites: which; all by default.
-        weights: also differentiate by weights; they must then be leaves that may require gradients.
+        weights: also differentiate by weights, the effective ones where a hook computes them.
 
     Raises:
         Overwritten: see :func:`with_copies`.
     """
-    owners = {x.weight: context.layers[x.name].weight for x in reversed(context.table.layers)} if weights else {}
-    requested = None if sites is None else set(sites)
-    leaves = [w for n, w in owners.items() if requested is None or n in requested]
+    owners = {x.weight: as_reader(context.layers[x.name]) for x in reversed(context.table.layers)} if weights else {}
+    requested = {s.name for s in context.table} if sites is None else set(sites)
+    owners = {n: x for n, x in owners.items() if n in requested}
+    leaves = [x.weight for x in owners.values() if not x.recomputed]
+    effective = EffectiveWeights(owners)
     try:
         for w in leaves:
             w.requires_grad_(True)
         # the fused attention kernels have no second derivative, nor has the hard sigmoid
-        with sdpa_kernel(SDPBackend.MATH), _Twice(), forward_pass(context, batch, per_sample) as forward:
+        with (
+            sdpa_kernel(SDPBackend.MATH), _Twice(), effective, forward_pass(context, batch, per_sample) as forward,
+        ):  # fmt: skip
             forward.network.recording = False
             forward.network.check_reads()
-            points: dict[str, list[Any]] = {n: [w] for n, w in owners.items()}
-            points |= forward.network.aliases()
-            if requested is not None:
-                points = {n: p for n, p in points.items() if n in requested}
+            points: dict[str, list[Any]] = {n: [effective[n]] for n in owners}
+            points |= {n: p for n, p in forward.network.aliases().items() if n in requested}
             flat = [t for tensors in points.values() for t in tensors]
             if direction is None:
                 assert forward.loss is not None

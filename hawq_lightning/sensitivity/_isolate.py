@@ -13,12 +13,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._batches import like, parts_of
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning._types import Batch, FunctionInputs, Options
+from hawq_lightning._types import Batch
+from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._repeatable import HeldState
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
@@ -32,27 +31,17 @@ _NOISY = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-_NOISY_NAMES = re.compile(r"StochasticDepth|Drop(Path|Block|out)", re.IGNORECASE)
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
-}  # fmt: skip
-
-
-class _NoDropout(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or len(args) > 4):
-            args, kwargs = (*args[:4], 0.0, *args[5:]), {k: v for k, v in kwargs.items() if k != "dropout_p"}
-        return func(*args, **kwargs)
+_NOISY_NAMES = re.compile(r"StochasticDepth|Drop(Path|Block|out)|SpectralNorm", re.IGNORECASE)
 
 
 def noisy_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules whose training mode couples images or draws random numbers."""
-    return [m for m in model.modules() if isinstance(m, _NOISY) or _NOISY_NAMES.search(type(m).__name__)]
+    """Modules whose training mode couples images, draws random numbers, or changes a weight at every call."""
+    return [m for m in model.modules() if isinstance(m, _NOISY) or any(map(_NOISY_NAMES.search, _names(m)))]
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Of its class and of the hooks before its call: old-style spectral norm iterates there."""
+    return [type(x).__name__ for x in (module, *module._forward_pre_hooks.values())]
 
 
 @contextmanager
@@ -95,7 +84,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         # compiled modules drop hooks that come after compilation, and refuse double backward
         with (
             random_states_kept(seed),
-            _NoDropout(),
+            WithoutChance(),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
         ):

@@ -15,6 +15,7 @@ from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._cache import fingerprint
 from hawq_lightning.sensitivity._context import MeasureContext, check_weights, outputs_of
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
+from hawq_lightning.sensitivity._first_loss import check_float, note_float_layers
 from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._memory import RanOut, half, with_fewer
 from hawq_lightning.sensitivity._microbatch import slice_batch
@@ -78,6 +79,8 @@ def first_look(
         table = sites or find_sites(model, lambda: loss_fn(model, part), size, settings.include, settings.exclude)
         on_table = {x.name: layers[x.name] for x in table.layers}
         context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)
+        check_float(context)
+        note_float_layers(context)
         key = fingerprint(context, data.batches, data.samples, part, settings.text(), settings.config.seed)
         earlier = reuse(key) if reuse is not None else None
         apart = {} if earlier is not None else samples_apart(context, part, size, size_of)

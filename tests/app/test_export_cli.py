@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import LatencyTable
+from tests.console import shell
 from tests.unit.export.test_folding import enabled
 from tests.unit.export.test_packed import enable, random_plan
 
@@ -30,14 +30,10 @@ BIN = Path(sys.executable).parent
 FAST = ["debug=fast", "model.depth=8", "model.channels=4", "trainer=cpu", "logger=none", "report=false"]
 
 
-def script(name, *arguments, cwd):
-    return subprocess.run([BIN / name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("export")
-    done = script("hawq-lightning", *FAST, "onnx=true", f"hydra.run.dir={base / 'run'}", cwd=base)
+    done = shell("hawq-lightning", *FAST, "onnx=true", f"hydra.run.dir={base / 'run'}", cwd=base)
     assert done.returncode == 0, done.stderr
     assert "model.onnx: " in done.stdout and "images (" in done.stdout
     assert json.loads((base / "run" / "export.json").read_text())["agreement"]["images"] > 0
@@ -45,9 +41,10 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
-    done = script(
-        "hawq-lightning-export", f"run_folder={folder}", "images=100", "seconds=0.05", "batch_size=4", cwd=tmp_path
-    )
+    command = [
+        BIN / "hawq-lightning-export", f"run_folder={folder}", "images=100", "seconds=0.05", "batch_size=4",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir()), "only the run folder is written to"
     for words in ("float", "uniform 8", "plan", "activation codes flipped", "threads=1"):
@@ -79,12 +76,12 @@ def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
         "        return float((self(weight) - weight).square().sum())\n"
     )
     own = ["imports=[halving.py]", "quantizer.name=halving_steps"]
-    done = script("hawq-lightning", *FAST, *own, "hydra.run.dir=run", cwd=tmp_path)
+    done = shell("hawq-lightning", *FAST, *own, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     asked = ["run_folder=run", "images=32", "speed=false", "table=false"]
-    done = script("hawq-lightning-export", *asked, cwd=tmp_path)
+    done = shell("hawq-lightning-export", *asked, cwd=tmp_path)
     assert done.returncode == 1 and "if you trust it, name it, imports=[halving.py]" in done.stderr
-    done = script("hawq-lightning-export", *asked, "imports=[halving.py]", cwd=tmp_path)
+    done = shell("hawq-lightning-export", *asked, "imports=[halving.py]", cwd=tmp_path)
     assert done.returncode == 0 and "images (" in done.stdout, done.stderr
 
 
@@ -92,7 +89,7 @@ def test_what_failed_to_export_is_exported_by_the_same_command(folder, tmp_path)
     shutil.copytree(folder, tmp_path / "run")
     for name in ("model.onnx", "export.json"):
         (tmp_path / "run" / name).unlink()
-    done = script("hawq-lightning", *FAST, "onnx=true", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    done = shell("hawq-lightning", *FAST, "onnx=true", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.returncode == 0 and "finished already" in done.stdout, done.stderr
     assert (tmp_path / "run" / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
 
@@ -104,7 +101,7 @@ def test_a_run_reads_the_latency_table_that_an_export_wrote(folder, tmp_path):
     rows = [{"layer": n, "weight_bits": b, "activation_bits": 8, "ms": b} for n in layers for b in (2, 4, 8)]
     write_table(rows, path)
     limit = 3 * len(layers)
-    done = script(
+    done = shell(
         "hawq-lightning-analyze", *FAST, f"select.latency={path}", f"select.budget={{latency: {limit}ms}}",
         f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path,
     )  # fmt: skip
@@ -181,7 +178,7 @@ def test_uniform_keeps_sites_and_ranges():
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, words):
-    done = script("hawq-lightning-export", *arguments, cwd=tmp_path)
+    done = shell("hawq-lightning-export", *arguments, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert words in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
@@ -227,7 +224,7 @@ def test_damaged_runs_are_one_line(folder, tmp_path):
     shutil.copytree(folder, copied)
     (copied / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes()[:-9])
     before = {p.name for p in copied.iterdir()}
-    done = script("hawq-lightning-export", f"run_folder={copied}", cwd=tmp_path)
+    done = shell("hawq-lightning-export", f"run_folder={copied}", cwd=tmp_path)
     assert done.returncode == 1 and "corrupt" in done.stderr and "Traceback" not in done.stderr
     assert {p.name for p in copied.iterdir()} == before
 
@@ -252,12 +249,13 @@ def test_a_package_that_is_not_there_is_one_line():
     )
 
 
+def without_onnxruntime():
+    sys.modules["onnxruntime"] = None
+
+
 def test_a_missing_extra_is_known_before_the_training(tmp_path):
-    program = "import sys; sys.modules['onnxruntime'] = None; from hawq_lightning.cli._train import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *FAST, "onnx=true", f"hydra.run.dir={tmp_path / 'run'}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
+    arguments = [*FAST, "onnx=true", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = shell("hawq-lightning", *arguments, cwd=tmp_path, before=without_onnxruntime)
     assert done.returncode == 1 and "hawq-lightning[export]" in done.stderr
     assert not (tmp_path / "run" / "plan.json").exists()
 

@@ -1,8 +1,6 @@
 """The plain script of recipes/resnet20_cifar10 on a few drawn images."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +8,7 @@ from PIL import Image
 
 from hawq_lightning import Plan
 from hawq_lightning.models import resnet20
+from tests.console import python
 
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "resnet20_cifar10" / "train.py"
 
@@ -24,17 +23,7 @@ def test_the_script_is_short_and_runs(tmp_path):
                 Image.effect_noise((32, 32), 20 + 10 * label + i).convert("RGB").save(folder / f"{i}.jpg")
     torch.manual_seed(0)
     torch.save(resnet20().state_dict(), tmp_path / "weights.pt")
-    command = [
-        sys.executable,
-        SCRIPT,
-        tmp_path / "data",
-        tmp_path / "weights.pt",
-        "--budget",
-        "10.67x",
-        "--out",
-        tmp_path,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = python(SCRIPT, "data", "weights.pt", "--budget", "10.67x", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["w_comp"] >= 10.67 and found["file_bytes"] == (tmp_path / "model.safetensors").stat().st_size

@@ -1,7 +1,4 @@
-"""Run folders in every state, and each console script on them: nothing is lost that the run did not make.
-
-Every script runs in a fork of this process, which has the imports already.
-"""
+"""Run folders in every state, and each console script on them: nothing is lost that the run did not make."""
 
 import errno
 import hashlib
@@ -11,9 +8,7 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
-from importlib.metadata import entry_points
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +19,7 @@ from omegaconf import OmegaConf
 from hawq_lightning import HawqError, Plan
 from hawq_lightning.cli import check_targets
 from hawq_lightning.quantization import import_quantizers
+from tests import console
 from tests.internals import internal
 
 FAST = [
@@ -34,45 +30,18 @@ OTHER = "select.budget=6x"
 PRIVATE = (".hawq_lightning.lock",)
 
 
+def impatient(before=None):
+    internal("cli._run_folder")._PATIENCE = 0.3
+    if before is not None:
+        before()
+
+
 def begin(name, *arguments, cwd, before=None):
-    """Start a console script; ``before`` breaks something in its process alone."""
-    main = next(iter(entry_points(group="console_scripts", name=name))).load()
-    sys.stdout.flush(), sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.chdir(cwd)
-        for number, end in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{cwd}.{end}{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        sys.argv = [name, *arguments]
-        internal("cli._run_folder")._PATIENCE = 0.3
-        warnings.resetwarnings()  # pytest's make errors of them
-        if before is not None:
-            before()
-        main()
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
-def end(child, cwd):
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    out, err = (Path(f"{cwd}.{end}{child}") for end in ("out", "err"))
-    texts = out.read_text(), err.read_text()
-    out.unlink(), err.unlink()
-    return code, *texts
+    return console.begin(name, *arguments, cwd=cwd, before=partial(impatient, before))
 
 
 def shell(name, *arguments, cwd, before=None):
-    return end(begin(name, *arguments, cwd=cwd, before=before), cwd)
+    return begin(name, *arguments, cwd=cwd, before=before).end()
 
 
 def contents(folder):
@@ -132,21 +101,27 @@ def cut_short(folder):
     (folder / ".hawq_lightning.json").write_text(json.dumps(manifest))
 
 
-def full(*parts):
+def fill(*parts):
     """A disk that is full below folders of these names, for the one writer."""
+    io = internal("_io")
+    original = io.os.replace
 
-    def patch():
-        io = internal("_io")
-        original = io.os.replace
+    def replace(source, target, **how):
+        if any(part in str(target) for part in parts) and io.Path(target).name not in (".hawq_lightning.json",):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(source, target, **how)
 
-        def replace(source, target, **how):
-            if any(part in str(target) for part in parts) and io.Path(target).name not in (".hawq_lightning.json",):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return original(source, target, **how)
+    io.os = type("Os", (), {**vars(os), "replace": staticmethod(replace)})
 
-        io.os = type("Os", (), {**vars(os), "replace": staticmethod(replace)})
 
-    return patch
+def killed_by_the_trainer():
+    internal("cli._run").make_trainer = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_a_clock():
+    """The networks are made and handed on, and that is all."""
+    module = internal("cli._export_run")
+    module.speeds, module.show = lambda *_, **__: {}, lambda record, note: print(note)
 
 
 def test_a_finished_run_is_not_repeated(run):
@@ -196,10 +171,7 @@ def test_old_results_stay_when_the_new_run_is_refused(run, change, word, epochs)
 def test_old_results_come_back_after_a_kill_before_the_first_new_one(run):
     before = contents(run)
 
-    def kill():
-        internal("cli._run").make_trainer = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-
-    assert train(run, OTHER, "overwrite=true", before=kill)[0] == -signal.SIGKILL
+    assert train(run, OTHER, "overwrite=true", before=killed_by_the_trainer)[0] == -signal.SIGKILL
     assert contents(run) != before
     refused(train(run, OTHER), "a finished run with other settings")
     assert contents(run) == before
@@ -265,7 +237,7 @@ def test_a_look_writes_nothing_whatever_lies_there(home):
 
 def test_two_runs_at_once_are_one_run(home):
     children = [begin("hawq-lightning", *FAST, "report=false", "hydra.run.dir=run", cwd=home) for _ in range(2)]
-    codes = sorted(end(child, home)[0] for child in children)
+    codes = sorted(child.end().returncode for child in children)
     assert codes == [0, 1]
     assert "finished already" in train(home / "run", "report=false")[1]
 
@@ -322,14 +294,14 @@ def test_a_cut_checkpoint_is_named(run):
 
 def test_a_full_disk_is_one_line_and_old_results_stay(run):
     before = contents(run)
-    result = train(run, OTHER, "overwrite=true", "float_epochs=0", before=full("run/unfinished", "run/sens"))
+    result = train(run, OTHER, "overwrite=true", "float_epochs=0", before=partial(fill, "run/unfinished", "run/sens"))
     refused(result, "Cannot write", "No space left on device")
     assert contents(run) == before
 
 
 def test_a_full_cache_is_a_warning(home):
     cache = f"paths.cache={home / 'cache'}"
-    code, out, err = train(home / "run", cache, "report=false", before=full("home/cache"))
+    code, out, err = train(home / "run", cache, "report=false", before=partial(fill, "home/cache"))
     assert code == 0 and "No space left on device" in out, (out, err)
     assert (home / "run" / "model.safetensors").is_file()
 
@@ -389,12 +361,7 @@ def test_a_checkpoint_from_somebody_else_is_not_unpickled(run):
     last = run / "checkpoints" / "fine_tuning" / "last.ckpt"
     torch.save({"state_dict": Evil()}, last)
     few = ["images=0", "formats=[]", "table=false"]
-
-    def no_clock():  # the networks are made and handed on, and that is all
-        module = internal("cli._export_run")
-        module.speeds, module.show = lambda *_, **__: {}, lambda record, note: print(note)
-
-    code, out, err = shell("hawq-lightning-export", "run_folder=run", *few, cwd=run.parent, before=no_clock)
+    code, out, err = shell("hawq-lightning-export", "run_folder=run", *few, cwd=run.parent, before=without_a_clock)
     assert code == 0 and "not trusted" in out, (out, err)
     assert not (run.parent / "ran").exists()
 
@@ -450,5 +417,5 @@ def test_collecting_what_cannot_be_is_one_line(run):
     (run.parent / "file").write_text("mine")
     for arguments in (["file"], ["x" * 300], ["nowhere"], [".", "--out", "file"], [".", "--out", "file/x"]):
         refused(shell("hawq-lightning-collect", *arguments, cwd=run.parent))
-    refused(shell("hawq-lightning-collect", ".", cwd=run.parent, before=full("sweep.")), "No space left")
+    refused(shell("hawq-lightning-collect", ".", cwd=run.parent, before=partial(fill, "sweep.")), "No space left")
     assert (run.parent / "file").read_text() == "mine"

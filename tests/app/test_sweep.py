@@ -20,6 +20,7 @@ from hawq_lightning.cli import Recorder, check_choices, make_trainer, run, setti
 from hawq_lightning.models import resnet20
 from hawq_lightning.report import collect
 from hawq_lightning.sensitivity import TraceCache
+from tests.console import begin, shell
 from tests.internals import internal
 
 BIN = Path(sys.executable).parent
@@ -171,10 +172,9 @@ def test_sweeps_over_what_folders_are_not_named_after_name_them_after_it():
 def test_runs_of_several_float_networks_stay_apart(tmp_path, weights):
     other = tmp_path / "other.pt"
     torch.save({k: v * 0.9 for k, v in torch.load(weights).items()}, other)
-    done = subprocess.run(
-        [BIN / "hawq-lightning", "-m", *TINY, "float_epochs=0", "epochs=0", f"model.weights={weights},{other}",
-         f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    done = shell(
+        "hawq-lightning", "-m", *TINY, "float_epochs=0", "epochs=0", f"model.weights={weights},{other}",
+        f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").rglob("metrics.json"))) == 2
@@ -201,6 +201,7 @@ def test_script_started_processes_are_refused_in_a_sweep(tmp_path, monkeypatch):
 
 
 def start(cwd, *arguments, **environment):
+    """In a new Python, which can start others."""
     command = [BIN / "hawq-lightning", "-m", *TINY, *arguments]
     with (cwd / "output.txt").open("a") as output:
         return subprocess.Popen(
@@ -212,25 +213,24 @@ def test_a_killed_sweep_goes_on_without_repeating_anything(tmp_path, weights):
     sweep = ["float_epochs=0", "epochs=1", f"model.weights={weights}", "select.budget=6x,10x", "seed=1,2"]
     own = {"HAWQ_LIGHTNING_CACHE": str(tmp_path / "cache")}
     runs = tmp_path / "runs" / "digits_resnet20" / "sweep"
-    process = start(tmp_path, *sweep, **own)
+    killed = begin("hawq-lightning", "-m", *TINY, *sweep, cwd=tmp_path, **own)
     limit = time.monotonic() + 200
-    try:
-        while not (list(runs.rglob("metrics.json")) and list(runs.rglob("unfinished.json"))):
-            assert time.monotonic() < limit and process.poll() is None, (tmp_path / "output.txt").read_text()
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    while not (list(runs.rglob("metrics.json")) and list(runs.rglob("unfinished.json"))):
+        if time.monotonic() > limit or killed.ended():
+            pytest.fail(str(killed.end(0)))
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.end().returncode == -signal.SIGKILL
     done = {p: p.stat().st_mtime_ns for p in runs.rglob("metrics.json")}
     traces = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.json")}
     assert 1 <= len(done) < 4 and len(traces) == 1
 
-    again = start(tmp_path, *sweep, **own)
-    assert again.wait(200) == 0, (tmp_path / "output.txt").read_text()
+    again = shell("hawq-lightning", "-m", *TINY, *sweep, cwd=tmp_path, **own)
+    assert again.returncode == 0, again.stderr
     assert len(list(runs.rglob("metrics.json"))) == 4 and not list(runs.rglob("unfinished.json"))
     assert {p: p.stat().st_mtime_ns for p in done} == done
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.json")} == traces
-    assert (tmp_path / "output.txt").read_text().count("finished already") == len(done)
+    assert again.stdout.count("finished already") == len(done)
     seconds = {json.loads(p.read_text())["settings"]["seconds"] for p in runs.rglob("sensitivity.json")}
     assert len(seconds) == 1  # every run has the traces of the one measurement
 

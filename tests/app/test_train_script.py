@@ -29,6 +29,7 @@ from hawq_lightning.cli import (
 )
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import cost_rows, nominal_problem
+from tests.console import shell
 from tests.internals import internal
 
 BIN = Path(sys.executable).parent
@@ -46,6 +47,7 @@ def settings(folder, *overrides, name="train"):
 
 
 def script(name, *arguments, cwd, **environment):
+    """In a new Python."""
     return subprocess.run(
         [BIN / name, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
@@ -275,13 +277,13 @@ def test_script_errors_are_one_line_without_traceback(tmp_path):
         (["data=image_folder", "data.root=/nowhere", *FAST], "No image folder at /nowhere"),
         (["data=image_folder", *FAST], "data.root is not set"),
     ):
-        done = script("hawq-lightning", *arguments, cwd=tmp_path)
+        done = shell("hawq-lightning", *arguments, cwd=tmp_path)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and words in last
         assert "Traceback" not in done.stderr
 
 
 def test_help_is_worth_reading(tmp_path):
-    shown = script("hawq-lightning", "--help", cwd=tmp_path).stdout
+    shown = shell("hawq-lightning", "--help", cwd=tmp_path).stdout
     for words in ("hawq-lightning-analyze", "select.budget=12x", "experiment: ", "resnet20_cifar10", "report.html"):
         assert words in shown

@@ -1,6 +1,5 @@
 """Killed, resumed, tested in another process: the same plan, nothing measured twice, the same weights."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from hawq_lightning import ApplyPlan, Sensitivity, load_from_checkpoint
 from hawq_lightning.quantization import enabled_bits
+from tests.console import python
 from tests.trainers import (
     Classifier,
     assert_mixed,
@@ -76,10 +76,7 @@ torch.save({"state": model.state_dict(), "plan": callback.plan.to_dict(), "metri
 
 def run(folder, ckpt="none", kill=(-1, -1), start=0):
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(ckpt), *map(str, kill), str(start)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return python(SCRIPT, folder, ckpt, *kill, start, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +122,11 @@ def test_killed_before_start_measures_after_the_resume(tmp_path):
     assert all(torch.equal(v, expected["state"][k]) for k, v in final["state"].items())
 
 
+def new_python(source, *arguments, cwd):
+    command = [sys.executable, "-c", source, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
 CHECK = """
 import sys, torch
 torch.set_num_threads(1)
@@ -143,13 +145,12 @@ torch.save({"found": found[0], "bits": enabled_bits(model)}, sys.argv[4])
 @pytest.mark.feature(
     "Checkpoints", "`validate` and `test` with `ckpt_path` in a fresh process", "the same metrics to the bit"
 )
-@pytest.mark.parametrize("which, how", [("hawq", "validate"), ("install", "test")])
-def test_a_fresh_process_rebuilds_the_quantized_network(tmp_path, undisturbed, which, how):
+@pytest.mark.parametrize(
+    "which, how, python", [("hawq", "validate", new_python), ("install", "test", python)], ids=["new", "fork"]
+)
+def test_a_fresh_process_rebuilds_the_quantized_network(tmp_path, undisturbed, which, how, python):
     folder, final = undisturbed
-    out = subprocess.run(
-        [sys.executable, "-c", CHECK, str(folder), which, how, str(tmp_path / "out.pt")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    out = python(CHECK, folder, which, how, tmp_path / "out.pt", cwd=ROOT)
     assert out.returncode == 0, out.stderr[-2000:]
     told = torch.load(tmp_path / "out.pt", weights_only=True)
     assert_mixed_elsewhere(told["bits"])

@@ -1,0 +1,94 @@
+"""The first loss of a measurement: is it a number, is the network float, and what reads weights past their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._function_reads import FunctionReads
+from hawq_lightning._sites import READ_BY_FUNCTION
+from hawq_lightning._types import Batch
+from hawq_lightning.layers import FakeQuantLayer, layer_type, quantizer_attribute
+from hawq_lightning.sensitivity._boundary import Outputs, read_by
+from hawq_lightning.sensitivity._context import MeasureContext
+
+_BUT = " (estimator='hutchinson' alone counts it)"
+
+
+def check_float(context: MeasureContext) -> None:
+    """Refuse layers whose quantizers are on.
+
+    Raises:
+        HawqError: it names one, and says how to measure the float network.
+    """
+    for name, reader in context.layers.items():
+        layer = reader.module
+        if not isinstance(layer, FakeQuantLayer):
+            continue
+        for quantizer in (getattr(layer, quantizer_attribute(reader.parameter)), layer.input_quantizer):
+            if quantizer.bits and not quantizer.fake_quant_disabled:
+                raise HawqError(
+                    f"Layer {name!r} is quantized, and traces are those of a float network: measure inside of "
+                    "hawq_lightning.quantization.fake_quant_disabled(model), or call unquantize(model) first."
+                )
+
+
+def check_first_loss(context: MeasureContext, batch: Batch) -> float:
+    """The loss of a batch as a number, checked; whatever reads weights outside of their layers is noted.
+
+    Args:
+        context: model, loss and sites.
+        batch: one that memory holds.
+
+    Raises:
+        HawqError: the loss is no finite scalar, or sites that no forward pass has found have a weight that a function
+            reads as well.
+    """
+    warn_once = context.diagnostics.warn_once
+    weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items() if not m.recomputed}
+    for _, w in weights.values():
+        w.requires_grad_(True)
+    try:
+        with Outputs(context.model) as outputs, FunctionReads(context.model, context.layers) as functions:
+            loss = context.loss(batch)
+        penalised = [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]
+        value = float(loss.detach())
+    finally:
+        for _, w in weights.values():
+            w.requires_grad_(False)
+    read = [n for n in functions.layers() if n not in penalised]
+    if read and not context.table.traced:
+        raise HawqError(
+            f"A function reads the weight of {_some(read)} as well, past any quantizer: leave such layers out "
+            "(exclude=), or let a forward pass find the sites (hawq_lightning.sites(model, batch))."
+        )
+    if penalised:
+        warn_once(
+            f"The loss reads the weights of {_some(penalised)} outside of their layers (a penalty on weights?); the "
+            f"curvature from there is not counted{_BUT}."
+        )
+    if read:
+        warn_once(
+            f"A function reads the weight of {_some(read)} as well: that use stays float, and is not counted in the "
+            f"trace{_BUT}."
+        )
+    for name, modules in functions.elsewhere().items():
+        kinds = ", ".join(dict.fromkeys(layer_type(m).__name__ for m in modules))
+        warn_once(
+            f"The weight of {name} is also that of another module ({kinds}): that use stays float, and is not counted "
+            f"in the trace{_BUT}."
+        )
+    return value
+
+
+def note_float_layers(context: MeasureContext) -> None:
+    """Say which layers stay float because a function reads their weights."""
+    if names := [f.name for f in context.table.floats if f.reason == READ_BY_FUNCTION]:
+        context.diagnostics.warn_once(
+            f"{_some(names)} stay{'s' if len(names) == 1 else ''} float: a function reads the weight as well, past any "
+            "quantizer."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
