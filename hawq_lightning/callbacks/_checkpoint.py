@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from hawq_lightning._types import Options, StateDict
 from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
+_SWAPPING = threading.RLock()
 
 
 def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs: Any) -> Module:
@@ -28,25 +30,38 @@ def load_from_checkpoint(module_class: type[Module], path: str | Path, **kwargs:
         the module, with the quantizers enabled that were so when it was saved.
 
     Raises:
-        HawqError: a quantizer of the user's own whose file was not imported, or layers that the module lacks.
+        HawqError: a quantizer of the user's own whose file was not imported, layers that the module lacks, or a folder
+            of shards.
     """
+    if Path(path).is_dir():
+        raise HawqError(
+            f"The checkpoint {path} is a folder of shards; make one file of it: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
+    thread = threading.get_ident()
 
     def with_fake_quant_layers(self: Module, checkpoint: StateDict) -> None:
         original(self, checkpoint)  # it may build layers
+        if threading.get_ident() != thread:
+            return
         strict = kwargs.get("strict")
         strict = self.strict_loading if strict is None else strict
         _prepare_layers(self, checkpoint["state_dict"], checkpoint.get("callbacks", {}), strict)
 
-    original = module_class.on_load_checkpoint
-    overridden = "on_load_checkpoint" in module_class.__dict__
-    module_class.on_load_checkpoint = with_fake_quant_layers  # type: ignore[assignment, method-assign]
-    try:
-        return module_class.load_from_checkpoint(path, **kwargs)
-    finally:
-        if overridden:
-            module_class.on_load_checkpoint = original  # type: ignore[method-assign]
-        else:
-            del module_class.on_load_checkpoint
+    # Lightning makes the module and fills it in one class method; this hook is all that it calls in between. An
+    # instance's own hook would come too late, and a subclass would be seen: by __init_subclass__, by registries, by
+    # LightningCLI. So the class's is another one for that long, which other threads do not notice.
+    with _SWAPPING:
+        original = module_class.on_load_checkpoint
+        overridden = "on_load_checkpoint" in module_class.__dict__
+        module_class.on_load_checkpoint = with_fake_quant_layers  # type: ignore[assignment, method-assign]
+        try:
+            return module_class.load_from_checkpoint(path, **kwargs)
+        finally:
+            if overridden:
+                module_class.on_load_checkpoint = original  # type: ignore[method-assign]
+            else:
+                del module_class.on_load_checkpoint
 
 
 def _prepare_layers(
