@@ -249,6 +249,14 @@ class ApplyPlan(Callback):
             self._refuse_float_optimizer(pl_module, checkpoint)
         self._resumed.load(trainer, checkpoint)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Shards are matched by name before anything of ours sees them, and 0.1.0 had other names."""
+        if "Missing key in checkpoint" in str(exception) and "_quantizer.num_bits" in str(exception):
+            rank_zero_warn(
+                "HAWQ: this folder of shards is of release 0.1.0, whose quantizers have other names there: make one "
+                "file of it (python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER), for ckpt_path."
+            )
+
     def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""
         learned = any(p.requires_grad for layer in quantized_layers(pl_module).values() for p in learned_of(layer))
