@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +11,57 @@ from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, Plan, candidates, measure, quantize, select
-from hawq_lightning.layers import LayerCall, LayerKind, inner_products, register_layer, row_dots
+from hawq_lightning.layers import (
+    FakeQuantLayer,
+    LayerCall,
+    LayerKind,
+    WeightRead,
+    inner_products,
+    register_layer,
+    row_dots,
+)
 from hawq_lightning.quantization import enabled_bits, plan_of, unquantize
 from hawq_lightning.selection import Problem
 from hawq_lightning.sensitivity import find_sites
 from tests.cases import dense_activation_traces, dense_weight_traces
 from tests.own_kinds import Experts, ExpertsKind, Gated, Mixture, Paired, QExperts
+
+
+class Words(nn.Embedding):
+    pass
+
+
+class QWords(FakeQuantLayer, Words):
+    float_type = Words
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input, self.quantized_weight)
+
+
+@register_layer("words_of_a_test")
+class WordsKind(LayerKind):
+    """A look-up: what it reads is no activation."""
+
+    float_type, fake_quant_type = Words, QWords
+
+    def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
+        return {"weight": WeightRead(0, reads_activation=False)}
+
+    def weight_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Iterator[Any]:
+        (call,) = calls
+        one_hot = F.one_hot(call.read, call.layer.num_embeddings).to(call.grad)
+        g = torch.einsum("nlv,nld->nvd", one_hot, call.grad)
+        yield (g, g) if per_sample else (g.sum(0, keepdim=True), g.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.Identity()])
+def test_a_norm_behind_a_look_up_is_seen_by_the_default_estimator(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(Words(9, 4), norm, nn.Flatten(), nn.Linear(8, 3)).double()
+    batch = torch.randint(0, 9, (6, 2)), torch.arange(6) % 3
+    notes = [n for n in measure(net, [batch], _loss, rtol=0.5, progress=False).notes if "piecewise" in n]
+    assert not notes if isinstance(norm, nn.Identity) else "example at 0:" in notes[0]
+
 
 SITES = {
     Mixture: ["first.weight", "head.weight", "first.input", "second.input", "head.input"],
