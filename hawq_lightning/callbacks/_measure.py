@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
@@ -148,7 +150,8 @@ class MeasureTraces(HasResults, Callback):
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
-            with shared_traces(trainer, folder, config.cache, table) as traces:
+            images = sum(map(batch_images, batches))
+            with shared_traces(trainer, folder, config.cache, table, images) as traces:
                 weigh = partial(
                     candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
                 )  # fmt: skip
@@ -210,6 +213,8 @@ class MeasureTraces(HasResults, Callback):
                 pl_module, batches, loss_fn, sites=self.sites, only=names, rtol=self.measure.rtol,
                 seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
+            if wrong := [n for n, v in eigenvalues.items() if not math.isfinite(v)]:
+                raise HawqError(f"The top eigenvalue of site {wrong[0]!r} is not a finite number; exclude the site.")
             self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})

@@ -58,6 +58,9 @@ class ManualBackward(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
+        if func is torch.Tensor.backward:
+            self(*args)
+            return None
         if self._waiting is not None and func == _GRAD and any(args[0] is x for x in self._inputs):
             self._waiting, self._inputs = None, []
         return func(*args, **(kwargs or {}))
@@ -70,20 +73,18 @@ _GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 def manual_backward(module: nn.Module) -> Iterator[None]:
     """Inside, a step of ``module`` ends with :class:`LossCaptured` as soon as its loss is known, before any update."""
     backward = ManualBackward(module)
-    tensor_backward, step = torch.Tensor.backward, LightningOptimizer.step
+    step = LightningOptimizer.step
 
     def update(*args: object, **kwargs: object) -> None:
         backward.settle()
 
     try:
         module.__dict__["manual_backward"] = backward
-        torch.Tensor.backward = lambda self, *a, **k: backward(self)  # type: ignore[method-assign]
         LightningOptimizer.step = update  # type: ignore[method-assign]
         with backward:
             yield
         backward.settle()
     finally:
-        torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
         LightningOptimizer.step = step  # type: ignore[method-assign]
         module.__dict__.pop("manual_backward", None)
 
