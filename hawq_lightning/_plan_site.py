@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields, replace
 
 from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._io import with_infinity
 from hawq_lightning._types import JsonObject
 
+_NUMBERS = ("scale", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation", "stability")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
 
@@ -113,9 +115,9 @@ def read_site(data: JsonObject) -> PlanSite:
     data["shape"] = tuple(_whole(x, f"shape of {name!r}") for x in data.get("shape", ()))
     data["numel"] = _whole(data.get("numel"), f"numel of {name!r}")
     data["options"] = tuple(read_candidate(name, str(data.get("kind")), o) for o in data.get("options", ()))
-    site = PlanSite(**data)
+    site = PlanSite(**with_infinity(data, _NUMBERS))
     check_choice(name, site.kind, site.bits, site.code)
-    for number in ("scale", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation", "stability"):
+    for number in _NUMBERS:
         value = getattr(site, number)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)):
             raise HawqError(f"Site {name!r} of the plan: {number} is {value!r}, not a number.")
@@ -139,7 +141,7 @@ def read_candidate(name: str, kind: str, data: Mapping[str, object]) -> Candidat
         HawqError: bits or a code format that do not exist for such a site.
         TypeError: unknown or missing fields.
     """
-    candidate = Candidate(**data)  # type: ignore[arg-type]
+    candidate = Candidate(**with_infinity(data, _NUMBERS))
     check_choice(name, kind, candidate.bits, candidate.code)
     return candidate
 

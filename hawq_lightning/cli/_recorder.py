@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import write_text
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
@@ -70,7 +69,7 @@ class Recorder(CommitAtFirstBatch):
         self._clock = time.perf_counter()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The plan is chosen and installed, unless that is for a later epoch."""
+        """The plan is chosen and in force, unless that is for a later epoch."""
         if self.hawq.has_plan:
             self._commit(trainer)
         self._lap("traces_and_plan")
@@ -128,7 +127,7 @@ class Recorder(CommitAtFirstBatch):
         self.record["costs"] = dict(plan.costs)
         seconds = self.record["seconds"]
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
-        write_text(self.folder / "metrics.json", json.dumps(self.record, indent=1))
+        write_text(self.folder / "metrics.json", json_text(self.record, indent=1))
         self.progress.done()
 
     def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
