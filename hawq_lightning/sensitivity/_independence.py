@@ -61,7 +61,7 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
     with forward_pass(context, batch, nothing) as forward:
         values = forward.hessian.values
         if any(v.ndim == 0 or v.shape[0] != samples for v in values):
-            warn_once("Rows of the loss's inputs are not images: whole batches are the unit of the traces.")
+            warn_once("What the loss reads has no row for every image: traces are those of whole batches.")
             return nothing
         if couples(forward.hessian, samples):
             warn_once(_COUPLED)
@@ -76,7 +76,8 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
-        warn_once(f"Rows are not images at {', '.join(shared[:3])}{'...' if len(shared) > 3 else ''}: batch sums.")
+        names = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more sites" if len(shared) > 3 else "")
+        warn_once(f"At {names} the images of a batch cannot be told apart: traces there are those of whole batches.")
     return {s.name: not leaks.get(s.name, True) for s in context.table}
 
 

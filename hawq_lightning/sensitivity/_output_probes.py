@@ -196,7 +196,7 @@ def _l1_outputs(context: MeasureContext, hessian: OutputHessian, blocks: list[Bl
         names = ", ".join(dict.fromkeys(hessian.names[i] or "the model" for i in outputs))
         context.diagnostics.warn_once(
             f"The loss has slope but no curvature in the output of {names}, as L1 losses do: the Fisher information of "
-            "a Laplace distribution of unit scale was taken in its place (l1='fisher')."
+            "a Laplace distribution of unit scale was taken in its place (l1_curvature='fisher')."
         )
     return outputs
 
@@ -212,7 +212,7 @@ def _blocks(
     blocks = factorize_loss_hessian(hessian, torch.Generator().manual_seed(0), by_sample, elementwise)
     if blocks is None:
         context.diagnostics.warn_once(
-            "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."
+            "The loss is neither softmax cross-entropy nor elementwise: its traces take more probes, being noisier."
         )
     elif isinstance(blocks, list) and len(blocks) == 1 and isinstance(blocks[0], Softmax):
         context.diagnostics.figures["classes"] = blocks[0].probability.shape[blocks[0].axis]
