@@ -28,10 +28,10 @@ OWN = str(Path(hawq_lightning.__file__).parent)
 TRACED = (OWN, "cloud_io.py", "checkpoint_connector.py", "model_checkpoint.py", "training_epoch_loop.py")
 STAGES = {  # innermost function on the stack that says what the process is at
     "save_packed": "writing the packed file", "save_checkpoint": "writing a checkpoint",
-    "dump_checkpoint": "writing a checkpoint", "measure": "measuring", "options": "calibrating",
-    "loss_check": "checking losses", "select": "selecting", "with_bootstrap_stability": "selecting",
+    "dump_checkpoint": "writing a checkpoint", "measure": "measuring", "candidates": "calibrating",
+    "loss_per_site": "checking losses", "select": "selecting", "with_bootstrap_stability": "selecting",
     "frontier": "selecting",
-    "_select": "selecting", "analyze": "between the steps of a choice", "arm": "arming",
+    "_select": "selecting", "analyze": "between the steps of a choice", "enable": "enabling the quantizers",
     "write_text": "writing results", "save": "writing results", "training_step": "mid-epoch",
     "optimizer_step": "mid-epoch", "advance": "mid-epoch", "validation_step": "validating",
 }  # fmt: skip
@@ -128,6 +128,7 @@ def campaign(count: int, seed: int, folder: Path) -> dict:
     for number, stage in enumerate(json.loads(census.read_text())):
         lines.setdefault(stage, []).append(number)
     turns = sorted(lines)
+    assert not (lost := set(STAGES.values()) - set(turns)), f"no function of a run says that it is at {lost}"
     kills, by_stage, failures, again = 0, Counter(), [], 0
     while kills < count:
         run = folder / f"run{kills}"
