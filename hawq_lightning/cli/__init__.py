@@ -11,6 +11,7 @@ from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._progress_bar import PlainProgressBar
 from hawq_lightning.cli._recorder import Recorder
+from hawq_lightning.cli._records import read_manifest, read_record, sealed_text
 from hawq_lightning.cli._renamed_keys import check_renamed
 from hawq_lightning.cli._resume import settings_hash
 from hawq_lightning.cli._run import run
@@ -39,7 +40,10 @@ __all__ = [
     "mean_average_precision",
     "nearest",
     "quiet_down",
+    "read_manifest",
+    "read_record",
     "run",
+    "sealed_text",
     "settings_hash",
     "show_frontier",
     "sweep_dirname_overrides",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,15 +15,8 @@ from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
+from hawq_lightning.cli._records import SCORES, sealed_text
 from hawq_lightning.cli._resume import RunState
-
-SCORES = {
-    "val/acc": "accuracy",
-    "val/acc_top5": "accuracy_top5",
-    "val/map": "map",
-    "val/map_50": "map_50",
-    "val/loss": "loss",
-}
 
 
 def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
@@ -128,7 +120,7 @@ class Recorder(CommitAtFirstBatch):
         self.record["costs"] = dict(plan.costs)
         seconds = self.record["seconds"]
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
-        write_text(self.folder / "metrics.json", json.dumps(self.record, indent=1))
+        write_text(self.folder / "metrics.json", sealed_text(self.record))
         self.progress.done()
 
     def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

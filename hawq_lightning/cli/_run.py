@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
 from hawq_lightning.cli._onnx import write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
+from hawq_lightning.cli._records import read_record
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
 from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
 from hawq_lightning.export import EXPORTERS, load_packed
@@ -106,7 +106,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record
-    written: JsonObject = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    written: JsonObject = read_record(folder / "metrics.json")
     try:
         if cfg.onnx:
             write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)

@@ -97,7 +97,7 @@ def cut_short(folder):
     (folder / "model.safetensors").unlink()
     (folder / "unfinished.json").write_text(json.dumps(record))
     manifest = json.loads((folder / ".hawq_lightning.json").read_text())
-    manifest = {k: v for k, v in manifest.items() if k not in ("files", "pages")}
+    manifest = {k: v for k, v in manifest.items() if k not in ("files", "pages", "sha256")}
     (folder / ".hawq_lightning.json").write_text(json.dumps(manifest))
 
 
