@@ -26,7 +26,13 @@ from hawq_lightning.quantization._candidates import candidates, weight_candidate
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._inputs import network_inputs
-from hawq_lightning.quantization._modules import QuantizedLayer, QuantizedWeight, quantizers_in, to_fake_quantized
+from hawq_lightning.quantization._modules import (
+    QuantizedLayer,
+    QuantizedWeight,
+    float_classes,
+    quantizers_in,
+    to_fake_quantized,
+)
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -74,6 +80,7 @@ __all__ = [
     "fake_quantize_tensor",
     "find_heads",
     "first_order_term",
+    "float_classes",
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
