@@ -73,13 +73,15 @@ class FloatPart:
 class SiteTable:
     """All sites, the layers that tie them, and what stays float. Iterating gives the sites.
 
-    ``layers`` are in the order in which the forward pass first calls them.
+    ``layers`` are in the order in which the forward pass first calls them; ``last`` names the one with most layers in a
+    row before it, where a pass has shown that.
     """
 
     sites: tuple[Site, ...]
     layers: tuple[Layer, ...]
     floats: tuple[FloatPart, ...] = ()
     traced: bool = True
+    last: str = ""
     _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +98,11 @@ class SiteTable:
         if name not in self._index:
             raise HawqError(f"No site is called {name!r}.{nearest(name, self._index)}")
         return self._index[name]
+
+    @property
+    def first_to_last(self) -> tuple[Layer, ...]:
+        """The layers, the network's last one at the end, though auxiliary heads may be called after it."""
+        return tuple(sorted(self.layers, key=lambda x: x.name == self.last))
 
     @property
     def weights(self) -> tuple[Site, ...]:
@@ -131,15 +138,16 @@ class SiteTable:
         return out
 
     def __str__(self) -> str:
-        lines = [f"{'site':40} {'kind':10} {'shape':>18} {'elements':>10} {'bytes':>7} {'MACs':>7}"]
+        cells = [("site", "kind", "shape", "elements", "bytes", "MACs", "")]
         for r in self.rows():
             what = r["kind"] if r["quantized"] else "float"
             shape = "x".join(map(str, r["shape"])) if r["quantized"] else r["type"]
             count = r["numel"] if r["quantized"] else r["bytes"] // 4
             why = "" if r["quantized"] else f"  {r['reason']}"
-            lines.append(
-                f"{r['name']:40} {what:10} {shape:>18} {count:>10,} {r['bytes_share']:7.1%} {r['macs_share']:7.1%}{why}"
-            )
+            shares = f"{r['bytes_share']:.1%}", f"{r['macs_share']:.1%}"
+            cells.append((r["name"], what, shape, f"{count:,}", *shares, why))
+        name, form, count = (max(least, *(len(c[i]) for c in cells)) for i, least in ((0, 40), (2, 18), (3, 10)))
+        lines = [f"{c[0]:{name}} {c[1]:10} {c[2]:>{form}} {c[3]:>{count}} {c[4]:>7} {c[5]:>7}{c[6]}" for c in cells]
         if not self.traced:
             lines.append("No example batch was given: activations, MACs and call order are unknown.")
         return "\n".join(lines)

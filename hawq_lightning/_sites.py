@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._batchnorm import norms_behind
+from hawq_lightning._depth import LayerDepths
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._product_counter import ProductCounter
@@ -119,6 +120,7 @@ def find_sites(
     def record_calls_of(name: str, reader: WeightReader) -> RemovableHandle:
         def record(x: torch.Tensor, output: torch.Tensor) -> None:
             macs[name] = macs.get(name, 0) + reader.macs(x, output)
+            depths.passed(name, x, output)
             if name in layers:
                 # the tensor is kept, so that its id stays its own; an in-place change makes it another one
                 reads = calls if torch.is_grad_enabled() else without_gradients
@@ -129,12 +131,12 @@ def find_sites(
     every_layer = quantizable_layers(model)[0]
     handles = [record_calls_of(n, reader) for n, reader in every_layer.items()]
     functions = FunctionReads(model, every_layer)
-    counter = ProductCounter()
+    counter, depths = ProductCounter(), LayerDepths()
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
-        with torch.enable_grad(), counter, reentrant_checkpoints_replaced(), functions:
+        with torch.enable_grad(), counter, depths, reentrant_checkpoints_replaced(), functions:
             modules = {n: reader.module for n, reader in layers.items()}
             norms = norms_behind(model, dict(_named_modules(model)), modules, run)
     finally:
@@ -160,7 +162,8 @@ def find_sites(
     floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
     floats += _functional(counter, macs, floats, images)
     ordered = {name: layers[name] for name in macs if name in layers}
-    return _assemble(ordered, {n: macs[n] // images for n in ordered}, calls, norms, floats, images, traced=True)
+    table = _assemble(ordered, {n: macs[n] // images for n in ordered}, calls, norms, floats, images, traced=True)
+    return replace(table, last=depths.last(ordered))
 
 
 def sites(

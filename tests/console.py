@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -87,9 +88,11 @@ def shell(
     return begin(name, *arguments, cwd=cwd, before=before, **environment).end()
 
 
-def python(source: str | Path, *arguments: object, cwd: str | Path, **environment: str) -> Finished:
+def python(
+    source: str | Path, *arguments: object, cwd: str | Path, timeout: float = 300, **environment: str
+) -> Finished:
     """``python source arguments`` or, where the source is a text, ``python -c source arguments``."""
-    return Program(_python, source, [str(a) for a in arguments], cwd=cwd, **environment).end()
+    return Program(_python, source, [str(a) for a in arguments], cwd=cwd, **environment).end(timeout)
 
 
 def _script(name: str, arguments: list[str], before: Callable | None) -> None:
@@ -192,6 +195,7 @@ def _as_a_new_python(keep: int) -> None:
     sys.settrace(None), threading.settrace(None)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    sys.modules["__main__"] = types.ModuleType("__main__")  # processes that a program spawns run it first
     logging.getLogger().handlers.clear()
     for reference in logging._handlerList:
         handler = reference() if isinstance(reference, weakref.ref) else reference

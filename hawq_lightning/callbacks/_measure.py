@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
@@ -152,7 +153,8 @@ class MeasureTraces(HasResults, Callback):
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
-            with shared_traces(trainer, folder, config.cache, table) as traces:
+            images = sum(map(batch_images, batches))
+            with shared_traces(trainer, folder, config.cache, table, images) as traces:
                 weigh = partial(
                     candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
                 )  # fmt: skip

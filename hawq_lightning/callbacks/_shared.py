@@ -22,10 +22,11 @@ class SharedTraces:
         folder: of the run.
         cache: shared by runs; ``None``: only the run's own folder is looked at.
         table: the sites.
+        images: to measure on, for the line that says that measuring begins.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable) -> None:
-        self._trainer, self._folder = trainer, folder
+    def __init__(self, trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable, images: int) -> None:
+        self._trainer, self._folder, self._images = trainer, folder, images
         self._sites = {s.name: s.numel for s in table}
         self.cache = None if cache is None else TraceCache(cache, table, lambda text: rank_zero_info(f"HAWQ: {text}"))
         self._asked = False
@@ -48,6 +49,11 @@ class SharedTraces:
             earlier = None if data is None else Sensitivity.from_dict(data)
         if not usable:
             self.cache = None
+        if earlier is None:
+            rank_zero_info(
+                f"HAWQ: measures the Hessian traces of {len(self._sites)} weights and activations on {self._images} "
+                "images, which can take minutes; then bits are chosen."
+            )
         return earlier
 
     def partial(self, fingerprint: str) -> Path:
@@ -83,9 +89,11 @@ class SharedTraces:
 
 
 @contextmanager
-def shared_traces(trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable) -> Iterator[SharedTraces]:
+def shared_traces(
+    trainer: Trainer, folder: Path, cache: str | Path | None, table: SiteTable, images: int
+) -> Iterator[SharedTraces]:
     """A :class:`SharedTraces` whose lock is given back whatever happens."""
-    shared = SharedTraces(trainer, folder, cache, table)
+    shared = SharedTraces(trainer, folder, cache, table, images)
     try:
         yield shared
     finally:

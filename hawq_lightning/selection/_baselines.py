@@ -28,7 +28,8 @@ def direct(request: Request) -> list[int]:
     weights = [g for g, group in enumerate(problem.groups) if group.kind == "weight"]
     ends = weights[0], weights[-1]
     if problem.layers:
-        ends = tuple(problem.group_of[problem.index[problem.layers[i].weight]] for i in (0, -1))  # type: ignore[assignment]
+        order = problem.first_to_last
+        ends = tuple(problem.group_of[problem.index[order[i].weight]] for i in (0, -1))  # type: ignore[assignment]
     return best_uniform(request, {g: len(problem.groups[g].bits) - 1 for g in ends}, "direct")
 
 

@@ -44,7 +44,7 @@ class Structure(NamedTuple):
 
 
 def structure_of(
-    sites: Sequence[Site], layers: Sequence[Layer], widths: Sequence[Sequence[int]], *,
+    sites: Sequence[Site], layers: Sequence[Layer], order: Sequence[Layer], widths: Sequence[Sequence[int]], *,
     ties: Ties, fixed: Mapping[str, int] | None, min_bits: int | Mapping[str, int] | None, pairs: Pairs | None,
 ) -> Structure:  # fmt: skip
     """Groups of sites, with the bits that every member may take.
@@ -52,6 +52,7 @@ def structure_of(
     Args:
         sites: quantized ones.
         layers: what ties weights to activations.
+        order: the same layers from the network's first to its last, as constraints mean these words.
         widths: by site, the bits that were weighed, ascending.
         ties: see :class:`hawq_lightning.selection.Problem`, as for the rest.
         fixed: site -> bits.
@@ -62,8 +63,8 @@ def structure_of(
         HawqError: constraints that leave a site without bits, or a layer of unknown sites.
     """
     index = {s.name: i for i, s in enumerate(sites)}
-    allowed = narrowed(widths, sites, layers, fixed, min_bits)
-    members = connected_groups(len(sites), tie_indices(ties, sites, layers))
+    allowed = narrowed(widths, sites, order, fixed, min_bits)
+    members = connected_groups(len(sites), tie_indices(ties, sites, order))
     bits = [_common(sites, tied, allowed) for tied in members]
     group_of = {i: g for g, tied in enumerate(members) for i in tied}
     for layer in layers:

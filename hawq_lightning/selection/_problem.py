@@ -112,6 +112,11 @@ class Problem:
         return self.table.layers if isinstance(self.table, SiteTable) else ()
 
     @cached_property
+    def first_to_last(self) -> tuple[Layer, ...]:
+        """:attr:`layers`, the network's last one at the end: what ``first`` and ``last`` mean."""
+        return self.table.first_to_last if isinstance(self.table, SiteTable) else ()
+
+    @cached_property
     def index(self) -> dict[str, int]:
         """Site name -> position in :attr:`sites`."""
         return {s.name: i for i, s in enumerate(self.sites)}
@@ -259,8 +264,9 @@ class Problem:
     def _structure(self) -> Structure:
         widths = [sorted(b) for b in self.best]
         return structure_of(
-            self.sites, self.layers, widths, ties=self.ties, fixed=self.fixed, min_bits=self.min_bits, pairs=self.pairs
-        )
+            self.sites, self.layers, self.first_to_last, widths,
+            ties=self.ties, fixed=self.fixed, min_bits=self.min_bits, pairs=self.pairs,
+        )  # fmt: skip
 
     def _group(self, members: Sequence[int], bits: tuple[int, ...]) -> Group:
         score = np.asarray([math.fsum(self.best[i][b][1] for i in members) for b in bits])

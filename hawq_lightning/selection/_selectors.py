@@ -117,7 +117,7 @@ def manual(request: Request) -> list[int]:
     problem = request.problem
     bits: dict[str, int] = {}
     for pattern in sorted(given, key=lambda p: p in problem.index):  # full names last: they win
-        for i in matching(pattern, problem.sites, problem.layers):
+        for i in matching(pattern, problem.sites, problem.first_to_last):
             bits[problem.sites[i].name] = given[pattern]
     choice = problem.choice_of(bits)
     if not request.fits(choice):

@@ -1,69 +1,52 @@
-"""The estimator that chooses another: Gauss-Newton where it is exact or nearly so, else the true Hessian."""
+"""The estimator that chooses another: Gauss-Newton, but for losses that show it nothing."""
 
 from __future__ import annotations
 
-import torch
-
 from hawq_lightning._config import MeasureConfig
-from hawq_lightning._errors import HawqError
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import Estimator, Pilot, ProbeRequest, Probes, register_estimator
-from hawq_lightning.sensitivity._ggn import GaussNewton, gauss_newton_probes
-from hawq_lightning.sensitivity._hessian import Hessian, missing_part
+from hawq_lightning.sensitivity._ggn import GaussNewton
+from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._linearity import check_linearity, layer_names
-
-_SOME = 4  # samples and probes to weigh the missing part by
-_AFFORDABLE = 24  # sites to differentiate twice one by one
-_MATTERS = 0.1  # of the Gauss-Newton trace
+from hawq_lightning.sensitivity._output_probes import sees_curvature
 
 
 @register_estimator("auto")
 class Auto(Estimator):
-    """Gauss-Newton, or the true Hessian, by a check on a few samples; what it chose and why goes into the notes.
+    """``ggn`` wherever the loss has curvature in the network's outputs; what that leaves out goes into the notes.
 
-    Piecewise linear network: ``ggn``, which is then exact. Otherwise the missing part is estimated on a few samples:
-    where it is below a tenth of every trace, or cannot be told from zero, ``ggn`` again, which is cheap and never
-    negative; where it is more, ``hessian``, unless that would take a double backward at more than 24 sites for every
-    probe. Without double backward through the network: ``ggn``.
+    Of a piecewise linear network Gauss-Newton traces are those of the Hessian, and there is nothing to say. Of others
+    they tell what rounding does to the outputs: at cross-entropy they are the second derivative of the KL divergence
+    between the float and the quantized network (Martens, JMLR 21, 2020, section 9). ``docs/method.md`` shows that they
+    predict it better than the Hessian's, so nothing is measured to decide between the two. ``hessian`` only where the
+    loss has no curvature in the outputs, but the network has some of its own.
     """
 
     def prepare(self, context: MeasureContext, pilot: Pilot, config: MeasureConfig) -> Estimator:
         """The estimator that measures."""
         warn_once = context.diagnostics.warn_once
         gauss_newton = GaussNewton(config.rotate)
-        linearity = check_linearity(context, pilot, config.seed, _AFFORDABLE)
+        linearity = check_linearity(context, pilot, config.seed, most=1)
         if linearity.failed:
             warn_once(
-                f"estimator='auto' could not check whether the network is piecewise linear ({linearity.failed}); it "
-                "took 'ggn', whose traces are then Gauss-Newton approximations."
+                f"estimator='auto' could not check whether the network is piecewise linear ({linearity.failed}), and "
+                "took 'ggn', whose traces leave out the network's own second derivative if it is not."
             )
             return gauss_newton
-        sites = linearity.nonlinear_sites
-        if not sites:
+        if not linearity.nonlinear_sites:
             return gauss_newton
-        where = f"The network is not piecewise linear at {layer_names(context, sites)}"
-        try:
-            missing, site = _missing_share(context, pilot, sites, config.seed)
-        except (RuntimeError, HawqError):
-            missing, site = 0.0, ""
-        part = f"about {missing:.0%} of" if missing < 1 else "as much as"
-        if missing > _MATTERS and len(context.table) > _AFFORDABLE:
+        where = f"The network is not piecewise linear, for example at {layer_names(context, linearity.nonlinear_sites)}"
+        if not sees_curvature(context, pilot.batch):
             warn_once(
-                f"{where}, and Gauss-Newton misses {part} the trace at {site}. estimator='auto' took 'ggn' all the "
-                f"same, since the true Hessian takes a double backward at each of {len(context.table)} sites for every "
-                "probe; estimator='hessian' asks for it."
+                f"{where}; and the loss of the first batch has no curvature in its outputs: estimator='auto' took "
+                "'hessian', the true trace at the cost of a double backward at every site for every probe. It can be "
+                "negative."
             )
-            return gauss_newton
-        if missing > _MATTERS:
-            warn_once(
-                f"{where}, and Gauss-Newton misses {part} the trace at {site}: estimator='auto' took 'hessian', the "
-                "true trace at the cost of double backward. It can be negative; bits are then chosen by its upper "
-                "bound. estimator='ggn' is faster and never negative."
-            )
-            return Hessian(config.rotate, sites)
+            return Hessian(config.rotate, check_linearity(context, pilot, config.seed).nonlinear_sites)
         warn_once(
-            f"{where}, but Gauss-Newton misses no more than {_MATTERS:.0%} of any trace on the images that were tried: "
-            "estimator='auto' took 'ggn'. estimator='hessian' gives the true trace."
+            f"{where}: estimator='auto' took 'ggn', whose traces tell what rounding does to the outputs and leave out "
+            "the network's own second derivative (docs/method.md compares the two). estimator='hessian' measures the "
+            "true traces."
         )
         return gauss_newton
 
@@ -74,19 +57,3 @@ class Auto(Estimator):
             TypeError: always.
         """
         raise TypeError("estimator='auto' chooses another estimator; call prepare() and probe with what it returns.")
-
-
-def _missing_share(context: MeasureContext, pilot: Pilot, sites: tuple[str, ...], seed: int) -> tuple[float, str]:
-    """The largest share of a trace that Gauss-Newton misses, less two standard errors; and its site."""
-    pilot = pilot.first(context, _SOME)
-    request = ProbeRequest(pilot.batch, pilot.samples, pilot.per_sample, [(pilot.samples, seed)], _SOME)
-    gauss_newton = gauss_newton_probes(context, request).rows
-    missing = missing_part(context, request, sites)
-    worst, at = 0.0, ""
-    for site in sites:
-        trace = sum(float(rows[site].sum()) for rows in gauss_newton if site in rows) / _SOME
-        values = torch.tensor([float(rows[site].sum()) for rows in missing], dtype=torch.float64)
-        certain = abs(float(values.mean())) - 2 * float(values.std()) / _SOME**0.5
-        if trace > 0 and certain / trace > worst:
-            worst, at = certain / trace, site
-    return worst, at

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import Node
 
+from hawq_lightning.layers import as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
 from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaussian, gradients_of
 from hawq_lightning.sensitivity._estimator import Pilot
@@ -38,14 +39,15 @@ class Linearity:
 def check_linearity(context: MeasureContext, pilot: Pilot, seed: int = 0, most: int | None = None) -> Linearity:
     """One double backward on a few samples; one a site more only if that does not vanish.
 
-    All activations are disturbed at once, weights held: of a piecewise linear network even that has no second
-    derivative. A weight that is used in series is looked at alone.
+    All activations are disturbed at once, weights held (but for those of look-ups, which read no activation): of a
+    piecewise linear network even that has no second derivative. A weight that is used in series is looked at alone.
 
     Args:
         context: model, loss and sites.
         pilot: samples to try it on.
         seed: of the random function and disturbances.
-        most: look at no more than so many sites one by one, evenly over the table; ``None``: at all.
+        most: look no further once so many sites are found, activations first: in a network that is not piecewise
+            linear the first one mostly is such a site. ``None``: look at all.
     """
     pilot = pilot.first(context, _FEW)
     return with_copies(context.diagnostics.overwritten, lambda: _check_linearity(context, pilot, seed, most))
@@ -61,20 +63,20 @@ def _check_linearity(context: MeasureContext, pilot: Pilot, seed: int, most: int
         directions[:] = [sampler(v).requires_grad_(True) for v in forward.hessian.values]
         return directions
 
+    inputs = [s.name for s in context.table.activations]
+    inputs += [x.weight for x in context.table.layers if not as_reader(context.layers[x.name]).read.reads_activation]
     try:
-        with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, weights=False) as gradients:
+        with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=inputs) as gradients:
             serial = _in_series(gradients)
-            piecewise_linear = not _has_second_derivative(gradients, list(gradients.points), sampler, directions)
-        if piecewise_linear and not serial:
-            return Linearity()
-        names = [s.name for s in context.table]
-        sites = serial if piecewise_linear else names[:: max(1, -(-len(names) // most)) if most else 1]
-        with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=sites) as gradients:
-            nonlinear = [
-                s.name
-                for s in context.table
-                if s.name in gradients.points and _has_second_derivative(gradients, [s.name], sampler, directions)
-            ]
+            # two factors of a product bend together, and may not bend alone
+            together = _second_derivatives(gradients, list(gradients.points), sampler, directions)
+            names = [s.name for s in context.table if s.name in together] if most else []
+            nonlinear = _alone(gradients, names, sampler, directions, most)
+        sites = [s.name for s in context.table] if together and most is None else serial
+        if sites and (most is None or len(nonlinear) < most):
+            with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=sites) as gradients:
+                names = [s.name for s in context.table if s.name in gradients.points]
+                nonlinear += _alone(gradients, names, sampler, directions, most)
         return Linearity(tuple(nonlinear))
     except (RuntimeError, NotImplementedError) as error:
         return Linearity(failed=str(error).strip().split("\n")[0].rstrip("."))
@@ -86,29 +88,43 @@ def layer_names(context: MeasureContext, sites: Collection[str], most: int = 4) 
     return ", ".join(layers[:most]) + (f" and {len(layers) - most} more layers" if len(layers) > most else "")
 
 
-def _has_second_derivative(
+def _alone(
+    gradients: GradGraph, names: Sequence[str], sampler: Sampler, directions: Sequence[torch.Tensor], most: int | None
+) -> list[str]:
+    """The first ``most`` of some sites whose gradients change when they alone are disturbed."""
+    found: list[str] = []
+    for name in names:
+        if len(found) == most:
+            break
+        found += _second_derivatives(gradients, [name], sampler, directions)
+    return found
+
+
+def _second_derivatives(
     gradients: GradGraph, sites: Sequence[str], sampler: Sampler, directions: Sequence[torch.Tensor]
-) -> bool:
-    """Whether the gradients at ``sites`` change when all of these are disturbed."""
-    pairs = [
-        (p, g, sampler(p) * _size(p))
+) -> set[str]:
+    """Those of ``sites`` whose gradients change when all of these are disturbed."""
+    parts = [
+        (s, p, g, sampler(p) * _size(p))
         for s in sites
         for p, g in zip(gradients.points[s], gradients.gradient[s])
         if g is not None and g.requires_grad
     ]
-    if not pairs:
-        return False
-    if once := _once_only([g for _, g, _ in pairs]):
+    if not parts:
+        return set()
+    if once := _once_only([g for _, _, g, _ in parts]):
         raise NotImplementedError(f"an operation has no second derivative ({once})")
-    points = [p for p, _, _ in pairs]
+    points = [p for _, p, _, _ in parts]
     changes = torch.autograd.grad(
-        [g for _, g, _ in pairs], [*points, *directions], [v for _, _, v in pairs], retain_graph=True, allow_unused=True
-    )
+        [g for _, _, g, _ in parts], [*points, *directions], [v for _, _, _, v in parts],
+        retain_graph=True, allow_unused=True,
+    )  # fmt: skip
     # of the size of what is disturbed, so that the gradients change by a share that means something
-    return any(
-        h is not None and float(h.norm()) > _VANISHES * float(g.detach().norm())
-        for h, (_, g, _) in zip(changes[: len(points)], pairs)
-    )
+    return {
+        s
+        for h, (s, _, g, _) in zip(changes, parts)
+        if h is not None and float(h.norm()) > _VANISHES * float(g.detach().norm())
+    }
 
 
 def _size(point: torch.Tensor) -> float:

@@ -158,16 +158,41 @@ def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def without_curvature(
     hessian: OutputHessian, blocks: Sequence[Block] | Dense | None, generator: torch.Generator
 ) -> list[int]:
-    """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses."""
+    """Boundary tensors along which the loss has slope but no second derivative at all: L1 losses.
+
+    A softmax whose probabilities are all 0 or 1 has none either; its slopes give it away.
+    """
     if isinstance(blocks, list):
         has_curvature = [isinstance(b, Softmax) or bool(b.d.any()) for b in blocks]
     else:
         has_curvature = [bool(h.any()) for h in hessian([_normal(v, generator) for v in hessian.values])]
-    flat = [i for i, (c, g) in enumerate(zip(has_curvature, hessian.gradient)) if not c and bool(g.any())]
+    flat = [
+        i
+        for i, (c, g) in enumerate(zip(has_curvature, hessian.gradient))
+        if not c and bool(g.any()) and not saturated(hessian.values[i], g)
+    ]
     slopes = torch.cat([hessian.gradient[i].flatten() for i in flat]) if flat else torch.zeros(0)
     if len(flat) == len(has_curvature) and (bool((slopes >= 0).all()) or bool((slopes <= 0).all())):
         return []  # slopes of one sign everywhere: a linear loss, which pulls to no value
     return flat
+
+
+def saturated(f: torch.Tensor, gradient: torch.Tensor) -> bool:
+    """Whether slopes are those of a cross-entropy whose probabilities are all 0 or 1.
+
+    These are ``c (p - q)`` with p one-hot at the largest output and q a distribution: positive there alone, and of sum
+    zero. Of two classes an L1 loss may have such slopes by chance; then the outputs must be far apart as well.
+    """
+    for axis in dict.fromkeys((1, f.ndim - 1)) if f.ndim > 1 else range(f.ndim):
+        if f.shape[axis] < 2:
+            continue
+        largest = torch.zeros_like(f, dtype=torch.bool).scatter_(axis, f.argmax(axis, keepdim=True), True)
+        certain = f.shape[axis] > 2 or bool((torch.softmax(f, axis)[~largest] == 0).all())
+        below = bool((gradient[~largest] <= 0).all())
+        balanced = bool((gradient.sum(axis).abs() <= 1e-4 * gradient.abs().sum(axis)).all())
+        if certain and below and balanced:
+            return True
+    return False
 
 
 def output_curvature(

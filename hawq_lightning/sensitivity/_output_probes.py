@@ -164,6 +164,16 @@ def output_curvature_of(context: MeasureContext, batch: Batch) -> torch.Tensor |
         return output_curvature(hessian, blocks, _l1_outputs(context, hessian, blocks))
 
 
+def sees_curvature(context: MeasureContext, batch: Batch) -> bool:
+    """Whether probes at the outputs have anything to send back: curvature of the loss, or slopes that count as it."""
+    with outputs_of(context, batch) as hessian:
+        generator = torch.Generator().manual_seed(0)
+        vectors = [torch.randn(v.shape, generator=generator).to(v) for v in hessian.values]
+        if any(bool(h.any()) for h in hessian(vectors)):
+            return True
+        return context.l1_curvature == "fisher" and bool(without_curvature(hessian, None, generator))
+
+
 def concave_share(context: MeasureContext, batch: Batch) -> tuple[float, float]:
     """Concave curvature of the loss at the outputs, and all of it; zeros where it has no closed form."""
     with outputs_of(context, batch) as hessian:
@@ -194,7 +204,7 @@ def _blocks(
     """Factors of the loss's Hessian; the user is told where they are none or the general form."""
     if hessian.linear and context.l1_curvature == "zero":
         context.diagnostics.warn_once(
-            "The loss is linear in the network's outputs, or forbids a second derivative: no curvature was found."
+            "The loss is linear in the network's outputs, or forbids a second derivative: it has no curvature in them."
         )
     blocks = factorize_loss_hessian(hessian, torch.Generator().manual_seed(0), by_sample, elementwise)
     if blocks is None:

@@ -11,6 +11,7 @@ from hawq_lightning.sensitivity._result_fields import SiteTrace
 
 SIGNIFICANT = 2.0  # standard errors
 _KINDS = ("weight", "activation")
+_NAMED = 3  # sites in a sentence; sensitivity.json has all of them
 
 
 def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -21,7 +22,7 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
     trace at all, all its sites get the same: Ω then ranks by perturbation alone.
 
     Returns:
-        site -> mean trace >= 0, and one sentence for each site that was floored, or for its kind.
+        site -> mean trace >= 0, and one sentence for each kind that has floored sites.
 
     Raises:
         HawqError: a trace is no number.
@@ -39,16 +40,25 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
     for r in sensitivity:
         if _significant(r):
             out[r.name] = r.mean_trace
-            continue
-        if r.kind in common:
-            out[r.name] = common[r.kind]
-            continue
-        out[r.name] = max(_upper_bound(r), lowest[r.kind])
-        notes.append(
-            f"{r.name}: trace {r.trace:.2g} with standard error {r.stderr:.2g} is not significantly positive; "
-            f"bits are chosen as if its mean trace were {out[r.name]:.2g}."
-        )
+        else:
+            out[r.name] = common.get(r.kind, max(_upper_bound(r), lowest[r.kind]))
+    for kind in [k for k in _KINDS if k not in common]:
+        records = _of_kind(sensitivity, kind)
+        if floored := [r for r in records if not _significant(r)]:
+            notes.append(_sentence(kind, floored, len(records), [out[r.name] for r in floored]))
     return out, tuple(notes)
+
+
+def _sentence(kind: str, floored: Sequence[SiteTrace], of: int, values: Sequence[float]) -> str:
+    """About sites of one kind that are taken for more sensitive than their traces say."""
+    sites = [f"{r.name} {r.trace:.2g} with standard error {r.stderr:.2g}" for r in floored[:_NAMED]]
+    more = f" and {len(floored) - _NAMED} more" if len(floored) > _NAMED else ""
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return (
+        f"{len(floored)} of {of} {kind} traces {'is' if len(floored) == 1 else 'are'} not significantly positive "
+        f"({', '.join(sites)}{more}): bits are chosen there as if the mean trace were {low}"
+        f"{'' if low == high else f' to {high}'}."
+    )
 
 
 def kinds_in_noise(sensitivity: Sensitivity) -> tuple[str, ...]:

@@ -94,8 +94,8 @@ def check_curvature(records: Sequence[SiteTrace], diagnostics: Diagnostics) -> N
     flat = [r.name for r in records if r.trace == 0]
     if len(flat) == len(records):
         raise HawqError(
-            "The loss has no curvature in any layer's output: it is linear there (an L1 loss?), forbids a second "
-            "derivative, or does not depend on the layers."
+            "The loss has no curvature in any layer's output: it is flat there (a softmax whose probabilities are all "
+            "0 or 1), linear, forbids a second derivative, or does not depend on the layers."
         )
     if flat:
         names = ", ".join(flat[:3]) + (f" and {len(flat) - 3} more" if len(flat) > 3 else "")

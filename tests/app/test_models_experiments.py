@@ -30,6 +30,7 @@ SMALL = [
     "report=false",
     "float_epochs=0",
     "epochs=1",
+    "++trainer.limit_train_batches=1",
     "measure.rtol=9",
     "measure.loss_per_site=false",
     "+hawq.progress=false",
@@ -157,10 +158,10 @@ def test_retinanet_coco(tmp_path, folders, weights, batch):
 @pytest.mark.parametrize(
     ("experiment", "widths", "activations"),
     [
-        ("retinanet_coco_direct", {4}, {4, 8}),
         ("retinanet_coco_act_mixed", {3, 4, 8}, {4, 6, 8}),
-        ("retinanet_coco_act6", {3, 4, 8}, {6, 8}),
-        ("bccd_retinanet", {2, 3, 4, 5, 6, 8}, {8}),
+        pytest.param("retinanet_coco_direct", {4}, {4, 8}, marks=pytest.mark.stress),
+        pytest.param("retinanet_coco_act6", {3, 4, 8}, {6, 8}, marks=pytest.mark.stress),
+        pytest.param("bccd_retinanet", {2, 3, 4, 5, 6, 8}, {8}, marks=pytest.mark.stress),
     ],
 )
 def test_other_detection_rows_on_a_small_backbone(experiment, widths, activations, tmp_path, folders, weights, batch):

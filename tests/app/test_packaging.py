@@ -68,17 +68,6 @@ def test_versions_agree():
     assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize("name", ["sensitivity", "quantization", "selection"])
-def test_the_method_needs_neither_lightning_nor_hydra(name):
-    program = (
-        f"import sys, hawq_lightning.{name}\n"
-        "bad = {'lightning', 'pytorch_lightning', 'hydra', 'omegaconf'} & set(sys.modules)\n"
-        "assert not bad, bad"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_make_targets_exist():
     text = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "stress", "lint", "clean"):

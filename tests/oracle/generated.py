@@ -659,6 +659,9 @@ def _false_notes(
     measured: Sensitivity, truth: Mapping[str, tuple[float, float]], column: int, size: float
 ) -> list[str]:
     misses = []
+    used = measured.settings["estimator"]
+    largest = max(max(abs(a), abs(b)) for a, b in truth.values())
+    apart = {n: f"{a:.4g} and {b:.4g}" for n, (a, b) in truth.items() if abs(a - b) > 1e-6 * largest}
     for note in measured.notes:
         if "zero curvature at" in note:
             named = [n for n in truth if re.search(rf"(at|,) {re.escape(n)}(,|\.$| and )", note)]
@@ -667,11 +670,11 @@ def _false_notes(
         if "linear in the network's outputs" in note and size > 1e-9:
             misses.append(f"said to be linear in the outputs, dense {size:.3g}")
         if "network is piecewise linear" in note and "not" not in note:
-            misses += [
-                f"{n}: said to be piecewise linear, but {a:.4g} and {b:.4g}"
-                for n, (a, b) in truth.items()
-                if abs(a - b) > 1e-6 * size
-            ]
+            misses += [f"{n}: said to be piecewise linear, but {text}" for n, text in apart.items()]
+        if "not piecewise linear" in note and not apart:
+            misses.append(f"said not to be piecewise linear, but both matrices have the same traces: {note}")
+    if measured.settings["estimator_asked"] == "auto" and used == "ggn" and "piecewise" not in " ".join(measured.notes):
+        misses += [f"{n}: auto says nothing, but {text}" for n, text in apart.items()]
     return misses
 
 

@@ -1,24 +1,19 @@
 """Ten kills and 500 damaged files in every test run; 200 and 10,000 under ``make stress``: see RESULTS.md."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.console import python
 from tests.trainers import assert_mixed_elsewhere
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def campaign(what, count, seed, timeout):
-    """In a process of its own, which may fork because it has not computed anything."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.stress.{what}", str(count), str(seed)],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def checked(done):
     assert done.stdout.lstrip().startswith("{"), done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["failures"] == [] and done.returncode == 0
@@ -34,7 +29,8 @@ def campaign(what, count, seed, timeout):
 )
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.stress)])
 def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
-    found = campaign("kills", count, 1, 3600)
+    program = "import runpy; runpy.run_module('tests.stress.kills', run_name='__main__')"
+    found = checked(python(program, count, 1, cwd=ROOT, timeout=3600))
     assert found["kills"] >= count and len(found["kills by stage"]) >= 4 and found["batches measured"] > 8
 
 
@@ -46,7 +42,9 @@ def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
 )
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.stress)])
 def test_damaged_files_are_refused_or_identical(count):
-    found = campaign("mutations", count, 1, 3600)
+    # a new Python, so that every import of what was loaded is seen
+    command = [sys.executable, "-m", "tests.stress.mutations", str(count), "1"]
+    found = checked(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600))
     assert sum(found["outcomes"].values()) == count
     of_each_kind = count // 26
     for kind, how in (("packed, bytes", "refused"), ("plan, values", "refused"), ("candidates, values", "refused"),

@@ -8,20 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.console import Program
 from tests.trainer import ddp_script
 from tests.trainers import assert_mixed_elsewhere, plan_bits
 
 ROOT = Path(__file__).parent.parent.parent
 
 
+def ranks_of(done, folder, devices):
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "done" in done.stdout
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(devices)]
+
+
 def run(folder, strategy, devices, *quantizer):
+    if strategy != "ddp":
+        return ranks_of(Program(ddp_script.main, str(folder), strategy, devices, cwd=ROOT).end(), folder, devices)
     done = subprocess.run(
         [sys.executable, "-m", "tests.trainer.ddp_script", str(folder), strategy, str(devices), *quantizer],
         cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "done" in done.stdout
-    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(devices)]
+    return ranks_of(done, folder, devices)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import HawqError
 from hawq_lightning.quantization import enabled_bits
+from tests.internals import internal
 from tests.trainers import (
     CLASSES,
     Classifier,
@@ -131,6 +132,65 @@ def test_steps_that_cannot_be_borrowed_ask_for_loss_fn(tmp_path, kind):
         trainer(tmp_path, hawq()).fit(model, loader())
     assert not enabled_bits(model)
     assert "log" not in model.__dict__ and model._current_fx_name in (None, "on_fit_start")
+
+
+class Misspells(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1], self.waiting)
+
+
+class MisreadsItsBatch(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch.images), batch.labels)
+
+
+@pytest.mark.parametrize(("kind", "missing"), [(Misspells, "waiting"), (MisreadsItsBatch, "images")])
+def test_a_mistake_in_training_step_stays_its_own_error(tmp_path, kind, missing):
+    with pytest.raises(AttributeError, match=missing) as raised:
+        trainer(tmp_path, hawq()).fit(kind(), loader())
+    assert any("loss_fn" in note for note in raised.value.__notes__)
+
+
+class SetsOnAPart(Classifier):
+    def on_train_epoch_start(self):
+        self.net.weighting = torch.ones(CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1], self.net.weighting)
+
+
+class ReadsTheLoader(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1]) + self.trainer.train_dataloader.dataset.tensors[0].sum()
+
+
+@pytest.mark.parametrize("kind", [SetsOnAPart, ReadsTheLoader])
+def test_what_later_hooks_make_is_told_from_mistakes(tmp_path, kind):
+    with pytest.raises(HawqError, match=rf"{kind.__name__}\.training_step reads what is not there.*loss_fn"):
+        trainer(tmp_path, hawq()).fit(kind(), loader())
+
+
+def test_a_line_is_logged_before_measuring_starts_and_none_when_it_does_not(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(internal("callbacks._shared"), "rank_zero_info", lines.append)
+
+    class Counts(Classifier):
+        losses = 0
+
+        def training_step(self, batch, batch_idx):
+            Counts.losses += 1
+            lines.append(Counts.losses)
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    fit(tmp_path, Counts(), loader(), images=64)
+    (line,) = [n for n in lines if isinstance(n, str)]
+    assert "measures the Hessian traces of" in line and "on 64 images" in line
+    assert lines.index(line) < Counts.losses / 2
+    lines.clear()
+    torch.manual_seed(0)
+    fit(tmp_path, Counts(), loader(), images=64)
+    assert not any(isinstance(n, str) and "measures the" in n for n in lines)
 
 
 @pytest.mark.feature(

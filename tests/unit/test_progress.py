@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hawq_lightning import candidates, measure, sites
+from tests.console import python
 
 BATCHES = [(torch.randn(6, 4), torch.randint(0, 3, (6,))) for _ in range(2)]
 
@@ -40,9 +38,7 @@ def test_a_bar_changes_no_number():
 
 def test_a_bar_names_what_runs():
     code = "from tests.unit.test_progress import run; run(progress=True)"
-    terminal = {**os.environ, "TTY_COMPATIBLE": "1", "FORCE_COLOR": "1", "COLUMNS": "100"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=terminal, capture_output=True, text=True,
-        check=True, timeout=120,
-    ).stdout  # fmt: skip
+    terminal = {"TTY_COMPATIBLE": "1", "FORCE_COLOR": "1", "COLUMNS": "100"}
+    code, out, err = python(code, cwd=Path(__file__).parents[2], **terminal)
+    assert code == 0, err
     assert all(what in out for what in ("Hessian traces", "Weight ranges", "Activation perturbations", "2/2"))

@@ -106,6 +106,59 @@ def test_what_stays_float_is_listed_with_its_share():
     assert "embed" in str(table)
 
 
+def test_long_names_and_types_keep_the_columns():
+    class NameOfATypeThatIsLongerThanItsColumn(nn.Linear):
+        pass
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_part_whose_name_has_more_than_forty_letters = nn.ModuleDict({"inner": nn.Linear(4, 4)})
+            self.big = NameOfATypeThatIsLongerThanItsColumn(4, 4)
+
+        def forward(self, x):
+            return self.big(self.a_part_whose_name_has_more_than_forty_letters["inner"](x))
+
+    head, *lines = str(sites(Net(), torch.randn(2, 4))).split("\n")
+    assert max(line.index("weight") for line in lines if " weight " in line) > 40
+    for line in lines:
+        kind = head.index("kind")
+        assert line[kind - 1] == " " and line[kind:].split()[0] in ("weight", "activation", "float"), line
+        assert line[: len(head)].rstrip().endswith("%"), line  # the last column ends where its heading does
+
+
+class AuxiliaryHeadLast(nn.Module):
+    """As torchvision's segmentation networks: a shallow head is called after the deep one."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.stem, self.body, self.head, self.aux = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.relu = nn.ReLU(inplace)
+
+    def forward(self, x):
+        low = self.relu(self.stem(x))
+        deep = self.relu(self.body(low)).reshape(low.shape)
+        deep += low
+        return {"out": F.interpolate(self.head(deep), scale_factor=2), "aux": self.aux(low.transpose(2, 3))}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_last_layer_is_the_deepest_and_not_the_one_called_last(inplace):
+    table = sites(AuxiliaryHeadLast(inplace), torch.randn(2, 3, 6, 6))
+    assert [x.name for x in table.layers] == ["stem", "body", "head", "aux"]
+    assert table.last == "head" and [x.name for x in table.first_to_last] == ["stem", "body", "aux", "head"]
+    choices = {s.name: [hl.Candidate(b, "affine", 4.0**-b, 4.0**-b) for b in (2, 8)] for s in table.weights}
+    problem = hl.Problem(table, choices, fixed={"last": 8, "first": 2})
+    assert hl.select(problem, "7x").bits == {"stem.weight": 2, "body.weight": 2, "head.weight": 8, "aux.weight": 2}
+    direct = hl.select(hl.Problem(table, choices), "6x", "direct").bits
+    assert direct == {"stem.weight": 8, "body.weight": 2, "head.weight": 8, "aux.weight": 2}
+
+
+def test_of_layers_equally_deep_the_last_is_the_one_called_last():
+    assert sites(SharedHead(), torch.randn(2, 2, 8, 8)).last == "box"
+    assert sites(mlp()).last == ""  # nothing was run
+
+
 def test_uncalled_layers_get_no_site():
     class Net(ConvNet):
         def __init__(self):

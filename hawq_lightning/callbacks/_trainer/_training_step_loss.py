@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, LossFn
+from hawq_lightning.callbacks._trainer._made_later import made_later
 
 
 class _LossCaptured(BaseException):
@@ -113,9 +114,12 @@ def _loss(
         out = step(*args)
     except _LossCaptured as captured:
         return captured.loss
-    except (AttributeError, MisconfigurationException) as error:  # what it reads is made by a later hook
+    except (AttributeError, MisconfigurationException) as error:
+        if isinstance(error, AttributeError) and not made_later(error, module):
+            error.add_note(f"HAWQ runs training_step before training starts. If a later hook makes this: {hint}.")
+            raise  # most likely the step's own mistake, which it would make in training as well
         raise HawqError(
-            f"{type(module).__name__}.training_step cannot run before training starts ({error}); {hint}."
+            f"{type(module).__name__}.training_step reads what is not there before training starts ({error}); {hint}."
         ) from error
     finally:
         for p, needed in needs:  # toggle_optimizer had its way with them

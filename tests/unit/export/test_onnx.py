@@ -161,13 +161,24 @@ def test_weights_alone_are_compared_too(tmp_path):
     assert found.difference < 1e-4 and not found.codes and found.images == 3
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_all_kinds_of_layers_and_norms_run_the_same(tmp_path, fold):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A network of all kinds of layers and norms with its input, plan, what was exported, and its file."""
+    path = tmp_path_factory.mktemp("exported") / "a.onnx"
     net, x, plan = armed(1)
-    deployed = to_onnx(net, plan, x, tmp_path / "a.onnx", fold=fold)
-    left = [n.op_type for n in onnx.load(str(tmp_path / "a.onnx")).graph.node].count("BatchNormalization")
+    return net, x, plan, to_onnx(net, plan, x, path), path
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_all_kinds_of_layers_and_norms_run_the_same(exported, tmp_path, fold):
+    net, x, plan, deployed, path = exported
+    if not fold:
+        path = tmp_path / "a.onnx"
+        deployed = to_onnx(net, plan, x, path, fold=False)
+    left = [n.op_type for n in onnx.load(str(path)).graph.node].count("BatchNormalization")
     assert bool(deployed.folding.folded) is fold and left == (14 if not fold else 5), left
-    run = session(tmp_path / "a.onnx")
+    torch.manual_seed(2)
+    run = session(path)
     for n in (1, 4, 9):  # the batch size is free
         images = torch.randn(n, 3, 7, 7)
         found = run.run(None, {"input": images.numpy()})[0]
@@ -222,22 +233,20 @@ def test_a_layer_may_be_called_as_the_graphs_output(tmp_path):
     assert compare(net, tmp_path / "a.onnx", [x]).difference < 1e-5
 
 
-def test_metadata_says_what_it_is_and_nothing_about_this_machine(tmp_path):
-    net, x, plan = armed(1)
-    to_onnx(net, plan, x, tmp_path / "a.onnx")
-    proto = onnx.load(str(tmp_path / "a.onnx"))
+def test_metadata_says_what_it_is_and_nothing_about_this_machine(exported):
+    path = exported[-1]
+    proto = onnx.load(str(path))
     about = {e.key: e.value for e in proto.metadata_props}
     assert proto.producer_name == "hawq_lightning" and '"plain.weight"' in about["hawq_lightning.bits"]
     assert "share their scales" in about["hawq_lightning.not_folded"]
-    raw = (tmp_path / "a.onnx").read_bytes()
+    raw = path.read_bytes()
     assert b".py" not in raw and b"/work" not in raw and b"/home" not in raw
 
 
-def test_the_same_model_gives_the_same_file(tmp_path):
-    net, x, plan = armed(1)
-    for name in ("a", "b"):
-        to_onnx(net, plan, x, tmp_path / f"{name}.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+def test_the_same_model_gives_the_same_file(exported, tmp_path):
+    net, x, plan, _, path = exported
+    to_onnx(net, plan, x, tmp_path / "b.onnx")
+    assert path.read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 def test_program_runs_in_a_process_without_this_package(tmp_path):
@@ -418,13 +427,12 @@ def test_resnet20_on_real_images(tmp_path):
     assert sum(rounded.flipped.values()) / sum(rounded.codes.values()) > 0.005, "onnxruntime no longer rounds biases"
 
 
-def test_a_packed_file_reloaded_exports_the_same_bytes(tmp_path):
-    net, x, plan = armed(2)
+def test_a_packed_file_reloaded_exports_the_same_bytes(exported, tmp_path):
+    net, x, plan, _, path = exported
     save_packed(net, plan, tmp_path / "m.safetensors")
     again = load_packed(tmp_path / "m.safetensors", type(net)()).eval()
-    to_onnx(net, plan, x, tmp_path / "a.onnx")
     to_onnx(again, plan, x, tmp_path / "b.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert path.read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 def test_float_reference(tmp_path):

@@ -159,6 +159,42 @@ class Paired(nn.Module):
         return self.head(self.pair(x).relu())
 
 
+class Words(nn.Embedding):
+    pass
+
+
+class QWords(FakeQuantLayer, Words):
+    float_type = Words
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input, self.quantized_weight)
+
+
+@register_layer("words_of_a_test")
+class WordsKind(LayerKind):
+    """A look-up: what it reads is no activation."""
+
+    float_type, fake_quant_type = Words, QWords
+
+    def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
+        return {"weight": WeightRead(0, reads_activation=False)}
+
+    def weight_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Iterator[Any]:
+        (call,) = calls
+        one_hot = F.one_hot(call.read, call.layer.num_embeddings).to(call.grad)
+        g = torch.einsum("nlv,nld->nvd", one_hot, call.grad)
+        yield (g, g) if per_sample else (g.sum(0, keepdim=True), g.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.Identity()])
+def test_a_norm_behind_a_look_up_is_seen_by_the_default_estimator(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(Words(9, 4), norm, nn.Flatten(), nn.Linear(8, 3)).double()
+    batch = torch.randint(0, 9, (6, 2)), torch.arange(6) % 3
+    notes = [n for n in measure(net, [batch], _loss, rtol=0.5, progress=False).notes if "piecewise" in n]
+    assert not notes if isinstance(norm, nn.Identity) else "example at 0:" in notes[0]
+
+
 SITES = {
     Mixture: ["first.weight", "head.weight", "first.input", "second.input", "head.input"],
     Paired: ["pair.up", "pair.holder.down", "head.weight", "pair.up.input", "pair.holder.down.input", "head.input"],

@@ -7,8 +7,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -589,12 +587,6 @@ def test_stability_counts_bootstraps_that_pick_the_same_bits():
     assert 0 < min(found.share.values()) <= 1
     with pytest.raises(HawqError, match="'uniform' is not repeated"):
         bootstrap_stability(wild, select(wild, "6x", "uniform"))
-
-
-def test_selection_imports_neither_lightning_nor_hydra():
-    code = "import sys, hawq_lightning.selection; print([m for m in ('lightning', 'hydra') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_a_tie_is_a_list():

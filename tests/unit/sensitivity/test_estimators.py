@@ -158,18 +158,100 @@ def test_hard_sigmoid_gates_have_a_second_derivative_here(inplace):
         assert abs(found[name].trace - trace) <= 4.5 * found[name].stderr + 1e-9 * abs(trace), name
 
 
-def test_auto_names_layers_and_takes_the_true_hessian_where_it_matters():
-    net, batch, table, _ = prepare(Smooth)
+LAYERS = [(Attention, {"embed", "qkv"}), (Serial, {"again"}), (Smooth, {"stem", "squeeze", "excite", "mix"})]
+
+
+@pytest.mark.parametrize(("kind", "layers"), LAYERS)
+def test_auto_takes_gauss_newton_and_names_the_layers_where_that_is_not_the_hessian(kind, layers):
+    net, batch, table, truth = prepare(kind)
     found = measure(net, [batch], loss_fn, sites=table, estimator="auto", rtol=0.3, max_probes=20, progress=False)
+    ggn = measure(net, [batch], loss_fn, sites=table, estimator="ggn", rtol=0.3, max_probes=20, progress=False)
+    assert found.settings["estimator"] == "ggn" and found.settings["estimator_asked"] == "auto"
+    assert [r.trace for r in found] == [r.trace for r in ggn]
     (note,) = [n for n in found.notes if "estimator='auto'" in n]
-    assert "stem" in note and "'hessian'" in note and "negative" in note
-    assert found.settings["estimator"] == "hessian" and found.settings["estimator_asked"] == "auto"
+    named = note.removeprefix("The network is not piecewise linear, for example at ").partition(":")[0]
+    assert {*named.split(", ")} <= layers and "%" not in note
+    exact = measure(net, [batch], loss_fn, sites=table, estimator="exact", progress=False)
+    apart = {r.name.rpartition(".")[0] for r in exact if abs(r.trace - truth[r.name]) > 1e-6 * abs(r.trace)}
+    assert apart and apart <= layers
 
 
-@pytest.mark.parametrize(
-    ("kind", "layers"),
-    [(Attention, {"embed", "qkv"}), (Serial, {"again"}), (Smooth, {"stem", "squeeze", "excite", "mix"})],
-)
+class Deep(nn.Module):
+    """Gated blocks without end."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 8) for _ in range(blocks))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            a, b = block(x).chunk(2, -1)
+            x = x + a * torch.sigmoid(b)
+        return self.fc(x)
+
+
+def test_how_long_auto_takes_to_choose_does_not_depend_on_the_depth():
+    def losses(blocks):
+        torch.manual_seed(0)
+        net, batch = Deep(blocks).double(), (torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)
+        count = {"n": 0}
+
+        def counted(m, b):
+            count["n"] += 1
+            return loss_fn(m, b)
+
+        found = measure(net, [batch], counted, rtol=9.0, max_probes=2, progress=False)
+        (note,) = [n for n in found.notes if "piecewise" in n]
+        return count["n"], note
+
+    (few, _), (many, note) = losses(1), losses(30)
+    assert few == many
+    assert "for example at blocks.0:" in note
+
+
+class Product(nn.Module):
+    """Bilinear: no weight and no activation bends it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.a(x[:, :3]) * self.b(x[:, 3:])
+
+
+def test_auto_says_nothing_of_a_product_whose_factors_do_not_bend_it_alone():
+    torch.manual_seed(0)
+    net, batch = Product().double(), (torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 4)
+    found = measure(net, [batch], loss_fn, rtol=0.5, progress=False)
+    assert not any("piecewise" in n for n in found.notes)
+    truth = dense_weight_traces(net, batch, loss_fn, find_sites(net, lambda: loss_fn(net, batch), 5))
+    exact = measure(net, [batch], loss_fn, estimator="exact", progress=False)
+    for name, trace in truth.items():
+        assert exact[name].trace == pytest.approx(trace, rel=1e-9)
+
+
+def linear_loss(m, b):
+    """As of energies and critics: whatever curvature there is, is the network's own."""
+    o = m(b[0])
+    return (o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).reshape(o.shape)).mean()
+
+
+def test_auto_takes_the_hessian_where_the_loss_has_no_curvature_in_the_outputs():
+    net, batch = build(Smooth), image_batch()
+    table = find_sites(net, lambda: linear_loss(net, batch), 4)
+    keywords = {"sites": table, "l1_curvature": "zero", "rtol": 0.1, "max_probes": 400, "progress": False}
+    found = measure(net, [batch], linear_loss, **keywords)
+    assert found.settings["estimator"] == "hessian"
+    assert any("no curvature in its outputs" in n and "'hessian'" in n for n in found.notes)
+    truth = dense_weight_traces(net, batch, linear_loss, table)
+    assert any(abs(t) > 1e-3 for t in truth.values())
+    for name, trace in truth.items():
+        assert abs(found[name].trace - trace) <= 4.5 * found[name].stderr + 1e-9, name
+
+
+@pytest.mark.parametrize(("kind", "layers"), LAYERS)
 def test_only_the_layers_behind_which_something_bends_are_named(kind, layers):
     from hawq_lightning.sensitivity import batch_images, check_linearity
 
@@ -281,6 +363,40 @@ def test_l1_information_beside_a_loss_of_no_closed_form():
     )
     for r in found:
         assert r.trace == pytest.approx(truth[r.name].trace, rel=1e-8, abs=1e-12)
+
+
+class Certain(nn.Module):
+    """A softmax of one of the usual forms whose probabilities are all 0 or 1, and boxes beside it."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.scores, self.boxes, self.axis = nn.Linear(4, 3), nn.Linear(4, 4), axis
+
+    def forward(self, x):
+        scores = 1e6 * (self.scores(x) if self.axis == 1 else self.scores(x[:, None].expand(-1, 5, -1)).mT)
+        return scores, self.boxes(x)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_saturated_softmax_is_not_taken_for_an_l1_loss(axis, right):
+    torch.manual_seed(0)
+    net, x = Certain(axis), torch.randn(8, 4)
+    labels = (net(x)[0].argmax(1) + (0 if right else 1)) % 3
+    batch = (x, labels)
+
+    def cross_entropy(m, b):
+        return F.cross_entropy(m(b[0])[0], b[1])
+
+    def with_boxes(m, b):
+        return cross_entropy(m, b) + 0.1 * m(b[0])[1].abs().mean()
+
+    with pytest.raises(HawqError, match=r"probabilities are all 0 or 1") as refused:
+        measure(net, [batch], cross_entropy, progress=False, include="scores")
+    assert "L1" not in str(refused.value)
+    found = measure(net, [batch], with_boxes, progress=False)
+    (note,) = [n for n in found.notes if "L1" in n]
+    assert "output of boxes, as" in note and found["boxes.weight"].trace > 0 == found["scores.weight"].trace
 
 
 def limited(loss, most):

@@ -112,7 +112,20 @@ def test_one_significant_trace_is_enough_to_keep_the_others_apart():
     measured = Sensitivity((record("a", 5.0), record("b", -1.0)))
     means, notes = guarded_mean_traces(measured)
     assert means == {"a": 0.5, "b": 0.5} and not kinds_in_noise(measured)
-    assert "b: trace" in notes[0]
+    assert notes == (
+        "1 of 2 weight traces is not significantly positive (b -1 with standard error 0.1): bits are chosen there as "
+        "if the mean trace were 0.5.",
+    )
+
+
+def test_many_sites_without_a_significant_trace_take_one_line_a_kind():
+    weights = [record(f"w{i}", 0.01 * i) for i in range(58)] + [record("w", 5.0)]
+    inputs = [record(f"a{i}", 0.01 * i, kind="activation") for i in range(9)] + [record("a", 3.0, kind="activation")]
+    means, notes = guarded_mean_traces(Sensitivity((*weights, *inputs)))
+    assert len(notes) == 2 and len(means) == 69
+    assert notes[0].startswith("21 of 59 weight traces are not") and "w0 0 with" in notes[0]
+    assert "w3" not in notes[0] and "and 18 more)" in notes[0]
+    assert notes[1].startswith("9 of 10 activation traces are not")
 
 
 def test_a_single_batch_says_that_its_sampling_error_is_unknown():

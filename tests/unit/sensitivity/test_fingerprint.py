@@ -1,8 +1,5 @@
 """A measurement is taken again only for the same loss, backward pass and batches."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +7,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, measure
 from hawq_lightning.sensitivity import Sensitivity
+from tests.console import Program
 
 
 class Reverse(torch.autograd.Function):
@@ -117,15 +115,15 @@ def test_looking_changes_nothing_that_the_measurement_draws_or_reads():
     assert net.calls == 0 and torch.equal(torch.get_rng_state(), state)
 
 
-SCRIPT = "import sys, torch; torch.set_num_threads(int(sys.argv[1])); from tests.unit.sensitivity.test_fingerprint import key, plain; print(key(plain))"  # noqa: E501
+def print_key(threads):
+    torch.set_num_threads(threads)
+    print(key(plain))
 
 
-def test_other_thread_counts_give_the_same_key():
-    keys = {
-        subprocess.run([sys.executable, "-c", SCRIPT, n], capture_output=True, text=True, check=True).stdout
-        for n in "12"
-    }
-    assert len(keys) == 1
+def test_other_thread_counts_give_the_same_key(tmp_path):
+    one, two = (Program(print_key, threads, cwd=tmp_path).end() for threads in (1, 2))
+    assert one.returncode == 0 and one.stdout.startswith("sha256:"), one.stderr
+    assert one == two
 
 
 class Once(torch.autograd.Function):

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
 from hawq_lightning import HawqError, measure
 from hawq_lightning.sensitivity import ProcessShard, chunks, find_sites, join, pick, sampling_design
 from tests.cases import CASES, ConvNet, build
+from tests.console import Program
 
 
 def sure_net() -> nn.Module:
@@ -190,7 +190,11 @@ def test_two_processes_go_the_same_way(sure, tmp_path, coupled):
         alone = measure(net, _second_has_class_2(), _coupled_in_one, sampling="all", progress=False)
     else:
         alone = measure(net, batches, loss_fn, sampling="curvature", progress=False)
-    mp.spawn(_one_of_two, (f"file://{tmp_path}/meet", str(tmp_path), coupled), nprocs=2)
+    meet = f"file://{tmp_path}/meet"
+    processes = [Program(_one_of_two, rank, meet, str(tmp_path), coupled, cwd=tmp_path) for rank in (0, 1)]
+    for process in processes:
+        done = process.end()
+        assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         found = Sensitivity.load(tmp_path / f"{rank}.json")
         assert found.settings["draw"] == ("all" if coupled else "curvature")
