@@ -192,7 +192,7 @@ def test_every_field_that_a_run_goes_on_from_is_checked(tmp_path, whole, read, r
         assert all(math.isfinite(x) for x in numbers), (place, value)
         assert all(isinstance(name, str) for name in got.get("files", ()))
         assert set(got.get("pages", ())) <= {"README.md"}
-    assert refused > 2 if remove else refused > 50
+    assert refused >= (1 if remove else 50)
 
 
 @pytest.mark.parametrize(("whole", "read"), [
