@@ -124,7 +124,9 @@ class MeasureTraces(HasResults, Callback):
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
 
     def check_feasible_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets."""
+        """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets, traces
+        of another model.
+        """
         if is_sharded(trainer):
             return
 
@@ -135,7 +137,9 @@ class MeasureTraces(HasResults, Callback):
             ):
                 batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.measure.seed))
                 self._check_types(pl_module, batches[0], loss_fn)
-                preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+                table, _ = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+                if self.given is not None:
+                    check_covers(self.given, table)
 
         interruptible(trainer, look)
 

@@ -146,14 +146,14 @@ def train_float(
 ) -> None:
     """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
 
-    What no plan of ``hawq`` can meet is told before.
+    What ``hawq`` cannot do afterwards is told before: a budget that no plan meets, a plan of another network.
     """
     start = time.perf_counter()
     fine_tuning_lr = task.lr
     float_checkpoint = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates(), CommitAtFirstBatch(progress)]
-    if float_checkpoint is None and cfg.hawq.plan is None:
-        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
+    if float_checkpoint is None:
+        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.check_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr
