@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Layer, Site, SiteTable
 from hawq_lightning._sites import sites
@@ -77,6 +77,7 @@ __all__ = [
     "load_from_checkpoint",
     "load_packed",
     "measure",
+    "nearest",
     "quantize",
     "register_cost",
     "register_layer",

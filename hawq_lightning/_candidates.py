@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import CHECKSUM, check_names, sealed, sequence, shown, table, text, was_changed, whole
-from hawq_lightning._io import PLAN_JSON, read_json, write_text
+from hawq_lightning._io import PLAN_JSON, json_text, read_json, without_infinity, write_text
 from hawq_lightning._plan_site import Candidate, read_candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import JsonObject, Options
@@ -107,7 +106,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
             for name, candidates in self.items()
         }  # fmt: skip
         head = {"format": FORMAT, "version": VERSION, "quantizer": self.quantizer}
-        return head | {"quantizer_options": dict(self.quantizer_options), "sites": sites}
+        return head | {"quantizer_options": dict(self.quantizer_options), "sites": without_infinity(sites)}
 
     @classmethod
     def from_dict(cls, data: object) -> Candidates:
@@ -139,7 +138,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
 
     def save(self, path: str | Path) -> None:
         """Write JSON, atomically, with a checksum of what it says."""
-        write_text(path, json.dumps(sealed(self.to_dict()), indent=1))
+        write_text(path, json_text(sealed(self.to_dict()), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Candidates:

@@ -12,7 +12,13 @@ class HawqError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
-    """Return ``" Did you mean 'a', 'b'?"`` for the closest choices, or an empty string."""
+    """Return ``" Did you mean 'a', 'b'?"`` for the closest choices, or an empty string.
+
+    Args:
+        name: what the user wrote.
+        choices: what there is.
+        n: of the choices are named at the most.
+    """
     close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.4)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 

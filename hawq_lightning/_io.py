@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from hawq_lightning._errors import HawqError
 
 _DEEPEST = 100  # JSON objects and lists within each other
+_NOT_IN_JSON = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,36 @@ def write_bytes(path: str | Path, data: bytes | bytearray) -> None:
         if isinstance(error, OSError):
             raise HawqError(f"Cannot write {path}: {error.strerror or error}.") from error
         raise
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON that every reader takes; see :func:`without_infinity`."""
+    return json.dumps(without_infinity(value), indent=indent, allow_nan=False)
+
+
+def without_infinity(value: object) -> Any:
+    """Plain values whose numbers JSON has: the others are the texts ``Infinity``, ``-Infinity`` and ``NaN``."""
+    if isinstance(value, Mapping):
+        return {k: without_infinity(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinity(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def with_infinity(value: object, fields: Collection[str] | None = None) -> Any:
+    """The reverse; numbers that are there already, as Python's reader makes them of older files, stay.
+
+    Args:
+        value: plain values.
+        fields: of an object: only these; a name may be ``NaN`` too.
+    """
+    if isinstance(value, Mapping):
+        return {k: with_infinity(v) if fields is None or k in fields else v for k, v in value.items()}
+    if isinstance(value, list):
+        return [with_infinity(v) for v in value]
+    return _NOT_IN_JSON.get(value, value) if isinstance(value, str) else value
 
 
 def check_folder(folder: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import sealed, was_changed
-from hawq_lightning._io import PLAN_JSON, read_json, write_text
+from hawq_lightning._io import PLAN_JSON, json_text, read_json, with_infinity, without_infinity, write_text
 from hawq_lightning._plan_site import (
     ACTIVATION_BITS,
     WEIGHT_BITS,
@@ -99,7 +98,8 @@ class Plan:
         body = {f.name: getattr(self, f.name) for f in fields(self)}
         body["sites"] = [_plain(asdict(s)) for s in self.sites]
         body["layers"] = [_plain(asdict(layer)) for layer in self.layers]
-        return {"format": FORMAT, "version": VERSION} | body
+        numbers: JsonObject = without_infinity(body)  # the error of a single batch is infinite: not known
+        return {"format": FORMAT, "version": VERSION} | numbers
 
     @classmethod
     def from_dict(cls, data: object) -> Plan:
@@ -123,7 +123,7 @@ class Plan:
                 costs={str(k): float(v) for k, v in data.get("costs", {}).items()},
                 budget=data.get("budget"),
                 selector=str(data.get("selector", "manual")),
-                settings=dict(data.get("settings", {})),
+                settings=with_infinity(dict(data.get("settings", {}))),
                 fingerprint=str(data.get("fingerprint", "")),
                 quantizer=str(data.get("quantizer", "uniform")),  # version 1 knew no other
                 quantizer_options={str(k): v for k, v in data.get("quantizer_options", {}).items()},
@@ -141,7 +141,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, atomically, with a checksum of what it says."""
-        write_text(path, json.dumps(sealed(self.to_dict()), indent=1))
+        write_text(path, json_text(sealed(self.to_dict()), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

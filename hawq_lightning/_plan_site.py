@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields, replace
 from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import check_names, number, shown, table, text, whole
+from hawq_lightning._io import with_infinity
 from hawq_lightning._types import JsonObject
 
+_NUMBERS = ("scale", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation", "stability")
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
 
@@ -116,9 +118,9 @@ def read_site(data: JsonObject) -> PlanSite:
         data["options"] = tuple(read_candidate(name, str(data.get("kind")), o) for o in data.get("options", ()))
     except HawqError as error:
         raise HawqError(f"The plan is damaged: {str(error).rstrip('.')}.") from error
-    site = PlanSite(**data)
+    site = PlanSite(**with_infinity(data, _NUMBERS))
     check_choice(name, site.kind, site.bits, site.code)
-    for key in ("scale", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation", "stability"):
+    for key in _NUMBERS:
         value = getattr(site, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)):
             raise HawqError(f"Site {name!r} of the plan: {key} is {value!r}, not a number.")
@@ -143,7 +145,7 @@ def read_candidate(name: str, kind: str, raw: object) -> Candidate:
             that cannot be; the message names it.
     """
     what = f"a candidate of {shown(name)}"
-    data = table(raw, what)
+    data: JsonObject = with_infinity(table(raw, what), _NUMBERS)
     check_names(data, what, ("bits", "code", "omega", "perturbation"), ("scale", "zero_point"))
     code = text(data["code"], f"code of {what}")
     check_choice(name, kind, data["bits"], code)
@@ -153,11 +155,16 @@ def read_candidate(name: str, kind: str, raw: object) -> Candidate:
     return Candidate(
         data["bits"],
         code,
-        number(data["omega"], f"omega of {what}"),
-        number(data["perturbation"], f"perturbation of {what}", low=0.0),
+        _real(data["omega"], f"omega of {what}"),
+        _real(data["perturbation"], f"perturbation of {what}", low=0.0),
         None if scale is None else float(scale),
         None if zero is None else whole(zero, f"zero_point of {what}", 0, 255),
     )
+
+
+def _real(value: object, what: str, low: float = -math.inf) -> float:
+    """A number that is finite, or infinite where a float overflowed."""
+    return math.inf if value == math.inf else number(value, what, low)
 
 
 def _whole(value: object, what: str) -> int:

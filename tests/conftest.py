@@ -27,9 +27,11 @@ def programs(own_cache):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test that proves a row of docs/trainer_features.md has looked at armed quantizers with unequal bits."""
+    """A test that proves a row of docs/trainer_features.md has looked at enabled quantizers with unequal bits."""
     before = getattr(sys.modules.get("tests.trainers"), "proofs", 0)
     result = yield
     if item.get_closest_marker("feature") is not None:
-        assert getattr(sys.modules.get("tests.trainers"), "proofs", 0) > before, "armed and unequal bits: not asserted"
+        assert getattr(sys.modules.get("tests.trainers"), "proofs", 0) > before, (
+            "enabled and unequal bits: not asserted"
+        )
     return result

@@ -11,7 +11,7 @@ GROUPS = ("Processes", "Restart", "Checkpoints", "Settings", "Data", "Modules", 
           "Loggers", "Command line", "Files from strangers")  # fmt: skip
 HEAD = """# HAWQ in other people's Trainers
 
-Every row is proven by the tests that it names, and each of these tests asserts that quantizers are armed and that
+Every row is proven by the tests that it names, and each of these tests asserts that quantizers are enabled and that
 layers have unequal bits. This page is written by `python -m tests.features`; a test fails if it is not up to date.
 Tests marked \\* run under `make stress`, the others under `make test`.
 """

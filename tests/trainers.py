@@ -123,7 +123,7 @@ def weight_widths(model):
     return {bits for name, bits in enabled_bits(model).items() if name.endswith(".weight")}
 
 
-proofs = 0  # how often quantizers were found armed with unequal bits: tests marked as a feature must do it
+proofs = 0  # how often quantizers were found enabled with unequal bits: tests marked as a feature must do it
 
 
 def assert_mixed(model, callback=None):
@@ -139,7 +139,7 @@ def assert_mixed(model, callback=None):
 
 
 def assert_mixed_elsewhere(bits):
-    """Likewise for ``enabled_bits`` of, or the plan that was armed in, another process."""
+    """The same for ``enabled_bits`` of, or the plan that was enabled in, another process."""
     global proofs
     proofs += 1
     found = {b for n, b in bits.items() if n.endswith(".weight")}

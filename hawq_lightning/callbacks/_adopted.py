@@ -6,16 +6,14 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import site_name
-from hawq_lightning.quantization import enabled_bits
+from hawq_lightning.quantization import quantized_layers
 from hawq_lightning.selection import recost
 
 
 def agrees(plan: Plan, module: torch.nn.Module) -> bool:
     """Whether a model's quantizers have a plan's bits."""
-    bits = enabled_bits(module)
-    parts = {"weight": "weight", "activation": "input"}
-    return all(bits.get(site_name(n, parts[s.kind])) == s.bits for s in plan.sites for n in s.layers)
+    layers = quantized_layers(module)
+    return all(n in layers and layers[n].quantizer_of(s.kind).bits == s.bits for s in plan.sites for n in s.layers)
 
 
 def consistent(plan: Plan | None) -> Plan | None:

@@ -1,4 +1,4 @@
-"""The callback that installs a plan: structure in ``setup``, bits as state, so that checkpoints restore themselves."""
+"""The callback that applies a plan: structure in ``setup``, bits as state, so that checkpoints restore themselves."""
 
 from __future__ import annotations
 
@@ -252,6 +252,14 @@ class ApplyPlan(Callback):
         if trainer.state.fn == "fit":
             self._refuse_float_optimizer(pl_module, checkpoint)
         self._resumed.load(trainer, checkpoint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Shards are matched by name before anything of ours sees them, and 0.1.0 had other names."""
+        if "Missing key in checkpoint" in str(exception) and "_quantizer.num_bits" in str(exception):
+            rank_zero_warn(
+                "HAWQ: this folder of shards is of release 0.1.0, whose quantizers have other names there: make one "
+                "file of it (python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER), for ckpt_path."
+            )
 
     def _refuse_float_optimizer(self, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Learned steps are parameters, for which the optimizer of a float training has no state."""

@@ -130,5 +130,4 @@ class BlockwiseOrder(Companion):
 
 
 def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedWeight]) -> list[Quantizer]:
-    quantized = [layers[name] for name in site.layers if name in layers]
-    return [m.weight_quantizer if site.kind == "weight" else m.input_quantizer for m in quantized]
+    return [layers[name].quantizer_of(site.kind) for name in site.layers if name in layers]

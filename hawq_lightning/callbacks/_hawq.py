@@ -116,9 +116,7 @@ class HAWQ(HasResults, ApplyPlan):
             self.check_early(trainer, pl_module)
 
     def check_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before a training what can be told without one: a plan or traces of another model, and whatever
-        :meth:`MeasureTraces.check_feasible_early` refuses.
-        """
+        """Refuse before a training what can be told without one: a plan or traces of another model, an unmet budget."""
         if self.given_plan is not None:
             check_plan(pl_module, self.given_plan)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,9 +125,7 @@ class MeasureTraces(HasResults, Callback):
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
 
     def check_feasible_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets, traces
-        of another model.
-        """
+        """Refuse before a training what can be told without one: no sites, unmet budget or bits, traces of others."""
         if is_sharded(trainer):
             return
 
@@ -226,6 +225,8 @@ class MeasureTraces(HasResults, Callback):
                 pl_module, batches, loss_fn, sites=self.sites, only=names, rtol=self.measure.rtol,
                 seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
             )  # fmt: skip
+            if wrong := [n for n, v in eigenvalues.items() if not math.isfinite(v)]:
+                raise HawqError(f"The top eigenvalue of site {wrong[0]!r} is not a finite number; exclude the site.")
             self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
             chosen = pick(eigenvalues=self.eigenvalues)
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})

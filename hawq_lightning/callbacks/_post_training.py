@@ -23,7 +23,7 @@ from hawq_lightning.callbacks._trainer import (
     sync_averages,
 )
 from hawq_lightning.quantization import enabled_bits, quantizers
-from hawq_lightning.quantization.post_training import check_methods, post_training
+from hawq_lightning.quantization.post_training import METHODS, check_methods, post_training
 
 
 class PostTraining(Companion):
@@ -96,7 +96,8 @@ class PostTraining(Companion):
                 if id(tensor) not in of_quantizers:
                     tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
         for name, layers in self.improved.items():
-            rank_zero_info(f"HAWQ: {name}: {_summary(name, layers)}")
+            what = METHODS[name].summary(layers) if layers else "no layer that it applies to"
+            rank_zero_info(f"HAWQ: {name}: {f'{len(layers)} layers, ' if layers else ''}{what}.")
 
 
 @contextmanager
@@ -110,16 +111,3 @@ def outside_of_evaluation(pl_module: LightningModule) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _summary(name: str, layers: JsonObject) -> str:
-    if not layers:
-        return "no layer that it applies to."
-    count = len(layers)
-    if name == "adaround":
-        moved = sum(v["moved"] for v in layers.values()) / count
-        after, before = (sum(v[k] for v in layers.values()) / count for k in ("after", "before"))
-        return f"{count} layers, {moved:.1%} of the codes moved, mean output error {before:.3g} -> {after:.3g}."
-    if name == "bias_correction":
-        return f"{count} layers, means shifted by {sum(layers.values()) / count:.3g} standard deviations."
-    return f"{count} layers, standard deviations times {sum(layers.values()) / count:.3g}."

@@ -1,6 +1,5 @@
 """Console scripts: Hydra mains and what they run."""
 
-from hawq_lightning._errors import nearest
 from hawq_lightning.cli._build import make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._collect import main as collect_main
 from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
@@ -38,7 +37,6 @@ __all__ = [
     "make_task",
     "make_trainer",
     "mean_average_precision",
-    "nearest",
     "quiet_down",
     "read_manifest",
     "read_record",

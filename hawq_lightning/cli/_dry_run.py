@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
@@ -37,10 +38,7 @@ def dry_run(cfg: DictConfig) -> None:
     for line in budget_ranges(problem):
         print(line)
     start = time.perf_counter()
-    trial = measure(
-        task, [batch], _loss, sites=table, estimator=config.estimator, rtol=_TRIAL_ERROR, seed=cfg.seed,
-        progress=False,
-    )  # fmt: skip
+    trial = measure(task, [batch], _loss, config=replace(config, rtol=_TRIAL_ERROR), sites=table, progress=False)
     seconds = estimate_seconds(trial, seconds_since(start), config.images, config.rtol)
     print(
         f"traces: about {_duration(seconds)} for {config.images} images at rtol={config.rtol} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import pickle
 import re
@@ -19,11 +18,11 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning._io import write_text
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data
-from hawq_lightning.cli._onnx import Images, write_onnx
+from hawq_lightning.cli._onnx import FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
@@ -54,7 +53,7 @@ def export_run(cfg: DictConfig) -> JsonObject:
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys(("onnx", *(cfg.get("formats") or ())))  # all the others go by the first
+    names = dict.fromkeys((ONNX.name, *(cfg.get("formats") or ())))  # all the others go by the first
     exporters = [EXPORTERS[name] for name in names]
     written = (*(f"model{e.suffix}" for e in exporters), *_WRITTEN)
     place = RunFolder(folder, written)
@@ -74,17 +73,22 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
     for exporter in exporters:
         exporter.check(network_of(net))
     batches = _batches(run)
-    first = Images(net, batches).first()
+    real = Images(net, batches)
+    first = real.first()
     record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
     for exporter in exporters[1:]:
         path = folder / f"model{exporter.suffix}"
         fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
         export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
         record.setdefault("files", {})[path.name] = path.stat().st_size
+        if exporter.verify is not None and cfg.images != 0:
+            verified = exporter.verify(network_of(net), path, real, cfg.images)
+            record.setdefault("verified", {})[path.name] = verified.to_dict()
+            print(f"{path.name}: {verified}")
     if cfg.speed:
         whole, note = _float_network(run, folder)
         record |= speeds(
-            network_of(whole), plan, first, folder / "model.onnx", threads=cfg.threads, batch_size=cfg.batch_size,
+            network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
             seconds=cfg.seconds, fold=cfg.fold, exact=cfg.exact,
         )  # fmt: skip
         show(record, note)
@@ -94,7 +98,7 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
         if inner_plan is not plan:  # the run reads the table under its own names
             rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
         write_table(rows, folder / "latency.csv")
-    write_text(folder / "export.json", json.dumps(record, indent=1))
+    write_text(folder / "export.json", json_text(record, indent=1))
     _tell(run, folder)
     return record
 

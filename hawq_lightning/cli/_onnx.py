@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,12 +12,15 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning._io import write_text
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._speeds import show, speeds
-from hawq_lightning.export import compare, network_of, to_onnx
+from hawq_lightning.export import EXPORTERS, Deployed, export, network_of
 from hawq_lightning.quantization import unquantize
+
+ONNX = EXPORTERS["onnx"]
+FILE = f"model{ONNX.suffix}"
 
 
 class Images:
@@ -68,7 +70,7 @@ def write_onnx(
     score: bool = False,
     **how: bool,
 ) -> JsonObject:
-    """Write ``model.onnx`` and ``export.json`` and print one line.
+    """Write ``model.onnx`` and ``export.json``, and print one line.
 
     Args:
         folder: the run folder.
@@ -78,7 +80,7 @@ def write_onnx(
         images: compare on so many at most; 0 for none.
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
-        how: ``fold`` and ``exact`` of :func:`hawq_lightning.export.to_onnx`.
+        how: options of the exporter, ``fold`` and ``exact``.
 
     Returns:
         what export.json holds.
@@ -88,28 +90,30 @@ def write_onnx(
     """
     net = getattr(module, "net", module)
     inner, real = network_of(net).eval(), Images(net, batches)
-    deployed = to_onnx(inner, plan, real.first(), folder / "model.onnx", **how)
+    path = folder / FILE
+    deployed = export(inner, plan, path, ONNX.name, example_input=real.first(), **how)
+    assert isinstance(deployed, Deployed)
     record: JsonObject = {
-        "onnx_bytes": (folder / "model.onnx").stat().st_size,
+        "onnx_bytes": path.stat().st_size,
         "folded": len(deployed.folding.folded),
         "not_folded": dict(deployed.folding.kept),
     }
-    text = f"model.onnx: {record['onnx_bytes']:,} bytes"
-    if images != 0:
-        agreement = compare(inner, folder / "model.onnx", real, images=images)
+    text = f"{FILE}: {record['onnx_bytes']:,} bytes"
+    if images != 0 and ONNX.verify is not None:
+        agreement = ONNX.verify(inner, path, real, images)
         record["agreement"] = agreement.to_dict() | ({"left_out": real.left_out} if real.left_out else {})
         text += f"; {agreement}"
         if real.left_out:
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
     if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
-        record["map"] = mean_average_precision(net, folder / "model.onnx", batches, images)
+        record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
         whole = unquantize(copy.deepcopy(net)).cpu().eval()
-        record |= speeds(network_of(whole), plan, real.first().cpu(), folder / "model.onnx", seconds=seconds, **how)
+        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, **how)
         show(record)
-    write_text(folder / "export.json", json.dumps(record, indent=1))
+    write_text(folder / "export.json", json_text(record, indent=1))
     return record
 
 

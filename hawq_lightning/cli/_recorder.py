@@ -62,7 +62,7 @@ class Recorder(CommitAtFirstBatch):
         self._clock = time.perf_counter()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The plan is chosen and installed, unless that is for a later epoch."""
+        """The plan is chosen and in force, unless that is for a later epoch."""
         if self.hawq.has_plan:
             self._commit(trainer)
         self._lap("traces_and_plan")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from hawq_lightning._fields import (
     was_changed,
     whole,
 )
-from hawq_lightning._io import RECORD_JSON, read_json
+from hawq_lightning._io import RECORD_JSON, json_text, read_json, with_infinity, without_infinity
 from hawq_lightning._types import JsonObject
 
 MANIFEST_FORMAT = "hawq_lightning.run_folder"
@@ -35,7 +34,7 @@ SCORES = {
 
 def sealed_text(record: JsonObject) -> str:
     """A record as the text of its file, with a checksum of what it says."""
-    return json.dumps(sealed({k: v for k, v in record.items() if k != CHECKSUM}), indent=1)
+    return json_text(sealed(without_infinity({k: v for k, v in record.items() if k != CHECKSUM})), indent=1)
 
 
 def read_record(path: Path) -> JsonObject:
@@ -44,7 +43,8 @@ def read_record(path: Path) -> JsonObject:
     Raises:
         HawqError: no such file, no record, or changed since the run wrote it; the message names file and field.
     """
-    return _intact(path, "record of the run", _check_record)
+    record: JsonObject = with_infinity(_intact(path, "record of the run", _check_record), ("costs", "bops"))
+    return record
 
 
 def read_manifest(path: Path, names: Collection[str]) -> JsonObject:

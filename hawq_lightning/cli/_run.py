@@ -23,12 +23,12 @@ from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
 from hawq_lightning.cli._build import check_settings, make_callback, make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
-from hawq_lightning.cli._onnx import write_onnx
+from hawq_lightning.cli._onnx import FILE, ONNX, write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
 from hawq_lightning.cli._records import read_record
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
 from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
-from hawq_lightning.export import EXPORTERS, load_packed
+from hawq_lightning.export import load_packed
 
 
 def run(cfg: DictConfig) -> JsonObject:
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> JsonObject:
     """
     check_settings(cfg)
     if cfg.onnx:  # found missing now, not after the training
-        for package in (*EXPORTERS["onnx"].packages, "onnxruntime"):
+        for package in (*ONNX.packages, "onnxruntime"):
             require(package)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path)
@@ -77,7 +77,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     if resume and (finished := progress.finished()) is not None:
         print(f"finished already, not repeated (resume=false repeats it): {folder}")
         _report(cfg, folder, only_missing=True)
-        if cfg.onnx and not (folder / "model.onnx").is_file():  # what failed then may work now
+        if cfg.onnx and not (folder / FILE).is_file():  # what failed then may work now
             data, net = make_data(cfg), instantiate(cfg.model, _convert_="all")
             data.setup("validate")
             load_packed(folder / "model.safetensors", net)

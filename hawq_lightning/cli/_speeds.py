@@ -15,7 +15,7 @@ from torch import nn
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._types import JsonObject
-from hawq_lightning.export import to_onnx
+from hawq_lightning.export import EXPORTERS, export
 from hawq_lightning.export.onnx import float_onnx, measure_file
 from hawq_lightning.quantization import quantize
 
@@ -52,14 +52,11 @@ def speeds(
     """
     measure = partial(measure_file, shape=tuple(first.shape[1:]), threads=threads, batch=batch_size, seconds=seconds)
     with tempfile.TemporaryDirectory() as folder:
-        float_onnx(whole, first, Path(folder) / "float.onnx")
-        even = uniform(inner(plan, whole), 8)
-        to_onnx(quantize(whole, even), even, first, Path(folder) / "uniform.onnx", fold=fold, exact=exact)
-        measured = {
-            "float": measure(Path(folder) / "float.onnx"),
-            "uniform 8": measure(Path(folder) / "uniform.onnx"),
-            "plan": measure(path),
-        }
+        exporter, even = EXPORTERS["onnx"], uniform(inner(plan, whole), 8)
+        unquantized, eight = (Path(folder) / f"{name}{exporter.suffix}" for name in ("float", "uniform"))
+        float_onnx(whole, first, unquantized)
+        export(quantize(whole, even), even, eight, exporter.name, example_input=first, fold=fold, exact=exact)
+        measured = {"float": measure(unquantized), "uniform 8": measure(eight), "plan": measure(path)}
     version = require("onnxruntime").__version__
     return {
         "speed": {k: asdict(v) for k, v in measured.items()},

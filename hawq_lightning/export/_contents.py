@@ -207,9 +207,9 @@ def _read_site(name: str, entry: JsonObject, left: dict[str, torch.Tensor]) -> S
     if packed is not None:
         if type(axis) is not int or not 0 <= axis < len(shape):
             raise ValueError(f"{name!r} has no channels")
-        wanted = packed_bytes(numel, bits)
-        if packed.dtype != torch.uint8 or packed.shape != (wanted,):
-            raise ValueError(f"{name!r} has {packed.numel()} bytes of codes where its bits need {wanted}")
+        expected = packed_bytes(numel, bits)
+        if packed.dtype != torch.uint8 or packed.shape != (expected,):
+            raise ValueError(f"{name!r} has {packed.numel()} bytes of codes where its bits need {expected}")
         codes = unpack(packed.numpy(), bits, numel).reshape(shape)
     names = [key for key in left if key.startswith(f"{name}.") and "." not in key[len(name) + 1 :]]
     tensors = {key[len(name) + 1 :]: left.pop(key) for key in names}

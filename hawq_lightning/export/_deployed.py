@@ -19,9 +19,9 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_by_name
 from hawq_lightning.export._folding import Folding, fold_batch_norm
-from hawq_lightning.export._inventory import plain, renaming
+from hawq_lightning.export._inventory import plain, readers_by_name, renaming
 from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.quantization import QuantizedLayer, plan_of
+from hawq_lightning.quantization import QuantizedWeight, plan_of, quantized_layers
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -130,7 +130,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
     copied = _copy(model)
     inputs = at_least_two(example_input)
     with torch.no_grad():
-        for layer in {id(m): m for m in copied.modules() if isinstance(m, FakeQuantLayer)}.values():
+        for layer in quantized_layers(copied).values():
             _store(layer)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
@@ -158,23 +158,22 @@ def stored_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield plain(name), module
 
 
-def _store(layer: QuantizedLayer) -> None:
+def _store(layer: QuantizedWeight) -> None:
     w, a = layer.weight_quantizer, layer.input_quantizer
     bits, scale, zero = a.bits, float(a.scale), round(float(a.zero_point))
+    stored: nn.Module = nn.Identity()
     if w.bits:
         midrise = w.code == "midrise"
-        own = 0 if midrise else round(float(w.zero_point))
-        stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, own)
-        # the weight may be tied to something else, which keeps it
-        layer.weight = None  # type: ignore[assignment]
-        layer.weight_quantizer = stored  # type: ignore[assignment]
-    else:
-        layer.weight_quantizer = nn.Identity()  # type: ignore[assignment]
-    layer.input_quantizer = QuantizeActivation(scale, zero, bits) if bits else nn.Identity()  # type: ignore[assignment]
+        zero_of_codes = 0 if midrise else round(float(w.zero_point))
+        stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, zero_of_codes)
+        layer.set_weight(None)  # it may be tied to something else, which keeps it
+    setattr(layer.module, layer.quantizer_attribute, stored)
+    reads = QuantizeActivation(scale, zero, bits) if bits else nn.Identity()
+    setattr(layer.module, layer.input_quantizer_attribute, reads)
 
 
 def _named_for(plan: Plan, model: nn.Module) -> Plan:
-    rename = renaming(plan.sites[0].layers[0], [plain(n) for n, _ in model.named_modules(remove_duplicate=False)])
+    rename = renaming(plan.sites[0].layers[0], list(readers_by_name(model)))
 
     def renamed(name: str | None) -> str | None:
         return name and rename(name)

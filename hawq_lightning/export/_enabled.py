@@ -8,25 +8,25 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._inventory import plain
+from hawq_lightning.export._inventory import readers_by_name
 from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.quantization import QuantizedLayer
+from hawq_lightning.quantization import QuantizedWeight, with_quantizers
 
 
-def quantized_by_name(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The fake-quant layers under all their names."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {plain(n): m for n, m in modules if isinstance(m, FakeQuantLayer)}
+def quantized_by_name(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """The weights of fake-quant layers, under all names of their layers."""
+    readers = readers_by_name(model)
+    return {n: with_quantizers(x) for n, x in readers.items() if isinstance(x.module, FakeQuantLayer)}
 
 
-def check_enabled(layers: Mapping[str, QuantizedLayer], plan: Plan) -> None:
+def check_enabled(layers: Mapping[str, QuantizedWeight], plan: Plan) -> None:
     """Raise HawqError, naming the site, unless these layers carry exactly ``plan``."""
     planned: set[int] = set()
     for site in plan.reconciled().sites:
         for name in site.layers:
             if name not in layers:
                 raise HawqError(f"The model is not quantized at {name!r}: call quantize(model, plan) first.")
-            quantizer = layers[name].weight_quantizer if site.kind == "weight" else layers[name].input_quantizer
+            quantizer = layers[name].quantizer_of(site.kind)
             planned.add(id(quantizer))
             quantizer.refresh()
             reads = layers[site.layers[0]].input_quantizer

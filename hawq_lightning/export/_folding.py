@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batchnorm import NormReads, affine, is_norm
-from hawq_lightning.layers import channel_axis, find_kind
+from hawq_lightning.layers import as_reader, find_kind
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,15 @@ def _by_batch(norm: nn.Module) -> str | None:
 
 def _absorb(layer: Any, norm: Any) -> None:
     factor, offset = affine(norm)
-    if layer.weight is None:
-        stored = layer.weight_quantizer
+    reader = as_reader(layer)
+    if reader.weight is None:  # there are codes in its place
+        stored = getattr(layer, reader.quantizer_attribute)
         stored.scale.copy_((stored.scale.double() * factor).float())
     else:  # a layer without codes; its weight may be tied, so it gets its own
-        shape = [1] * layer.weight.ndim
-        shape[channel_axis(layer)] = -1
-        layer.weight = nn.Parameter((layer.weight.double() * factor.view(shape)).float(), requires_grad=False)
+        shape = [1] * reader.weight.ndim
+        shape[reader.channel_axis] = -1
+        folded = (reader.weight.double() * factor.view(shape)).float()
+        reader.set_weight(nn.Parameter(folded, requires_grad=False))
     bias = offset if layer.bias is None else layer.bias.detach().double() * factor + offset
     layer.bias = nn.Parameter(bias.float(), requires_grad=False)
 

@@ -13,28 +13,39 @@ from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import PackedFile
 from hawq_lightning.export._safetensors import DTYPES
-from hawq_lightning.layers import channel_axis, find_kind
+from hawq_lightning.layers import WeightReader, find_kind, readers_of
 from hawq_lightning.quantization import Quantizer
 
+Owned = set[tuple[int, str]]
+"""Id of a module and name of a parameter of its own, for each weight whose codes are stored."""
 
-def weight_of(model: nn.Module, site: Site | PlanSite, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    """The first layer of a weight site, checked against the site; ``None`` for an activation site.
+
+def readers_by_name(model: nn.Module) -> dict[str, WeightReader]:
+    """Every weight that a layer reads, under all names that its layer has."""
+    readers: dict[str, WeightReader] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if find_kind(module) is not None:
+            readers |= readers_of(plain(name), module)
+    return readers
+
+
+def weight_of(site: Site | PlanSite, readers: Mapping[str, WeightReader]) -> WeightReader | None:
+    """The first reader of a weight site, checked against the site; ``None`` for an activation site.
 
     Raises:
         HawqError: the site is another model's, or its weight has a type that the file cannot hold.
     """
-    if missing := [n for n in site.layers if n not in modules]:
+    if missing := [n for n in site.layers if n not in readers]:
         raise HawqError(f"Site {site.name!r} was made for another model: this one has no layer {missing[0]!r}.")
     if site.kind != "weight":
         return None
-    layer = modules[site.layers[0]]
-    weight = getattr(layer, "weight", torch.empty(0))
-    if tuple(weight.shape) != tuple(site.shape):
+    reader = readers[site.layers[0]]
+    if tuple(reader.weight.shape) != tuple(site.shape):
         raise HawqError(
-            f"Site {site.name!r} has shape {list(site.shape)}; the model's weight has {list(weight.shape)}."
+            f"Site {site.name!r} has shape {list(site.shape)}; the model's weight has {list(reader.weight.shape)}."
         )
-    _check_type(site.name, weight)
-    return layer
+    _check_type(site.name, reader.weight)
+    return reader
 
 
 def rest_to_store(model: nn.Module, sites: Iterable[Site | PlanSite]) -> dict[tuple[str, ...], torch.Tensor]:
@@ -43,7 +54,7 @@ def rest_to_store(model: nn.Module, sites: Iterable[Site | PlanSite]) -> dict[tu
     Raises:
         HawqError: one has a type that the file cannot hold.
     """
-    rest = dict(rest_of(model, owning(model, sites)))
+    rest = dict(rest_of(model, owned_by(sites, readers_by_name(model))))
     for keys, tensor in rest.items():
         _check_type(keys[0], tensor)
     return rest
@@ -54,14 +65,14 @@ def _check_type(name: str, tensor: torch.Tensor) -> None:
         raise HawqError(f"{name!r} has type {tensor.dtype}, which the packed file cannot hold.")
 
 
-def owning(model: nn.Module, sites: Iterable[Site | PlanSite]) -> set[int]:
-    """Ids of the layers whose weights are stored as codes."""
+def owned_by(sites: Iterable[Site | PlanSite], readers: Mapping[str, WeightReader]) -> Owned:
+    """The parameters that weight sites store as codes."""
     names = {n for s in sites if s.kind == "weight" for n in s.layers}
-    return {id(m) for n, m in model.named_modules(remove_duplicate=False) if plain(n) in names}
+    return {(id(holder), name) for holder, name in (readers[n].holder for n in names if n in readers)}
 
 
-def rest_of(model: nn.Module, owned: set[int]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Keys and tensor of all in the state dict that is neither a quantizer's nor the weight of an ``owned`` layer.
+def rest_of(model: nn.Module, owned: Owned) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Keys and tensor of all in the state dict that is neither a quantizer's nor among the ``owned`` parameters.
 
     What a module names in its attribute ``training_only`` (an auxiliary head) is no part of the deployed network.
     """
@@ -70,12 +81,9 @@ def rest_of(model: nn.Module, owned: set[int]) -> Iterator[tuple[tuple[str, ...]
     groups: dict[int, tuple[list[str], torch.Tensor]] = {}
     for raw, tensor in model.state_dict(keep_vars=True).items():
         key = plain(raw)
-        owner = modules.get(key.rpartition(".")[0])
-        if (
-            key.startswith(skipped)
-            or isinstance(owner, Quantizer)
-            or (key.rpartition(".")[2] == "weight" and id(owner) in owned)
-        ):
+        holder, _, name = key.rpartition(".")
+        owner = modules.get(holder)
+        if key.startswith(skipped) or isinstance(owner, Quantizer) or (id(owner), name) in owned:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise HawqError(f"The model's state holds {key!r}, a {type(tensor).__name__}; only tensors can be packed.")
@@ -121,7 +129,7 @@ def renaming(first: str, layers: Sequence[str]) -> Renaming:
 
 def check_same(
     file: PackedFile,
-    modules: Mapping[str, nn.Module],
+    readers: Mapping[str, WeightReader],
     targets: Mapping[tuple[str, ...], torch.Tensor],
     stored: Mapping[tuple[str, ...], torch.Tensor],
     rename: Renaming,
@@ -130,13 +138,13 @@ def check_same(
     unknown, reshaped = [], []
     for held in file.sites:
         site = held.site
-        layers = [modules.get(rename(n)) for n in site.layers]
-        if any(m is None or find_kind(m) is None for m in layers):
+        layers = [readers[rename(n)] for n in site.layers if rename(n) in readers]
+        if len(layers) < len(site.layers):
             unknown.append(site.name)
         elif site.kind == "weight":
-            weights = {id(m.weight): m.weight for m in layers}  # type: ignore[union-attr]
-            shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}  # type: ignore[arg-type]
-            if shapes != {site.shape} or channel_axis(layers[0]) != held.axis:  # type: ignore[arg-type]
+            weights = {id(x.weight): x.weight for x in layers}
+            shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}
+            if shapes != {site.shape} or layers[0].channel_axis != held.axis:
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
             elif types != {held.dtype}:
                 reshaped.append(f"{site.name} {held.dtype} against {types.pop()}")

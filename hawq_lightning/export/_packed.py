@@ -8,6 +8,7 @@ to the byte: the header is filled up to the length that the longest plan would n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,18 +25,22 @@ from hawq_lightning.export._contents import (
     FORMAT,
     VERSION,
     PackedFile,
-    StoredSite,
     contents,
     metadata_of,
     ordered,
     site_entry,
 )
 from hawq_lightning.export._enabled import quantized_by_name
-from hawq_lightning.export._inventory import check_same, plain, renaming, rest_of, rest_to_store
+from hawq_lightning.export._inventory import check_same, owned_by, readers_by_name, renaming, rest_of, rest_to_store
 from hawq_lightning.export._packed_size import largest
 from hawq_lightning.export._stored import stored_sites
-from hawq_lightning.layers import FakeQuantLayer, find_kind
-from hawq_lightning.quantization import QuantizedLayer, Quantizer, quantizer_named, to_fake_quantized
+from hawq_lightning.quantization import (
+    QuantizedWeight,
+    Quantizer,
+    quantizer_named,
+    to_fake_quantized,
+    with_quantizers,
+)
 
 
 def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
@@ -63,8 +68,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
             tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
     rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
     metadata = metadata_of(entries, rest)
-    layer = quantized_by_name(model)[plan.sites[0].layers[0]]
-    spec = quantizer_named(layer.weight_quantizer.name, layer.quantizer_options)
+    spec = quantized_by_name(model)[plan.sites[0].layers[0]].spec
     header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec))
     return _safetensors.write(path, ordered(tensors, rest), metadata, header_bytes)
 
@@ -115,47 +119,53 @@ def load_packed(path: str | Path, model: Model) -> Model:
     """
     file = read_packed(path)
     check_has_values(model, "load_packed")
-    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    first = file.weights[0].site.layers[0]
-    rename = renaming(first, [n for n, m in modules.items() if find_kind(m) is not None])
-    owned = {id(modules[rename(n)]) for s in file.weights for n in s.site.layers if rename(n) in modules}
-    targets = {rename.inside(keys): tensor for keys, tensor in rest_of(model, owned) if rename.inside(keys)}
+    readers = readers_by_name(model)
+    rename = renaming(file.weights[0].site.layers[0], list(readers))
+    renamed = [replace(s.site, layers=tuple(map(rename, s.site.layers))) for s in file.sites]
+    targets = {
+        rename.inside(keys): tensor
+        for keys, tensor in rest_of(model, owned_by(renamed, readers))
+        if rename.inside(keys)
+    }
     rest = {rename.keys(keys): tensor for keys, tensor in file.rest.items() if rename.keys(keys)}
-    check_same(file, modules, targets, rest, rename)
-    readers = {rename(n): s.quantizer for s in file.sites if not s.storage.plain for n in s.site.layers}
+    check_same(file, readers, targets, rest, rename)
+    layers = {n: with_quantizers(readers[n]) for site in renamed for n in site.layers}
+    # one for a module, which may have several weights; the codes as they are: nothing of what learned them is left
+    quantizers = {id(layer.module): "uniform" for layer in layers.values()}
+    quantizers |= {
+        id(layers[n].module): s.quantizer for s, site in zip(file.sites, renamed) if not s.storage.plain
+        for n in site.layers
+    }  # fmt: skip
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, Quantizer):
                 module.disable()
-        for stored in file.sites:
-            site = stored.site
-            for name in map(rename, site.layers):
-                # the codes as they are: nothing of what learned them is left
-                layer = to_fake_quantized(modules[name], readers.get(name, "uniform"))
-                if stored.codes is None:
-                    layer.input_quantizer.from_storage(site.bits, site.code, stored.storage)
-                else:
-                    layer.weight_quantizer.from_storage(site.bits, site.code, stored.storage)
-                    layer.weight.copy_(_weight(layer, stored.codes))
+        for layer in layers.values():
+            to_fake_quantized(layer.module, quantizers[id(layer.module)])
+        for stored, site in zip(file.sites, renamed):
+            for name in site.layers:
+                layers[name].quantizer_of(site.kind).from_storage(site.bits, site.code, stored.storage)
+                if stored.codes is not None:
+                    layers[name].weight.copy_(_levels(layers[name], stored.codes))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly
         for keys, tensor in rest.items():
             targets[keys].copy_(tensor)
-        for stored in file.weights:
-            for name in map(rename, stored.site.layers):
-                _untie(modules[name], stored)
+        for stored, site in zip(file.sites, renamed):
+            if stored.codes is not None:
+                for name in site.layers:
+                    _untie(layers[name], stored.codes)
     return model
 
 
-def _weight(layer: QuantizedLayer, codes: torch.Tensor) -> torch.Tensor:
+def _levels(layer: QuantizedWeight, codes: torch.Tensor) -> torch.Tensor:
     return layer.weight_quantizer.dequantize(codes.to(layer.weight_quantizer.num_bits.device))
 
 
-def _untie(layer: nn.Module, stored: StoredSite) -> None:
+def _untie(layer: QuantizedWeight, codes: torch.Tensor) -> None:
     """Where a tied float weight does not round to the codes (DoReFa squashes first), the layer gets its own."""
-    assert isinstance(layer, FakeQuantLayer) and stored.codes is not None
-    levels = _weight(layer, stored.codes).to(layer.weight.dtype)
+    levels = _levels(layer, codes).to(layer.weight.dtype)
     if not torch.equal(layer.weight_quantizer.eval_weight(layer.weight), levels):
-        layer.weight = nn.Parameter(levels, requires_grad=layer.weight.requires_grad)
+        layer.set_weight(nn.Parameter(levels, requires_grad=layer.weight.requires_grad))
 
 
 def _corrupt(path: str | Path, error: object) -> HawqError:

@@ -14,10 +14,10 @@ from hawq_lightning._types import JsonObject
 from hawq_lightning.export import _safetensors
 from hawq_lightning.export._bits import packed_bytes
 from hawq_lightning.export._contents import CODES, StoredSite, metadata_of, ordered, site_entry
-from hawq_lightning.export._inventory import plain, rest_to_store, weight_of
+from hawq_lightning.export._inventory import readers_by_name, rest_to_store, weight_of
 from hawq_lightning.export._safetensors import Spec, spec_of
 from hawq_lightning.export._stored import stored_site
-from hawq_lightning.layers import channel_axis
+from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization import MIDRISE_ZERO, QuantizerSpec, Storage, quantizer_named
 
 _LONGEST = 1.2345678901234567e-05  # no positive float32 takes more digits
@@ -37,14 +37,14 @@ def packed_overhead(
         HawqError: the model holds something that the file cannot.
     """
     sites, spec = tuple(sites), quantizer_named(quantizer)
-    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    readers = readers_by_name(model)
     specs, metadata = largest(model, sites, spec)
     size = _safetensors.header_bytes(specs, metadata) + sum(s.nbytes for s in specs.values())
     for site in sites:
-        if (layer := weight_of(model, site, modules)) is not None:
+        if (layer := weight_of(site, readers)) is not None:
             widest = list(_forms(spec, site, layer))[-1].site
             storage_bytes = CODE_FORMATS[widest.code].storage_bytes
-            size -= packed_bytes(site.numel, widest.bits) + storage_bytes(site.shape[channel_axis(layer)], widest.bits)
+            size -= packed_bytes(site.numel, widest.bits) + storage_bytes(site.shape[layer.channel_axis], widest.bits)
     return size
 
 
@@ -52,11 +52,11 @@ def largest(
     model: nn.Module, sites: tuple[Site | PlanSite, ...], quantizer: QuantizerSpec
 ) -> tuple[dict[str, Spec], dict[str, str]]:
     """Tensors and metadata that take at least the bytes of those of any plan over these sites."""
-    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
+    readers = readers_by_name(model)
     entries: dict[str, JsonObject] = {}
     tensors: dict[str, Spec] = {}
     for site in sites:
-        layer = weight_of(model, site, modules)
+        layer = weight_of(site, readers)
         forms = list(_forms(quantizer, site, layer))
         entries[site.name] = max((site_entry(form) for form in forms), key=lambda entry: len(json.dumps(entry)))
         for form in forms:
@@ -69,7 +69,7 @@ def largest(
     return ordered(tensors, rest), metadata_of(entries, rest)
 
 
-def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: nn.Module | None) -> Iterator[StoredSite]:
+def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: WeightReader | None) -> Iterator[StoredSite]:
     """How a site may be stored: at every width in every code format; numbers as long as they can be."""
     if layer is None:
         reads = spec.activation_quantizer()
@@ -77,7 +77,7 @@ def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: nn.Module | None) 
             reads.enable(bits, 1.0, (1 << bits) - 1)
             yield stored_site(site, bits, "affine", _longest(reads.storage()), spec.name)
         return
-    axis = channel_axis(layer)
+    axis = layer.channel_axis
     quantizer = spec.weight_quantizer(int(site.shape[axis]), axis)
     for bits in WEIGHT_BITS:
         for code in quantizer.code_formats(bits):

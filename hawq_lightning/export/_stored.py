@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import StoredSite
 from hawq_lightning.export._enabled import check_enabled, quantized_by_name
-from hawq_lightning.export._inventory import plain, weight_of
+from hawq_lightning.export._inventory import weight_of
 from hawq_lightning.export._safetensors import DTYPES
-from hawq_lightning.layers import channel_axis
-from hawq_lightning.quantization import QuantizedLayer, Storage
+from hawq_lightning.layers import WeightReader
+from hawq_lightning.quantization import QuantizedWeight, Storage
 
 
 def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
@@ -30,14 +30,13 @@ def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
     """
     layers = quantized_by_name(model)
     check_enabled(layers, plan)
-    modules: Mapping[str, nn.Module] = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     for site in plan.sites:
-        weight_of(model, site, modules)
-        yield _stored_weight(site, layers) if site.kind == "weight" else _stored_activation(site, layers)
+        weight_of(site, layers)
+        layer = layers[site.layers[0]]
+        yield _stored_weight(site, layer) if site.kind == "weight" else _stored_activation(site, layer)
 
 
-def _stored_weight(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
-    layer = layers[site.layers[0]]
+def _stored_weight(site: PlanSite, layer: QuantizedWeight) -> StoredSite:
     quantizer, weight = layer.weight_quantizer, layer.weight
     if not torch.isfinite(weight).all():
         raise HawqError(f"The weight of {site.layers[0]!r} holds NaN or Inf; it cannot be packed.")
@@ -48,19 +47,17 @@ def _stored_weight(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> Stor
             f"The weight of {site.layers[0]!r} is not on the grid of its quantizer {quantizer.name!r}; packed, the "
             "network would be another one."
         )
-    storage, reader = quantizer.storage(), layer.weight_quantizer.name
-    return stored_site(site, quantizer.bits, quantizer.code, storage, reader, layer, codes)
+    return stored_site(site, quantizer.bits, quantizer.code, quantizer.storage(), quantizer.name, layer, codes)
 
 
-def _stored_activation(site: PlanSite, layers: Mapping[str, QuantizedLayer]) -> StoredSite:
-    layer = layers[site.layers[0]]
+def _stored_activation(site: PlanSite, layer: QuantizedWeight) -> StoredSite:
     quantizer = layer.input_quantizer
     return stored_site(site, quantizer.bits, site.code, quantizer.storage(), layer.weight_quantizer.name)
 
 
 def stored_site(
-    site: Site | PlanSite, bits: int, code: str, storage: Storage, reader: str,
-    layer: nn.Module | None = None, codes: torch.Tensor | None = None,
+    site: Site | PlanSite, bits: int, code: str, storage: Storage, quantizer: str,
+    layer: WeightReader | None = None, codes: torch.Tensor | None = None,
 ) -> StoredSite:  # fmt: skip
     """A site with its storage.
 
@@ -69,14 +66,12 @@ def stored_site(
         bits: of its quantizer.
         code: code format.
         storage: of its quantizer.
-        reader: registered name of the quantizer that wrote the storage.
+        quantizer: registered name of the one that wrote the storage.
         layer: of a weight: the first that reads it.
         codes: of a weight.
     """
     planned = PlanSite(site.name, site.kind, tuple(site.layers), tuple(site.shape), site.numel, bits, code)
-    reader = "uniform" if storage.plain else reader
+    quantizer = "uniform" if storage.plain else quantizer
     if layer is None:
-        return StoredSite(planned, storage, reader)
-    dtype = layer.weight.dtype
-    assert isinstance(dtype, torch.dtype)
-    return StoredSite(planned, storage, reader, codes, channel_axis(layer), DTYPES[dtype])
+        return StoredSite(planned, storage, quantizer)
+    return StoredSite(planned, storage, quantizer, codes, layer.channel_axis, DTYPES[layer.weight.dtype])

@@ -25,7 +25,7 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
     Attributes:
         float_type: the layer type that it stands in for.
         weight_quantizer: of the parameter ``weight``; other parameters have ``<parameter>_quantizer``.
-        input_quantizer: of what the layer reads.
+        input_quantizer: of what ``weight`` is multiplied with; other parameters have ``<parameter>_input_quantizer``.
         quantizer_options: keywords that the quantizers were made with.
     """
 
@@ -59,12 +59,13 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
 
         Args:
             product: such as ``F.linear``.
-            input: what the layer reads.
+            input: what the weight is multiplied with.
             weight: the float parameter.
             rest: further arguments of ``product``.
             parameter: the weight's name in the layer.
         """
-        of_input, of_weight = self.input_quantizer, getattr(self, quantizer_attribute(parameter))
+        of_input = getattr(self, input_quantizer_attribute(parameter))
+        of_weight = getattr(self, quantizer_attribute(parameter))
         x, w = of_input(input), of_weight(weight)
         with recompute_in_backward(
             (x, input, cast(Recomputable, of_input)), (w, weight, cast(Recomputable, of_weight))
@@ -75,6 +76,11 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
 def quantizer_attribute(parameter: str) -> str:
     """The name under which a fake-quant layer has a parameter's quantizer: ``weight`` -> ``weight_quantizer``."""
     return f"{parameter.replace('.', '_')}_quantizer"
+
+
+def input_quantizer_attribute(parameter: str) -> str:
+    """The same for what it is multiplied with: ``weight`` -> ``input_quantizer``, ``up`` -> ``up_input_quantizer``."""
+    return "input_quantizer" if parameter == "weight" else f"{parameter.replace('.', '_')}_input_quantizer"
 
 
 def must_be_called(module: nn.Module, args: object) -> None:

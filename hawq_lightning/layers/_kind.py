@@ -146,7 +146,8 @@ class LayerKind:
 
     def why_not_folded(self, module: nn.Module) -> str | None:
         """Why a BatchNorm behind this layer has to stay; ``None``: it need not."""
-        return None if self.foldable else "it is no factor of the layer's weights"
+        of_weight = self.foldable and len(self.weights(module)) == 1
+        return None if of_weight else "it is no factor of the layer's weights"
 
     def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """Attributes of the ONNX node, as far as time depends on them."""
@@ -239,13 +240,8 @@ def weight_of(module: nn.Module, parameter: str = "weight") -> torch.Tensor:
     return reduce(getattr, parameter.split("."), module)  # type: ignore[return-value]
 
 
-def channel_axis(module: nn.Module) -> int:
-    """The axis of a layer's ``weight`` that holds its output channels."""
-    return kind_of(module).channel_axis
-
-
 def channel_axis_of(type_name: str) -> int:
-    """The same for a layer type by its class name, as plans hold it; 0 where no kind has such a type."""
+    """The channel axis of weights of a layer type, by its class name, as plans hold it; 0 where no kind has it."""
     return next((kind.channel_axis for t, kind in _BY_TYPE.items() if t.__name__ == type_name), 0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning.layers._fake_quant import layer_type, quantizer_attribute
+from hawq_lightning.layers._fake_quant import input_quantizer_attribute, layer_type, quantizer_attribute
 from hawq_lightning.layers._kind import LayerKind, Record, WeightRead, kind_of, weight_of
 
 
@@ -53,8 +53,8 @@ class WeightReader:
     @property
     def recomputed(self) -> bool:
         """Whether a hook computes the weight before every call (old-style weight norm, pruning): it is no parameter."""
-        holder, _, name = self.parameter.rpartition(".")
-        return name not in self.module.get_submodule(holder)._parameters
+        holder, name = self.holder
+        return name not in holder._parameters
 
     @property
     def channel_axis(self) -> int:
@@ -78,20 +78,31 @@ class WeightReader:
         """After each call show what was read and the product; ``record`` may return another product."""
         return self.kind.on_call(self.module, self.parameter, record)
 
+    @property
+    def holder(self) -> tuple[nn.Module, str]:
+        """The module whose own parameter the weight is, and its name there."""
+        holder, _, name = self.parameter.rpartition(".")
+        return self.module.get_submodule(holder), name
+
     def put_weight(self, weight: torch.Tensor) -> None:
         """Put another tensor in the place of a weight that is :attr:`recomputed`; the next call computes it anew."""
-        holder, _, name = self.parameter.rpartition(".")
-        setattr(self.module.get_submodule(holder), name, weight)
+        holder, name = self.holder
+        setattr(holder, name, weight)
 
     def set_weight(self, weight: nn.Parameter | None) -> None:
         """Put another parameter in the place of the weight, here alone."""
-        holder, _, name = self.parameter.rpartition(".")
-        setattr(self.module.get_submodule(holder), name, weight)
+        holder, name = self.holder
+        setattr(holder, name, weight)
 
     @property
     def quantizer_attribute(self) -> str:
         """Name of the weight's quantizer in the fake-quant layer."""
         return quantizer_attribute(self.parameter)
+
+    @property
+    def input_quantizer_attribute(self) -> str:
+        """Name of the quantizer of what the weight is multiplied with."""
+        return input_quantizer_attribute(self.parameter)
 
 
 def as_reader(layer: nn.Module | WeightReader) -> WeightReader:

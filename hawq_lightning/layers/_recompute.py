@@ -88,9 +88,12 @@ class _Recipe:
 
 
 def _can_repeat(output: torch.Tensor, source: torch.Tensor, quantizer: Recomputable) -> bool:
-    if output is source or not quantizer.bits or quantizer.fake_quant_disabled or quantizer._tied_to:
+    # a deployed network has constants in the places of quantizers
+    if not getattr(getattr(type(quantizer), "quantize", None), "deterministic", False) or output is source:
         return False
-    return not quantizer._forward_hooks and getattr(type(quantizer).quantize, "deterministic", False)
+    return bool(quantizer.bits) and not (
+        quantizer.fake_quant_disabled or quantizer._tied_to or quantizer._forward_hooks
+    )
 
 
 def _others_decide() -> bool:

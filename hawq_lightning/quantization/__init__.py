@@ -32,6 +32,7 @@ from hawq_lightning.quantization._modules import (
     float_classes,
     quantizers_in,
     to_fake_quantized,
+    with_quantizers,
 )
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
@@ -109,4 +110,5 @@ __all__ = [
     "weight_code_formats",
     "weight_step",
     "with_quantizer",
+    "with_quantizers",
 ]

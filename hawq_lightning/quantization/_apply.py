@@ -73,7 +73,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Compare a plan with the layers of a model.
 
     Raises:
-        HawqError: it was made for another model (says which sites differ), a code format that cannot be installed, or
+        HawqError: it was made for another model (says which sites differ), a code format that its quantizer lacks, or
             an activation without a grid for its bits.
     """
     layers, _ = quantizable_layers(model)
@@ -169,8 +169,7 @@ def tie_scales(model: nn.Module, plan: Plan) -> None:
     """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
     layers = quantized_layers(model)
     for s in plan.sites:
-        part = "weight_quantizer" if s.kind == "weight" else "input_quantizer"
-        first, *others = (getattr(layers[name], part) for name in s.layers if name in layers)
+        first, *others = (layers[name].quantizer_of(s.kind) for name in s.layers if name in layers)
         for quantizer in others:
             if quantizer.has_dynamic_range and quantizer is not first and type(quantizer) is type(first):
                 quantizer.tie_to(first)

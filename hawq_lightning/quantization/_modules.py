@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
+    input_quantizer_attribute,
     kind_of,
     must_be_called,
     quantizer_attribute,
@@ -34,8 +35,12 @@ class QuantizedWeight(WeightReader):
 
     @property
     def input_quantizer(self) -> ActivationQuantizer:
-        """Of what the layer reads; it stays off where that is no activation."""
-        return cast(QuantizedLayer, self.module).input_quantizer
+        """Of what the weight is multiplied with; it stays off where that is no activation."""
+        return cast(ActivationQuantizer, getattr(self.module, self.input_quantizer_attribute))
+
+    def quantizer_of(self, kind: str) -> Quantizer:
+        """That of the ``weight``, or of the ``activation`` that it is multiplied with."""
+        return self.weight_quantizer if kind == "weight" else self.input_quantizer
 
     @property
     def quantized_weight(self) -> torch.Tensor:
@@ -92,13 +97,12 @@ def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = 
 
 
 def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec) -> None:
-    device = None
-    for parameter, read in kind_of(layer).weights(layer).items():
-        weight = weight_of(layer, parameter)
-        device = device or weight.device
+    weights = {p: (weight_of(layer, p), read) for p, read in kind_of(layer).weights(layer).items()}
+    for parameter, (weight, read) in weights.items():
         quantizer = spec.weight_quantizer(weight.shape[read.channel_axis], read.channel_axis).to(weight.device)
         setattr(layer, quantizer_attribute(parameter), quantizer)
-    layer.input_quantizer = spec.activation_quantizer().to(device)
+    for parameter, (weight, _) in weights.items():
+        setattr(layer, input_quantizer_attribute(parameter), spec.activation_quantizer().to(weight.device))
     layer.quantizer_options = dict(spec.options)
     for q in quantizers_in(layer).values():
         q.train(layer.training)

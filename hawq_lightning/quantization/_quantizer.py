@@ -7,7 +7,7 @@ whenever a state dict is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,11 @@ from hawq_lightning.quantization._fake_quantize import with_zero_grads
 from hawq_lightning.quantization._storage import Storage
 
 _OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer
+
+
+def is_quantizer_state(buffers: Iterable[str]) -> bool:
+    """Whether these are names in a quantizer's state, of this release or of 0.1.0."""
+    return not {"num_bits", _OLD_NUM_BITS}.isdisjoint(buffers)
 
 
 class Quantizer(nn.Module):

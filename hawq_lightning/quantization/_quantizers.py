@@ -6,6 +6,7 @@ name that :func:`hawq_lightning.quantization.register_quantizer` gives it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -19,12 +20,14 @@ from hawq_lightning.quantization._fake_quantize import (
     fake_quantize_tensor,
     per_channel_view,
 )
-from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._quantizer import Quantizer, is_quantizer_state
 from hawq_lightning.quantization._ranges import RANGES, Ranges, activation_step, weight_step
 from hawq_lightning.quantization._storage import Storage
 
 _DEFAULT = "uniform"
 _MARK = "quantizer_"
+_OF_WEIGHT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+_quantizer)\.(?P<buffer>\w+)")
+_OF_INPUT = "input_quantizer"
 
 
 class WeightQuantizer(Quantizer):
@@ -76,7 +79,7 @@ class WeightQuantizer(Quantizer):
         names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if names and (trained := named_in(names)) != self.name:
             raise HawqError(
-                f"{prefix.removesuffix('.weight_quantizer.')!r} was trained with quantizer {trained!r}, but this "
+                f"{prefix.rstrip('.').rpartition('.')[0]!r} was trained with quantizer {trained!r}, but this "
                 f"network has {self.name!r}; build it with quantizer={trained!r}."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -225,14 +228,14 @@ def named_in(keys: Iterable[str]) -> str:
 
 
 def trained_quantizers(state_dict: Iterable[str]) -> dict[str, str]:
-    """The fake-quant layers that a state dict is of, with the registered names of their quantizers.
+    """The modules of fake-quant layers that a state dict is of, with the registered names of their quantizers.
 
     Args:
         state_dict: or its keys; of this release or of 0.1.0.
     """
-    names: dict[str, str] = {}
+    states: dict[tuple[str, str], list[str]] = {}
     for key in state_dict:
-        layer, found, buffer = key.rpartition(".weight_quantizer.")
-        if found and (layer not in names or buffer.startswith(_MARK)):
-            names[layer] = named_in([buffer])
-    return names
+        if (of_weight := _OF_WEIGHT.fullmatch(key)) and not of_weight["attribute"].endswith(_OF_INPUT):
+            states.setdefault((of_weight["module"], of_weight["attribute"]), []).append(of_weight["buffer"])
+    # a module of the user's may be called so as well
+    return {module: named_in(buffers) for (module, _), buffers in states.items() if is_quantizer_state(buffers)}

@@ -103,8 +103,7 @@ def loss_per_site(
                 enable_site(layers[name], _plan_site(site, candidate), norms.get(name))
             measured = mean_loss() - base
             for name in site.layers:
-                layer = layers[name]
-                (layer.weight_quantizer if site.kind == "weight" else layer.input_quantizer).disable()
+                layers[name].quantizer_of(site.kind).disable()
             rows.append({
                 "site": site.name, "kind": site.kind, "bits": candidate.bits,
                 "predicted": candidate.omega / 2, "measured": measured,

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from hawq_lightning._csv import cell_text
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import RECORD_JSON, read_json
+from hawq_lightning._io import RECORD_JSON, read_json, with_infinity
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity import Sensitivity
@@ -166,7 +166,8 @@ def _read_metrics(path: Path) -> JsonObject:
     data = read_json(path, "metrics file", RECORD_JSON)
     if not isinstance(data, dict):
         raise HawqError("it holds no JSON object.")
-    return data
+    metrics: JsonObject = with_infinity(data)
+    return metrics
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

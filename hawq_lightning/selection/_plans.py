@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning.layers import channel_axis_of
@@ -79,7 +80,8 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
     """The problem that a plan answers, from what the plan's file holds (constraints and time steps excepted).
 
     Raises:
-        HawqError: a site of the plan lists no candidates, or lacks the bits that it is given.
+        HawqError: a site of the plan lists no candidates, lacks the bits that it is given, or has a trace without
+            standard errors.
     """
     types = {x.name: x.type for x in plan.layers}
     sites, candidates, traces = [], {}, []
@@ -94,9 +96,12 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
                 Candidate(s.bits, s.code, s.omega or 0.0, s.perturbation or 0.0, s.scale, s.zero_point),
             )
         if s.trace is not None and s.mean_trace is not None:
-            traces.append(
-                SiteTrace(s.name, s.kind, s.trace, s.stderr or 0.0, s.stderr_data or 0.0, s.numel, s.mean_trace)
-            )
+            if s.stderr is None or s.stderr_data is None:
+                lacks = "stderr" if s.stderr is None else "stderr_data"
+                raise HawqError(
+                    f"Site {s.name!r} of the plan has a trace without {lacks}; give it, or take its trace out."
+                )
+            traces.append(SiteTrace(s.name, s.kind, s.trace, s.stderr, s.stderr_data, s.numel, s.mean_trace))
     sensitivity = Sensitivity(tuple(traces), settings=dict(plan.settings), fingerprint=plan.fingerprint)
     overhead = int(plan.costs.get("file_overhead", 0))
     scales = plan.costs.get("weight_scales")

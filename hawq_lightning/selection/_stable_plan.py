@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +68,9 @@ class StablePlan:
 
     def _scaled(self, name: str, candidate: Candidate, now: Mapping[str, float]) -> Candidate:
         """The candidate with the Ω of the present trace; the score is then computed from it, by whatever rule."""
+        if not math.isfinite(candidate.omega):  # not available, whatever the trace; infinity times 0 is no number
+            return candidate
         before = self._traces[name]
         # a site without curvature until now: its perturbation times its trace is what there is to say
         omega = candidate.omega * now[name] / before if before > 0 else candidate.perturbation * now[name]
-        return replace(candidate, omega=max(0.0, omega))
+        return replace(candidate, omega=omega)

@@ -146,7 +146,8 @@ def fingerprint(
             continue
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for batch in batches:
         _hash_tensors(batch, digest)
     with torch.enable_grad():

@@ -111,7 +111,9 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
             if nested and not cut:
                 cut = frozenset(boundary)
-                context.diagnostics.warn_once("The loss also reads an inner feature; its paths were separated.")
+                context.diagnostics.warn_once(
+                    "The loss reads an inner layer's output as well as what follows from it: both count."
+                )
                 continue
             forward = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
             del loss  # so that the user of `forward` alone decides how long its graph lives

@@ -23,6 +23,7 @@ from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, check_weights
 from hawq_lightning.sensitivity._double_backward import GradGraph, gradients_of
+from hawq_lightning.sensitivity._first_loss import check_float
 from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._independence import independent_samples
 from hawq_lightning.sensitivity._isolate import isolated_eval
@@ -108,6 +109,7 @@ def top_eigenpairs(
         for name in requested:
             choice("site", name, names)
         context = MeasureContext(model, layers, table, loss_fn)
+        check_float(context)
         separable, show = independent_samples(context, first, samples), progress and data.shard.rank == 0
         search = _Search(context, data, separable, kind, rtol, max_steps, seed, show)
         try:

@@ -8,7 +8,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._sites import READ_BY_FUNCTION
 from hawq_lightning._types import Batch
-from hawq_lightning.layers import FakeQuantLayer, layer_type, quantizer_attribute
+from hawq_lightning.layers import FakeQuantLayer, layer_type
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 
@@ -25,7 +25,8 @@ def check_float(context: MeasureContext) -> None:
         layer = reader.module
         if not isinstance(layer, FakeQuantLayer):
             continue
-        for quantizer in (getattr(layer, quantizer_attribute(reader.parameter)), layer.input_quantizer):
+        for attribute in (reader.quantizer_attribute, reader.input_quantizer_attribute):
+            quantizer = getattr(layer, attribute)
             if quantizer.bits and not quantizer.fake_quant_disabled:
                 raise HawqError(
                     f"Layer {name!r} is quantized, and traces are those of a float network: measure inside of "

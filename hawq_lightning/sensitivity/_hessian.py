@@ -58,8 +58,8 @@ class Hessian(Estimator):
             )
             return GaussNewton(config.rotate)
         context.diagnostics.warn_once(
-            f"The network is not piecewise linear at {layer_names(context, linearity.nonlinear_sites)}: Gauss-Newton "
-            "traces were completed there by the Hessian of the linearised loss. Such traces can be negative."
+            f"The network is not piecewise linear at {layer_names(context, linearity.nonlinear_sites)}: traces there "
+            "are those of the true Hessian, not Gauss-Newton's, and can be negative."
         )
         return Hessian(config.rotate, linearity.nonlinear_sites)
 

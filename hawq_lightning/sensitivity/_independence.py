@@ -8,6 +8,7 @@ from itertools import combinations, islice
 
 import torch
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass, outputs_of
@@ -15,6 +16,7 @@ from hawq_lightning.sensitivity._memory import RanOut, attempt
 from hawq_lightning.sensitivity._microbatch import slice_batch
 
 _FEW = 16  # samples that tell as much of the network as a batch
+_LATER = 8  # batches behind the first that are looked at
 _COUPLED = "The loss couples the images of a batch: whole batches are the unit of the traces."
 
 
@@ -59,7 +61,7 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
     with forward_pass(context, batch, nothing) as forward:
         values = forward.hessian.values
         if any(v.ndim == 0 or v.shape[0] != samples for v in values):
-            warn_once("Rows of the loss's inputs are not images: whole batches are the unit of the traces.")
+            warn_once("What the loss reads has no row for every image: traces are those of whole batches.")
             return nothing
         if couples(forward.hessian, samples):
             warn_once(_COUPLED)
@@ -74,8 +76,46 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
-        warn_once(f"Rows are not images at {', '.join(shared[:3])}{'...' if len(shared) > 3 else ''}: batch sums.")
+        names = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more sites" if len(shared) > 3 else "")
+        warn_once(f"At {names} the images of a batch cannot be told apart: traces there are those of whole batches.")
     return {s.name: not leaks.get(s.name, True) for s in context.table}
+
+
+def later_batches_couple(context: MeasureContext, batches: Sequence[Batch], samples: Sequence[int]) -> bool:
+    """Whether the loss couples the samples of another batch than the first: a pair or an event may come later.
+
+    Eight batches are tried, evenly over all, at the loss alone: a network mixes samples in every batch or in none.
+
+    Args:
+        context: model, loss and sites.
+        batches: all of them.
+        samples: number of samples of each.
+    """
+    last = len(batches) - 1
+    for number in sorted({round(i * last / _LATER) for i in range(1, _LATER + 1)} - {0}):
+        coupled = samples[number] > 1 and attempt(lambda b=number: _loss_couples(context, batches[b], samples[b]))  # type: ignore[misc]
+        if coupled and not isinstance(coupled, RanOut):
+            context.diagnostics.warn_once(_COUPLED)
+            return True
+    return False
+
+
+def check_independent(hessian: OutputHessian, samples: int, number: int) -> None:
+    """Refuse a batch whose samples the loss couples, where rows of the measurement are samples.
+
+    Args:
+        hessian: of the loss at the outputs of the batch.
+        samples: their number.
+        number: of the batch.
+
+    Raises:
+        HawqError: it does; none of the batches that were looked at before has shown it.
+    """
+    if samples > 1 and couples(hessian, samples):
+        raise HawqError(
+            f"The loss couples the images of batch {number} (counted from 0), which none of the batches has shown that "
+            "were looked at before: give that batch first, so that whole batches are the unit of the traces."
+        )
 
 
 def _loss_couples(context: MeasureContext, batch: Batch, samples: int) -> bool:

@@ -18,7 +18,7 @@ from hawq_lightning._batches import like, parts_of
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._chance import WithoutChance
-from hawq_lightning.sensitivity._repeatable import HeldState
+from hawq_lightning.sensitivity._held_state import KeptParameters
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -73,7 +73,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = HeldState(model.parameters())
+    parameters = KeptParameters(model.parameters())
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for module in noisy_modules(model):
@@ -84,6 +84,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         # compiled modules drop hooks that come after compilation, and refuse double backward
         with (
             random_states_kept(seed),
+            parameters,
             WithoutChance(),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
@@ -97,6 +98,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
                 if buffer._version or not torch.equal(buffer, value):
                     buffer.copy_(value)
         parameters.put_back()  # a loss may move a teacher's
+        parameters.check_unseen()
         for p, required, grad in needs:
             p.requires_grad_(required)
             p.grad = grad

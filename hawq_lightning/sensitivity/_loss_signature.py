@@ -17,6 +17,8 @@ from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._isolate import random_states_kept
 from hawq_lightning.sensitivity._memory import RanOut, attempt
 
+_OTHERS = 8
+
 
 def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int) -> str:
     """Words that another loss, another backward pass or other batches would change; other thread counts do not.
@@ -26,7 +28,7 @@ def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int)
 
     Args:
         context: model, loss and sites; in evaluation.
-        batches: the first two, one in the middle and the last are looked at.
+        batches: the first two and at most eight others, evenly over all, are looked at.
         seed: of what the loss draws itself.
     """
     buffers = [(b, b.detach().clone()) for b in context.model.buffers()]
@@ -34,7 +36,8 @@ def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int)
     weights = [w for w in dict.fromkeys(weights) if isinstance(w, torch.Tensor) and w.is_leaf]
     words = []
     try:
-        for at in sorted({0, min(1, len(batches) - 1), len(batches) // 2, len(batches) - 1}):
+        last = len(batches) - 1
+        for at in sorted({0, min(1, last)} | {round(i * last / _OTHERS) for i in range(1, _OTHERS + 1)}):
             with random_states_kept(seed), torch.enable_grad():
                 for w in weights:
                     w.requires_grad_(True)

@@ -16,6 +16,7 @@ from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass, outputs_of
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
 from hawq_lightning.sensitivity._grad_capture import with_copies
+from hawq_lightning.sensitivity._independence import check_independent
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._loss_hessian import (
     Block,
@@ -143,6 +144,8 @@ def _factored_probes(
     context: MeasureContext, request: ProbeRequest, run: Callable[[FactoredPass], None], elementwise: bool
 ) -> tuple[Probes, bool]:
     with forward_pass(context, request.batch, request.per_sample) as forward:
+        if request.first_probe == 0 and request.batch_number and any(request.per_sample.values()):
+            check_independent(forward.hessian, request.samples, request.batch_number)
         sizes = {s: forward.network.sizes(s, request.samples) for s in forward.network.aliases()}
         blocks = _blocks(context, forward.hessian, any(request.per_sample.values()), elementwise)
         l1_outputs = _l1_outputs(context, forward.hessian, blocks)
@@ -193,7 +196,7 @@ def _l1_outputs(context: MeasureContext, hessian: OutputHessian, blocks: list[Bl
         names = ", ".join(dict.fromkeys(hessian.names[i] or "the model" for i in outputs))
         context.diagnostics.warn_once(
             f"The loss has slope but no curvature in the output of {names}, as L1 losses do: the Fisher information of "
-            "a Laplace distribution of unit scale was taken in its place (l1='fisher')."
+            "a Laplace distribution of unit scale was taken in its place (l1_curvature='fisher')."
         )
     return outputs
 
@@ -209,7 +212,7 @@ def _blocks(
     blocks = factorize_loss_hessian(hessian, torch.Generator().manual_seed(0), by_sample, elementwise)
     if blocks is None:
         context.diagnostics.warn_once(
-            "The loss is neither softmax cross-entropy nor elementwise: the general form with more noise was used."
+            "The loss is neither softmax cross-entropy nor elementwise: its traces take more probes, being noisier."
         )
     elif isinstance(blocks, list) and len(blocks) == 1 and isinstance(blocks[0], Softmax):
         context.diagnostics.figures["classes"] = blocks[0].probability.shape[blocks[0].axis]

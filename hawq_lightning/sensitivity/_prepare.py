@@ -16,7 +16,7 @@ from hawq_lightning.sensitivity._cache import fingerprint
 from hawq_lightning.sensitivity._context import MeasureContext, check_weights, outputs_of
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
 from hawq_lightning.sensitivity._first_loss import check_float, note_float_layers
-from hawq_lightning.sensitivity._independence import samples_apart
+from hawq_lightning.sensitivity._independence import later_batches_couple, samples_apart
 from hawq_lightning.sensitivity._memory import RanOut, half, with_fewer
 from hawq_lightning.sensitivity._microbatch import slice_batch
 from hawq_lightning.sensitivity._precision import in_precision
@@ -84,6 +84,8 @@ def first_look(
         key = fingerprint(context, data.batches, data.samples, part, settings.text(), settings.config.seed)
         earlier = reuse(key) if reuse is not None else None
         apart = {} if earlier is not None else samples_apart(context, part, size, size_of)
+        if any(apart.values()) and later_batches_couple(context, data.batches, data.samples):
+            apart = dict.fromkeys(apart, False)
         return FirstLook(context, Pilot(part, size, apart, size_of), key, earlier)
 
     def fewer(size: int, ran_out: RanOut) -> int:

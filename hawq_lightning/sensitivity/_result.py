@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import sealed, shown, was_changed
-from hawq_lightning._io import TRACES_JSON, read_json, write_text
+from hawq_lightning._io import TRACES_JSON, json_text, read_json, with_infinity, without_infinity, write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._result_fields import SiteTrace, read_fields
 
@@ -69,8 +68,8 @@ class Sensitivity:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "records": [_without_infinity(asdict(r)) for r in self.records],
-            "settings": dict(self.settings),
+            "records": [_with_null(asdict(r)) for r in self.records],
+            "settings": without_infinity(dict(self.settings)),
             "notes": list(self.notes),
             "fingerprint": self.fingerprint,
             "row_unit": dict(self.row_unit),
@@ -93,13 +92,14 @@ class Sensitivity:
                 f"Sensitivity version {shown(data.get('version'))} is unknown; this release reads {VERSION}."
             )
         try:
-            return cls(**read_fields(data))
+            fields = read_fields(data)
+            return cls(**fields | {"settings": with_infinity(fields["settings"])})
         except HawqError as error:
             raise HawqError(f"The sensitivity file is damaged: {error}.") from error
 
     def save(self, path: str | Path) -> None:
         """Write JSON, atomically, with a checksum of what it says."""
-        write_text(path, json.dumps(sealed(self.to_dict())))
+        write_text(path, json_text(sealed(self.to_dict())))
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
@@ -131,6 +131,6 @@ class Sensitivity:
             raise HawqError(f"{path}: {error}") from error
 
 
-def _without_infinity(record: JsonObject) -> JsonObject:
-    # JSON has no infinity: an error that is not known is null
+def _with_null(record: JsonObject) -> JsonObject:
+    # an error that is not known is null
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 from jobs import Job, quoted
 
-from hawq_lightning import HawqError
-from hawq_lightning.cli import nearest
+from hawq_lightning import HawqError, nearest
 
 SCORES = ("accuracy", "map")
 

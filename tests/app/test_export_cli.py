@@ -20,7 +20,7 @@ from hawq_lightning.export.onnx import layer_latencies, measure_file, write_tabl
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import LatencyTable
 from tests.console import shell
-from tests.unit.export.test_folding import armed
+from tests.unit.export.test_folding import enabled
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
@@ -121,7 +121,7 @@ def test_a_latency_budget_needs_its_table():
 
 
 def test_layers_that_read_float_have_one_latency_for_all_activations():
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     alone = plan.replace(sites=plan.weights)
     rows = layer_latencies(net, alone, (x,))
     assert {r["activation_bits"] for r in rows} == {None} and all(r["ms"] > 0 for r in rows)
@@ -153,7 +153,7 @@ def test_the_table_is_what_the_selector_reads(tmp_path):
 
 
 def test_every_kind_of_layer_has_a_latency():
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     rows = layer_latencies(net, plan, (x,), weight_bits=(1, 3))
     assert {r["layer"] for r in rows} == {n for s in plan.weights for n in s.layers}
     assert all(r["ms"] > 0 for r in rows)

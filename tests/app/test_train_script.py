@@ -30,6 +30,7 @@ from hawq_lightning.cli import (
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import cost_rows, nominal_problem
 from tests.console import shell
+from tests.internals import internal
 
 BIN = Path(sys.executable).parent
 FAST = [
@@ -161,6 +162,17 @@ def test_dry_run_shows_sites_budgets_and_time_and_writes_nothing(tmp_path, capsy
     shown = capsys.readouterr().out
     assert all(w in shown for w in ("net.layer3.0.conv1.weight", "= 16x to ", "= 4x", "traces: about"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_measures_as_the_run_will(tmp_path, monkeypatch):
+    module, configs = internal("cli._dry_run"), []
+    measured = module.measure
+    monkeypatch.setattr(module, "measure", lambda *a, **k: configs.append(k["config"]) or measured(*a, **k))
+    dry_run(
+        settings(tmp_path / "run", "measure.sampling=all", "measure.estimator=ggn", "measure.seed=3", name="analyze")
+    )
+    (config,) = configs
+    assert (config.sampling, config.estimator, config.seed) == ("all", "ggn", 3)
 
 
 def test_dry_run_script_leaves_no_folder(tmp_path):

@@ -200,9 +200,9 @@ def selectors(record: Record, folder: Path) -> None:
         net, data, nets.cross_entropy, sites=table, rtol=0.05, seed=3, max_steps=60).items()}  # fmt: skip
 
     def loss_of(plan: Any) -> float:
-        armed = api.quantize(copy.deepcopy(net), plan)
+        enabled = api.quantize(copy.deepcopy(net), plan)
         with torch.no_grad():
-            return float(sum(nets.cross_entropy(armed, b) for b in data))
+            return float(sum(nets.cross_entropy(enabled, b) for b in data))
 
     def pick(section: str, budget: Any, selector: str = "pareto", constraints: Any = None, **own: Any) -> None:
         problem = api.problem(table, weighed, found, file_overhead=100, **(constraints or {}))
@@ -245,6 +245,30 @@ def selection_of_arrays(record: Record, folder: Path) -> None:
         for budget in ("8x", "11x"):
             facts.of_plan(record, api.find("select")(problem, budget, "pareto"), f"arrays{count}_{budget}", False)
         facts.of_frontier(record, api.frontier(problem), f"arrays{count}_frontier")
+
+
+@run()
+def stopping_by_the_plan(record: Record, folder: Path) -> None:
+    """Up to which noise of the traces measuring may stop with the plan: the share of Ω that it may lose decides."""
+    rng, rows = np.random.default_rng(9), 32
+    names = [f"l{i}.weight" for i in range(10)]
+    numel = (rng.integers(1, 60, 10) * 16).tolist()
+    trace = np.exp(rng.normal(0, 1, 10))
+    omega = [[float(t * n * 4.0**-b) for b in (2, 3, 4, 8)] for t, n in zip(trace, numel)]
+    problem = api.find("Problem").from_arrays(names, (2, 3, 4, 8), omega, numel)
+    noise = rng.standard_normal((10, rows))
+    noise -= noise.mean(1, keepdims=True)
+    record |= {f"stable.default[{name}]": getattr(api.find("StablePlan"), name) for name in ("regret", "bootstraps")}
+    for level in np.geomspace(0.5, 1.2, 6):
+        drawn = {n: (t * k * (1 + level * z)).tolist() for n, t, k, z in zip(names, trace, numel, noise)}
+        errors = [float(np.std(x) / rows**0.5) for x in drawn.values()]
+        records = tuple(
+            api.find("SiteTrace")(n, "weight", float(np.mean(x)), e, e, k, float(np.mean(x)) / k)
+            for (n, x), e, k in zip(drawn.items(), errors, numel)
+        )
+        traces = api.find("Sensitivity")(records, drawn, row_unit=dict.fromkeys(names, "image"))
+        stable = api.find("StablePlan")(problem.table, lambda _: problem.candidates, "8x")
+        record[f"stable.enough[{level:.4f}]"] = stable(traces)
 
 
 # ------------------------------------------------------------------------------------------------- in the Trainer

@@ -27,17 +27,17 @@ def seeded():
 
 class Epochs(Callback):
     def __init__(self):
-        self.armed = []
+        self.enabled = []
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.armed.append(bool(enabled_bits(pl_module)))
+        self.enabled.append(bool(enabled_bits(pl_module)))
 
 
 @pytest.mark.feature("Modules", "float epochs first (`HAWQ(start_epoch=n)`)", "works")
 def test_start_after_an_epoch(tmp_path):
     model, callback, epochs = Classifier(), hawq(start_epoch=1), Epochs()
     trainer(tmp_path, callback, epochs, max_epochs=3).fit(model, loader())
-    assert epochs.armed == [False, True, True]
+    assert epochs.enabled == [False, True, True]
     assert_mixed(model, callback)
 
 

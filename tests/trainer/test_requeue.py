@@ -193,7 +193,7 @@ def test_requeued_while_measuring(tmp_path, slurm, undisturbed, monkeypatch, cal
     assert len(calls) > call
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(v, saved[k]) for k, v in float_state.items())
-    assert all(float(v) == 0 for k, v in saved.items() if k.endswith("_quantizer.num_bits"))  # nothing was armed yet
+    assert all(float(v) == 0 for k, v in saved.items() if k.endswith("_quantizer.num_bits"))  # nothing was enabled yet
     monkeypatch.setattr(internals, "_loss", original)
     same(*run(tmp_path, stateful, **slurm), undisturbed)
 

@@ -1,4 +1,4 @@
-"""Settings of the Trainer and kinds of train data, each on an armed network with unequal bits."""
+"""Settings of the Trainer and kinds of train data, each on a quantized network with unequal bits."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ class Seen(Callback):
 
 
 def run(folder, model, data, val=None, callback=None, **settings):
-    """Fit; every batch of training and validation saw the armed network."""
+    """Fit; every batch of training and validation saw the enabled network."""
     callback, seen = callback or hawq(), Seen()
     t = trainer(folder, callback, seen, **({"max_epochs": 2} | settings))
     t.fit(model, data, val)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from hawq_lightning import HAWQ, load_from_checkpoint, measure
+from hawq_lightning import HAWQ, HawqError, load_from_checkpoint, measure
 
 
 class Net(LightningModule):
@@ -19,6 +19,7 @@ class Net(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.form = form
+        self.automatic_optimization = not form.startswith("manual")
         self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
         for p in self.teacher.parameters():
@@ -39,11 +40,18 @@ class Net(LightningModule):
             y, x = batch.pop(), batch.pop() / 255
         else:
             x = x / 255
+        if "adversarial" in form:
+            x = self.adversarial(x, y)
         loss = F.cross_entropy(self.net(x), y)
         if form == "teacher":
             loss = loss + F.mse_loss(self.net(x), self.teacher(x))
             for t, s in zip(self.teacher.parameters(), self.net.parameters()):
                 t.data = t.data * 0.5 + s.data * 0.5
+        elif form == "teacher in place":
+            loss = loss + F.mse_loss(self.net(x), self.teacher(x))
+            with torch.no_grad():
+                for t, s in zip(self.teacher.parameters(), self.net.parameters()):
+                    t.mul_(0.5).add_(s, alpha=0.5)
         elif form == "fixed teacher":
             loss = loss + F.mse_loss(self.net(x), self.teacher(x))
         elif form == "queue":
@@ -52,7 +60,23 @@ class Net(LightningModule):
         elif form == "backward":
             loss.backward()
             return None
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
         return loss
+
+    def adversarial(self, x, y):
+        """By gradients of the inputs, which a loss of its own is sent back for."""
+        x = x.clone().requires_grad_()
+        loss = F.cross_entropy(self.net(x), y)
+        if self.form == "adversarial by autograd.grad":
+            (slope,) = torch.autograd.grad(loss, x)
+        else:
+            self.manual_backward(loss) if "manual_backward" in self.form else loss.backward()
+            slope = x.grad
+        return (x + 0.1 * slope.sign()).detach()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.net.parameters(), 0.0)
@@ -83,7 +107,9 @@ def run(form: str, tmp_path) -> tuple[dict[str, float], dict[str, torch.Tensor]]
     "form, plain",
     [
         ("div_", "copy"), ("slice", "copy"), ("list", "copy"), ("pop", "copy"), ("queue", "copy"),
-        ("teacher", "fixed teacher"),
+        ("teacher", "fixed teacher"), ("teacher in place", "fixed teacher"),
+        ("adversarial", "adversarial by autograd.grad"), ("manual adversarial", "adversarial by autograd.grad"),
+        ("manual adversarial by manual_backward", "adversarial by autograd.grad"),
     ],
 )  # fmt: skip
 def test_a_step_that_changes_things_is_measured_as_one_that_does_not(form, plain, tmp_path):
@@ -105,6 +131,42 @@ def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
     trainer.fit(net, rows())
     expected, _ = run("copy", tmp_path)
     assert {r.name: r.trace for r in hawq.sensitivity} == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_of_what_the_network_makes_are_refused_in_a_sentence():
+    def retains(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        h = m[0](b[0])
+        h.retain_grad()
+        loss = F.cross_entropy(m[2](m[1](h)), b[1])
+        loss.backward(retain_graph=True)
+        return loss * (1 + h.grad.norm())
+
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(HawqError, match="asks for gradients of what the network makes"):
+        measure(net, [(torch.randn(8, 4), torch.arange(8) % 3)], retains, progress=False)
+
+
+def test_a_teacher_that_gradients_pass_through_may_move_after_its_use():
+    def loss_fn(move: bool):
+        def loss(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            total = F.cross_entropy(m.net(b[0]), b[1]) + torch.tanh(m.old(m.net(b[0]))).square().mean()
+            if move:
+                with torch.no_grad():
+                    m.old.weight.mul_(0.5)
+                    m.old.bias.data.add_(1.0)
+            return total
+
+        return loss
+
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.net, net.old = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), nn.Linear(3, 3)
+    batch = torch.randn(8, 4), torch.arange(8) % 3
+    for estimator in ("ggn", "hutchinson"):
+        got, expected = (
+            measure(net, [batch], loss_fn(m), progress=False, estimator=estimator, max_probes=8) for m in (True, False)
+        )
+        assert [r.trace for r in got] == pytest.approx([r.trace for r in expected], rel=1e-4)
 
 
 def test_a_plain_loss_may_change_its_batch_and_a_teacher():

@@ -75,7 +75,7 @@ def test_arming_does_not_begin_averages_anew(tmp_path):
         return float((average.net[0].weight - m.net[0].weight).abs().max())
 
     gaps = []
-    for start in (1, 5):  # in the second no quantizer is armed
+    for start in (1, 5):  # in the second no quantizer is enabled
         torch.manual_seed(0)
         watch = Watch(apart)
         fitted = trainer(

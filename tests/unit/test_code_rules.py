@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hawq_lightning
+from hawq_lightning.export import EXPORTERS
+from hawq_lightning.layers import LAYER_KINDS
+from hawq_lightning.quantization import ActivationQuantizer, Quantizer, WeightQuantizer, quantizer_names
+from hawq_lightning.quantization.post_training import METHODS
+from hawq_lightning.selection import COSTS, SCORES, SELECTORS
+from hawq_lightning.sensitivity import ESTIMATORS
 
 PACKAGE = Path(hawq_lightning.__file__).parent
 MOST_PARAMETERS = 12
 MOST_ANY = 10  # times the word in a thousand lines
+# words that are also names of entries, but mean something else in these files
+OTHER_WORDS = {
+    "_block_order.py": {"omega"},  # an order, beside omega_ascending
+    "_candidates.py": {"auto"},  # of a setting: no code format
+    "_eigen.py": {"ggn"},  # one of two matrices, beside the Hessian
+}
+for _name in ("_recorder", "_card", "_checks", "_summary", "_sweep_page", "_text"):
+    OTHER_WORDS[f"{_name}.py"] = {"accuracy"}  # the metric, as metrics.json has it
 PHRASES = re.compile(r"\blikewise\b|^\s*\w+: (one|it|this|that|what it is)\.$", re.I | re.M)
 
 
@@ -56,3 +71,58 @@ def test_untyped_places_are_few():
 def test_docstrings_say_what_an_argument_is():
     empty = [f"{name}: {m[0].strip()}" for name, text in modules() for m in PHRASES.finditer(text)]
     assert not empty, "\n".join(empty)
+
+
+def compared_names(tree: ast.AST, names: set[str]) -> Iterator[ast.Compare | ast.match_case]:
+    """Comparisons with, and cases of, a literal that is one of ``names``; not whether a mapping has such a key."""
+
+    def literals(node: ast.expr) -> Iterable[object]:
+        parts = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+        return [part.value for part in parts if isinstance(part, ast.Constant)]
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            key = [] if isinstance(node.ops[0], ast.In | ast.NotIn) else [node.left]
+            if any(value in names for side in (*key, *node.comparators) for value in literals(side)):
+                yield node
+        elif isinstance(node, ast.match_case) and isinstance(node.pattern, ast.MatchValue):
+            yield from [node] if any(value in names for value in literals(node.pattern.value)) else []
+
+
+def test_nobody_asks_for_an_entry_of_a_registry_by_its_name():
+    registries = (LAYER_KINDS, ESTIMATORS, quantizer_names(), COSTS, SCORES, SELECTORS, EXPORTERS, METHODS)
+    names = {name for registry in registries for name in registry}
+    assert {"conv2d", "ggn", "lsq", "bops", "omega", "pareto", "onnx", "adaround"} <= names
+    found = [
+        f"{name}: {ast.unparse(node)[:80]}"
+        for name, text in modules()
+        for node in compared_names(ast.parse(text), names - OTHER_WORDS.get(name.split("/")[-1], set()))
+    ]
+    assert not found, "an entry says what it needs and offers, so that no caller compares names:\n" + "\n".join(found)
+
+
+def test_the_search_for_names_finds_them():
+    for text in (
+        'name == "onnx"',
+        'x if "pareto" != y else z',
+        'format in ("onnx", "program")',
+        "match f:\n case 'onnx': 1",
+    ):
+        assert list(compared_names(ast.parse(text), {"onnx", "pareto"})), text
+    assert not list(compared_names(ast.parse('{"onnx": 1}["onnx"]; f(name="onnx")'), {"onnx"}))
+
+
+def test_nobody_asks_for_a_quantizers_class_outside_of_its_own_file():
+    bases = {Quantizer, WeightQuantizer, ActivationQuantizer}
+    found = []
+    for name, text in modules():
+        module = "hawq_lightning." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+                for part in ast.walk(node.args[1]):
+                    asked = (
+                        getattr(importlib.import_module(module), part.id, None) if isinstance(part, ast.Name) else None
+                    )
+                    if isinstance(asked, type) and issubclass(asked, Quantizer) and asked not in bases:
+                        found += [f"{name}: {ast.unparse(node)}"] if asked.__module__ != module else []
+    assert not found, "\n".join(found)

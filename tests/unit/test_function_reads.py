@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import hawq_lightning as hl
 from hawq_lightning.quantization import fake_quant_disabled
+from hawq_lightning.sensitivity import top_eigenvalues
 
 READS = {
     "transposed": lambda x, w: F.linear(x, w.t()),
@@ -165,6 +166,8 @@ def test_a_quantized_network_is_refused_and_its_float_weights_are_measured():
     hl.quantize(net, plan)
     with pytest.raises(hl.HawqError, match="Layer '0' is quantized.*fake_quant_disabled"):
         hl.measure(net, [BATCH], cross_entropy, sites=table, progress=False)
+    with pytest.raises(hl.HawqError, match="Layer '0' is quantized"):
+        top_eigenvalues(net, [BATCH], cross_entropy, sites=table)
     with fake_quant_disabled(net):
         again = hl.measure(net, [BATCH], cross_entropy, sites=table, progress=False)
     assert [r.trace for r in again] == [r.trace for r in before]

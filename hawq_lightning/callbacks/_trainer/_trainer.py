@@ -72,7 +72,7 @@ def builds_later(pl_module: LightningModule) -> bool:
 
 
 def after_layers_exist(pl_module: LightningModule, prepare: Callable[[], object]) -> None:
-    """Call ``install`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
+    """Call ``prepare`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
     for name in ("setup", "configure_model"):
         if not is_overridden(name, pl_module) or name in pl_module.__dict__:
             continue

@@ -14,18 +14,31 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._types import Batch, LossFn
+from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
 from hawq_lightning.callbacks._trainer._made_later import made_later
+from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 
 
-class _LossCaptured(BaseException):
-    """Carries the loss out of a step that optimizes by hand."""
+class _Backward(TorchFunctionMode):
+    """What becomes of ``loss.backward()``: in this thread, and within one step alone.
 
-    def __init__(self, loss: torch.Tensor) -> None:
-        self.loss = loss
+    Args:
+        instead: takes the arguments of ``torch.Tensor.backward``.
+    """
+
+    def __init__(self, instead: Callable[..., None]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
+        run = self._instead if func is torch.Tensor.backward else func
+        return run(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -46,15 +59,15 @@ def loss_from_training_step(
     modes = [(m, m.training) for m in modules]
     snapshots = [(m, _snapshot(m)) for m in modules]
     muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
-    manual = loss_fn is None and not pl_module.automatic_optimization
-    tensor_backward = torch.Tensor.backward
     losses: list[torch.Tensor] = []
 
-    def by_hand(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def by_hand(
+        loss: torch.Tensor, gradient: torch.Tensor | None = None, retain_graph: bool | None = None, **how: Any
+    ) -> None:
         """The graph stays for the probes; where no graph is built there is nothing to do."""
-        losses.append(self)
-        if self.requires_grad:
-            torch.autograd.backward(self, *args, **{**kwargs, "retain_graph": True})
+        losses.append(loss)
+        if loss.requires_grad:
+            torch.autograd.backward(loss, gradient, retain_graph=True, **how)
 
     try:
         trainer.training = True
@@ -65,15 +78,9 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        if manual:
-            pl_module.__dict__["manual_backward"] = _capture
-            torch.Tensor.backward = lambda self, *a, **k: _capture(self)  # type: ignore[method-assign]
-        else:
-            torch.Tensor.backward = by_hand  # type: ignore[method-assign]
-        yield functools.partial(_loss, before, loss_fn, losses)
+        yield functools.partial(_loss, before, loss_fn, losses, by_hand)
     finally:
-        torch.Tensor.backward = tensor_backward  # type: ignore[method-assign]
-        for name in (*muted, "manual_backward"):
+        for name in muted:
             pl_module.__dict__.pop(name, None)
         for m, snapshot in snapshots:
             _put_back(m, snapshot)
@@ -84,14 +91,11 @@ def loss_from_training_step(
         trainer.state.stage = stage
 
 
-def _capture(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
-    raise _LossCaptured(loss)
-
-
 def _loss(
     before: Callable[[], None],
     loss_fn: LossFn | None,
     losses: list[torch.Tensor],
+    backward: Callable[..., None],
     module: LightningModule,
     batch: Batch,
 ) -> torch.Tensor:
@@ -99,7 +103,8 @@ def _loss(
     before()
     losses.clear()
     if loss_fn is not None:
-        loss: object = loss_fn(module, batch)
+        with _Backward(backward):
+            loss: object = loss_fn(module, batch)
         if not isinstance(loss, torch.Tensor):
             raise HawqError(f"loss_fn returned {type(loss).__name__}; it takes (module, batch) and returns the loss.")
         return loss
@@ -111,8 +116,9 @@ def _loss(
     manual = not module.automatic_optimization
     needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
     try:
-        out = step(*args)
-    except _LossCaptured as captured:
+        with manual_backward(module) if manual else _Backward(backward):
+            out = step(*args)
+    except LossCaptured as captured:
         return captured.loss
     except (AttributeError, MisconfigurationException) as error:
         if isinstance(error, AttributeError) and not made_later(error, module):

@@ -15,9 +15,8 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning.export._inventory import plain
-from hawq_lightning.layers import FakeQuantLayer, kinds
-from hawq_lightning.quantization import ActivationQuantizer, QuantizedLayer
+from hawq_lightning.layers import WeightReader, kinds
+from hawq_lightning.quantization import QuantizedWeight, quantizable_layers, quantized_layers
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ def compare(
             or onnxruntime cannot run the file.
     """
     whole = session(path)
-    inside, reads, stored = _with_codes(path) if codes else (None, {}, set())
-    layers = {plain(n): m for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)}
+    layers = quantized_layers(model)
+    inside, reads, stored = _with_codes(path, quantizable_layers(model)[0]) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
@@ -122,28 +121,27 @@ def compare(
             x = x.to(device)
             feed = _feed(whole, x)
             with _Seen(layers, alike) as seen:
-                wanted = _leaves(default_forward(model, x))
-            found = whole.run(None, feed)
-            if [w.shape for w in wanted] != [f.shape for f in found]:
+                expected = _leaves(default_forward(model, x))
+            actual = whole.run(None, feed)
+            if [e.shape for e in expected] != [a.shape for a in actual]:
                 raise HawqError(f"{path} is another network's file: its outputs have other shapes than the model's.")
-            for i, (w, f) in enumerate(zip(wanted, found)):
-                apart = np.abs(w - f)
+            for i, (e, a) in enumerate(zip(expected, actual)):
+                apart = np.abs(e - a)
                 most[i] = max(most[i], apart.max(initial=0.0))
                 total[i] += apart.sum(dtype=np.float64)
                 values[i] += apart.size
-            classes = len(wanted) == 1 and wanted[0].ndim == 2
-            different += _differences(wanted[0], found[0], count) if classes else []
+            classes = len(expected) == 1 and expected[0].ndim == 2
+            different += _differences(expected[0], actual[0], count) if classes else []
             if inside is not None:
-                for tensor, held in zip(reads, inside.run(list(reads), feed)):
+                for tensor, codes_of_file in zip(reads, inside.run(list(reads), feed)):
                     name, call = reads[tensor]
                     made = seen.codes[name]
-                    if call >= len(made) or made[call].shape != held.shape:
+                    if call >= len(made) or made[call].shape != codes_of_file.shape:
                         raise HawqError(
                             f"The model quantizes the input of {name!r} otherwise than {path} or not at all."
                         )
-                    expected = made[call]
-                    flipped[f"{name}.input"] += int((expected != held.astype(np.int32)).sum())
-                    counted[f"{name}.input"] += held.size
+                    flipped[f"{name}.input"] += int((made[call] != codes_of_file.astype(np.int32)).sum())
+                    counted[f"{name}.input"] += codes_of_file.size
             count += len(x)
             if images is not None and count >= images:
                 break
@@ -160,8 +158,8 @@ def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
     """Images under the name of a session's input."""
     takes = run.get_inputs()[0]
     if len(takes.shape) != x.ndim or any(isinstance(k, int) and k != n for k, n in zip(takes.shape, x.shape)):
-        wanted = ", ".join("N" if isinstance(k, str) else str(k) for k in takes.shape)
-        raise HawqError(f"The file takes images [{wanted}], not {list(x.shape)}.")
+        expected = ", ".join("N" if isinstance(k, str) else str(k) for k in takes.shape)
+        raise HawqError(f"The file takes images [{expected}], not {list(x.shape)}.")
     return {takes.name: x.cpu().numpy()}
 
 
@@ -185,8 +183,11 @@ def session(path: str | Path | bytes, threads: int | None = None, optimize: bool
         raise HawqError(f"onnxruntime {ort.__version__} cannot run {shown}: {str(error).splitlines()[0]}") from error
 
 
-def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
-    """A session that also returns activation codes; output -> (layer, which of its calls); names of stored weights."""
+def _with_codes(
+    path: str | Path, layers: Mapping[str, WeightReader]
+) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
+    """A session that also returns activation codes; output -> (layer, which of its calls); layers of stored weights."""
+    layer_of = {f"{x.prefix}{x.quantizer_attribute}.codes": name for name, x in layers.items()}
     onnx = require("onnx")
     proto = onnx.load(str(path))
     made = {out: node for node in proto.graph.node for out in node.output}
@@ -204,7 +205,7 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[
             grid = made.get(grid.input[0])
         if weight is None:
             continue
-        name = weight.input[0].removesuffix(".weight_quantizer.codes")
+        name = layer_of.get(weight.input[0], weight.input[0])
         call, calls[name] = calls[name], calls[name] + 1
         if grid is not None and grid.op_type == "DequantizeLinear":
             reads.setdefault(grid.input[0], (name, call))
@@ -217,14 +218,14 @@ def _with_codes(path: str | Path) -> tuple[Any, dict[str, tuple[str, int]], set[
 class _Seen:
     """Collects the activation codes of every call of every layer while the model runs."""
 
-    def __init__(self, layers: Mapping[str, QuantizedLayer], alike: Mapping[str, str]) -> None:
+    def __init__(self, layers: Mapping[str, QuantizedWeight], alike: Mapping[str, str]) -> None:
         self.layers, self.alike = layers, alike
         self.codes: dict[str, list[np.ndarray]] = defaultdict(list)
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Seen:
         for name, layer in self.layers.items():
-            if isinstance(layer.input_quantizer, ActivationQuantizer) and layer.input_quantizer.bits:
+            if layer.input_quantizer.bits:
                 self._handles.append(
                     layer.input_quantizer.register_forward_hook(self._hook(self.alike.get(name, name)))
                 )
@@ -242,7 +243,7 @@ class _Seen:
         return hook
 
 
-def _alike(layers: Mapping[str, QuantizedLayer], stored: set[str]) -> dict[str, str]:
+def _alike(layers: Mapping[str, QuantizedWeight], stored: set[str]) -> dict[str, str]:
     """Layer that the file does not name -> one with the same codes that it does: small equal tensors are held once."""
     merged = {n: x for n, x in layers.items() if x.weight_quantizer.bits and n not in stored}
     if not merged:
@@ -253,7 +254,7 @@ def _alike(layers: Mapping[str, QuantizedLayer], stored: set[str]) -> dict[str, 
     return {name: first.get(_codes_of(layer), name) for name, layer in merged.items()}
 
 
-def _codes_of(layer: QuantizedLayer) -> tuple[Any, ...]:
+def _codes_of(layer: QuantizedWeight) -> tuple[Any, ...]:
     codes = layer.weight_quantizer.codes(layer.weight).cpu().numpy()
     return codes.shape, codes.tobytes()
 
@@ -262,10 +263,10 @@ def _leaves(result: Any) -> list[np.ndarray]:
     return [t.detach().float().cpu().numpy() for t in torch.utils._pytree.tree_leaves(result)]
 
 
-def _differences(wanted: np.ndarray, found: np.ndarray, start: int) -> list[Disagreement]:
+def _differences(expected: np.ndarray, actual: np.ndarray, start: int) -> list[Disagreement]:
     out = []
-    for i in np.flatnonzero(wanted.argmax(1) != found.argmax(1)):
-        second, first = np.sort(wanted[i])[-2:]
-        moved = found[i].astype(np.float64) - wanted[i]
+    for i in np.flatnonzero(expected.argmax(1) != actual.argmax(1)):
+        second, first = np.sort(expected[i])[-2:]
+        moved = actual[i].astype(np.float64) - expected[i]
         out.append(Disagreement(start + int(i), float(first - second), float(moved.max() - moved.min())))
     return out

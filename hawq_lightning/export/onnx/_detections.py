@@ -46,16 +46,16 @@ def detections(
     levels = list(levels) or [len(scores)]
     if sum(levels) != len(scores):
         raise HawqError(f"The levels have {sum(levels):,} anchors, the scores {len(scores):,}.")
-    kept: list[tuple[torch.Tensor, ...]] = []
-    for found, corners in zip(scores.split(levels), boxes.split(levels)):
-        flat = found.flatten()
+    of_levels: list[tuple[torch.Tensor, ...]] = []
+    for level_scores, corners in zip(scores.split(levels), boxes.split(levels)):
+        flat = level_scores.flatten()
         above = torch.where(flat > least_score)[0]
         best, order = flat[above].topk(min(candidates, len(above)))
         anchor, label = above[order] // scores.shape[1], above[order] % scores.shape[1]
-        kept.append((corners[anchor], best, label))
-    corners, best, label = (torch.cat(parts) for parts in zip(*kept))
-    stay = batched_nms(corners, best, label, overlap)[:most]
-    return {"boxes": corners[stay], "scores": best[stay], "labels": label[stay]}
+        of_levels.append((corners[anchor], best, label))
+    corners, best, label = (torch.cat(parts) for parts in zip(*of_levels))
+    remaining = batched_nms(corners, best, label, overlap)[:most]
+    return {"boxes": corners[remaining], "scores": best[remaining], "labels": label[remaining]}
 
 
 class OnnxDetector(nn.Module):
@@ -84,24 +84,24 @@ class OnnxDetector(nn.Module):
         """
         net = self.detector
         scaled, _ = net.transform(list(images))
-        held: np.ndarray = scaled.tensors.cpu().numpy()
+        pixels: np.ndarray = scaled.tensors.cpu().numpy()
         takes = self._session.get_inputs()[0]
-        if tuple(takes.shape[1:]) != held.shape[1:]:
-            wanted, given = ("x".join(map(str, shape[-2:])) for shape in (takes.shape, held.shape))
-            raise HawqError(f"The file takes images of {wanted} pixels; after scaling these have {given}.")
-        scores, boxes = map(torch.from_numpy, self._session.run(None, {takes.name: held}))
+        if tuple(takes.shape[1:]) != pixels.shape[1:]:
+            expected, actual = ("x".join(map(str, shape[-2:])) for shape in (takes.shape, pixels.shape))
+            raise HawqError(f"The file takes images of {expected} pixels; after scaling these have {actual}.")
+        scores, boxes = map(torch.from_numpy, self._session.run(None, {takes.name: pixels}))
         levels = self._anchors(scaled.tensors)
-        found = []
+        detected = []
         for each, corners, (height, width) in zip(scores, boxes, scaled.image_sizes):
             inside = torch.stack([corners[:, 0::2].clamp(0, width), corners[:, 1::2].clamp(0, height)], -1).flatten(1)
-            found.append(
+            detected.append(
                 detections(
                     each, inside, levels, least_score=net.score_thresh, candidates=net.topk_candidates,
                     overlap=net.nms_thresh, most=net.detections_per_img,
                 )
             )  # fmt: skip
         in_pixels: list[dict[str, torch.Tensor]]
-        in_pixels = net.transform.postprocess(found, scaled.image_sizes, [tuple(i.shape[-2:]) for i in images])
+        in_pixels = net.transform.postprocess(detected, scaled.image_sizes, [tuple(i.shape[-2:]) for i in images])
         return in_pixels
 
     def _anchors(self, images: torch.Tensor) -> list[int]:

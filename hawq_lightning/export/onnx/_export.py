@@ -195,8 +195,8 @@ def _why(error: BaseException) -> str:
     while (deeper := causes[-1].__cause__) is not None:
         causes.append(deeper)
     text = "\n".join(str(e) for e in causes)
-    if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
-        return f"The operation {found[1]} cannot be exported to ONNX; replace it in the model's forward pass."
+    if operation := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
+        return f"The operation {operation[1]} cannot be exported to ONNX; replace it in the model's forward pass."
     return f"The model cannot be exported to ONNX: {first_line(causes[-1])}"
 
 

@@ -21,7 +21,7 @@ def pack_low_bit_weights(proto: Any) -> dict[str, str]:
     """Store every weight behind a DequantizeLinear in INT2, INT4, INT8 or INT16, in place.
 
     Two bits of a layer with a single channel become INT4: nothing stops onnxruntime 1.32 from making a QLinearConv of
-    it, for an Add of one zero is removed before (see :mod:`hawq_lightning.export.exact`), and that has no INT2.
+    it, for an Add of one zero is removed before (see ``split_bias``), and that has no INT2.
 
     Args:
         proto: an ONNX model of opset 21 or later.
@@ -30,7 +30,7 @@ def pack_low_bit_weights(proto: Any) -> dict[str, str]:
         initializer -> its type.
 
     Raises:
-        HawqError: a two-bit type is needed and the installed onnx has none.
+        HawqError: a two-bit type is needed and this version of onnx has none.
     """
     onnx = require("onnx")
     types = {}
@@ -110,11 +110,11 @@ def _add_half(proto: Any, codes: str) -> None:
 def replace_nodes(proto: Any, nodes: Sequence[Any], more: Sequence[Any]) -> None:
     """Put other nodes into a graph, add initializers and drop those that nothing reads any more."""
     onnx = require("onnx")
-    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    read = {name for node in kept for name in node.input}
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    read = {name for node in copies for name in node.input}
     stored = [onnx.TensorProto.FromString(t.SerializeToString()) for t in (*proto.graph.initializer, *more)]
     del proto.graph.node[:]
-    proto.graph.node.extend(kept)
+    proto.graph.node.extend(copies)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(t for t in stored if t.name in read)
 

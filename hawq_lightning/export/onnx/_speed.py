@@ -25,7 +25,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
-from hawq_lightning.layers import channel_axis, find_kind, kind_of
+from hawq_lightning.layers import as_reader, find_kind, kind_of
 
 _PROCESS = Path(__file__).with_name("_speed_process.py")
 _FIELDS = ("layer", "weight_bits", "activation_bits", "ms")
@@ -104,7 +104,7 @@ def layer_latencies(
     }
     shapes = _input_shapes(layers, model, inputs)
     reads = {name: s for s in plan.activations for name in s.layers}
-    known: dict[Any, float] = {}
+    measured: dict[Any, float] = {}
     rows: list[dict[str, Any]] = []
     for site in plan.weights:
         widths = sorted({site.bits, *weight_bits, *(o.bits for o in site.options)})
@@ -118,9 +118,9 @@ def layer_latencies(
                     layer = layers[name]
                     attributes = tuple(kind_of(layer).onnx_attributes(layer).items())
                     key = (kind_of(layer).onnx_op, attributes, tuple(site.shape), shapes[name], bits, grid)
-                    if key not in known:
-                        known[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
-                    rows.append(dict(zip(_FIELDS, (name, bits, grid, round(known[key], 6)))))
+                    if key not in measured:
+                        measured[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
+                    rows.append(dict(zip(_FIELDS, (name, bits, grid, round(measured[key], 6)))))
     return rows
 
 
@@ -137,12 +137,12 @@ def _input_shapes(
     layers: Mapping[str, nn.Module], model: nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Shape of one image's input of every layer, its first call's."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes_read: dict[str, tuple[int, ...]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = kind_of(module).input(args, kwargs)
-            found.setdefault(name, tuple(x.shape[1:]) if x.ndim > 1 else tuple(x.shape))
+            shapes_read.setdefault(name, tuple(x.shape[1:]) if x.ndim > 1 else tuple(x.shape))
 
         return record
 
@@ -155,7 +155,7 @@ def _input_shapes(
         model.train(mode)
         for handle in handles:
             handle.remove()
-    return found
+    return shapes_read
 
 
 def _milliseconds(
@@ -168,7 +168,7 @@ def _milliseconds(
     half = 1 << (bits - 1)
     codes = np.asarray(rng.integers(-half, half, shape), np.int8) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1
     kind = kind_of(layer)
-    axis, size = channel_axis(layer), kind.onnx_input_shape(reads)
+    axis, size = as_reader(layer).channel_axis, kind.onnx_input_shape(reads)
     byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
     values = [
         arrays.from_array(np.asarray(codes, np.int8), "codes"),

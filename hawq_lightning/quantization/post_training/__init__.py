@@ -1,7 +1,7 @@
 """Quantization without training: better rounding and corrected statistics from a few hundred images, no labels."""
 
 from hawq_lightning.quantization.post_training._adaround import adaround
-from hawq_lightning.quantization.post_training._apply import METHODS, check_methods, post_training
+from hawq_lightning.quantization.post_training._apply import METHODS, Method, check_methods, post_training
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference
@@ -11,6 +11,7 @@ from hawq_lightning.quantization.post_training._second_moments import Moments
 __all__ = [
     "METHODS",
     "FloatReference",
+    "Method",
     "Moments",
     "adaround",
     "bias_correction",

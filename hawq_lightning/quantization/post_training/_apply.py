@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,10 +15,31 @@ from hawq_lightning.quantization.post_training._batchnorm import reestimate_batc
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward
 
-METHODS: dict[str, Callable[..., JsonObject]] = {
-    "adaround": adaround,
-    "bias_correction": bias_correction,
-    "batchnorm": reestimate_batchnorm,
+
+@dataclass(frozen=True)
+class Method:
+    """A post-training method.
+
+    Attributes:
+        run: ``run(model, batches, *, forward, reference, progress) -> report``, layer -> what became of it.
+        summary: the report of one layer or more in a few words.
+    """
+
+    run: Callable[..., JsonObject]
+    summary: Callable[[JsonObject], str]
+
+
+def _rounding(layers: JsonObject) -> str:
+    moved, after, before = (_mean(v[k] for v in layers.values()) for k in ("moved", "after", "before"))
+    return f"{moved:.1%} of the codes moved, mean output error {before:.3g} -> {after:.3g}"
+
+
+METHODS = {
+    "adaround": Method(adaround, _rounding),
+    "bias_correction": Method(
+        bias_correction, lambda layers: f"means shifted by {_mean(layers.values()):.3g} standard deviations"
+    ),
+    "batchnorm": Method(reestimate_batchnorm, lambda layers: f"standard deviations times {_mean(layers.values()):.3g}"),
 }
 DEFAULT = ("adaround", "bias_correction")
 
@@ -70,10 +92,15 @@ def post_training(
     reports: dict[str, JsonObject] = {}
 
     def run(name: str) -> None:
-        reports[name] = METHODS[name](model, calibration, forward=forward, reference=reference, progress=progress)
+        reports[name] = METHODS[name].run(model, calibration, forward=forward, reference=reference, progress=progress)
 
-    for name in names:
-        if methods is True and name == "bias_correction" and not reports["adaround"]:
-            run("batchnorm")
+    for i, name in enumerate(names):
         run(name)
+        if methods is True and i == 0 and not reports[name]:  # no layer's rounding could be learned
+            run("batchnorm")
     return reports
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -67,7 +67,7 @@ KEPT = {
 }
 
 
-def armed(seed: int = 0, signs: bool = True) -> tuple[nn.Module, torch.Tensor, object]:
+def enabled(seed: int = 0, signs: bool = True) -> tuple[nn.Module, torch.Tensor, object]:
     torch.manual_seed(seed)
     net = Norms()
     for module in net.modules():
@@ -88,7 +88,7 @@ def armed(seed: int = 0, signs: bool = True) -> tuple[nn.Module, torch.Tensor, o
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_folds_and_what_stays(seed):
-    net, x, plan = armed(seed)
+    net, x, plan = enabled(seed)
     folding = deploy(net, plan, x).folding
     assert dict(folding.folded) == FOLDED
     assert set(folding.kept) == set(KEPT)
@@ -98,7 +98,7 @@ def test_what_folds_and_what_stays(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_codes_stay_and_zero_and_negative_gammas_are_exact(seed):
-    net, x, plan = armed(seed)
+    net, x, plan = enabled(seed)
     before = copy.deepcopy(net.state_dict())
     folded, unfolded = deploy(net, plan, x), deploy(net, plan, x, fold=False)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "the trained model was touched"
@@ -128,7 +128,7 @@ def test_codes_stay_and_zero_and_negative_gammas_are_exact(seed):
 
 def test_folding_changes_nothing_but_rounding():
     """With activations float no code can flip, so folded and unfolded outputs differ by float rounding only."""
-    net, x, plan = armed(3)
+    net, x, plan = enabled(3)
     for module in net.modules():
         if hasattr(module, "input_quantizer"):
             module.input_quantizer.disable()
@@ -141,7 +141,7 @@ def test_folding_changes_nothing_but_rounding():
 
 
 def test_unfolded_is_the_trained_model_bit_for_bit_also_with_plain_torch_operators():
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     with torch.no_grad():
         deployed = deploy(net, plan, x, fold=False).model
         assert torch.equal(deployed(x), net(x))
@@ -149,7 +149,7 @@ def test_unfolded_is_the_trained_model_bit_for_bit_also_with_plain_torch_operato
 
 
 def test_float_layers_fold_into_their_weights():
-    net, x, _ = armed(2)
+    net, x, _ = enabled(2)
     for module in net.modules():
         if hasattr(module, "weight_quantizer"):
             module.weight_quantizer.disable()
@@ -193,7 +193,7 @@ def test_layers_sharing_a_weight_fold_into_scales_of_their_own():
 
 
 def test_a_plan_of_the_wrapper_fits_what_it_wraps(tmp_path):
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     save_packed(net, plan, tmp_path / "m.safetensors")
     task = nn.ModuleDict({"net": Norms()}).eval()
     load_packed(tmp_path / "m.safetensors", task)
@@ -211,7 +211,7 @@ def test_models_that_cannot_be_deployed():
     x = torch.randn(4, 3, 7, 7)
     with pytest.raises(HawqError, match="float; call quantize"):
         deploy(Norms(), None, x)
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     with pytest.raises(HawqError, match="does not run on the example input"):
         deploy(net, plan, torch.randn(2, 5, 7, 7))
     with pytest.raises(HawqError, match="must be a tensor"):

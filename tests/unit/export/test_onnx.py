@@ -29,7 +29,7 @@ from hawq_lightning.export import compare, network_of, to_onnx, to_program
 from hawq_lightning.export.onnx import float_onnx, session
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import Problem
-from tests.unit.export.test_folding import armed
+from tests.unit.export.test_folding import enabled
 from tests.unit.export.test_packed import enable, random_plan
 
 onnx = pytest.importorskip("onnx")
@@ -165,7 +165,7 @@ def test_weights_alone_are_compared_too(tmp_path):
 def exported(tmp_path_factory):
     """A network of all kinds of layers and norms with its input, plan, what was exported, and its file."""
     path = tmp_path_factory.mktemp("exported") / "a.onnx"
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     return net, x, plan, to_onnx(net, plan, x, path), path
 
 
@@ -250,7 +250,7 @@ def test_the_same_model_gives_the_same_file(exported, tmp_path):
 
 
 def test_program_runs_in_a_process_without_this_package(tmp_path):
-    net, x, plan = armed(1)
+    net, x, plan = enabled(1)
     to_program(net, plan, x, tmp_path / "a.pt2", fold=False)
     with torch.no_grad():
         torch.save((x, net(x)), tmp_path / "io.pt")
@@ -296,7 +296,7 @@ def test_what_onnx_cannot_express_is_one_sentence(tmp_path, kind, words):
 
 
 def test_errors_leave_nothing_behind(tmp_path):
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     (tmp_path / "file").write_text("x")
     with pytest.raises(HawqError, match="Cannot write"):
         to_onnx(net, plan, x, tmp_path / "file" / "a.onnx")
@@ -341,7 +341,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, missing):
-    net, x, plan = armed(0)
+    net, x, plan = enabled(0)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(HawqError, match=r"hawq-lightning\[export\]"):
         to_onnx(net, plan, x, tmp_path / "a.onnx")

@@ -108,11 +108,11 @@ def test_size_is_predicted_for_every_plan(tmp_path: Path) -> None:
     sizes = set()
     for seed in range(25):
         plan = random_plan(table, seed)
-        armed = enable(copy.deepcopy(net), plan)
+        enabled = enable(copy.deepcopy(net), plan)
         path = tmp_path / f"{seed}.safetensors"
-        size = save_packed(armed, plan, path)
+        size = save_packed(enabled, plan, path)
         assert size == os.stat(path).st_size == predicted(net, table, plan)
-        assert packed_overhead(armed, plan.sites) == overhead  # twins or float: the same
+        assert packed_overhead(enabled, plan.sites) == overhead  # twins or float: the same
         sizes.add(size)
     assert len(sizes) > 10
 

@@ -16,7 +16,7 @@ from hawq_lightning.quantization.methods import ActivationLQ
 from tests.internals import internal
 
 
-def armed(bits: int, scale: float = 0.5, zero: int = 0) -> ActivationLQ:
+def enabled(bits: int, scale: float = 0.5, zero: int = 0) -> ActivationLQ:
     q = ActivationLQ().eval()
     q.enable(bits, scale, zero)
     return q
@@ -37,7 +37,7 @@ def net_and_plan(bits: int, seed: int = 0) -> tuple[nn.Sequential, Plan, torch.T
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels_are_sums_of_the_basis_and_the_nearest_is_taken(bits):
     torch.manual_seed(bits)
-    q, x = armed(bits), torch.randn(1000).abs() * 2
+    q, x = enabled(bits), torch.randn(1000).abs() * 2
     even = fake_quantize_tensor(x, torch.tensor(0.5), torch.tensor(0.0), 2**bits - 1)
     assert torch.allclose(q(x), even, atol=1e-6)  # it starts from even steps
     assert q.learned == (bits <= 4)
@@ -57,7 +57,7 @@ def test_levels_are_sums_of_the_basis_and_the_nearest_is_taken(bits):
 
 
 def test_gradients_pass_between_the_lowest_and_the_highest_level():
-    q = armed(2, 1.0)
+    q = enabled(2, 1.0)
     q.enable_basis(torch.tensor([1.0, 1.5]))  # levels 0, 1, 1.5, 2.5
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([-0.4, 0.3, 1.3, 2.4, 2.6, 9.0], dtype=dtype, requires_grad=True)
@@ -70,7 +70,7 @@ def test_gradients_pass_between_the_lowest_and_the_highest_level():
 def test_the_basis_follows_the_batches_of_training_by_a_moving_average():
     # codes 0, 1, 2, 3 by even steps; least squares: v0 = 1.2, v1 = 2.0 fit 1.2, 2.0 and 3.2 exactly
     x = torch.tensor([0.0, 1.2, 2.0, 3.2])
-    q = armed(2, 1.0).train()
+    q = enabled(2, 1.0).train()
     q(x)
     assert q.basis.tolist() == pytest.approx([1 + 0.1 * 0.2, 2, 0, 0])
     for _ in range(100):
@@ -100,7 +100,7 @@ def test_a_learned_basis_beats_even_steps_on_what_a_relu_gives():
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 3e38, float("inf"), float("nan"), -3e38])
 def test_no_basis_becomes_anything_but_finite(value):
-    q = armed(3).train()
+    q = enabled(3).train()
     for x in (torch.full((64,), value), torch.full((1,), value), torch.empty(0), torch.tensor([0.0, value, 1.0])):
         y = q(x.requires_grad_())
         y.sum().backward()
@@ -160,7 +160,7 @@ def test_states_come_back_and_layers_of_one_tensor_share_a_basis():
     old = {k: v for k, v in state.items() if not k.endswith("input_quantizer.basis")}
     fresh.load_state_dict(old)  # of a version with even steps
     assert not any(m.input_quantizer.learned for m in quantized_layers(fresh).values())
-    leader, other = armed(3).train(), armed(3).train()
+    leader, other = enabled(3).train(), enabled(3).train()
     other.tie_to(leader)
     leader(torch.rand(100)), other(torch.rand(100))
     other.refresh()

@@ -27,7 +27,7 @@ from tests.cases import ConvNet, Sequence1d, Volume, batch_for
 KINDS = [(1, "midrise"), *((b, k) for b in range(2, 9) for k in ("affine", "midrise"))]
 
 
-def armed(weight, bits, code, axis=0):
+def enabled(weight, bits, code, axis=0):
     q = WeightQuantizer(weight.shape[axis], axis)
     step, error = weight_step(weight, bits, code, axis)
     q.enable(bits, step, -0.5 if code == "midrise" else 0.0)
@@ -38,7 +38,7 @@ def armed(weight, bits, code, axis=0):
 def test_levels_codes_and_error(bits, code):
     torch.manual_seed(0)
     w = torch.randn(5, 4000)
-    q, error = armed(w, bits, code)
+    q, error = enabled(w, bits, code)
     out, codes = q(w), q.codes(w)
     assert q.code == code
     assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
@@ -55,7 +55,7 @@ def test_levels_codes_and_error(bits, code):
 def test_steps_are_near_the_best_of_a_fine_search(bits, code):
     torch.manual_seed(1)
     w = torch.randn(1, 3000)
-    _, error = armed(w, bits, code)
+    _, error = enabled(w, bits, code)
     zero, half = (-0.5 if code == "midrise" else 0.0), 2 ** (bits - 1)
 
     def at(step):
@@ -68,7 +68,7 @@ def test_steps_are_near_the_best_of_a_fine_search(bits, code):
 
 def test_one_bit_is_sign_times_mean_magnitude():
     w = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
-    q, error = armed(w, 1, "midrise")
+    q, error = enabled(w, 1, "midrise")
     assert torch.allclose(q(w), 2.5 * w.sign())
     assert error == pytest.approx(5.0, rel=1e-5)
 
@@ -78,7 +78,7 @@ def test_known_distortion_of_gaussian_weights():
     w = torch.randn(1, 400_000)
     # Max (1960): uniform quantizers of a unit Gaussian with 2, 4, 8, 16 levels
     for bits, distortion in ((1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)):
-        _, error = armed(w, bits, "midrise")
+        _, error = enabled(w, bits, "midrise")
         assert error / 400_000 == pytest.approx(distortion, rel=0.02)
 
 
@@ -100,7 +100,7 @@ def test_known_distortion_of_gaussian_weights():
 def test_odd_tensors_give_no_nan(bits, code, w):
     if bits == 1 and code == "affine":
         pytest.skip("one bit is always midrise")
-    q, error = armed(w, bits, code)
+    q, error = enabled(w, bits, code)
     out = q(w)
     assert torch.isfinite(out).all() and error == error
     assert (out - w).abs().max() <= w.abs().max().clamp_min(1e-29)

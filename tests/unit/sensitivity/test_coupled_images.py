@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import measure
+from hawq_lightning import HawqError, measure
 
 N = 6
 
@@ -106,3 +106,30 @@ def test_images_that_nothing_couples_stay_rows():
         model, b = net(), batch(n)
         measured = measure(model, [b], lambda m, b: F.cross_entropy(m(b[0]), b[1]), rtol=1.0, progress=False)
         assert set(measured.row_unit.values()) == {"image"}
+
+
+def coupled_where_marked(model, b):
+    o = model(b[0])
+    pair = (o[2] * o[3]).sum() if b[0][0, 0] > 50 else 0.0
+    return F.cross_entropy(o, b[1]) + pair
+
+
+@pytest.mark.parametrize(("count", "marked"), [(2, 1), (5, 3), (9, 4), (20, 19)])
+def test_a_coupling_that_comes_in_a_later_batch_is_seen(count, marked):
+    model, batches = net(), [batch() for _ in range(count)]
+    batches[marked][0][0, 0] = 60.0
+    measured = measure(model, batches, coupled_where_marked, estimator="exact", progress=False)
+    assert set(measured.row_unit.values()) == {"batch"}
+    plain = dense(model, batches[0], coupled_where_marked)
+    right = (plain * (count - 1) + dense(model, batches[marked], coupled_where_marked)) / count
+    assert measured["0.weight"].trace == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "ggn"])
+def test_a_single_coupled_batch_among_many_is_refused_where_it_was_not_looked_at(estimator):
+    model, batches = net(), [batch() for _ in range(30)]
+    batches[15][0][0, 0] = 60.0
+    with pytest.raises(HawqError, match="couples the images of batch 15"):
+        measure(model, batches, coupled_where_marked, estimator=estimator, rtol=1.0, progress=False)
+    again = measure(model, [batches[15], *batches], coupled_where_marked, estimator=estimator, rtol=1.0, progress=False)
+    assert set(again.row_unit.values()) == {"batch"}
