@@ -12,6 +12,7 @@ from torch import nn
 from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
+    fake_quant_class,
     input_quantizer_attribute,
     kind_of,
     must_be_called,
@@ -89,7 +90,7 @@ def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = 
             return layer
         to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
-    layer.__class__ = kind_of(layer).fake_quant_type
+    layer.__class__ = fake_quant_class(type(layer), kind_of(layer).fake_quant_type)
     assert isinstance(layer, FakeQuantLayer)
     layer.register_forward_pre_hook(must_be_called)
     _put_quantizers(layer, spec)
