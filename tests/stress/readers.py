@@ -168,7 +168,7 @@ class _Partial(Reader):
 
     def measure(self, path: Path, loss) -> Sensitivity:
         config = MeasureConfig(estimator="hutchinson", images=8, rtol=0.5, max_probes=6)
-        return measure(self.net, self.batches, loss, config=config, resume=path)
+        return measure(self.net, self.batches, loss, config=config, resume=path, progress=False)
 
     def begin(self, path: Path) -> None:
         """Leave the file of a measurement that was cut short."""
