@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._io import json_text, read_json, without_infinity, write_text
+from hawq_lightning._fields import CHECKSUM, check_names, sealed, sequence, shown, table, text, was_changed, whole
+from hawq_lightning._io import PLAN_JSON, json_text, read_json, without_infinity, write_text
 from hawq_lightning._plan_site import Candidate, read_candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import JsonObject, Options
@@ -115,31 +117,59 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise HawqError(f'These are no candidates: expected a JSON object with "format": "{FORMAT}".')
-        if data.get("version") != VERSION:
-            raise HawqError(f"Candidates of version {data.get('version')!r} are unknown here; this reads {VERSION}.")
-        try:
-            sites = data["sites"]
-            return cls(
-                {n: tuple(read_candidate(n, s["kind"], c) for c in s["candidates"]) for n, s in sites.items()},
-                {n: int(s["numel"]) for n, s in sites.items()},
-                {n: str(s["kind"]) for n, s in sites.items()},
-                str(data["quantizer"]),
-                dict(data["quantizer_options"]),
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            raise HawqError(
+                f"Candidates of version {shown(data.get('version'))} are unknown here; this reads {VERSION}."
             )
-        except HawqError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise HawqError(f"The candidates are damaged: {type(error).__name__}: {error}.") from error
+        try:
+            check_names(
+                data, "it", ("format", "version", "quantizer", "quantizer_options", "sites"), (CHECKSUM,)
+            )  # fmt: skip
+            sites = {name: _read_site(name, raw) for name, raw in table(data["sites"], "sites").items()}
+            return cls(
+                {name: site[2] for name, site in sites.items()},
+                {name: site[1] for name, site in sites.items()},
+                {name: site[0] for name, site in sites.items()},
+                text(data["quantizer"], "quantizer"),
+                table(data["quantizer_options"], "quantizer_options"),
+            )
+        except HawqError as error:
+            raise HawqError(f"The candidates are damaged: {str(error).rstrip('.')}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, atomically."""
-        write_text(path, json_text(self.to_dict(), indent=1))
+        """Write JSON, atomically, with a checksum of what it says."""
+        write_text(path, json_text(sealed(self.to_dict()), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Candidates:
-        """Read JSON written by :meth:`save`.
+        """Read JSON written by :meth:`save`, or by hand; warns of a file that was changed since it was written.
 
         Raises:
-            HawqError: no such file, no JSON, or no candidates.
+            HawqError: no such file, no JSON, or no candidates; the message names file and field.
         """
-        return cls.from_dict(read_json(path, "candidates"))
+        data = read_json(path, "candidates", PLAN_JSON)
+        try:
+            read = cls.from_dict(data)
+        except HawqError as error:
+            raise HawqError(f"{path}: {error}") from error
+        if was_changed(data):
+            warnings.warn(
+                f"The candidates at {path} were changed after they were written; they are taken as they now stand "
+                "(delete the line 'sha256' to say that this is meant).",
+                stacklevel=2,
+            )
+        return read
+
+
+def _read_site(name: str, raw: object) -> tuple[str, int, tuple[Candidate, ...]]:
+    """Kind, elements and candidates of a site."""
+    data = table(raw, f"site {shown(name)}")
+    check_names(data, f"site {shown(name)}", ("kind", "numel", "candidates"))
+    kind, numel = text(data["kind"], f"kind of {shown(name)}"), whole(data["numel"], f"numel of {shown(name)}", 0)
+    listed = [read_candidate(name, kind, c) for c in sequence(data["candidates"], f"candidates of {shown(name)}")]
+    if not listed:
+        raise HawqError(f"site {shown(name)} has no candidates")
+    widths = [c.bits for c in listed]
+    if widths != sorted(widths):
+        raise HawqError(f"bits of {shown(name)} are {shown(widths)}; they must ascend")
+    return kind, numel, tuple(listed)

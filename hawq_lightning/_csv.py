@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 
-_FORMULA = ("=", "+", "-", "@")
+# what spreadsheets skip first, and the signs; the wide ones begin a formula where East Asian text is typed
+_FORMULA = re.compile(r"['\s\ufeff\x00]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 
 
 def csv_text(columns: Iterable[object], rows: Iterable[Iterable[object]], lineterminator: str = "\n") -> str:
     """A table as CSV; cells that would be formulas get an apostrophe in front."""
+    return "".join(_line(row) + lineterminator for row in (columns, *rows))
+
+
+def _line(row: Iterable[object]) -> str:
+    # cells with a lone carriage return are put in quotes only where it is part of the line's end
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator=lineterminator)
-    writer.writerow([_harmless(cell) for cell in columns])
-    writer.writerows([_harmless(cell) for cell in row] for row in rows)
-    return buffer.getvalue()
+    csv.writer(buffer, lineterminator="\r\n").writerow([_harmless(cell) for cell in row])
+    return buffer.getvalue()[:-2]
 
 
 def cell_text(cell: str) -> str:
@@ -35,4 +40,4 @@ def _harmless(cell: object) -> object:
 
 def _is_formula(cell: str) -> bool:
     # with apostrophes of its own in front as well, so that reading gives back exactly what was written
-    return cell.lstrip("' \t\r\n").startswith(_FORMULA)
+    return _FORMULA.match(cell) is not None

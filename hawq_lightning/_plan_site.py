@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._fields import check_names, number, shown, table, text, whole
 from hawq_lightning._io import with_infinity
 from hawq_lightning._types import JsonObject
 
@@ -114,13 +114,16 @@ def read_site(data: JsonObject) -> PlanSite:
     data["layers"] = tuple(str(x) for x in data.get("layers", ()))
     data["shape"] = tuple(_whole(x, f"shape of {name!r}") for x in data.get("shape", ()))
     data["numel"] = _whole(data.get("numel"), f"numel of {name!r}")
-    data["options"] = tuple(read_candidate(name, str(data.get("kind")), o) for o in data.get("options", ()))
+    try:
+        data["options"] = tuple(read_candidate(name, str(data.get("kind")), o) for o in data.get("options", ()))
+    except HawqError as error:
+        raise HawqError(f"The plan is damaged: {str(error).rstrip('.')}.") from error
     site = PlanSite(**with_infinity(data, _NUMBERS))
     check_choice(name, site.kind, site.bits, site.code)
-    for number in _NUMBERS:
-        value = getattr(site, number)
+    for key in _NUMBERS:
+        value = getattr(site, key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value)):
-            raise HawqError(f"Site {name!r} of the plan: {number} is {value!r}, not a number.")
+            raise HawqError(f"Site {name!r} of the plan: {key} is {value!r}, not a number.")
     if site.scale is not None and not (0 < site.scale < math.inf):
         raise HawqError(f"Site {name!r} of the plan: scale must be positive and finite, not {site.scale!r}.")
     for zero in (site.zero_point, *(o.zero_point for o in site.options)):
@@ -129,21 +132,39 @@ def read_site(data: JsonObject) -> PlanSite:
     return site
 
 
-def read_candidate(name: str, kind: str, data: Mapping[str, object]) -> Candidate:
-    """A candidate from JSON.
+def read_candidate(name: str, kind: str, raw: object) -> Candidate:
+    """A candidate from JSON; every field is checked.
 
     Args:
         name: of its site, for messages.
         kind: ``weight`` or ``activation``.
-        data: the fields.
+        raw: the fields.
 
     Raises:
-        HawqError: bits or a code format that do not exist for such a site.
-        TypeError: unknown or missing fields.
+        HawqError: bits or a code format that do not exist for such a site, an unknown or missing field, or a number
+            that cannot be; the message names it.
     """
-    candidate = Candidate(**with_infinity(data, _NUMBERS))
-    check_choice(name, kind, candidate.bits, candidate.code)
-    return candidate
+    what = f"a candidate of {shown(name)}"
+    data: JsonObject = with_infinity(table(raw, what), _NUMBERS)
+    check_names(data, what, ("bits", "code", "omega", "perturbation"), ("scale", "zero_point"))
+    code = text(data["code"], f"code of {what}")
+    check_choice(name, kind, data["bits"], code)
+    scale, zero = data.get("scale"), data.get("zero_point")
+    if scale is not None and number(scale, f"scale of {what}", low=0.0) == 0.0:
+        raise HawqError(f"scale of {what} is 0; it must be positive")
+    return Candidate(
+        data["bits"],
+        code,
+        _real(data["omega"], f"omega of {what}"),
+        _real(data["perturbation"], f"perturbation of {what}", low=0.0),
+        None if scale is None else float(scale),
+        None if zero is None else whole(zero, f"zero_point of {what}", 0, 255),
+    )
+
+
+def _real(value: object, what: str, low: float = -math.inf) -> float:
+    """A number that is finite, or infinite where a float overflowed."""
+    return math.inf if value == math.inf else number(value, what, low)
 
 
 def _whole(value: object, what: str) -> int:
@@ -165,10 +186,10 @@ def check_choice(name: str, kind: str, bits: object, code: str) -> None:
         raise HawqError(f"Site {name!r}: kind is {kind!r}; use 'weight' or 'activation'.")
     allowed = WEIGHT_BITS if kind == "weight" else ACTIVATION_BITS
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
-        number = bits if isinstance(bits, (int, float)) and not isinstance(bits, bool) else allowed[-1]
-        close = min(allowed, key=lambda b: abs(b - number))
+        near_to = bits if isinstance(bits, (int, float)) and not isinstance(bits, bool) else allowed[-1]
+        close = min(allowed, key=lambda b: abs(b - near_to))
         raise HawqError(
-            f"Site {name!r}: {bits!r} bits is out of range for {kind}s "
+            f"Site {name!r}: {shown(bits)} bits is out of range for {kind}s "
             f"({allowed[0]} to {allowed[-1]}); the nearest is {close}."
         )
     if code not in CODE_FORMATS:

@@ -21,6 +21,7 @@ from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._function_reads import FunctionReads
+from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._product_counter import ProductCounter
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
@@ -70,10 +71,15 @@ def quantizable_layers(
     layers: dict[str, WeightReader] = {}
     floats: list[FloatPart] = []
     candidates: dict[str, WeightReader] = {}
+    held: set[nn.Module] = set()  # that are not called: a layer that holds them reads their weights
     for name, module in _named_modules(model):
+        if module in held:
+            continue
         parameters = [p for n, p in module.named_parameters(recurse=False)]
         if find_kind(module) is not None:
-            candidates |= readers_of(name, module)
+            readers = readers_of(name, module)
+            candidates |= readers
+            held |= {reader.holder[0] for reader in readers.values()} - {module}
         elif parameters and not name.endswith("_quantizer"):
             size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
             floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
@@ -117,26 +123,35 @@ def find_sites(
     without_gradients: list[_Read] = []  # where the model itself switched gradients off
     macs: dict[str, int] = {}
 
-    def record_calls_of(name: str, reader: WeightReader) -> RemovableHandle:
+    given: dict[str, torch.Tensor] = {}  # what a layer was called with, which it may lay out anew for its product
+
+    def record_calls_of(name: str, reader: WeightReader) -> list[RemovableHandle]:
+        def read(x: torch.Tensor) -> torch.Tensor:
+            given[name] = x
+            return x
+
         def record(x: torch.Tensor, output: torch.Tensor) -> None:
             macs[name] = macs.get(name, 0) + reader.macs(x, output)
+            x = given.pop(name, x)
             depths.passed(name, x, output)
             if name in layers:
                 # the tensor is kept, so that its id stays its own; an in-place change makes it another one
                 reads = calls if torch.is_grad_enabled() else without_gradients
                 reads.append((name, x, (id(x), version_of(x))))
 
-        return reader.on_call(record)
+        return [reader.on_read(read), reader.on_call(record)]
 
     every_layer = quantizable_layers(model)[0]
-    handles = [record_calls_of(n, reader) for n, reader in every_layer.items()]
+    handles = [handle for n, reader in every_layer.items() for handle in record_calls_of(n, reader)]
     functions = FunctionReads(model, every_layer)
     counter, depths = ProductCounter(), LayerDepths()
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:
             p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
-        with torch.enable_grad(), counter, depths, reentrant_checkpoints_replaced(), functions:
+        with (
+            torch.enable_grad(), counter, depths, reentrant_checkpoints_replaced(), fused_transformers_off(), functions,
+        ):  # fmt: skip
             modules = {n: reader.module for n, reader in layers.items()}
             norms = norms_behind(model, dict(_named_modules(model)), modules, run)
     finally:

@@ -228,6 +228,10 @@ class ApplyPlan(Callback):
         """See :meth:`on_train_start`."""
         self._resumed.epoch_starts()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :meth:`on_train_start`: an epoch may have been resumed behind its last batch."""
+        self._resumed.epoch_ends()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the parent process, where there is one; by now averaged weights are in place."""
         if self._plan is not None and has_parent(trainer) and trainer.is_global_zero:

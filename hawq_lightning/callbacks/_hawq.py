@@ -20,7 +20,7 @@ from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
 from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._results import HasResults
-from hawq_lightning.quantization import enabled_bits
+from hawq_lightning.quantization import check_plan, enabled_bits
 from hawq_lightning.sensitivity import Sensitivity
 
 
@@ -112,7 +112,14 @@ class HAWQ(HasResults, ApplyPlan):
             self.quantize(trainer, pl_module)
         elif epochs is not None and 0 < epochs <= start:
             raise HawqError(f"start_epoch={start} leaves none of the {epochs} epochs for fine-tuning.")
-        elif self.given_plan is None and trainer.global_step == 0:
+        elif trainer.global_step == 0:
+            self.check_early(trainer, pl_module)
+
+    def check_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse before a training what can be told without one: a plan or traces of another model, an unmet budget."""
+        if self.given_plan is not None:
+            check_plan(pl_module, self.given_plan)
+        else:
             self.measure_callback.check_feasible_early(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

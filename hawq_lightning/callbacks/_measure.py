@@ -18,6 +18,7 @@ from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.callbacks._announce import announce
+from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._results import HasResults, Results, there
 from hawq_lightning.callbacks._shared import shared_traces
@@ -92,6 +93,7 @@ class MeasureTraces(HasResults, Callback):
         self.dirpath, self.progress = dirpath, progress
         self.results = Results()
         self.eigenvalues: dict[str, float] = {}
+        self._types_checked = False
         self._plan: Plan | None = None
 
     @property
@@ -123,7 +125,7 @@ class MeasureTraces(HasResults, Callback):
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
 
     def check_feasible_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before a training what can be told without one: no sites, a budget or bits that no plan meets."""
+        """Refuse before a training what can be told without one: no sites, unmet budget or bits, traces of others."""
         if is_sharded(trainer):
             return
 
@@ -133,7 +135,10 @@ class MeasureTraces(HasResults, Callback):
                 loss_from_training_step(trainer, pl_module, self.measure.loss_fn, check) as loss_fn,
             ):
                 batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.measure.seed))
-                preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+                self._check_types(pl_module, batches[0], loss_fn)
+                table, _ = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+                if self.given is not None:
+                    check_covers(self.given, table)
 
         interruptible(trainer, look)
 
@@ -145,6 +150,7 @@ class MeasureTraces(HasResults, Callback):
             loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):
             batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
+            self._check_types(pl_module, batches[0], loss_fn)
             table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
             self.results.sites, overhead = table, nominal.file_overhead
             if trainer.is_global_zero:
@@ -186,6 +192,12 @@ class MeasureTraces(HasResults, Callback):
                     write_text(folder / "loss_check.csv", _csv(losses))
         announce(trainer, sensitivity, plan)
         return plan
+
+    def _check_types(self, pl_module: LightningModule, batch: Batch, loss_fn: LossFn) -> None:
+        """Once: quantizers change nothing in what code asks of types."""
+        if not self._types_checked:
+            self._types_checked = True
+            check_exact_types(pl_module, batch, loss_fn)
 
     def _choose(
         self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem

@@ -10,6 +10,7 @@ from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._progress_bar import PlainProgressBar
 from hawq_lightning.cli._recorder import Recorder
+from hawq_lightning.cli._records import read_manifest, read_record, sealed_text
 from hawq_lightning.cli._renamed_keys import check_renamed
 from hawq_lightning.cli._resume import settings_hash
 from hawq_lightning.cli._run import run
@@ -37,7 +38,10 @@ __all__ = [
     "make_trainer",
     "mean_average_precision",
     "quiet_down",
+    "read_manifest",
+    "read_record",
     "run",
+    "sealed_text",
     "settings_hash",
     "show_frontier",
     "sweep_dirname_overrides",

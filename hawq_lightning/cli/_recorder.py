@@ -11,19 +11,12 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import json_text, write_text
+from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
+from hawq_lightning.cli._records import SCORES, sealed_text
 from hawq_lightning.cli._resume import RunState
-
-SCORES = {
-    "val/acc": "accuracy",
-    "val/acc_top5": "accuracy_top5",
-    "val/map": "map",
-    "val/map_50": "map_50",
-    "val/loss": "loss",
-}
 
 
 def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
@@ -127,7 +120,7 @@ class Recorder(CommitAtFirstBatch):
         self.record["costs"] = dict(plan.costs)
         seconds = self.record["seconds"]
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
-        write_text(self.folder / "metrics.json", json_text(self.record, indent=1))
+        write_text(self.folder / "metrics.json", sealed_text(self.record))
         self.progress.done()
 
     def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import read_json, write_text
+from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
+from hawq_lightning.cli._records import read_record, sealed_text
 from hawq_lightning.cli._run_folder import UNFINISHED, RunFolder
 from hawq_lightning.export import read_packed
 
@@ -66,7 +67,11 @@ class RunState:
             )
 
     def finished(self) -> JsonObject | None:
-        """The record of a run that came to its end, and whose network can be read."""
+        """The record of a run that came to its end, and whose network can be read.
+
+        Raises:
+            HawqError: the record is damaged.
+        """
         record = self._read("metrics.json")
         return record if record is not None and self.damage() is None else None
 
@@ -79,7 +84,11 @@ class RunState:
         return None
 
     def unfinished(self) -> JsonObject | None:
-        """The record of a run that was cut short, as far as it came; also of one whose packed file got lost since."""
+        """The record of a run that was cut short, as far as it came; also of one whose packed file got lost since.
+
+        Raises:
+            HawqError: the record, or the last checkpoint, is damaged.
+        """
         record = self._read(UNFINISHED)
         if record is None and self.checkpoint("fine_tuning") is not None:
             record = self._read("metrics.json")
@@ -112,18 +121,18 @@ class RunState:
 
     def keep(self, record: JsonObject) -> None:
         """Write down how far the run is."""
-        write_text(self.folder.folder / UNFINISHED, json.dumps(record | {"settings": self.settings}))
+        write_text(self.folder.folder / UNFINISHED, sealed_text(record | {"settings": self.settings}))
 
     def done(self) -> None:
         """The run has come to its end."""
         (self.folder.folder / UNFINISHED).unlink(missing_ok=True)
 
     def _read(self, name: str) -> JsonObject | None:
-        try:
-            record = read_json(self.folder.folder / name, "record")
-        except (HawqError, OSError):
+        path = self.folder.folder / name
+        if not path.is_file():
             return None
-        return record if isinstance(record, dict) and record.get("settings") == self.settings else None
+        record = read_record(path)
+        return record if record.get("settings") == self.settings else None
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from hawq_lightning._extra import require
-from hawq_lightning._io import read_json, with_infinity
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._types import JsonObject
@@ -26,6 +25,7 @@ from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
 from hawq_lightning.cli._onnx import FILE, ONNX, write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
+from hawq_lightning.cli._records import read_record
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
 from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
 from hawq_lightning.export import load_packed
@@ -106,7 +106,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record
-    written: JsonObject = with_infinity(read_json(folder / "metrics.json", "metrics file"))
+    written: JsonObject = read_record(folder / "metrics.json")
     try:
         if cfg.onnx:
             write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
@@ -146,14 +146,14 @@ def train_float(
 ) -> None:
     """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
 
-    What no plan of ``hawq`` can meet is told before.
+    What ``hawq`` cannot do afterwards is told before: a budget that no plan meets, a plan of another network.
     """
     start = time.perf_counter()
     fine_tuning_lr = task.lr
     float_checkpoint = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates(), CommitAtFirstBatch(progress)]
-    if float_checkpoint is None and cfg.hawq.plan is None:
-        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.measure_callback.check_feasible_early))
+    if float_checkpoint is None:
+        extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.check_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         task.lr = cfg.float_lr

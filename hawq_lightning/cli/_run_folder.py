@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -19,8 +18,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._io import read_json, write_text
+from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
+from hawq_lightning.cli._records import MANIFEST_FORMAT, read_manifest, read_record, sealed_text
 from hawq_lightning.export import EXPORTERS
 
 MANIFEST = ".hawq_lightning.json"
@@ -38,7 +38,6 @@ RESULTS = (
     *(f"figures/{name}.{end}" for name in _DRAWN for end in ("png", "csv")),
     *(name.format(phase) for name in _BY_PHASE for phase in ("float", "fine_tuning")),
 )  # fmt: skip
-_FORMAT = "hawq_lightning.run_folder"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # a killed process's data workers keep its lock until they see that it has gone, which torch looks for every 5 seconds
 _PATIENCE = 8.0
@@ -187,23 +186,17 @@ class RunFolder:
             lock.release()
 
     def _manifest(self) -> JsonObject:
-        try:
-            manifest = read_json(self.folder / MANIFEST, "manifest")
-            if isinstance(manifest, dict) and manifest.get("format") == _FORMAT:
-                return manifest
-        except (HawqError, OSError):
-            pass
+        path = self.folder / MANIFEST
+        if path.is_file():
+            return read_manifest(path, result_names())
         for name in (UNFINISHED, "metrics.json"):  # of a release that wrote no manifest
-            try:
-                record = read_json(self.folder / name, "record")
-            except (HawqError, OSError):
-                continue
-            if isinstance(record, dict) and isinstance(record.get("settings"), str):
-                return {"settings": record["settings"], "committed": True}
+            with suppress(HawqError):
+                if settings := read_record(self.folder / name).get("settings"):
+                    return {"settings": settings, "committed": True}
         return {}
 
     def _write(self, manifest: JsonObject) -> None:
-        write_text(self.folder / MANIFEST, json.dumps(manifest | {"format": _FORMAT}))
+        write_text(self.folder / MANIFEST, sealed_text(manifest | {"format": MANIFEST_FORMAT}))
 
     def _digest(self, name: str) -> str | None:
         path = self.folder / name

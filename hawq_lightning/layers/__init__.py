@@ -1,7 +1,10 @@
 """What is known of each kind of layer, in one place; a kind of one's own is a class under ``@register_layer``."""
 
+from hawq_lightning.layers._adopted import fake_quant_class
+from hawq_lightning.layers._attention import AttentionKind
 from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
 from hawq_lightning.layers._conv_gradients import by_kernel
+from hawq_lightning.layers._embedding import EmbeddingBagKind, EmbeddingKind
 from hawq_lightning.layers._fake_quant import (
     ActivationQ,
     FakeQuantLayer,
@@ -27,21 +30,31 @@ from hawq_lightning.layers._kind import (
     type_names,
     weight_of,
 )
-from hawq_lightning.layers._linear import LinearKind
+from hawq_lightning.layers._linear import LinearKind, MatrixGradients
+from hawq_lightning.layers._other_linear import QOtherLinear
+from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
+from hawq_lightning.layers._recurrent import RecurrentKind
 
 __all__ = [
     "ATTENTION",
     "LAYER_KINDS",
     "RECURRENT",
     "ActivationQ",
+    "AttentionKind",
     "ConvKind",
     "ConvTransposeKind",
+    "EmbeddingBagKind",
+    "EmbeddingKind",
     "FakeQuantLayer",
+    "InnerProductsKind",
     "LayerCall",
     "LayerKind",
     "LinearKind",
+    "MatrixGradients",
+    "QOtherLinear",
+    "RecurrentKind",
     "WeightQ",
     "WeightRead",
     "WeightReader",
@@ -49,6 +62,7 @@ __all__ = [
     "by_kernel",
     "channel_axis_of",
     "deterministic",
+    "fake_quant_class",
     "find_kind",
     "inner_products",
     "input_quantizer_attribute",
@@ -59,9 +73,11 @@ __all__ = [
     "quantizer_attribute",
     "readers_of",
     "recompute_in_backward",
+    "recorded",
     "register_layer",
     "row_dots",
     "type_names",
+    "visited",
     "weight_of",
     "why_float",
 ]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from hawq_lightning.layers._adopted import changes
 from hawq_lightning.layers._kind import kinds
 
 RECURRENT, ATTENTION = "recurrent", "functional attention"
-_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.RNNBase, nn.RNNCellBase), RECURRENT),
-    ((nn.Embedding, nn.EmbeddingBag), "a look-up, not a product"),
-    ((nn.MultiheadAttention,), ATTENTION),
-)
+_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (((nn.RNNBase, nn.RNNCellBase), RECURRENT),)
 
 
 def why_float(module: nn.Module) -> str:
@@ -20,7 +17,11 @@ def why_float(module: nn.Module) -> str:
         return "its weight is parametrized"
     for kind in kinds():
         if isinstance(module, kind.float_type):
-            return f"a subclass of {kind.float_type.__name__} with a forward of its own"
+            changed = changes(type(module), kind.float_type)
+            if not changed and (reason := kind.why_float(module)):
+                return reason
+            name = "forward" if "forward" in changed or not changed else changed[0]
+            return f"a subclass of {kind.float_type.__name__} with a {name} of its own"
     for types, reason in _REASONS:
         if isinstance(module, types):
             return reason

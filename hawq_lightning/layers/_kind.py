@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._registry import Registry
+from hawq_lightning.layers._adopted import changes, is_parametrized, qualified_names
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
 from hawq_lightning.layers._gradients import Pairs, row_dots
 
@@ -57,8 +58,10 @@ class LayerKind:
     """A kind of layer: all that the method knows of it. Subclasses say what is different from a linear layer.
 
     Attributes:
-        float_type: the layer's class; subclasses of it may do something else and are not of this kind.
-        fake_quant_type: the class that a layer takes on when it is quantized.
+        float_type: the layer's class; subclasses that compute something else are not of this kind.
+        float_name: module and name of a library's class, in the place of ``float_type``: nothing is imported for it.
+        fake_quant_type: the class that a layer takes on when it is quantized; where there is only a ``float_name``, it
+            does not inherit from the layer's class, which comes after it.
         input_name: keyword of the tensor that ``forward`` reads.
         channel_axis: output channels of the weight.
         onnx_op: the ONNX operator of its product, whose third input is the bias; ``None``: not known.
@@ -68,6 +71,7 @@ class LayerKind:
     """
 
     float_type: ClassVar[type[nn.Module]]
+    float_name: ClassVar[str | None] = None
     fake_quant_type: ClassVar[type[FakeQuantLayer[Any, Any]]]
     input_name: ClassVar[str] = "input"
     channel_axis: ClassVar[int] = 0
@@ -82,6 +86,10 @@ class LayerKind:
         Parameters that are not named stay float, as biases do.
         """
         return {"weight": WeightRead(self.channel_axis)}
+
+    def why_float(self, module: nn.Module) -> str | None:
+        """Why this module stays float although it is of the kind, in a few words; ``None``: it need not."""
+        return None
 
     def input(self, args: Args, kwargs: Kwargs) -> torch.Tensor:
         """The tensor that a call reads, positional or by keyword."""
@@ -183,6 +191,7 @@ Kind = TypeVar("Kind", bound=type[LayerKind])
 LAYER_KINDS: Registry[LayerKind] = Registry("layer kind")
 _BY_TYPE: dict[type[nn.Module], LayerKind] = {}
 _NAMES: dict[type[nn.Module], str] = {}
+_LATE: dict[str, tuple[str, LayerKind]] = {}  # by the name of a class that may never be imported
 
 
 def register_layer(name: str) -> Callable[[Kind], Kind]:
@@ -196,9 +205,13 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
     """
 
     def add(kind: Kind) -> Kind:
-        for attribute in ("float_type", "fake_quant_type"):
+        late = kind.float_name is not None
+        for attribute in ("fake_quant_type",) if late else ("float_type", "fake_quant_type"):
             if not hasattr(kind, attribute):
                 raise HawqError(f"The layer kind {name!r} has no {attribute}; it is a class of modules.")
+        if late:
+            _LATE[str(kind.float_name)] = name, LAYER_KINDS.add(name, kind())
+            return kind
         present = _NAMES.get(kind.float_type, name)
         if present != name:
             raise HawqError(f"{kind.float_type.__name__} is of the layer kind {present!r} already.")
@@ -209,8 +222,25 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
 
 
 def find_kind(module: nn.Module) -> LayerKind | None:
-    """The kind of a layer, float or fake-quant; ``None`` for modules that are no layers."""
-    return _BY_TYPE.get(layer_type(module))
+    """The kind of a layer, float or fake-quant; ``None`` for modules that are no layers, or have to stay float."""
+    kind = _kind_of_type(layer_type(module))
+    if kind is None or isinstance(module, FakeQuantLayer):
+        return kind
+    return kind if kind.why_float(module) is None else None
+
+
+def _kind_of_type(module_type: type[nn.Module]) -> LayerKind | None:
+    if (kind := _BY_TYPE.get(module_type)) is not None:
+        return kind
+    if is_parametrized(module_type):
+        return None
+    for t, name in qualified_names(module_type):
+        if name in _LATE and t not in _BY_TYPE:
+            _NAMES[t], _BY_TYPE[t] = _LATE[name]
+            type(_BY_TYPE[t]).float_type = t
+        if (kind := _BY_TYPE.get(t)) is not None:
+            return None if changes(module_type, t) else kind
+    return None
 
 
 def kind_of(module: nn.Module) -> LayerKind:

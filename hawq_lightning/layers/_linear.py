@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from hawq_lightning.layers._gradients import (
     products,
     row_dots,
 )
-from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer, weight_of
+from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
 
 
 class QLinear(FakeQuantLayer[WeightQ, ActivationQ], nn.Linear):
@@ -35,16 +36,8 @@ class QLinear(FakeQuantLayer[WeightQ, ActivationQ], nn.Linear):
         return self.quantized_product(F.linear, input, self.weight, self.bias)
 
 
-@register_layer("linear")
-class LinearKind(LayerKind):
-    """``nn.Linear``: ``y[..., c] = sum_k W[c, k] x[..., k]``, any number of axes before the last."""
-
-    float_type = nn.Linear
-    fake_quant_type = QLinear
-    onnx_op = "Gemm"
-    onnx_ops = ("Gemm", "MatMul")
-    foldable = True
-    reconstructs = True
+class MatrixGradients(LayerKind):
+    """Weights ``[C, K]`` with products ``y[..., c] = sum_k W[c, k] x[..., k]``, any number of axes before the last."""
 
     def weight_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Pairs:
         """See :meth:`LayerKind.weight_gradients`."""
@@ -52,13 +45,29 @@ class LinearKind(LayerKind):
 
     def inner_products(self, calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
         """By Gram matrices where positions are few; see :func:`hawq_lightning.layers.inner_products`."""
-        rows, columns = weight_of(calls[0].layer, calls[0].parameter).shape
+        rows, columns = calls[0].grad.shape[-1], calls[0].read.shape[-1]
         samples = 1 if calls[0].grad.ndim < 2 else calls[0].grad.shape[0]
         positions = sum(call.grad.numel() // rows for call in calls)
         factors = joined(_factors(calls, per_sample))
         if gram_is_less(positions // samples if per_sample else positions, rows, columns):
             return gram_products(*factors)
         return torch.cat([row_dots(g, h) for g, h in self._products(calls, factors)])
+
+    def _products(self, calls: Sequence[LayerCall], factors: Factors) -> Pairs:
+        u, d, e = factors
+        return products(u, d, None if all(call.other is None for call in calls) else e)
+
+
+@register_layer("linear")
+class LinearKind(MatrixGradients):
+    """``nn.Linear``: ``y[..., c] = sum_k W[c, k] x[..., k]``, any number of axes before the last."""
+
+    float_type: ClassVar[type[nn.Module]] = nn.Linear
+    fake_quant_type: ClassVar[type[FakeQuantLayer[Any, Any]]] = QLinear
+    onnx_op = "Gemm"
+    onnx_ops = ("Gemm", "MatMul")
+    foldable = True
+    reconstructs = True
 
     def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """See :meth:`LayerKind.onnx_attributes`."""
@@ -72,10 +81,6 @@ class LinearKind(LayerKind):
         """See :meth:`LayerKind.patches`."""
         rows = x.reshape(-1, x.shape[-1])
         return rows[:: -(-len(rows) // most)][None]
-
-    def _products(self, calls: Sequence[LayerCall], factors: Factors) -> Pairs:
-        u, d, e = factors
-        return products(u, d, None if all(call.other is None for call in calls) else e)
 
 
 def _factors(calls: Sequence[LayerCall], per_sample: bool) -> list[Factors]:

@@ -29,6 +29,7 @@ from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._modules import (
     QuantizedLayer,
     QuantizedWeight,
+    float_classes,
     quantizers_in,
     to_fake_quantized,
     with_quantizers,
@@ -80,6 +81,7 @@ __all__ = [
     "fake_quantize_tensor",
     "find_heads",
     "first_order_term",
+    "float_classes",
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",

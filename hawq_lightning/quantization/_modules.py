@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias, cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
+    fake_quant_class,
     input_quantizer_attribute,
     kind_of,
     must_be_called,
@@ -87,7 +90,7 @@ def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = 
             return layer
         to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
-    layer.__class__ = kind_of(layer).fake_quant_type
+    layer.__class__ = fake_quant_class(type(layer), kind_of(layer).fake_quant_type)
     assert isinstance(layer, FakeQuantLayer)
     layer.register_forward_pre_hook(must_be_called)
     _put_quantizers(layer, spec)
@@ -116,3 +119,20 @@ def to_float(layer: nn.Module) -> nn.Module:
             del layer._forward_pre_hooks[key]
         layer.__class__ = layer.float_type  # type: ignore[assignment]
     return layer
+
+
+@contextmanager
+def float_classes(model: nn.Module) -> Iterator[None]:
+    """The float network for a while, in classes and children as well: what code sees that asks for exact types."""
+    layers = [m for m in model.modules() if isinstance(m, FakeQuantLayer)]
+    kept = [(layer, type(layer), layer._modules) for layer in layers]
+    try:
+        for layer in layers:
+            hidden = quantizers_in(layer)
+            layer.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k not in hidden}
+            layer.__class__ = layer.float_type  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, made, modules in kept:
+            layer.__class__ = made
+            layer.__dict__["_modules"] = modules

@@ -83,11 +83,7 @@ class MeasurementCheckpoint:
             if raw[:_DIGEST] != hashlib.sha256(data).digest():  # torch.load takes damaged numbers for good
                 return None
             state = torch.load(io.BytesIO(data), weights_only=True)
-            key, _, _ = state["key"], state["figures"], state["notes"]
-            fits = key == self._key and all(
-                {k: v.shape for k, v in state[n].items()} == {k: v.shape for k, v in getattr(statistics, n).items()}
-                for n in _TABLES
-            )
+            fits = state["key"] == self._key and _fits(state, statistics)
         except Exception:  # cut short or of something else: measured again
             return None
         return state if fits else None
@@ -120,3 +116,19 @@ class MeasurementCheckpoint:
         if self._path is not None:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
+
+
+def _fits(state: JsonObject, statistics: TraceStatistics) -> bool:
+    """Whether a state has the form of these statistics."""
+    for name in _TABLES:
+        have: dict[str, torch.Tensor] = state[name]
+        want: dict[str, torch.Tensor] = getattr(statistics, name)
+        if {k: (v.shape, v.dtype) for k, v in have.items()} != {k: (v.shape, v.dtype) for k, v in want.items()}:
+            return False
+        if not all(bool(v.isfinite().all()) for v in have.values()):
+            return False
+    numbers = [state["step"], state["done"], *state["count"]]
+    if len(state["count"]) != len(statistics.counts) or any(type(n) is not int or n < 0 for n in numbers):
+        return False
+    figures: dict[str, object] = dict(state["figures"])
+    return all(isinstance(n, str) for n in (*figures, *state["notes"]))

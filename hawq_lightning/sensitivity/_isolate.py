@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import like, parts_of
+from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._chance import WithoutChance
@@ -88,6 +89,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             WithoutChance(),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
+            fused_transformers_off(),
         ):
             yield
     finally:

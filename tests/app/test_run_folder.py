@@ -1,4 +1,18 @@
-"""Run folders in every state, and each console script on them: nothing is lost that the run did not make."""
+"""Run folders in every state, and each console script on them: nothing is lost that the run did not make.
+
+The states, each in a test of its own or a row of a table:
+
+* whose results: finished with the same settings, with others, by an earlier release; unfinished, likewise; replaced
+  on demand; replaced by a run that is refused (budget, data, weights, a plan or traces of another network) or killed
+  before its first result; refused, then corrected;
+* whose files: somebody else's page, packed file, settings, or names that no run uses; what came later; a page that was
+  edited; exports and tables of somebody else; what only looks writes nothing;
+* at once: two runs, a folder at work, ranks of one run, a killed process's lock;
+* what cannot be: a folder that is a file, lies below one, has 300 letters, or is nowhere; read-only; a full disk, a
+  full cache, an unwritable ``dirpath``;
+* damaged: packed file, checkpoint, manifest, record, plan, traces, settings; an empty packed file;
+* from a stranger: settings that name code, checkpoints that are pickles, modules in the folder.
+"""
 
 import errno
 import hashlib
@@ -97,7 +111,7 @@ def cut_short(folder):
     (folder / "model.safetensors").unlink()
     (folder / "unfinished.json").write_text(json.dumps(record))
     manifest = json.loads((folder / ".hawq_lightning.json").read_text())
-    manifest = {k: v for k, v in manifest.items() if k not in ("files", "pages")}
+    manifest = {k: v for k, v in manifest.items() if k not in ("files", "pages", "sha256")}
     (folder / ".hawq_lightning.json").write_text(json.dumps(manifest))
 
 
@@ -165,6 +179,22 @@ def test_results_are_replaced_on_demand_and_files_of_others_stay(run):
 def test_old_results_stay_when_the_new_run_is_refused(run, change, word, epochs):
     before = contents(run)
     refused(train(run, change, f"float_epochs={epochs}", "overwrite=true"), word)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("key", ["plan", "sensitivity"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_old_results_stay_when_plan_or_traces_are_of_another_network(run, key, epochs):
+    other = run.parent / "other.json"
+    told = json.loads((run / f"{key}.json").read_text())
+    del told["sha256"]
+    site = next(s for s in told["sites" if key == "plan" else "records"] if s["kind"] == "weight")
+    name = site["layers"][0] if key == "plan" else site["name"]
+    text = json.dumps(told).replace(f'"{name}"', '"elsewhere"')
+    other.write_text(text)
+    before = contents(run)
+    settings = [f"hawq.{key}={other}", f"float_epochs={epochs}", "overwrite=true"]
+    refused(train(run, *settings), "another model" if key == "plan" else name)
     assert contents(run) == before
 
 
@@ -279,6 +309,80 @@ def test_a_cut_packed_file_is_no_finished_run(run, made):
     code, out, err = train(run)
     assert code == 0 and "finished already" not in out, err
     assert (run / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def flip(path):
+    """Change a digit of what a file says, and leave its form."""
+    text = path.read_text()
+    start = text.index('"sha256"') + 90
+    at = next(i for i in range(start, len(text)) if text[i] in "0123456789abcdef" and text[i - 1] in "0123456789")
+    path.write_text(text[:at] + ("1" if text[at] != "1" else "2") + text[at + 1 :])
+
+
+def locked_up(name):
+    """A folder that nothing can be written into, for the one writer (who may be root here) and for locks."""
+    io, folders = internal("_io"), internal("cli._run_folder")
+
+    def mkstemp(dir, **how):
+        if name in io.Path(dir).parts:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return original(dir=dir, **how)
+
+    class ReadOnly(FileLock):
+        def acquire(self, *args, **how):
+            if name in io.Path(self.lock_file).absolute().parts:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return super().acquire(*args, **how)
+
+    original = io.tempfile.mkstemp
+    io.tempfile = type("Tempfile", (), {**vars(io.tempfile), "mkstemp": staticmethod(mkstemp)})
+    folders.FileLock = ReadOnly
+
+
+@pytest.mark.parametrize(
+    ("script", "damage", "word"),
+    [
+        ("hawq-lightning", ".hawq_lightning.json", ".hawq_lightning.json"),
+        ("hawq-lightning-analyze", ".hawq_lightning.json", ".hawq_lightning.json"),
+        ("hawq-lightning-export", ".hawq_lightning.json", ".hawq_lightning.json"),
+        ("hawq-lightning", "metrics.json", "metrics.json"),
+        ("hawq-lightning", "unfinished.json", "unfinished.json"),
+        ("hawq-lightning", "", "Read-only file system"),
+        ("hawq-lightning-analyze", "", "Read-only file system"),
+        ("hawq-lightning-export", "", "Read-only file system"),
+    ],
+)
+def test_damaged_records_and_folders_that_are_read_only_are_one_line(run, script, damage, word):
+    if damage == "unfinished.json":
+        cut_short(run)
+    if damage:
+        flip(run / damage)
+    before = contents(run)
+    arguments = ["run_folder=run"] if script.endswith("export") else [*FAST, "hydra.run.dir=run"]
+    more = [] if damage or script.endswith("export") else [OTHER, "overwrite=true"]
+    result = shell(script, *arguments, *more, cwd=run.parent, before=None if damage else partial(locked_up, "run"))
+    refused(result, word)
+    assert contents(run) == before
+
+
+def test_a_sweep_lists_what_it_cannot_read_and_goes_on(run):
+    shutil.copytree(run, run.parent / "cut")
+    (run.parent / "cut" / "metrics.json").write_text("{")
+    before = contents(run)
+    code, out, err = shell("hawq-lightning-collect", ".", cwd=run.parent)
+    assert code == 0 and "left out: cut" in out, (out, err)
+    assert contents(run) == before
+
+
+def test_damaged_traces_are_measured_again(run, made):
+    cut_short(run)
+    (run / "checkpoints" / "fine_tuning" / "last.ckpt").unlink()
+    flip(run / "sensitivity.json")
+    code, out, err = train(run, "report=false")
+    logged = "".join(path.read_text() for path in run.rglob("*.log"))
+    assert code == 0 and "measured anew" in out + err + logged, (out, err, logged)
+    theirs, ours = (json.loads((f / "sensitivity.json").read_text())["records"] for f in (made, run))
+    assert theirs == ours
 
 
 def test_a_cut_checkpoint_is_named(run):

@@ -35,6 +35,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning import HawqError, Sensitivity, SiteTable, measure
+from hawq_lightning.quantization import quantizable_layers
 from hawq_lightning.sensitivity import find_sites
 
 ESTIMATORS = ("ggn", "exact", "hutchinson", "hessian", "auto")
@@ -200,7 +201,7 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer between linear ones; itself it has no site."""
+    """A recurrent layer between linear ones, which torch computes by one function."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -468,7 +469,9 @@ class Shifts:
         self.points: list[torch.Tensor] = []
         self._of: dict[tuple[int, int], torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []
-        self._handles = [model.get_submodule(r).register_forward_pre_hook(self._add) for r in readers]
+        layers = quantizable_layers(model)[0]
+        modules = dict.fromkeys(layers[r].module for r in readers)  # of a recurrent one several weights read its input
+        self._handles = [m.register_forward_pre_hook(self._add) for m in modules]
 
     def _add(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -487,10 +490,10 @@ class Shifts:
 
 def _points(case: Case, site: Any) -> tuple[list[torch.Tensor], Any]:
     if site.kind == "weight":
-        module = case.net.get_submodule(site.layers[0])
-        if "weight" in module._parameters:
-            return [module.weight], case.net(case.batch[0])  # type: ignore[list-item]
-        return _made_weight(case, module)
+        reader = quantizable_layers(case.net)[0][site.layers[0]]
+        if not reader.recomputed:
+            return [reader.weight], case.net(case.batch[0])
+        return _made_weight(case, reader.module)
     shifts = Shifts(case.net, site.layers)
     try:
         out = case.net(case.batch[0])

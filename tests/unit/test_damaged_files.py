@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 
-from hawq_lightning import HawqError, Plan
+from hawq_lightning import Candidates, HawqError, Plan
+from hawq_lightning.cli import read_manifest, read_record, sealed_text
 from hawq_lightning.selection import LatencyTable
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace, read_intact
 from tests.internals import internal
@@ -40,6 +41,23 @@ PLAN = {
          "code": "affine", "scale": 0.25, "zero_point": 3},
     ],
 }  # fmt: skip
+CANDIDATES = {
+    "format": "hawq_lightning.candidates", "version": 1, "quantizer": "uniform", "quantizer_options": {},
+    "sites": {
+        "0.weight": {"kind": "weight", "numel": 12, "candidates": PLAN["sites"][0]["options"]},
+        "0.input": {"kind": "activation", "numel": 4, "candidates": [
+            {"bits": 8, "code": "affine", "omega": 0.5, "perturbation": 0.25, "scale": 0.25, "zero_point": 3}]},
+    },
+}  # fmt: skip
+RECORD = {
+    "command": ["hawq-lightning"], "name": "x", "seed": 1, "settings": "ab" * 16, "sizes": {"file_bytes": 7},
+    "seconds": {"total": 1.5}, "accuracy": {"float": 0.5, "quantized": 0.25},
+    "history": [{"epoch": 1, "phase": "fine_tuning", "val_acc": 0.75}],
+}  # fmt: skip
+MANIFEST = {
+    "format": "hawq_lightning.run_folder", "settings": "ab" * 16, "committed": True, "files": ["plan.json"],
+    "pages": {"README.md": "cd" * 32}, "before": {"settings": "ef" * 16, "committed": True},
+}  # fmt: skip
 LATENCIES = "layer,weight_bits,activation_bits,ms\n0,2,8,0.5\n0,4,8,0.75\n1,8,,1.5\n"
 
 
@@ -59,10 +77,10 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", [Sensitivity, Plan])
+@pytest.mark.parametrize("kind", [Sensitivity, Plan, Candidates])
 def test_damaged_bytes_of_a_file_with_a_checksum_are_refused_identical_or_told(tmp_path, kind):
     path = tmp_path / "file.json"
-    made = sensitivity() if kind is Sensitivity else Plan.from_dict(PLAN)
+    made = sensitivity() if kind is Sensitivity else kind.from_dict(PLAN if kind is Plan else CANDIDATES)
     made.save(path)
     whole, raw = kind.load(path).to_dict(), path.read_bytes()
     outcomes = {"refused": 0, "identical": 0, "told": 0}
@@ -76,7 +94,7 @@ def test_damaged_bytes_of_a_file_with_a_checksum_are_refused_identical_or_told(t
                 assert str(error), seed
                 outcomes["refused"] += 1
                 continue
-        changed = any("was changed after" in str(w.message) for w in told)
+        changed = any("changed after" in str(w.message) for w in told)
         assert same or changed, f"seed {seed} loads as something else, silently"
         outcomes["identical" if same else "told"] += 1
     assert outcomes["refused"] > COUNT / 4 and outcomes["told"], outcomes
@@ -107,10 +125,8 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
-@pytest.mark.parametrize("remove", [False, True])
-def test_every_field_of_a_sensitivity_file_is_checked(tmp_path, remove):
-    whole = json.loads(json.dumps(sensitivity().to_dict()))
-    path = tmp_path / "sensitivity.json"
+def edits(whole, remove):
+    """Every place of a JSON value without, or with each of the odd values: place, value, copy."""
     for place in places(whole):
         for value in [None] if remove else VALUES:
             data = json.loads(json.dumps(whole))
@@ -121,16 +137,82 @@ def test_every_field_of_a_sensitivity_file_is_checked(tmp_path, remove):
                 del parent[place[-1]]
             else:
                 parent[place[-1]] = value
-            path.write_text(json.dumps(data))  # without a checksum, as a stranger's
-            try:
-                read = Sensitivity.load(path)
-            except HawqError as error:
-                assert str(path) in str(error) and len(str(error)) < 600, (place, value)
-                continue
-            for r in read:
-                assert math.isfinite(r.trace) and math.isfinite(r.mean_trace) and r.stderr >= 0 and r.numel >= 1
-            assert all(math.isfinite(x) for values in read.rows.values() for x in values)
-            assert not read.rows or set(read.rows) == {r.name for r in read}
+            yield place, value, data
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_every_field_of_a_sensitivity_file_is_checked(tmp_path, remove):
+    whole = json.loads(json.dumps(sensitivity().to_dict()))
+    path = tmp_path / "sensitivity.json"
+    for place, value, data in edits(whole, remove):
+        path.write_text(json.dumps(data))  # without a checksum, as a stranger's
+        try:
+            read = Sensitivity.load(path)
+        except HawqError as error:
+            assert str(path) in str(error) and len(str(error)) < 600, (place, value)
+            continue
+        for r in read:
+            assert math.isfinite(r.trace) and math.isfinite(r.mean_trace) and r.stderr >= 0 and r.numel >= 1
+        assert all(math.isfinite(x) for values in read.rows.values() for x in values)
+        assert not read.rows or set(read.rows) == {r.name for r in read}
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_every_field_of_a_candidates_file_is_checked(tmp_path, remove):
+    path = tmp_path / "candidates.json"
+    for place, value, data in edits(CANDIDATES, remove):
+        path.write_text(json.dumps(data))  # without a checksum, as of an earlier release
+        try:
+            read = Candidates.load(path)
+        except HawqError as error:
+            assert str(path) in str(error) and len(str(error)) < 600, (place, value)
+            continue
+        assert str(read)
+        for name, listed in read.items():
+            assert listed and read.numel[name] >= 0 and read.kinds[name] in ("weight", "activation")
+            assert not any(math.isnan(c.omega) for c in listed)
+            assert all(c.perturbation >= 0 and c.scale != 0 for c in listed)
+
+
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize(("whole", "read"), [
+    (RECORD, read_record), (MANIFEST, lambda path: read_manifest(path, ("README.md",))),
+])  # fmt: skip
+def test_every_field_that_a_run_goes_on_from_is_checked(tmp_path, whole, read, remove):
+    path = tmp_path / "record.json"
+    refused = 0
+    for place, value, data in edits(whole, remove):
+        path.write_text(json.dumps(data))  # of an earlier release
+        try:
+            got = read(path)
+        except HawqError as error:
+            assert str(path) in str(error) and len(str(error)) < 600, (place, value)
+            refused += 1
+            continue
+        numbers = [*got.get("seconds", {}).values(), *got.get("accuracy", {}).values()]
+        assert all(math.isfinite(x) for x in numbers), (place, value)
+        assert all(isinstance(name, str) for name in got.get("files", ()))
+        assert set(got.get("pages", ())) <= {"README.md"}
+    assert refused >= (1 if remove else 50)
+
+
+@pytest.mark.parametrize(("whole", "read"), [
+    (RECORD, read_record), (MANIFEST, lambda path: read_manifest(path, ("README.md",))),
+])  # fmt: skip
+def test_a_changed_record_of_a_run_is_refused(tmp_path, whole, read):
+    path = tmp_path / "record.json"
+    raw = sealed_text(whole).encode()
+    path.write_bytes(raw)
+    assert {k: v for k, v in read(path).items() if k != "sha256"} == whole
+    assert sealed_text(read(path)).encode() == raw
+    for seed in range(COUNT):
+        path.write_bytes(damaged(raw, random.Random(seed)))
+        try:
+            got = read(path)
+        except HawqError as error:
+            assert str(path) in str(error), seed
+            continue
+        assert {k: v for k, v in got.items() if k in whole} == whole, f"seed {seed} loads as something else"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hawq_lightning.callbacks._trainer._patched_step import (
 )
 from hawq_lightning.callbacks._trainer._scores import scores_begin_anew
 from hawq_lightning.callbacks._trainer._trainer import (
+    after_last_batch,
     after_layers_exist,
     at_epoch_end,
     builds_later,
@@ -39,6 +40,7 @@ from hawq_lightning.callbacks._trainer._training_step_loss import loss_from_trai
 
 __all__ = [
     "StepOutput",
+    "after_last_batch",
     "after_layers_exist",
     "at_epoch_end",
     "builds_later",

@@ -147,6 +147,20 @@ def in_middle_of_epoch(checkpoint: StateDict) -> bool:
     return bool(progress) and not progress["is_last_batch"] and progress["current"]["ready"] > 0
 
 
+def after_last_batch(checkpoint: StateDict) -> bool:
+    """Whether a fit from this checkpoint goes on behind the last batch of an epoch that does not count as over yet.
+
+    ``ModelCheckpoint(save_on_train_epoch_end=False)`` writes such ones, at the end of validation.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epoch, batch = (loop.get(n, {}) for n in ("epoch_progress", "epoch_loop.batch_progress"))
+    if not epoch or not batch:
+        return False
+    current = batch["current"]
+    over = batch["is_last_batch"] and current["completed"] == current["processed"]
+    return bool(over and epoch["current"]["processed"] < epoch["current"]["started"])
+
+
 def train_loaders(trainer: Trainer) -> list[Iterable[Batch]]:
     """The train dataloaders, once the Trainer has them."""
     combined = trainer.fit_loop._combined_loader

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hawq_lightning._types import StateDict
 from hawq_lightning.callbacks._trainer import (
+    after_last_batch,
     at_epoch_end,
     gathered,
     in_middle_of_epoch,
@@ -50,12 +51,13 @@ class ResumedStates:
     """What a callback does so that a resumed training draws what an undisturbed one would have drawn.
 
     Checkpoints from the end of an epoch are followed by a new epoch, whose iterator draws first; those from the middle
-    of one are followed by its next batch. Each process has states of its own.
+    of one are followed by its next batch, and those from the validation after its last batch by the hooks at its end.
+    Each process has states of its own.
     """
 
     def __init__(self) -> None:
         self._states: StateDict | None = None
-        self._middle = False
+        self._middle = self._after_last = False
         self._doubts: list[str] = []
 
     def before_data(self, trainer: Trainer) -> None:
@@ -83,8 +85,14 @@ class ResumedStates:
             if self._states is not None:
                 set_random_states(self._states)
                 self._states = None
-        elif self._states is not None:
+        elif self._states is not None and not self._after_last:
             self._states = random_states()
+
+    def epoch_ends(self) -> None:
+        """Of an epoch that goes on behind its last batch: the next one makes an iterator of its own."""
+        if self._after_last and self._states is not None:
+            set_random_states(self._states)
+            self._states = None
 
     def epoch_starts(self) -> None:
         """Nothing that was drawn since the iterator stood counts."""
@@ -101,7 +109,7 @@ class ResumedStates:
         if trainer.state.fn != "fit":
             return
         self._states, self._doubts, saved = None, [], checkpoint.get(KEY)
-        self._middle = in_middle_of_epoch(checkpoint)
+        self._middle, self._after_last = in_middle_of_epoch(checkpoint), after_last_batch(checkpoint)
         if saved is None:
             self._doubts.append("the checkpoint holds no random states")
             return
@@ -129,6 +137,10 @@ class KeepRandomStates(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing that was drawn since then counts."""
         self._resumed.epoch_starts()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of an epoch that was resumed behind its last batch."""
+        self._resumed.epoch_ends()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Of all processes."""

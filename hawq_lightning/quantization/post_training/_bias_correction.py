@@ -67,6 +67,7 @@ def bias_correction(
             for done, (name, calls) in enumerate(order.items()):
                 layer = layers[name]
                 bias = getattr(layer.module, "bias", None)
+                bias = bias if isinstance(bias, torch.Tensor) else None  # of a recurrent network: whether it has any
                 if bias is not None or name in norms:
                     mean = ChannelMean()
                     for batch in calibration:

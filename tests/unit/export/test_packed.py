@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.grouped = nn.Conv2d(8, 12, 3, groups=4)
         self.up = nn.ConvTranspose2d(12, 5, 2, stride=2)
         self.shared = nn.Conv2d(5, 5, 3, padding=1)
-        self.embed = nn.Embedding(7, 5)
+        self.embed = nn.Embedding(7, 5, sparse=True)  # which stays float
         self.head = nn.Linear(5, 7)
         self.head.weight = self.embed.weight
         self.register_buffer("flags", torch.tensor([True, False, True]))

@@ -1,0 +1,99 @@
+"""Products that a module makes inside of its call, shown to whoever asks.
+
+For layers with more than one, and for those whose function shows none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from hawq_lightning.layers._fake_quant import must_be_called
+from hawq_lightning.layers._kind import LayerKind, Record
+
+Visit = Callable[[torch.Tensor], torch.Tensor]
+Product = Callable[..., torch.Tensor]
+
+
+class _Hook:
+    """Attached to one weight of one module until it is removed; the first one changes the module's ``forward``."""
+
+    def __init__(
+        self, module: nn.Module, parameter: str, visit: Visit | None, record: Record | None,
+        forward: Callable[..., object],
+    ) -> None:  # fmt: skip
+        self.module, self.parameter, self.visit, self.record = module, parameter, visit, record
+        hooks = _HOOKS.setdefault(module, [])
+        if not hooks:
+            _CALLED[module] = module.register_forward_pre_hook(must_be_called)
+            _OWN_FORWARD[module] = module.__dict__.get("forward")
+            module.__dict__["forward"] = forward
+        hooks.append(self)
+
+    def remove(self) -> None:
+        """Detach; after the last one the module is as it was."""
+        hooks = _HOOKS.get(self.module, [])
+        if self in hooks:
+            hooks.remove(self)
+            if not hooks:
+                _CALLED.pop(self.module).remove()
+                del self.module.__dict__["forward"]
+                if (own := _OWN_FORWARD.pop(self.module)) is not None:
+                    self.module.__dict__["forward"] = own
+
+
+_HOOKS: WeakKeyDictionary[nn.Module, list[_Hook]] = WeakKeyDictionary()
+_CALLED: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+_OWN_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def visited(module: nn.Module, parameter: str, x: torch.Tensor) -> torch.Tensor:
+    """What is read in the place of ``x``, after everybody who asked has seen it."""
+    for hook in list(_HOOKS.get(module, ())):
+        if hook.parameter == parameter and hook.visit is not None:
+            x = hook.visit(x)
+    return x
+
+
+def recorded(module: nn.Module, parameter: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What goes on in the place of the product ``y``, after everybody who asked has seen it."""
+    for hook in list(_HOOKS.get(module, ())):
+        if hook.parameter == parameter and hook.record is not None:
+            replaced = hook.record(x, y)
+            y = y if replaced is None else replaced
+    return y
+
+
+def is_recorded(module: nn.Module, parameter: str) -> bool:
+    """Whether somebody has asked for the products with a weight."""
+    return any(h.parameter == parameter and h.record is not None for h in _HOOKS.get(module, ()))
+
+
+class InnerProductsKind(LayerKind):
+    """A kind whose products are not calls of the module itself.
+
+    :meth:`explicit_forward` makes them one by one, and shows each by :func:`visited` and :func:`recorded`.
+    """
+
+    def explicit_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
+        """As the module's ``forward``; it runs while somebody has asked for products."""
+        raise NotImplementedError
+
+    def on_read(self, module: nn.Module, parameter: str, visit: Visit) -> Any:
+        """See :meth:`LayerKind.on_read`."""
+        return self._attach(module, parameter, visit, None)
+
+    def on_call(self, module: nn.Module, parameter: str, record: Record) -> Any:
+        """See :meth:`LayerKind.on_call`."""
+        return self._attach(module, parameter, None, record)
+
+    def _attach(self, module: nn.Module, parameter: str, visit: Visit | None, record: Record | None) -> _Hook:
+        def forward(*args: Any, **kwargs: Any) -> object:
+            return self.explicit_forward(module, *args, **kwargs)
+
+        return _Hook(module, parameter, visit, record, forward)
