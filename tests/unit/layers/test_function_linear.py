@@ -19,15 +19,7 @@ def _swin(**options: Any) -> nn.Module:
 
 def _timm(module: str, name: str, **options: Any) -> nn.Module:
     made = getattr(pytest.importorskip(f"timm.models.{module}"), name)
-    sizes = {
-        "img_size": 8,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depth": 1,
-        "num_heads": 2,
-        "num_classes": 3,
-        "mlp_ratio": 1,
-    }
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
     return made(**sizes, mlp_ratio=1, head_init_scale=10.0, **options)
 
 
