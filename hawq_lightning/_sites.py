@@ -29,6 +29,7 @@ from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
+    FakeQuantLayer,
     WeightReader,
     find_kind,
     layer_type,
@@ -71,7 +72,7 @@ def quantizable_layers(
     layers: dict[str, WeightReader] = {}
     floats: list[FloatPart] = []
     candidates: dict[str, WeightReader] = {}
-    held: set[nn.Module] = set()  # that are not called: a layer that holds them reads their weights
+    held: set[nn.Module] = set()  # parts of a layer: quantizers, and children whose weights it reads past their call
     for name, module in _named_modules(model):
         if module in held:
             continue
@@ -80,7 +81,9 @@ def quantizable_layers(
             readers = readers_of(name, module)
             candidates |= readers
             held |= {reader.holder[0] for reader in readers.values()} - {module}
-        elif parameters and not name.endswith("_quantizer"):
+            if isinstance(module, FakeQuantLayer):  # a user's own module may be called so as well
+                held |= {m for n, q in module.named_children() if n.endswith("_quantizer") for m in q.modules()}
+        elif parameters:
             size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
             floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
     for patterns in (include, exclude):

@@ -15,6 +15,7 @@ from hawq_lightning.layers._fake_quant import (
     quantizer_attribute,
 )
 from hawq_lightning.layers._float_modules import ATTENTION, RECURRENT, why_float
+from hawq_lightning.layers._function_linear import FunctionLinearKind
 from hawq_lightning.layers._gradients import row_dots
 from hawq_lightning.layers._kind import (
     LAYER_KINDS,
@@ -48,6 +49,7 @@ __all__ = [
     "EmbeddingBagKind",
     "EmbeddingKind",
     "FakeQuantLayer",
+    "FunctionLinearKind",
     "InnerProductsKind",
     "LayerCall",
     "LayerKind",

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from hawq_lightning import HAWQ, load_packed, save_packed, sites
+from hawq_lightning import HAWQ, MeasureConfig, load_packed, save_packed, sites
 from hawq_lightning.quantization import enabled_bits
 
 transformers = pytest.importorskip("transformers")
@@ -65,8 +65,10 @@ def _data() -> DataLoader:
     return DataLoader(TensorDataset(tokens * mask, mask, torch.arange(8) % 3), batch_size=8)
 
 
-def _trainer(epochs: int, tmp_path: Any) -> Trainer:
-    hawq = HAWQ(budget="6x", progress=False, dirpath=tmp_path)
+def _trainer(name: str, epochs: int, tmp_path: Any) -> Trainer:
+    # two of them with default settings, the others with fewer probes
+    measure = None if name in ("bert", "gpt2") else MeasureConfig(rtol=0.5)
+    hawq = HAWQ(budget="6x", measure=measure, progress=False, dirpath=tmp_path)
     return Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[hawq], default_root_dir=tmp_path,
@@ -74,9 +76,9 @@ def _trainer(epochs: int, tmp_path: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_trains_resumes_tests_and_packs_with_default_settings(name, tmp_path):
+def test_it_trains_resumes_tests_and_packs(name, tmp_path):
     model = Text(name)
-    trainer = _trainer(1, tmp_path)
+    trainer = _trainer(name, 1, tmp_path)
     trainer.fit(model, _data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     plan = trainer.callbacks[0].plan
@@ -84,7 +86,7 @@ def test_it_trains_resumes_tests_and_packs_with_default_settings(name, tmp_path)
     # token types of which the text has one, and positions, are tables as well
     assert {s.name for s in plan.weights} == matrices and set(enabled_bits(model)) >= matrices
     moved = {n: p.detach().clone() for n, p in model.named_parameters()}
-    resumed, again = _trainer(2, tmp_path), Text(name)
+    resumed, again = _trainer(name, 2, tmp_path), Text(name)
     resumed.fit(again, _data(), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
     assert resumed.callbacks[0].plan.bits == plan.bits
     assert any(not torch.equal(p, moved[n]) for n, p in again.named_parameters())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import hawq_lightning as hl
 from hawq_lightning import HawqError, sites
 from hawq_lightning.layers import must_be_called
-from hawq_lightning.quantization import prepare
+from hawq_lightning.quantization import prepare, unquantize
 from hawq_lightning.sensitivity import batch_images
 from tests.cases import ConvNet, SharedHead, Tied
 from tests.trainers import mlp
@@ -115,6 +115,22 @@ def test_what_stays_float_is_listed_with_its_share():
     assert sum(r["macs_share"] for r in rows) == pytest.approx(1)
     assert next(r for r in rows if r["name"] == "out.weight")["macs_share"] < 0.2
     assert "embed" in str(table)
+
+
+def test_a_module_that_is_called_a_quantizer_is_told_and_ours_are_not():
+    class Codes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codebook = nn.Parameter(torch.randn(64, 4))
+
+        def forward(self, z):
+            return z + (self.codebook[torch.cdist(z, self.codebook).argmin(1)] - z).detach()
+
+    net = nn.ModuleDict({"enc": nn.Linear(4, 4), "vector_quantizer": Codes(), "dec": nn.Linear(4, 4)})
+    net.forward = lambda x: net["dec"](net["vector_quantizer"](net["enc"](x)))
+    prepare(net, quantizer="lsq")
+    for found in (sites(net, torch.randn(3, 4)), sites(unquantize(net), torch.randn(3, 4))):
+        assert [(f.name, f.bytes) for f in found.floats] == [("vector_quantizer", 64 * 4 * 4)]
 
 
 def test_long_names_and_types_keep_the_columns():
