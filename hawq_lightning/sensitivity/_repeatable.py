@@ -80,13 +80,14 @@ def _saved_as_used(parameters: KeptParameters, buffers: list[HeldState]) -> Abst
     versions = {key: t._version for key, t in parameters.owners().items()} | {k: v for k, (v, _) in values.items()}
 
     def pack(tensor: torch.Tensor) -> _Saved | torch.Tensor:
+        # detached: a graph that holds its own outputs would never be freed, unless a backward pass empties it
+        used = tensor.detach()
         try:
             key = memory_of(tensor)
         except NotImplementedError:  # a sparse tensor is no parameter
-            return tensor
+            return used
         if key not in versions:
-            return tensor
-        used = tensor.detach()
+            return used
         if tensor._version != versions[key]:
             return used.clone()
         return _Saved(used, versions[key], lambda: values[key][1] if key in values else parameters.value(key))
