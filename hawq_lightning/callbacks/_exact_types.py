@@ -24,7 +24,7 @@ def check_exact_types(module: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
 
     Args:
         module: left as it was, random states included.
-        batch: likewise.
+        batch: that it is run on.
         loss_fn: runs the module on it.
 
     Raises:
