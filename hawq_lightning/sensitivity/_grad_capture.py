@@ -154,12 +154,13 @@ class GradCapture:
 
     def _called(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]:
         def record(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
-            if not self.recording or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return None
+            if not self.recording:  # what a checkpoint runs again must build the graph that it built before
+                return None if output.requires_grad else _leaf_copy(output)
             read, product = x.detach(), without_base(output)
-            if not output.requires_grad:  # a look-up by indices, which have no gradient
-                leaf = output.detach().requires_grad_(True)
-                product = leaf.clone()  # a view of a leaf could not be changed in place
+            if not output.requires_grad:  # a look-up by indices, or a first state of zeros: they have no gradient
+                product = _leaf_copy(output)
             if name in self._keep:
                 read = read.clone()
             call = CallRecord(
@@ -237,6 +238,10 @@ class GradCapture:
             value = self._coefficient * value.cpu()
             self._rows[site] = self._rows[site] + value if site in self._rows else value
         self._waiting[site] = 0
+
+
+def _leaf_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().requires_grad_(True).clone()  # a view of a leaf could not be changed in place
 
 
 def _as(read: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -69,3 +69,30 @@ def test_traces_of_reentrant_blocks_are_those_of_the_dense_hessian():
     assert {record.name for record in got} == set(truth)
     for record in got:
         assert abs(record.trace - truth[record.name]) <= 4.5 * record.stderr + 1e-9, record
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recurrent_layer_inside_of_a_checkpoint_is_that_of_the_plain_network(cell, reentrant):
+    """Its first state is a constant, so that a product with it has no gradient."""
+
+    class Net(nn.Module):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.cell, self.out = nn.Linear(4, 4), cell(4, 4, batch_first=True), nn.Linear(4, 3)
+            self.checkpointed = checkpointed
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            block = lambda t: self.cell(t)[0]  # noqa: E731
+            x = self.stem(x)
+            x = checkpoint(block, x, use_reentrant=reentrant) if self.checkpointed else block(x)
+            return self.out(x.mean(1))
+
+    batch = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    for estimator in ("ggn", "hessian"):
+        got, expected = (
+            measure(Net(c).double(), [batch], loss_fn, estimator=estimator, progress=False, max_probes=4)
+            for c in (True, False)
+        )
+        assert [(r.name, pytest.approx(r.trace, rel=1e-9)) for r in got] == [(r.name, r.trace) for r in expected]
