@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@echo "open $(RUN)/report.html"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress" --cov --cov-report=
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress" --cov --cov-report=
 
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import nn
@@ -55,6 +57,21 @@ class HeldState:
                     tensor.data.copy_(value)
 
 
+_TO_PUT_BACK: list[list[KeptParameters]] = []
+
+
+@contextmanager
+def put_back_at_end() -> Iterator[None]:
+    """Context at whose end all that was entered inside of it is put back."""
+    _TO_PUT_BACK.append([])
+    try:
+        yield
+    finally:
+        for kept in _TO_PUT_BACK.pop():
+            kept.put_back()
+            kept.check_unseen()
+
+
 class KeptParameters(TorchFunctionMode):
     """Context in which a tensor is copied right before something writes to it; :meth:`put_back` undoes all that.
 
@@ -79,6 +96,12 @@ class KeptParameters(TorchFunctionMode):
             if not is_traceable_wrapper_subclass(tensor):
                 self._free.setdefault(memory_of(tensor), []).append(tensor)
         self._sums = self._checksums()
+
+    def __enter__(self) -> Self:
+        if _TO_PUT_BACK and self not in _TO_PUT_BACK[-1]:
+            _TO_PUT_BACK[-1].append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None

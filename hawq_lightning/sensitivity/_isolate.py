@@ -19,7 +19,7 @@ from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._chance import WithoutChance
-from hawq_lightning.sensitivity._held_state import KeptParameters
+from hawq_lightning.sensitivity._held_state import put_back_at_end
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -74,7 +74,6 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = KeptParameters(model.parameters())
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for module in noisy_modules(model):
@@ -85,7 +84,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         # compiled modules drop hooks that come after compilation, and refuse double backward
         with (
             random_states_kept(seed),
-            parameters,
+            put_back_at_end(),  # what a loss moved, such as a teacher
             WithoutChance(),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
@@ -99,8 +98,6 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             for buffer, value in buffers:
                 if buffer._version or not torch.equal(buffer, value):
                     buffer.copy_(value)
-        parameters.put_back()  # a loss may move a teacher's
-        parameters.check_unseen()
         for p, required, grad in needs:
             p.requires_grad_(required)
             p.grad = grad

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.internals import internal
 
 KEPT = internal("sensitivity._held_state")
-isolated_eval = internal("sensitivity._isolate").isolated_eval
+put_back_at_end = KEPT.put_back_at_end
 
 WRITES = {
     "mul_": lambda p, q: p.mul_(0.5),
@@ -50,7 +50,7 @@ def test_every_way_of_writing_is_undone(way):
     torch.manual_seed(1)
     net = nn.ParameterList([nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2, 2))])
     before, pointers = [p.detach().clone() for p in net], [p.data_ptr() for p in net]
-    with isolated_eval(net), torch.no_grad():
+    with put_back_at_end(), KEPT.KeptParameters(net.parameters()), torch.no_grad():
         WRITES[way](net[0], net[1])
         assert not torch.equal(net[0], before[0])
     assert all(torch.equal(p, b) for p, b in zip(net, before)) and [p.data_ptr() for p in net] == pointers
@@ -60,7 +60,7 @@ def test_tied_and_viewed_memory_is_put_back_together():
     flat = torch.randn(12)
     a, b = nn.Parameter(flat[:6].view(2, 3)), nn.Parameter(flat[6:].view(2, 3))
     net, before = nn.ParameterList([a, b]), flat.clone()
-    with isolated_eval(net), torch.no_grad():
+    with put_back_at_end(), KEPT.KeptParameters(net.parameters()), torch.no_grad():
         flat.mul_(3)
         assert not torch.equal(b.flatten(), before[6:])
     assert torch.equal(flat, before)
@@ -86,8 +86,29 @@ def test_writes_past_torch_are_told():
 
     net = nn.Linear(3, 3)
     pointer = net.weight.data_ptr()
-    with pytest.warns(UserWarning, match=r"1 parameters .*\[3, 3\].* changed while measuring"), isolated_eval(net):
+    told = pytest.warns(UserWarning, match=r"1 parameters .*\[3, 3\].* changed while measuring")
+    with told, put_back_at_end(), KEPT.KeptParameters(net.parameters()):
         ctypes.memset(pointer, 0, 4)
+
+
+def test_a_late_move_of_the_loss_is_undone_at_the_end():
+    net = nn.Linear(4, 3)
+    calls = []
+
+    def late(m, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            with torch.no_grad():
+                m.weight.mul_(2)
+        return F.cross_entropy(m(batch[0]), batch[1])
+
+    before = net.weight.detach().clone()
+    loss = internal("sensitivity._repeatable").repeatable(net, late)
+    batch = (torch.randn(6, 4), torch.arange(6) % 3)
+    with internal("sensitivity._isolate").isolated_eval(net):
+        values = [float(loss(net, batch)) for _ in range(7)]
+        net.weight.data.copy_(net.weight.data)
+    assert torch.equal(net.weight, before) and len({*values[:4], *values[5:]}) == 1
 
 
 def test_a_graph_without_a_backward_pass_is_freed():

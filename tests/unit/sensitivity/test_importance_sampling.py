@@ -137,7 +137,7 @@ def test_an_interrupted_drawn_measurement_goes_on(sure, tmp_path):
 
     def failing(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] == 14:
+        if calls[0] == 24:
             raise KeyboardInterrupt
         return loss_fn(model, batch)
 
