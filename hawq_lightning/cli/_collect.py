@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from hawq_lightning._errors import HawqError
@@ -32,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not _of_an_earlier_release(place.folder):
             place.refuse_strangers()
-        sweep = collect(options.folder, options.out)
-        place.note_files()
+        # a run's manifest may be beside the tables; a folder that is not there is not made
+        with place.locked() if options.folder.is_dir() else nullcontext():
+            sweep = collect(options.folder, options.out)
+            place.note_files()
     except (HawqError, OSError) as error:
         stop(explain(error) or error)
     columns, rows = mean_table(sweep)

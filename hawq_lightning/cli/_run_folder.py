@@ -38,6 +38,7 @@ RESULTS = (
     *(f"figures/{name}.{end}" for name in _DRAWN for end in ("png", "csv")),
     *(name.format(phase) for name in _BY_PHASE for phase in ("float", "fine_tuning")),
 )  # fmt: skip
+_AFTER_THE_END = ("README.md", "report.html", "export.json")  # no run makes them before its metrics.json
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # a killed process's data workers keep its lock until they see that it has gone, which torch looks for every 5 seconds
 _PATIENCE = 8.0
@@ -46,6 +47,10 @@ _PATIENCE = 8.0
 def result_names() -> tuple[str, ...]:
     """Names of all files that a run may write, the files of exporters that are known now among them."""
     return (*RESULTS, *(f"model{EXPORTERS[name].suffix}" for name in EXPORTERS))
+
+
+def _exported(name: str) -> bool:
+    return name.startswith("model.") and name != "model.safetensors"
 
 
 class RunFolder:
@@ -75,11 +80,14 @@ class RunFolder:
 
     def strangers(self) -> list[str]:
         """Those of them that no run made."""
-        manifest = self._manifest()
+        manifest, present = self._manifest(), self.present()
         made = manifest.get("files")
-        if made is None:
-            return [] if "settings" in manifest else self.present()
-        return [name for name in self.present() if name not in made]
+        if made is not None:
+            return [n for n in present if n not in made and not (n == UNFINISHED and self._goes_on(manifest))]
+        if "settings" not in manifest:
+            return present
+        ended = (self.folder / "metrics.json").exists()
+        return [] if ended else [n for n in present if n in _AFTER_THE_END or _exported(n)]
 
     def changed(self) -> list[str]:
         """Pages that somebody wrote over since the run did."""
@@ -184,6 +192,12 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def _goes_on(self, manifest: JsonObject) -> bool:
+        """Whether the folder's run, which had ended, went on (its packed file was lost) and was killed in that."""
+        with suppress(HawqError):
+            return read_record(self.folder / UNFINISHED).get("settings") == manifest.get("settings")
+        return False
 
     def _manifest(self) -> JsonObject:
         path = self.folder / MANIFEST

@@ -107,8 +107,8 @@ def train(folder, *more, name="hawq-lightning", before=None):
 def cut_short(folder):
     """As a run looks that was killed in its last epoch."""
     record = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").unlink()
-    (folder / "model.safetensors").unlink()
+    for name in ("metrics.json", "model.safetensors", "report.html", "README.md"):
+        (folder / name).unlink()
     (folder / "unfinished.json").write_text(json.dumps(record))
     manifest = json.loads((folder / ".hawq_lightning.json").read_text())
     manifest = {k: v for k, v in manifest.items() if k not in ("files", "pages", "sha256")}
@@ -258,6 +258,23 @@ def test_a_page_that_somebody_changed_stays(run):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "report.html", "export.json", "model.onnx"])
+def test_what_comes_after_a_runs_end_is_somebody_elses_before_it(run, name):
+    cut_short(run)
+    (run / name).write_text("mine")
+    before = contents(run)
+    refused(train(run, OTHER, "overwrite=true"), name, "which no run of hawq-lightning made")
+    assert contents(run) == before
+
+
+def test_a_run_that_ended_and_went_on_and_was_killed_goes_on_again(run, made):
+    shutil.copy(run / "metrics.json", run / "unfinished.json")
+    (run / "model.safetensors").unlink()
+    code, out, err = train(run, "report=false")
+    assert code == 0 and "goes on where it stopped" in out, err
+    assert (run / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
 def test_a_look_writes_nothing_whatever_lies_there(home):
     (home / "README.md").write_text("mine")
     code, out, err = shell("hawq-lightning-analyze", *FAST, "dry_run=true", cwd=home)
@@ -272,9 +289,12 @@ def test_two_runs_at_once_are_one_run(home):
     assert "finished already" in train(home / "run", "report=false")[1]
 
 
-@pytest.mark.parametrize("script", ["hawq-lightning", "hawq-lightning-analyze", "hawq-lightning-export"])
+@pytest.mark.parametrize(
+    "script", ["hawq-lightning", "hawq-lightning-analyze", "hawq-lightning-export", "hawq-lightning-collect"]
+)
 def test_a_folder_at_work_is_refused(run, script):
-    arguments = ["run_folder=run"] if script.endswith("export") else [*FAST, "hydra.run.dir=run"]
+    of_its_own = {"hawq-lightning-export": ["run_folder=run"], "hawq-lightning-collect": ["run"]}
+    arguments = of_its_own.get(script, [*FAST, "hydra.run.dir=run"])
     before = contents(run)
     with FileLock(run / ".hawq_lightning.lock"):
         refused(shell(script, *arguments, cwd=run.parent), "Another run is at work in")

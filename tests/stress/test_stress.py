@@ -52,3 +52,13 @@ def test_damaged_files_are_refused_or_identical(count):
                       ("cache, bytes", "anew")):  # fmt: skip
         assert found["outcomes"][f"{kind}: {how}"] > of_each_kind // 3
     assert not any("FAILED" in outcome for outcome in found["outcomes"])
+
+
+@pytest.mark.stress
+def test_every_command_on_a_run_folder_in_every_state_loses_nothing():
+    command = [sys.executable, "-m", "tests.stress.run_folders"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.stdout.lstrip().startswith("{"), done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["failures"] == [] and done.returncode == 0
+    assert found["states"] >= 30 and found["pairs"] == 5 * found["states"]
