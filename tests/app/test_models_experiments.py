@@ -157,13 +157,14 @@ def test_retinanet_coco(tmp_path, folders, weights, batch):
         assert all(d["boxes"].isfinite().all() for d in after.eval()(batch[0]))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("experiment", "widths", "activations"),
     [
         ("retinanet_coco_act_mixed", {3, 4, 8}, {4, 6, 8}),
-        pytest.param("retinanet_coco_direct", {4}, {4, 8}, marks=pytest.mark.stress),
-        pytest.param("retinanet_coco_act6", {3, 4, 8}, {6, 8}, marks=pytest.mark.stress),
-        pytest.param("bccd_retinanet", {2, 3, 4, 5, 6, 8}, {8}, marks=pytest.mark.stress),
+        ("retinanet_coco_direct", {4}, {4, 8}),
+        ("retinanet_coco_act6", {3, 4, 8}, {6, 8}),
+        ("bccd_retinanet", {2, 3, 4, 5, 6, 8}, {8}),
     ],
 )
 def test_other_detection_rows_on_a_small_backbone(experiment, widths, activations, tmp_path, folders, weights, batch):
