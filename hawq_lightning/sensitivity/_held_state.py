@@ -69,7 +69,9 @@ def put_back_at_end() -> Iterator[None]:
     finally:
         for kept in _TO_PUT_BACK.pop():
             kept.put_back()
-            kept.check_unseen()
+            if not any(kept in level for level in _TO_PUT_BACK):
+                kept.check_unseen()
+                kept.forget()
 
 
 class KeptParameters(TorchFunctionMode):
@@ -87,18 +89,23 @@ class KeptParameters(TorchFunctionMode):
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        real = [t for t in dict.fromkeys(tensors) if _has_values(t)]
-        wrappers = [t for t in real if is_traceable_wrapper_subclass(t)]
+        self._tensors = [t for t in dict.fromkeys(tensors) if _has_values(t)]
+        self._begin()
+
+    def _begin(self) -> None:
+        wrappers = [t for t in self._tensors if is_traceable_wrapper_subclass(t)]
         self._held = [HeldState(wrappers)] if wrappers else []
         # by memory: what is written to may be a view, `tensor.data`, or another parameter that is tied to this one
         self._free: dict[int, list[torch.Tensor]] = {}
-        for tensor in real:
+        for tensor in self._tensors:
             if not is_traceable_wrapper_subclass(tensor):
                 self._free.setdefault(memory_of(tensor), []).append(tensor)
         self._sums = self._checksums()
 
     def __enter__(self) -> Self:
         if _TO_PUT_BACK and self not in _TO_PUT_BACK[-1]:
+            if not any(self in level for level in _TO_PUT_BACK):
+                self._begin()
             _TO_PUT_BACK[-1].append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -115,6 +122,10 @@ class KeptParameters(TorchFunctionMode):
         """Values as they were before the first write."""
         for held in self._held:
             held.put_back()
+
+    def forget(self) -> None:
+        """Values that are back: before the next entry the tensors may be trained."""
+        self._held = []
 
     @property
     def written(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,20 +42,17 @@ class _Repeatable:
         self._parameters.put_back()
         for held in self._buffers:
             held.put_back()
-        if self._calls >= _LOOKS:
-            if not self._parameters.written and not self._buffers:  # as nearly every loss
-                with self._parameters:
-                    return self._loss(model, batch)
-            with self._parameters, _saved_as_used(self._parameters, self._buffers):
-                return self._loss(model, batch)
+        looking = self._calls < _LOOKS
         self._calls += 1
-        held = HeldState(_state(self._model, nn.Module.buffers))
-        with self._parameters, _saved_as_used(self._parameters, [held]):
+        buffers = [HeldState(_state(self._model, nn.Module.buffers))] if looking else self._buffers
+        moves = looking or self._parameters.written or buffers  # nearly no loss does
+        with self._parameters, _saved_as_used(self._parameters, buffers) if moves else nullcontext():
             loss = self._loss(model, batch)
-        known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
-        if moved := [t for t in held.changed() if id(t) not in known]:
-            held.keep_only(moved)
-            self._buffers.append(held)
+        if looking:
+            known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
+            if moved := [t for t in buffers[0].changed() if id(t) not in known]:
+                buffers[0].keep_only(moved)
+                self._buffers.append(buffers[0])
         return loss
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -122,3 +122,25 @@ def test_a_graph_without_a_backward_pass_is_freed():
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn is not None and t.shape[-1:] == (5,)]
     assert not alive
+
+
+def test_what_was_trained_between_two_measurements_stays():
+    net = nn.Linear(4, 3)
+
+    def moving(m, batch):
+        value = F.cross_entropy(m(batch[0]), batch[1])
+        with torch.no_grad():
+            m.weight.mul_(0.5)
+        return value
+
+    loss = internal("sensitivity._repeatable").repeatable(net, moving)
+    isolated_eval = internal("sensitivity._isolate").isolated_eval
+    batch = (torch.randn(6, 4), torch.arange(6) % 3)
+    for _ in range(2):
+        with torch.no_grad():
+            net.weight.add_(1)
+            net.bias.add_(1)
+        trained = net.weight.detach().clone()
+        with isolated_eval(net):
+            assert len({float(loss(net, batch)) for _ in range(3)}) == 1
+        assert torch.equal(net.weight, trained)
