@@ -118,16 +118,18 @@ def landscape(
     home = weight.detach().clone()
     loss_fn = repeatable(model, loss_fn)
     out = []
-    with isolated_eval(model), torch.no_grad():
-        try:
-            for a in offsets:
-                row = []
-                for b in offsets:
+    try:
+        for a in offsets:
+            row = []
+            for b in offsets:
+                with torch.no_grad():
                     weight.copy_(home + a * directions[0].to(home) + b * directions[1].to(home))
+                with isolated_eval(model), torch.no_grad():  # each point its own: the weight is moved outside of it
                     row.append(sum(float(loss_fn(model, x)) * n for x, n in zip(moved, samples)) / sum(samples))
-                out.append(row)
-                if tick is not None:
-                    tick()
-        finally:
+            out.append(row)
+            if tick is not None:
+                tick()
+    finally:
+        with torch.no_grad():
             weight.copy_(home)
     return out
