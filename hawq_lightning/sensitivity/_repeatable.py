@@ -11,6 +11,7 @@ from torch import nn
 
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import shape_only
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
@@ -45,8 +46,11 @@ class _Repeatable:
         looking = self._calls < _LOOKS
         self._calls += 1
         buffers = [HeldState(_state(self._model, nn.Module.buffers))] if looking else self._buffers
-        moves = looking or self._parameters.written or buffers  # nearly no loss does
-        with self._parameters, _saved_as_used(self._parameters, buffers) if moves else nullcontext():
+        moves = not shape_only() and (looking or self._parameters.written or buffers)  # nearly no loss does
+        with (
+            self._parameters,
+            _saved_as_used(self._parameters, buffers) if moves else nullcontext(),
+        ):
             loss = self._loss(model, batch)
         if looking:
             known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
