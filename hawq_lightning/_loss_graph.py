@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
 Result = TypeVar("Result")
-_PRODUCT = re.compile(r"mm|mv|Dot|Convolution|Linear|Embedding", re.IGNORECASE)  # in names of nodes
 
 
 @dataclass(frozen=True)
@@ -107,25 +105,6 @@ class LossGraph:
         self.nodes = behind(n for t in tensors_of(result) for n in nodes_of(t))
         self.known = bool(self.nodes)
 
-    def leaves(self) -> frozenset[int]:
-        """Ids of the tensors that gradients end in."""
-        return ids_of(self.nodes)
-
-    def before(self, ids: frozenset[int]) -> set[Node]:
-        """Nodes from which data flows into a product or convolution with one of these matrices.
-
-        Temperatures, weights of tasks and other vectors are none: they scale a loss.
-
-        Args:
-            ids: of parameters.
-        """
-        readers = []
-        for node in self.nodes:
-            sources = [_matrix(parent, ids) for parent, _ in node.next_functions]
-            if any(sources) and not all(sources):  # alone it is a cast or view of the weight
-                readers.append(node)
-        return behind(parent for n in readers for parent, _ in n.next_functions if parent is not None)
-
 
 def behind(start: Iterable[Node]) -> set[Node]:
     """All nodes from which data flows into some, themselves included."""
@@ -137,32 +116,6 @@ def behind(start: Iterable[Node]) -> set[Node]:
             seen.add(node)
             stack += [parent for parent, _ in node.next_functions if parent is not None]
     return seen
-
-
-def ids_of(nodes: Iterable[Node]) -> frozenset[int]:
-    """Ids of the leaves among some nodes."""
-    return frozenset(id(leaf) for n in nodes if (leaf := _leaf(n)) is not None)
-
-
-def _leaf(node: Node) -> torch.Tensor | None:
-    leaf = getattr(node, "variable", None)
-    return leaf if isinstance(leaf, torch.Tensor) else None
-
-
-def _matrix(node: Node | None, ids: frozenset[int], depth: int = 6) -> bool:
-    """Whether a node is one of these parameters with two axes or more, or is made of such ones without a product."""
-    if node is None or not depth:
-        return False
-    if (leaf := _leaf(node)) is not None:
-        return id(leaf) in ids and leaf.ndim > 1
-    if _PRODUCT.search(node.name()):
-        return False
-    parents = [parent for parent, _ in node.next_functions if parent is not None]
-    if len(parents) == 1:
-        return _matrix(parents[0], ids, depth)  # views, casts and masks: as many as there are
-    return any(_matrix(p, ids, depth - 1) for p in parents) and all(
-        _matrix(p, ids, depth - 1) or _leaf(p) is not None for p in parents
-    )
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._fused import fused_transformers_off
-from hawq_lightning._loss_graph import LossGraph, Trained, behind, graph_alone, ids_of, nodes_of, tensors_of, trainable
+from hawq_lightning._loss_graph import LossGraph, Trained, behind, graph_alone, nodes_of, tensors_of, trainable
 from hawq_lightning._product_counter import ProductCounter
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.layers import WeightReader
@@ -60,7 +59,8 @@ class _Call:
     layer: str
     read: torch.Tensor  # kept, so that its id stays its own while the pass runs
     version: int
-    nodes: list[Node]
+    sources: list[Node]  # where the tensor stands in the graph
+    nodes: list[Node]  # where the product does
     with_gradients: bool
     macs: int
     inside: tuple[int, ...]  # numbers of the module calls around it
@@ -174,7 +174,9 @@ class SiteCalls:
                 product = _in_graph(output)
                 self.depths.passed(name, x, product)
                 nodes = nodes_of(product)
-                calls.append(_Call(name, x, version_of(x), nodes, torch.is_grad_enabled(), macs, tuple(inside)))
+                calls.append(
+                    _Call(name, x, version_of(x), nodes_of(x), nodes, torch.is_grad_enabled(), macs, tuple(inside))
+                )
                 return None if product is output else product
 
             return [reader.on_read(read), reader.on_call(record)]
@@ -189,7 +191,7 @@ class SiteCalls:
         modules = {n: reader.module for n, reader in self.layers.items()}
         try:
             with (
-                _wanting_gradients(self.model), torch.enable_grad(), counter, self.depths,
+                torch.enable_grad(), counter, self.depths,
                 reentrant_checkpoints_replaced(), fused_transformers_off(), functions,
             ):  # fmt: skip
                 norms = norms_behind(self.model, named, modules, runs)
@@ -227,7 +229,8 @@ class SiteCalls:
         reached = [c for c in calls if self._reached(graph, c)]
         if not reached:  # no graph tells anything: whatever ran with gradients, or else whatever ran
             return [c for c in calls if c.with_gradients] or list(calls)
-        frozen = _Frozen(graph, calls, outputs, self._trained, self._own) if self._trained else None
+        moved = [c for c in reached if self._own[c.layer]]
+        frozen = _Frozen(moved, outputs) if moved else None
         names: dict[str, list[_Call]] = {}
         for name, of_layer in _by_layer(calls).items():
             live = [c for c in of_layer if self._reached(graph, c)]
@@ -258,17 +261,10 @@ class _Frozen:
     own, and a perceptual loss is run by the step, or on targets as well.
     """
 
-    def __init__(
-        self,
-        graph: LossGraph,
-        calls: Sequence[_Call],
-        outputs: Sequence[_Output],
-        trained: frozenset[int],
-        own: Mapping[str, frozenset[int]],
-    ) -> None:
-        self._trained = trained & graph.leaves()
-        self._before = graph.before(self._trained)
-        together = {number for c in calls if own[c.layer] for number in c.inside}
+    def __init__(self, trained: Sequence[_Call], outputs: Sequence[_Output]) -> None:
+        self._before = behind(n for c in trained for n in c.sources)
+        nodes_of_trained = {n for c in trained for n in c.nodes}
+        together = {number for c in trained for number in c.inside}
         self._joint: set[Node] = set()
         alone: set[Node] = set()
         for output in reversed(
@@ -276,11 +272,11 @@ class _Frozen:
         ):  # outer calls end last, and what is behind them holds what is behind inner ones
             if output.number in together and not any(n in self._joint or n in alone for n in output.nodes):
                 nodes = behind(output.nodes)
-                (alone if ids_of(nodes).isdisjoint(self._trained) else self._joint).update(nodes)
+                (alone if nodes.isdisjoint(nodes_of_trained) else self._joint).update(nodes)
 
     def needed(self, calls: Sequence[_Call], live: Sequence[_Call]) -> bool:
         """Whether the network needs a frozen layer with these calls, of which some are on the way to the loss."""
-        if not self._trained or any(not self._before.isdisjoint(c.nodes) for c in live):
+        if any(not self._before.isdisjoint(c.nodes) for c in live):
             return True
         return all(not self._joint.isdisjoint(c.nodes) for c in calls if c.with_gradients)
 
@@ -298,19 +294,3 @@ def _in_graph(output: torch.Tensor) -> torch.Tensor:
     if output.requires_grad or not torch.is_grad_enabled() or not wanted or output.is_inference():
         return output
     return output.detach().requires_grad_(True).clone()
-
-
-@contextmanager
-def _wanting_gradients(model: nn.Module) -> Iterator[None]:
-    """Parameters that are trained want gradients inside, so that the graph tells; the others must stay as they are."""
-    ids = trainable(model)
-    changed = [p for p in model.parameters() if id(p) in ids and not p.requires_grad and not p.is_inference()]
-    gradients = [(p, p.grad) for p in changed]
-    for p in changed:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, grad in gradients:
-            p.requires_grad_(False)
-            p.grad = grad
