@@ -164,7 +164,9 @@ MIXES += [(n, grouped(k)) for n in (8, 12, 16) for k in (2, 4)] + [(n, halves) f
 @pytest.mark.parametrize(("samples", "mix"), MIXES)
 def test_a_network_that_mixes_images_is_seen_on_a_few_of_them(samples, mix):
     torch.manual_seed(0)
-    measured = measure(Mixing(mix), [(torch.randn(samples, 4), torch.arange(samples) % 3)], cross_entropy, progress=False)
+    measured = measure(
+        Mixing(mix), [(torch.randn(samples, 4), torch.arange(samples) % 3)], cross_entropy, progress=False
+    )
     assert measured.row_unit["first.weight"] == "batch" and measured.row_unit["second.weight"] == "image"
 
 
