@@ -494,7 +494,7 @@ def test_rows_of_another_measurement_or_a_damaged_file_are_not_used(tmp_path):
     path.write_bytes(b"not a file of ours")
     assert [r.trace for r in measure(net, [batch, batch], case_loss, resume=path, **kwargs)] == [r.trace for r in plain]
     with pytest.raises(StopError):
-        measure(net, [batch, batch], _stops_after(case_loss, 13), resume=path, rtol=0.01, progress=False)
+        measure(net, [batch, batch], _stops_after(case_loss, 18), resume=path, rtol=0.01, progress=False)
     assert path.is_file()
     with torch.no_grad():
         net.fc.weight.mul_(1.1)
