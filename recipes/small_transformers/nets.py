@@ -29,18 +29,22 @@ class Classifier(pl.LightningModule):
         self.net, self.lr = net, lr
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits, also of nets that return them with other things."""
         out = self.net(x)
         return out if isinstance(out, Tensor) else out.logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy."""
         x, y = batch
         return F.cross_entropy(self(x).flatten(0, -2), y.flatten())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Share of right answers."""
         x, y = batch
         self.log("accuracy", (self(x).argmax(-1) == y).float().mean(), batch_size=len(x))
 
     def configure_optimizers(self) -> Any:
+        """AdamW with a one-cycle schedule."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=int(steps))
@@ -72,9 +76,11 @@ class Manual(pl.LightningDataModule):
     """Loaders of :class:`Characters`."""
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled pieces."""
         return DataLoader(Characters(train=True), batch_size=64, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Held-out pieces, in order."""
         return DataLoader(Characters(train=False), batch_size=128)
 
 
@@ -90,6 +96,7 @@ class Grey(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Grey images (batch, 1, 8, 8) -> logits."""
         return self.vit(x.expand(-1, 3, -1, -1))
 
 
@@ -99,7 +106,7 @@ def vision_transformer() -> tuple[nn.Module, pl.LightningDataModule]:
 
 
 def language_model() -> tuple[nn.Module, pl.LightningDataModule]:
-    """transformers' GPT-2, 128 characters, 4 layers of width 128; its decoder is tied to its embedding."""
+    """GPT-2 of transformers: 128 characters, 4 layers of width 128, the decoder tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(

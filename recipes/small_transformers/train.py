@@ -97,11 +97,15 @@ def worth(task: Classifier, batches: list[Any], held_out: list[Any], seed: int) 
     return found
 
 
+HEADER = (
+    "network", "float", "fine-tuned", "difference, by seed", "mean bits", "bytes", "estimator", "cost of measuring",
+    "rank correlation: weights 2, 3, 4 bits", "activations 4, 8 bits",
+)  # fmt: skip
+
+
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The figures of all networks as Markdown: means over seeds, with the range of the accuracies' difference."""
-    lines = ["| network | float | fine-tuned | difference, by seed | mean bits | bytes | estimator | cost of measuring | "
-             "rank correlation: weights 2, 3, 4 bits | activations 4, 8 bits |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    """The figures of all networks as Markdown: means over seeds, with each seed's difference in accuracy."""
+    rows = [HEADER, ("---",) * len(HEADER)]
     for net in NETS:
         runs = [r for key, r in found.items() if key.startswith(f"{net} ")]
         if not runs:
@@ -110,15 +114,15 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
             return statistics.mean(r[key] for r in runs)
 
-        change = ", ".join(f"{100 * (r['fine_tuned'] - r['float']):+.2f}" for r in runs)
-        ranks = [", ".join(f"{mean(f'{k} {b}'):.2f}" for b in bits) for k, bits in
-                 (("weight", (2, 3, 4)), ("activation", (4, 8)))]  # fmt: skip
-        lines.append(
-            f"| {net} | {100 * mean('float'):.2f}% | {100 * mean('fine_tuned'):.2f}% | {change} | {mean('mean_bits'):.2f} "
-            f"| {mean('bytes'):,.0f} of {mean('float_bytes'):,.0f} | {', '.join(sorted({r['estimator'] for r in runs}))} "
-            f"| {mean('steps'):.1f} passes over its data | {ranks[0]} | {ranks[1]} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append((
+            net, f"{100 * mean('float'):.2f}%", f"{100 * mean('fine_tuned'):.2f}%",
+            ", ".join(f"{100 * (r['fine_tuned'] - r['float']):+.2f}" for r in runs), f"{mean('mean_bits'):.2f}",
+            f"{mean('bytes'):,.0f} of {mean('float_bytes'):,.0f}", ", ".join(sorted({r["estimator"] for r in runs})),
+            f"{mean('steps'):.1f} training steps a batch",
+            ", ".join(f"{mean(f'weight {b}'):.2f}" for b in (2, 3, 4)),
+            ", ".join(f"{mean(f'activation {b}'):.2f}" for b in (4, 8)),
+        ))  # fmt: skip
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
 
 def main() -> None:
