@@ -2,6 +2,7 @@
 
 from hawq_lightning.layers._adopted import fake_quant_class
 from hawq_lightning.layers._attention import AttentionKind
+from hawq_lightning.layers._computed import bake_parametrizations
 from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
 from hawq_lightning.layers._conv_gradients import by_kernel
 from hawq_lightning.layers._embedding import EmbeddingBagKind, EmbeddingKind
@@ -61,6 +62,7 @@ __all__ = [
     "WeightRead",
     "WeightReader",
     "as_reader",
+    "bake_parametrizations",
     "by_kernel",
     "channel_axis_of",
     "deterministic",

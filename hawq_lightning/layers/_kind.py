@@ -228,14 +228,14 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     kind = _kind_of_type(layer_type(module))
     if kind is None or isinstance(module, FakeQuantLayer):
         return kind
+    if is_parametrized(type(module)) and set(kind.weights(module)) != {"weight"}:
+        return None
     return kind if kind.why_float(module) is None else None
 
 
 def _kind_of_type(module_type: type[nn.Module]) -> LayerKind | None:
     if (kind := _BY_TYPE.get(module_type)) is not None:
         return kind
-    if is_parametrized(module_type):
-        return None
     for t, name in qualified_names(module_type):
         if name in _LATE and t not in _BY_TYPE:
             _NAMES[t], _BY_TYPE[t] = _LATE[name]
