@@ -35,6 +35,7 @@ from hawq_lightning.layers._kind import (
 from hawq_lightning.layers._linear import LinearKind, MatrixGradients
 from hawq_lightning.layers._other_linear import QOtherLinear
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._read_inside import ReadInsideKind
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
 from hawq_lightning.layers._recurrent import RecurrentKind
@@ -57,6 +58,7 @@ __all__ = [
     "LinearKind",
     "MatrixGradients",
     "QOtherLinear",
+    "ReadInsideKind",
     "RecurrentKind",
     "WeightQ",
     "WeightRead",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning.layers._computed import put_computed
-from hawq_lightning.layers._fake_quant import input_quantizer_attribute, quantizer_attribute
+from hawq_lightning.layers._fake_quant import input_quantizer_attribute, layer_type, quantizer_attribute
 from hawq_lightning.layers._kind import LayerKind, Record, WeightRead, kind_of, weight_of
 
 
@@ -44,7 +44,7 @@ class WeightReader:
     @property
     def type_name(self) -> str:
         """Class name of the float layer, or of the one that it is a subclass of."""
-        return self.kind.float_type.__name__
+        return getattr(self.kind, "float_type", layer_type(self.module)).__name__
 
     @property
     def weight(self) -> torch.Tensor:
