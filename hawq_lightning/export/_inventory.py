@@ -78,6 +78,11 @@ def rest_of(model: nn.Module, owned: Owned) -> Iterator[tuple[tuple[str, ...], t
     """
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     skipped = tuple(f"{n}.{part}.".lstrip(".") for n, m in modules.items() for part in getattr(m, "training_only", ()))
+    # what codes are computed from has served
+    skipped += tuple(
+        f"{n}.parametrizations.{name}.".lstrip(".") for n, m in modules.items() if hasattr(m, "parametrizations")
+        for name in m.parametrizations if (id(m), name) in owned
+    )  # fmt: skip
     groups: dict[int, tuple[list[str], torch.Tensor]] = {}
     for raw, tensor in model.state_dict(keep_vars=True).items():
         key = plain(raw)
@@ -142,7 +147,7 @@ def check_same(
         if len(layers) < len(site.layers):
             unknown.append(site.name)
         elif site.kind == "weight":
-            weights = {id(x.weight): x.weight for x in layers}
+            weights = {x.key: x.weight for x in layers}
             shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}
             if shapes != {site.shape} or layers[0].channel_axis != held.axis:
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
