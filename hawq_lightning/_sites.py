@@ -20,6 +20,7 @@ from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._product_counter import ProductCounter
@@ -121,7 +122,8 @@ def find_sites(
     if not layers:
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
     if run is None:
-        return _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, 1, traced=False)
+        table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, 1, traced=False)
+        return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
     calls: list[_Read] = []
     without_gradients: list[_Read] = []  # where the model itself switched gradients off
     macs: dict[str, int] = {}
@@ -181,7 +183,9 @@ def find_sites(
     floats += _functional(counter, macs, floats, images)
     ordered = {name: layers[name] for name in macs if name in layers}
     table = _assemble(ordered, {n: macs[n] // images for n in ordered}, calls, norms, floats, images, traced=True)
-    return replace(table, last=depths.last(ordered))
+    return replace(
+        table, last=depths.last(ordered), float_tensors=float_tensors(model, ordered.values(), floats)
+    )  # fmt: skip
 
 
 def sites(

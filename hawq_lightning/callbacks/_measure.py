@@ -16,8 +16,9 @@ from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._stays_float import stays_float
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.callbacks._announce import announce
+from hawq_lightning.callbacks._announce import announce, warn_of_float
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._results import HasResults, Results, there
@@ -153,6 +154,7 @@ class MeasureTraces(HasResults, Callback):
             self._check_types(pl_module, batches[0], loss_fn)
             table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
             self.results.sites, overhead = table, nominal.file_overhead
+            warn_of_float(table)
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
@@ -210,6 +212,8 @@ class MeasureTraces(HasResults, Callback):
         settings = {
             **chosen.settings, **self.sensitivity.settings, "seed": self.measure.seed, "lifted": floored,
         }  # fmt: skip
+        if sentence := stays_float(self.sites):
+            settings["stays_float"] = sentence
         chosen = self._with_quantizer(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
+from hawq_lightning._shares import compression_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
@@ -174,7 +175,7 @@ def show(record: JsonObject, folder: Path) -> None:
     console = Console()
     metric, scale = next(((m, s) for m, s in (("accuracy", 100), ("map", 100), ("loss", 1)) if m in record), ("", 1))
     table = Table(title=f"{record['name']}, seed {record['seed']}")
-    for heading in ("", metric or "score", "weights", "file"):
+    for heading in ("", metric or "score", "quantized weights", "file"):
         table.add_column(heading, justify="left" if not heading else "right")
     sizes = record["sizes"]
     ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
@@ -189,6 +190,7 @@ def show(record: JsonObject, folder: Path) -> None:
             cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
         table.add_row(label, cell, *cells)
     console.print(table)
+    print(f"smaller: {compression_text(record.get('costs') or sizes)}")
     seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
     console.print(seconds, highlight=False)
     print(f"run folder: {folder}")

@@ -81,7 +81,7 @@ def sweep_facts(sweep: Sweep) -> str:
 def run_table(sweep: Sweep) -> Table:
     """Every run, for people."""
     columns = ["name", "selector", "budget", *sweep.varied, "seed", "metric", "float", "after quantizing",
-               "after fine-tuning", "smaller", "weights", "file", "time"]  # fmt: skip
+               "after fine-tuning", "smaller", "quantized weights", "whole model", "file", "time"]  # fmt: skip
     rows = []
     for r in sweep.rows:
         n = r.numbers
@@ -89,7 +89,13 @@ def run_table(sweep: Sweep) -> Table:
         rows.append(
             [r.title, r.selector, r.budget, *(r.overrides.get(k, "") for k in sweep.varied), r.seed, r.metric]
             + [score(r.scores.get(s), r.metric) for s in _STAGES]
-            + [times(n.get("w_comp")), size(n.get("weight_bytes")), size(n.get("file_bytes")), seconds]
+            + [
+                times(n.get("w_comp")),
+                size(n.get("weight_bytes")),
+                times(n.get("model_comp")),
+                size(n.get("file_bytes")),
+            ]
+            + [seconds]
         )
     return columns, rows
 
@@ -97,13 +103,13 @@ def run_table(sweep: Sweep) -> Table:
 def mean_table(sweep: Sweep) -> Table:
     """Every setting: mean and standard deviation over its seeds."""
     columns = ["name", "selector", "budget", *(["also"] if sweep.varied else []), "seeds", "metric", "float",
-               "after fine-tuning", "smaller", "weights"]  # fmt: skip
+               "after fine-tuning", "smaller", "quantized weights", "whole model"]  # fmt: skip
     rows = []
     for (title, selector, budget, metric, *varied), runs in sweep.groups().items():
         floats = [r.scores["float"] for r in runs if "float" in r.scores]
         tuned = [r.score for r in runs if r.score is not None]
         also = [", ".join(varied)] if sweep.varied else []
-        sizes = [times(_mean(runs, "w_comp")), size(_mean(runs, "weight_bytes"))]
+        sizes = [times(_mean(runs, "w_comp")), size(_mean(runs, "weight_bytes")), times(_mean(runs, "model_comp"))]
         spreads = [_spread(floats, metric), _spread(tuned, metric)]
         rows.append([title, selector, budget, *also, str(len(runs)), metric, *spreads, *sizes])
     return columns, rows
