@@ -15,7 +15,7 @@ from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
 from hawq_lightning.callbacks import HAWQ, preview
-from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task
+from hawq_lightning.cli._build import check_settings, hooks_of, make_callback, make_data, make_task
 from hawq_lightning.selection import Problem, available_costs, cost_of, cost_rows, format_cost, solve
 from hawq_lightning.sensitivity import Sensitivity, measure
 
@@ -52,16 +52,17 @@ def _loss(module: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def first_look(
-    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule
+    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule | None
 ) -> tuple[Batch, SiteTable, Problem]:
     """A batch, the sites, and the problem before anything is measured.
 
     Raises:
         HawqError: no data, no sites, or a budget that no plan meets.
     """
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()), None)
+    hooks = hooks_of(task, data)
+    hooks.prepare_data()
+    hooks.setup("fit")
+    batch = next(iter(hooks.train_dataloader()), None)
     if batch is None:
         raise HawqError("The training dataloader is empty.")
     measuring = callback.measure_callback

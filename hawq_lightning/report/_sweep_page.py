@@ -16,7 +16,7 @@ from hawq_lightning.report._card import markdown_table, markdown_text
 from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, PURPLE, SOFT, ReportFigure, Tooltip, canvas
 from hawq_lightning.report._page import render
 from hawq_lightning.report._sweep import NUMBERS, Row, Sweep, read_sweep
-from hawq_lightning.report._text import score, size, times
+from hawq_lightning.report._text import falls, score, size, times
 
 _STAGES = ("float", "quantized", "fine_tuned")
 _STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
@@ -151,12 +151,12 @@ def draw_sweep(sweep: Sweep) -> ReportFigure | None:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.3)
-    best = (min if metric == "loss" else max)(runs, key=lambda r: r.score or 0.0)
+    best = (min if falls(metric) else max)(runs, key=lambda r: r.score or 0.0)
     return ReportFigure(
         "accuracy_size",
         f"{metric[0].upper()}{metric[1:]} against size",
         f"{len(runs)} runs between {size(min(bytes_of.values()))} and {size(largest)} of weights; "
-        f"the {'lowest' if metric == 'loss' else 'highest'} {metric} is {score(best.score, metric)} at "
+        f"the {'lowest' if falls(metric) else 'highest'} {metric} is {score(best.score, metric)} at "
         f"{size(bytes_of[best.name])}.",
         "A faint mark is one run; lines go through the means over seeds. The dashed line is the float network.",
         figure,
