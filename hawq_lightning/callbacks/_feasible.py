@@ -97,7 +97,7 @@ def check_covers(sensitivity: Sensitivity, table: SiteTable) -> None:
 
 
 def warn_untrained(
-    sensitivity: Sensitivity, module: nn.Module, batches: list[Batch], loss_fn: LossFn, plan: Plan
+    sensitivity: Sensitivity, module: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, plan: Plan
 ) -> None:
     """Warn where a loss near chance, or a gradient term that outweighs Omega, says that this is no minimum."""
     loss, classes = (float(sensitivity.settings.get(k, 0.0)) for k in ("loss", "classes"))

@@ -158,7 +158,7 @@ class MeasureTraces(HasResults, Callback):
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
-            images = sum(map(batch_images, batches))
+            images = sum(map(batch_images, batches.kept))
             with shared_traces(trainer, folder, config.cache, table, images) as traces:
                 weigh = partial(
                     candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
@@ -202,7 +202,7 @@ class MeasureTraces(HasResults, Callback):
             check_exact_types(pl_module, batch, loss_fn)
 
     def _choose(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
     ) -> Plan:
         """The plan, the same on every process, with what it came from."""
         chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
@@ -218,7 +218,7 @@ class MeasureTraces(HasResults, Callback):
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
 
     def _select(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
         config, seed = self.select, self.measure.seed if self.select.seed is None else self.select.seed

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import like, parts_of
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning._types import Batch
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_state import put_back_at_end
 
@@ -101,15 +99,6 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         for p, required, grad in needs:
             p.requires_grad_(required)
             p.grad = grad
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a nested batch; the containers stay of their types. Inference tensors become plain ones."""
-    if isinstance(batch, torch.Tensor):
-        return batch.clone() if batch.is_inference() and batch.device == device else batch.to(device)
-    if parts := parts_of(batch):
-        return like(batch, [to_device(v, device) for v in parts])
-    return batch
 
 
 def release_memory() -> None:

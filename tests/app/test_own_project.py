@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 
 from hawq_lightning import HawqError
+from hawq_lightning.cli import make_data, make_task
 from tests.console import Finished, shell
 from tests.internals import internal
 
@@ -65,7 +69,15 @@ def ran(done: Finished | subprocess.CompletedProcess) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+def kinds(names, quick: set[str]):
+    """Those beyond the quick ones take their time in ``make stress``."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.stress) for n in names]
+
+
+QUICK = {"as it is", "with arguments and a monitor", "template", "network and task", "our task", "targets alone"}
+
+
+@pytest.mark.parametrize("kind", kinds(COMMANDS, QUICK))
 def test_the_shell_runs_a_strangers_project(project, kind):
     words, metric = COMMANDS[kind]
     out = ran(shell("hawq-lightning", *FAST, *words, cwd=project))
@@ -96,7 +108,7 @@ def test_a_run_of_the_template_goes_on_from_its_checkpoint(project):
     assert "goes on where it stopped" in ran(shell("hawq-lightning", *words, cwd=project))
 
 
-@pytest.mark.parametrize("kind", ["as it is", "template", "experiment"])
+@pytest.mark.parametrize("kind", kinds(["as it is", "template", "experiment"], {"experiment"}))
 def test_analysis_and_dry_run(project, kind):
     words = [w for w in FAST if "epochs" not in w]
     out = ran(shell("hawq-lightning-analyze", *words, *COMMANDS[kind][0], "dry_run=true", cwd=project))
@@ -105,7 +117,7 @@ def test_analysis_and_dry_run(project, kind):
     assert (project / "run" / "plan.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["as it is", "template", "experiment"])
+@pytest.mark.parametrize("kind", kinds(["as it is", "template", "experiment"], set()))
 def test_export_runs_code_only_where_it_is_trusted(project, kind):
     pytest.importorskip("onnxruntime")
     ran(shell("hawq-lightning", *FAST, *COMMANDS[kind][0], cwd=project))
@@ -134,29 +146,64 @@ REFUSED = {
 }
 
 
+@pytest.fixture
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The project in this process, whose modules are forgotten afterwards."""
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    yield project
+    for name in [n for n in sys.modules if n.partition(".")[0] == "src"]:
+        del sys.modules[name]
+
+
+def built(project: Path, *words: str) -> None:
+    """What a run makes first."""
+    GlobalHydra.instance().clear()
+    argv = internal("cli._entry").without_null([*FAST, *words])
+    with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
+        cfg = compose("train", [w for w in argv if not w.startswith("hydra")])
+    task = make_task(cfg)
+    make_data(cfg)
+    internal("cli._recorder").scores({"val_accuracy": 1.0}, cfg.monitor)
+    assert task is not None
+
+
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_wrong_target_is_one_sentence_with_the_nearest(project, kind):
+def test_a_wrong_target_is_one_sentence_with_the_nearest(here, kind):
     words, sentence = REFUSED[kind]
     given = [w for w in AS_IT_IS if not (kind in ("no network", "no task") and w.startswith("task"))]
-    assert sentence in refused(project, *given, *words)
+    given = [w for w in given if w.partition("=")[0] not in [x.partition("=")[0] for x in words]]
+    with pytest.raises(HawqError, match=re.escape(sentence)):
+        built(here, *given, *words)
 
 
-def test_a_net_that_nobody_takes_is_refused(project):
+def test_the_shell_prints_that_sentence_alone(project):
+    assert REFUSED["a class"][1] in refused(project, *AS_IT_IS, *REFUSED["a class"][0])
+
+
+def test_a_net_that_nobody_takes_is_refused(here):
     words = ["model._target_=src.net.Dense", *(w for w in AS_IT_IS if w != "model=null")]
-    assert "takes no net, and model._target_=src.net.Dense is one" in refused(project, *words)
+    with pytest.raises(HawqError, match="takes no net, and model._target_=src.net.Dense is one"):
+        built(here, *words)
 
 
-def test_an_error_inside_of_their_module_is_named(project):
-    (project / "src" / "broken.py").write_text("import a_package_that_nobody_has\n")
-    said = refused(project, *AS_IT_IS, "task._target_=src.broken.Task")
-    assert "src.broken cannot be imported: No module named 'a_package_that_nobody_has'" in said
+def test_an_error_inside_of_their_module_is_named(here):
+    (here / "src" / "broken.py").write_text("import a_package_that_nobody_has\n")
+    with pytest.raises(HawqError, match="src.broken cannot be imported: No module named 'a_package_that_nobody_has'"):
+        built(
+            here,
+            *(w for w in AS_IT_IS if "_target_" not in w),
+            "data._target_=src.data.Shapes",
+            f"{LIT}src.broken.Task",
+        )
 
 
-def test_a_module_of_the_other_name_is_told_so(project):
+def test_a_module_of_the_other_name_is_told_so(here):
     pytest.importorskip("pytorch_lightning")
-    text = (project / "src" / "plain.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
-    (project / "src" / "plain.py").write_text(text)
-    assert "which is no LightningModule of lightning.pytorch" in refused(project, *AS_IT_IS)
+    text = (here / "src" / "plain.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
+    (here / "src" / "plain.py").write_text(text)
+    with pytest.raises(HawqError, match="which is no LightningModule of lightning.pytorch"):
+        built(here, *AS_IT_IS)
 
 
 def test_what_is_located_and_who_it_is(tmp_path, monkeypatch):
