@@ -30,7 +30,7 @@ class LayerDepths(TorchDispatchMode):
 
     def passed(self, layer: str, read: torch.Tensor, output: torch.Tensor) -> None:
         """A layer was called."""
-        depth = self._depth(read) + 1
+        depth = self.depth(read) + 1
         self.of[layer] = max(depth, self.of.get(layer, 0))
         self._set(output, depth)
 
@@ -38,19 +38,20 @@ class LayerDepths(TorchDispatchMode):
         """Of some layers, in the order of their first calls, the last one with most layers before it."""
         return max(reversed([*layers]), key=lambda name: self.of[name], default="")
 
-    def _depth(self, tensor: object) -> int:
+    def depth(self, tensor: object) -> int:
+        """Most layers in a row behind a tensor."""
         known = self._behind.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else 0
 
     def _set(self, tensor: torch.Tensor, depth: int) -> None:
-        self._behind[id(tensor)] = (weakref.ref(tensor), max(depth, self._depth(tensor)))
+        self._behind[id(tensor)] = (weakref.ref(tensor), max(depth, self.depth(tensor)))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        depth = max(map(self._depth, tree_leaves((args, kwargs))), default=0)
+        depth = max(map(self.depth, tree_leaves((args, kwargs))), default=0)
         if depth:
             for x in tree_leaves(out):
                 if isinstance(x, torch.Tensor):

@@ -102,6 +102,11 @@ class FunctionReads(TorchDispatchMode):
         def enter(*_: object) -> None:
             for reader in recomputed:
                 self._mark(reader)
+            for tensor in module._parameters.values():  # its memory may be another one: tensor.data = ...
+                storage = None if tensor is None else _storage(tensor)
+                if storage is not None and storage not in self._lasting and storage not in self._constant:
+                    self._lasting.add(storage)
+                    self._constant[storage] = frozenset({id(tensor)})
             self._inside.append((module, keys))
 
         return enter

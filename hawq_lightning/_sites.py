@@ -11,20 +11,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
-from hawq_lightning._batchnorm import norms_behind
-from hawq_lightning._depth import LayerDepths
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._float_rest import float_tensors
-from hawq_lightning._function_reads import FunctionReads
-from hawq_lightning._fused import fused_transformers_off
-from hawq_lightning._product_counter import ProductCounter
-from hawq_lightning._recomputed import reentrant_checkpoints_replaced
+from hawq_lightning._loss_graph import Trained
+from hawq_lightning._site_calls import BY_FUNCTION_ONLY, Key, Read, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
 from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
@@ -41,20 +37,15 @@ from hawq_lightning.layers import (
 
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
+MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern] | None
-_Node = str | tuple[int, int]  # of the graph of layers and tensors
-_Read = tuple[str, torch.Tensor, tuple[int, int]]  # layer, what it read, and the tensor's id and version
+_Node = str | Key  # of the graph of layers and tensors
 
 
 def site_name(layer: str, part: str) -> str:
     """``<layer>.weight`` or ``<layer>.input``; of a model that is itself a layer just the part."""
     return f"{layer}.{part}" if layer else part
-
-
-def version_of(x: torch.Tensor) -> int:
-    """How often a tensor was changed in place; tensors made in inference mode do not count."""
-    return 0 if x.is_inference() else x._version
 
 
 def quantizable_layers(
@@ -112,8 +103,23 @@ def find_sites(
     images: int = 1,
     include: Patterns = None,
     exclude: Patterns = None,
+    *,
+    later: Iterable[tuple[Callable[[], object], int]] = (),
+    trained: Trained | None = None,
 ) -> SiteTable:
-    """Find all sites of ``model`` by one real forward pass ``run()`` over ``images`` images (no gradients).
+    """Find all sites of ``model`` by one real forward pass ``run()`` over ``images`` images.
+
+    A layer is part of the network if the loss's gradient comes by a call of it; a frozen one, if a trained layer reads
+    what it makes, or if a module runs it together with trained ones. Layers that ``include`` names are, if they run.
+
+    Args:
+        model: any module.
+        run: gives the loss, or what the model returns; ``None``: only weights are looked at.
+        images: of the pass.
+        include: patterns.
+        exclude: patterns.
+        later: further passes with their numbers of images, for layers that the first does not use.
+        trained: the parameters that training moves; those that want gradients when not given.
 
     Raises:
         HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
@@ -122,70 +128,33 @@ def find_sites(
     if not layers:
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
     if run is None:
-        table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, 1, traced=False)
+        table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
         return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
-    calls: list[_Read] = []
-    without_gradients: list[_Read] = []  # where the model itself switched gradients off
-    macs: dict[str, int] = {}
-
-    given: dict[str, torch.Tensor] = {}  # what a layer was called with, which it may lay out anew for its product
-
-    def record_calls_of(name: str, reader: WeightReader) -> list[RemovableHandle]:
-        def read(x: torch.Tensor) -> torch.Tensor:
-            given[name] = x
-            return x
-
-        def record(x: torch.Tensor, output: torch.Tensor) -> None:
-            macs[name] = macs.get(name, 0) + reader.macs(x, output)
-            x = given.pop(name, x)
-            depths.passed(name, x, output)
-            if name in layers:
-                # the tensor is kept, so that its id stays its own; an in-place change makes it another one
-                reads = calls if torch.is_grad_enabled() else without_gradients
-                reads.append((name, x, (id(x), version_of(x))))
-
-        return [reader.on_read(read), reader.on_call(record)]
-
-    every_layer = quantizable_layers(model)[0]
-    handles = [handle for n, reader in every_layer.items() for handle in record_calls_of(n, reader)]
-    functions = FunctionReads(model, every_layer)
-    counter, depths = ProductCounter(), LayerDepths()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)  # no graph is built, and yet the model's own no_grad shows
-        with (
-            torch.enable_grad(), counter, depths, reentrant_checkpoints_replaced(), fused_transformers_off(), functions,
-        ):  # fmt: skip
-            modules = {n: reader.module for n, reader in layers.items()}
-            norms = norms_behind(model, dict(_named_modules(model)), modules, run)
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
-    read_by_function = functions.layers(with_gradients=bool(calls))
-    calls = calls or without_gradients
-    if not calls:
+    named = dict(_named_modules(model))
+    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(_as_list(include)))
+    calls.run(run, images, named)
+    for another, count in islice(later, MOST_PASSES):
+        if not calls.left.keys() - calls.read_by_function:
+            break
+        calls.run(another, count, named)
+    if not calls.found:
         raise HawqError("The forward pass called none of the quantizable layers: " + ", ".join(list(layers)[:4]) + ".")
-    called = {name for name, *_ in calls}
-    for name in [n for n in layers if n not in called]:
-        reason = "run without gradients, as teachers are" if name in macs else "not called in the forward pass"
-        if name in read_by_function:
-            reason = "a function reads its weight; the layer itself is not called"
+    for name in [n for n in layers if n in calls.left]:
+        reason = calls.left[name]
+        if name in calls.read_by_function:
+            reason = BY_FUNCTION_ONLY
         floats.append(_left_out(name, layers.pop(name), reason))
-    for name in [n for n in read_by_function if n in layers]:
+    for name in [n for n in calls.every_layer if n in calls.read_by_function and n in layers]:
         floats.append(_left_out(name, layers.pop(name), READ_BY_FUNCTION))
     if not layers:
         raise HawqError("Nothing can be quantized: a function reads the weight of every layer that is called.")
-    calls = [c for c in calls if c[0] in layers]
-    floats = [replace(f, macs=macs[f.name] // images) if f.name in macs else f for f in floats]
-    floats += _functional(counter, macs, floats, images)
-    ordered = {name: layers[name] for name in macs if name in layers}
-    table = _assemble(ordered, {n: macs[n] // images for n in ordered}, calls, norms, floats, images, traced=True)
-    return replace(
-        table, last=depths.last(ordered), float_tensors=float_tensors(model, ordered.values(), floats)
-    )  # fmt: skip
+    floats = [replace(f, macs=calls.macs_of(f.name)) for f in floats]
+    floats += _functional(calls.other_macs, floats)
+    ordered = {name: layers[name] for name in calls.macs if name in layers}
+    reads = [r for r in calls.reads if r.layer in layers]
+    table = _assemble(ordered, {n: calls.macs[n] for n in ordered}, reads, calls.norms, floats, traced=True)
+    rest = float_tensors(model, ordered.values(), floats)
+    return replace(table, last=calls.depths.last(ordered), float_tensors=rest)
 
 
 def sites(
@@ -246,31 +215,20 @@ def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
     return FloatPart(name, reader.type_name, reason, size, 0)
 
 
-def _functional(
-    counter: ProductCounter,
-    macs: Mapping[str, int],
-    floats: Sequence[FloatPart],
-    images: int,
-) -> list[FloatPart]:
+def _functional(macs: int, floats: Sequence[FloatPart]) -> list[FloatPart]:
     """Products outside the sites (attention, recurrent nets, functional calls), one entry in all."""
-    rest = counter.macs - sum(macs.values())
-    if rest <= sum(macs.values()) * 1e-6:
+    if not macs:
         return []
     names = ", ".join(f.name or f.type for f in floats if f.reason in (ATTENTION, RECURRENT))
-    return [
-        FloatPart(
-            names or "(functional)", "operations", "products outside convolution and linear layers", 0, rest // images
-        )
-    ]
+    return [FloatPart(names or "(functional)", "operations", "products outside convolution and linear layers", 0, macs)]
 
 
 def _assemble(
     layers: Mapping[str, WeightReader],
     macs: Mapping[str, int],
-    reads: Sequence[_Read],
+    reads: Sequence[Read],
     norms: Mapping[str, str],
     floats: Sequence[FloatPart],
-    images: int,
     traced: bool,
 ) -> SiteTable:
     readers: dict[int, list[WeightReader]] = {}
@@ -283,11 +241,11 @@ def _assemble(
         names = (first.name, *(x.name for x in others))
         table.append(Site(first.site, "weight", names, shape, _product(shape), shape[first.channel_axis]))
     activation_of: dict[str, str] = {}
-    for names_of_readers, tensors in _components([r for r in reads if layers[r[0]].read.reads_activation]):
+    for names_of_readers, tensors in _components([r for r in reads if layers[r.layer].read.reads_activation]):
         name = site_name(names_of_readers[0], "input")
-        per_image = sum(t.numel() for t in tensors) // images
-        shape = tuple(tensors[0].shape[1:])
-        table.append(Site(name, "activation", tuple(names_of_readers), shape, per_image))
+        tensors = [t for t in tensors if t.key[0] == tensors[0].key[0]]  # of one pass
+        per_image = max(1, sum(t.numel for t in tensors) // tensors[0].images)  # few of many tokens, for an expert
+        table.append(Site(name, "activation", tuple(names_of_readers), tensors[0].shape[1:], per_image))
         activation_of |= dict.fromkeys(names_of_readers, name)
     listed = tuple(
         Layer(n, x.type_name, weight_of[n], activation_of.get(n), macs[n], norms.get(n)) for n, x in layers.items()
@@ -295,7 +253,8 @@ def _assemble(
     return SiteTable(tuple(table), listed, tuple(floats), traced)
 
 
-def _components(reads: Sequence[_Read]) -> list[tuple[list[str], list[torch.Tensor]]]:
+def _components(reads: Sequence[Read]) -> list[tuple[list[str], list[Read]]]:
+    """Layers that read the same tensors, with one read of each tensor."""
     parent: dict[_Node, _Node] = {}
 
     def root(x: _Node) -> _Node:
@@ -305,14 +264,14 @@ def _components(reads: Sequence[_Read]) -> list[tuple[list[str], list[torch.Tens
             x = parent[x]
         return x
 
-    for name, _, key in reads:
-        parent[root(name)] = root(key)
-    groups: dict[_Node, tuple[list[str], dict[tuple[int, int], torch.Tensor]]] = {}
-    for name, tensor, key in reads:
-        readers, tensors = groups.setdefault(root(name), ([], {}))
-        if name not in readers:
-            readers.append(name)
-        tensors[key] = tensor
+    for read in reads:
+        parent[root(read.layer)] = root(read.key)
+    groups: dict[_Node, tuple[list[str], dict[Key, Read]]] = {}
+    for read in reads:
+        readers, tensors = groups.setdefault(root(read.layer), ([], {}))
+        if read.layer not in readers:
+            readers.append(read.layer)
+        tensors.setdefault(read.key, read)
     return [(readers, list(tensors.values())) for readers, tensors in groups.values()]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from hawq_lightning._batches import batch_images, fresh_copy
 from hawq_lightning._config import QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import Trained
 from hawq_lightning._plan import Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Pattern, Patterns, find_sites
@@ -42,7 +44,14 @@ def exclude_patterns(quantizer: QuantizerConfig, module: nn.Module) -> list[Patt
 
 
 def preview(
-    quantizer: QuantizerConfig, select: SelectConfig, module: nn.Module, batch: Batch, loss_fn: LossFn
+    quantizer: QuantizerConfig,
+    select: SelectConfig,
+    module: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn,
+    *,
+    later: Iterable[Batch] = (),
+    trained: Trained | None = None,
 ) -> tuple[SiteTable, Problem]:
     """The sites, and the problem before anything is measured, on which budget and bits given by hand are tried.
 
@@ -52,6 +61,8 @@ def preview(
         module: the user's; left as it was.
         batch: a batch to run it on.
         loss_fn: runs the module on it.
+        later: further batches, for layers that the first does not use.
+        trained: the parameters that training moves; those that want gradients when not given.
 
     Raises:
         HawqError: no sites, constraints that contradict each other, or what no plan can meet.
@@ -62,7 +73,8 @@ def preview(
     with isolated_eval(module):
         plain, loss_fn = loss_fn, repeatable(module, loss_fn)
         exclude = exclude_patterns(quantizer, module)
-        table = find_sites(module, lambda: loss_fn(module, batch), batch_images(batch), quantizer.include, exclude)
+        passes = ((partial(loss_fn, module, b), batch_images(b)) for b in (batch, *later))
+        table = find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
         separate_input = activation_bits is not None and quantizer.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if separate_input else frozenset()
         constraints = constraints_of(select)

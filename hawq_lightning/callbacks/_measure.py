@@ -32,6 +32,7 @@ from hawq_lightning.callbacks._trainer import (
     refuse_sharded,
     shard_of,
     shows_progress,
+    trained_by,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
@@ -137,7 +138,10 @@ class MeasureTraces(HasResults, Callback):
             ):
                 batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.measure.seed))
                 self._check_types(pl_module, batches[0], loss_fn)
-                table, _ = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+                trained = trained_by(trainer, pl_module)
+                table, _ = preview(
+                    self.quantizer, self.select, pl_module, batches[0], loss_fn, trained=trained
+                )  # fmt: skip
                 if self.given is not None:
                     check_covers(self.given, table)
 
@@ -152,7 +156,10 @@ class MeasureTraces(HasResults, Callback):
         ):
             batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
             self._check_types(pl_module, batches[0], loss_fn)
-            table, nominal = preview(self.quantizer, self.select, pl_module, batches[0], loss_fn)
+            table, nominal = preview(
+                self.quantizer, self.select, pl_module, batches[0], loss_fn, later=batches[1:],
+                trained=trained_by(trainer, pl_module),
+            )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)
             if trainer.is_global_zero:

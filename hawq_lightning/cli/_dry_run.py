@@ -19,6 +19,7 @@ from hawq_lightning.cli._build import check_settings, hooks_of, make_callback, m
 from hawq_lightning.selection import Problem, available_costs, cost_of, cost_rows, format_cost, solve
 from hawq_lightning.sensitivity import Sensitivity, measure
 
+_WHOLE = "model_bytes"  # of more than the sites
 _TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
 
 
@@ -35,7 +36,7 @@ def dry_run(cfg: DictConfig) -> None:
     batch, table, problem = first_look(callback, task, make_data(cfg))
     print(table)
     print()
-    for line in budget_ranges(problem):
+    for line in (*budget_ranges(problem), range_of(problem, _WHOLE)):
         print(line)
     start = time.perf_counter()
     trial = measure(task, [batch], _loss, config=replace(config, rtol=_TRIAL_ERROR), sites=table, progress=False)
@@ -70,18 +71,23 @@ def first_look(
 
 
 def budget_ranges(problem: Problem) -> list[str]:
-    """One line a cost: the smallest and the largest plan that widths and constraints allow."""
-    out = []
-    for name in available_costs(problem):
-        rows = cost_rows(problem, name)
-        if len(rows) > 1:
-            continue
-        ends = [solve(problem, objective=rows[0], maximize=most) for most in (False, True)]
-        if None in ends:
-            raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
-        low, high = (format_cost(problem, name, cost_of(problem, name, c)) for c in ends if c is not None)
-        out.append(f"{name}: {low} to {high}" if low != high else f"{name}: {low}")
-    return out
+    """One line a cost of the sites: the smallest and the largest plan that widths and constraints allow."""
+    names = [n for n in available_costs(problem) if n != _WHOLE and len(cost_rows(problem, n)) == 1]
+    return [range_of(problem, name) for name in names]
+
+
+def range_of(problem: Problem, name: str) -> str:
+    """The smallest and the largest plan by one cost.
+
+    Raises:
+        HawqError: no plan is possible.
+    """
+    (row,) = cost_rows(problem, name)
+    ends = [solve(problem, objective=row, maximize=most) for most in (False, True)]
+    if None in ends:
+        raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
+    low, high = (format_cost(problem, name, cost_of(problem, name, c)) for c in ends if c is not None)
+    return f"{name}: {low} to {high}" if low != high else f"{name}: {low}"
 
 
 def estimate_seconds(trial: Sensitivity, seconds: float, images: int, rtol: float) -> float:

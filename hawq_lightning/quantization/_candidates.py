@@ -9,11 +9,13 @@ from typing import get_args
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
+from hawq_lightning._loss_graph import LossGraph, graph_alone, nodes_of
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
@@ -33,6 +35,7 @@ from hawq_lightning.sensitivity import (
     repeatable,
 )
 
+_Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
 
@@ -205,19 +208,36 @@ class _Runs:
         self._readers = {x.name: layers[x.name] for x in sites.layers}
         self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
 
-    def all(self, what: str, visitor: Callable[[int], Callable[[str, torch.Tensor], None]]) -> None:
-        """Every batch once; ``visitor(batch)`` returns what gets site and tensor."""
+    def all(self, what: str, visitor: Callable[[int], _Look]) -> None:
+        """Every batch once.
+
+        Args:
+            what: the bar's text.
+            visitor: gives for a batch what looks at site and tensor; what that returns is told afterwards whether the
+                loss's gradient comes by the tensor, or the pass was one of a teacher.
+        """
         with progress_bar(what, len(self.batches), self._progress) as advance:
             for b, batch in enumerate(self.batches):
-                look = visitor(b)
-
-                def visit(site: str, x: torch.Tensor, look: Callable[[str, torch.Tensor], None] = look) -> torch.Tensor:
-                    look(site, x.detach())
-                    return x
-
-                with InputHooks(self._readers, self._site_of, visit), torch.enable_grad():  # a step may want x.grad
-                    self.loss_fn(self.model, batch)
+                seen, loss = graph_alone(lambda: self._one(batch, visitor(b)))  # noqa: B023
+                graph = LossGraph(loss)
+                for nodes, tell in seen:
+                    tell(not graph.known or not graph.nodes.isdisjoint(nodes))
                 advance(b + 1)
+
+    def _one(self, batch: Batch, look: _Look) -> tuple[list[tuple[list[Node], Callable[[bool], None]]], torch.Tensor]:
+        seen: list[tuple[list[Node], Callable[[bool], None]]] = []
+
+        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
+            read = x if not torch.is_grad_enabled() else x.view_as(x) if x.requires_grad else _leaf(x)
+            seen.append((nodes_of(read)[:1], look(site, x.detach())))
+            return read
+
+        with InputHooks(self._readers, self._site_of, visit), torch.enable_grad():  # a step may want x.grad
+            return seen, self.loss_fn(self.model, batch)
+
+
+def _leaf(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_inference() else x.detach().requires_grad_(True)
 
 
 def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
@@ -226,64 +246,89 @@ def _lift(sensitivity: Sensitivity, name: str, guarded: float) -> float | None:
 
 
 class _Ranges:
-    """Extremes and a strided sample of what each site reads."""
+    """Extremes and a strided sample of what each site reads: on the way to the loss, or else anywhere."""
 
     def __init__(self, spec: QuantizerSpec) -> None:
         self._quantizer = spec.activation_quantizer()
-        self._low: dict[str, float] = {}
-        self._high: dict[str, float] = {}
-        self._samples: dict[str, list[torch.Tensor]] = {}
+        self._seen: dict[tuple[str, bool], list[tuple[float, float, torch.Tensor]]] = {}
 
-    def look(self, site: str, x: torch.Tensor) -> None:
+    def look(self, site: str, x: torch.Tensor) -> Callable[[bool], None]:
+        """Note a tensor."""
         if not x.numel():  # a head for objects, in a batch without any
-            return
+            return lambda in_graph: None
         low, high = (float(v) for v in torch.aminmax(x))
-        self._low[site] = min(self._low.get(site, low), low) if low == low else low
-        self._high[site] = max(self._high.get(site, high), high) if high == high else high
         flat = x.flatten()
         stride = max(1, -(-flat.numel() // _SAMPLE_A_BATCH))
         # an odd stride does not beat with the row length of the images
-        self._samples.setdefault(site, []).append(flat[:: stride | 1].float().cpu())
+        sample = flat[:: stride | 1].float().cpu()
+        return lambda in_graph: self._seen.setdefault((site, in_graph), []).append((low, high, sample))
 
     def step(self, site: str, bits: int) -> tuple[float, int]:
+        """Step and zero point for a width.
+
+        Raises:
+            HawqError: no batch reaches the site, or what it reads holds NaN.
+        """
+        seen = self._seen.get((site, True)) or self._seen.get((site, False))
+        if not seen:
+            raise HawqError(f"Site {site!r} reads nothing in any of these batches: give one that uses it.")
+        lows, highs, samples = zip(*seen)
+        odd = [v for v in (*lows, *highs) if v != v]
+        low, high = (odd[0], odd[0]) if odd else (min(lows), max(highs))
         try:
-            return self._quantizer.calibrate(torch.cat(self._samples[site]), self._low[site], self._high[site], bits)
+            return self._quantizer.calibrate(torch.cat(samples), low, high, bits)
         except HawqError as error:
             raise HawqError(f"Site {site!r}: {error}.") from None
 
 
 class _Perturbations:
-    """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity."""
+    """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity; 0 where a batch does not use a site."""
 
     def __init__(
         self, steps: Mapping[str, Mapping[int, tuple[float, int]]], samples: Sequence[int], unit: Mapping[str, str]
     ) -> None:
         self._steps, self._samples, self._unit = steps, samples, unit
-        self._rows: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self._rows: dict[tuple[str, int, bool], dict[int, torch.Tensor]] = {}
 
-    def visit(self, batch: int) -> Callable[[str, torch.Tensor], None]:
+    def visit(self, batch: int) -> _Look:
+        """What looks at the tensors of a batch."""
         samples = self._samples[batch]
-        here: dict[tuple[str, int], torch.Tensor] = {}
 
-        def look(site: str, x: torch.Tensor) -> None:
+        def look(site: str, x: torch.Tensor) -> Callable[[bool], None]:
+            x32 = x.float()
+            values = []
             for bits, (step, zero) in self._steps[site].items():
-                x32 = x.float()
                 top = (1 << bits) - 1
                 levels = fake_quantize_tensor(x32, torch.tensor(step), torch.tensor(float(zero)), top)
                 error = levels.sub_(x32).square_()
-                per_sample = self._unit.get(site) == "image"
-                value = error.flatten(1).sum(1).double() if per_sample else error.sum().double()[None] / samples
-                if (site, bits) in here:
-                    here[site, bits] += value.cpu()
+                if self._per_sample(site) and len(error) == samples:
+                    values.append((bits, error.flatten(1).sum(1).double().cpu()))
                 else:
-                    here[site, bits] = value.cpu()
-                    self._rows.setdefault((site, bits), []).append(here[site, bits])
+                    values.append((bits, (error.sum().double()[None] / samples).cpu()))
+
+            def tell(in_graph: bool) -> None:
+                for bits, value in values:
+                    here = self._rows.setdefault((site, bits, in_graph), {})
+                    here[batch] = here[batch] + value if batch in here else value
+
+            return tell
 
         return look
 
+    def _per_sample(self, site: str) -> bool:
+        return self._unit.get(site) == "image"
+
+    def _perturbation(self, site: str, bits: int) -> torch.Tensor:
+        found = self._rows.get((site, bits, True)) or self._rows.get((site, bits, False)) or {}
+        rows = []
+        for batch, samples in enumerate(self._samples):
+            count = samples if self._per_sample(site) else 1
+            rows.append(found.get(batch, torch.zeros((), dtype=torch.float64)).expand(count))
+        return torch.cat(rows)
+
     def omega(self, site: str, bits: int, sensitivity: Sensitivity, lift: float | None) -> tuple[float, float]:
         """Omega = mean over rows of (trace / size) * perturbation, and the mean perturbation."""
-        perturbation = torch.cat(self._rows[site, bits])
+        perturbation = self._perturbation(site, bits)
         weight = torch.as_tensor(sensitivity.row_weights.get(site, [1.0] * len(perturbation)), dtype=torch.float64)
         share = weight / weight.sum()
         mean = float((share * perturbation).sum())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from hawq_lightning._depth import LayerDepths
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, LossFn
@@ -25,18 +28,23 @@ def network_inputs(model: nn.Module, batch: Batch, loss_fn: LossFn, sites: SiteT
     site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
     inputs: set[str] = set()
 
+    depths = LayerDepths()
+
     def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-        if not x.requires_grad:
+        if not x.requires_grad and not depths.depth(x):  # nor behind a layer that ran without gradients
             inputs.add(site)
         return x
 
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     for p in parameters:
         p.requires_grad_(True)
+    handles = [reader.on_call(partial(depths.passed, name)) for name, reader in layers.items()]
     try:
-        with InputHooks(readers, site_of, visit), torch.enable_grad():
+        with InputHooks(readers, site_of, visit), torch.enable_grad(), depths:
             loss_fn(model, batch)
     finally:
+        for handle in handles:
+            handle.remove()
         for p in parameters:
             p.requires_grad_(False)
     return frozenset(inputs)

@@ -106,6 +106,7 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
         # layers see their outputs before the boundary does: the hooks entered last come first
         with Outputs(context.model, cut) as outputs, network, torch.enable_grad():
             loss = context.loss(batch)
+            network.keep_reached(loss)
             boundary, nested = find_boundary(loss, outputs)
             if not boundary:
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
+from hawq_lightning._loss_graph import LossGraph
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -109,6 +111,14 @@ class GradCapture:
             if any(c.value._version != c.version for c in calls):
                 raise Overwritten(site)
 
+    def keep_reached(self, loss: torch.Tensor) -> None:
+        """Forget reads that the loss's gradient does not come by: of teachers, targets and pseudo-labels."""
+        nodes = LossGraph(loss).nodes
+        for site, calls in [*self._reads.items()]:
+            calls[:] = [c for c in calls if c.node in nodes]
+            if not calls:
+                del self._reads[site]
+
     def output_nodes(self) -> dict[str, list[Any]]:
         """Weight site -> the autograd nodes of its layers' outputs, a call each."""
         return {site: [c.node for c in calls if c.node is not None] for site, calls in self._calls.items()}
@@ -147,7 +157,7 @@ class GradCapture:
             return x  # activation checkpointing runs the forward pass again; a target network has no gradients
         source = x.clone() if site in self._keep else x
         alias = source.view_as(source) if x.requires_grad else source.detach().requires_grad_(True)
-        call = CallRecord(site, site, None, alias, alias._version)
+        call = CallRecord(site, site, None, alias, alias._version, node=get_gradient_edge(alias).node)
         self._reads.setdefault(site, []).append(call)
         self._handles.append(alias.register_hook(self._arrived(call)))
         return alias

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawq_lightning._sites import version_of
+from hawq_lightning._site_calls import version_of
 from hawq_lightning.layers import WeightReader, as_reader
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]

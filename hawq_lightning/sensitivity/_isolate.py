@@ -8,13 +8,14 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 
 from hawq_lightning._fused import fused_transformers_off
+from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_state import put_back_at_end
@@ -73,6 +74,8 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    remembered = ExitStack()
+    remembered.enter_context(trainable_remembered(model))
     try:
         for module in noisy_modules(model):
             module.training = False
@@ -99,6 +102,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         for p, required, grad in needs:
             p.requires_grad_(required)
             p.grad = grad
+        remembered.close()
 
 
 def release_memory() -> None:

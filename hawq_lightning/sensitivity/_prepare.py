@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -76,7 +77,10 @@ def first_look(
 
     def look(size: int) -> FirstLook:
         part = batch if size == samples else slice_batch(batch, samples, 0, size, size_of)
-        table = sites or find_sites(model, lambda: loss_fn(model, part), size, settings.include, settings.exclude)
+        table = sites or find_sites(
+            model, lambda: loss_fn(model, part), size, settings.include, settings.exclude,
+            later=((partial(loss_fn, model, b), n) for b, n in zip(data.batches[1:], data.samples[1:])),
+        )  # fmt: skip
         on_table = {x.name: layers[x.name] for x in table.layers}
         context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)
         check_float(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
-from hawq_lightning.sensitivity._estimator import Estimator, ProbeRequest, Probes, Rows
+from hawq_lightning.sensitivity._estimator import Estimator, ProbeRequest, Probes
 from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._isolate import Heap
 from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, with_fewer
@@ -106,7 +106,8 @@ class ProbeRunner:
             # rows are of the batch's loss: a mean over fewer samples weighs each of them more
             scale = (stop - start) / samples if self._reduction == "mean" else 1.0
             parts.append(Probes([{n: scale * v for n, v in rows.items()} for rows in probes.rows], probes.sizes))
-        return join_parts(parts, self.estimator.row_unit(self.context, self.per_sample))
+        counts = [min(size, samples - start) for start in range(0, samples, size)]
+        return join_parts(parts, counts, self.estimator.row_unit(self.context, self.per_sample))
 
     def _probe(self, batch: Batch, samples: int, step: int, seed: int, number: int | None = None) -> Probes:
         estimator = self.estimator
@@ -125,16 +126,26 @@ class ProbeRunner:
             raise
 
 
-def join_parts(parts: list[Probes], row_unit: Mapping[str, bool]) -> Probes:
-    """The rows of a batch from those of its parts: one after the other where rows are samples, else added up."""
-    joined = []
-    for of_probe in zip(*(part.rows for part in parts)):
-        rows: Rows = {}
-        for n in dict.fromkeys(name for part in of_probe for name in part):
-            pieces = [part[n] for part in of_probe]
-            rows[n] = torch.cat(pieces) if row_unit[n] else torch.stack(pieces).sum(0)
-        joined.append(rows)
-    return Probes(joined, {n: torch.cat([part.sizes[n] for part in parts]) for n in parts[0].sizes})
+def join_parts(parts: list[Probes], samples: Sequence[int], row_unit: Mapping[str, bool]) -> Probes:
+    """The rows of a batch from those of its parts: one after the other where rows are samples, else added up.
+
+    Args:
+        parts: in order; one that does not use a site has no rows there.
+        samples: of each part.
+        row_unit: site -> whether rows are samples.
+    """
+
+    def rows_of(tables: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        for n in dict.fromkeys(name for table in tables for name in table):
+            counts = samples if row_unit[n] else [1] * len(samples)
+            none = [torch.zeros(c, dtype=torch.float64) for c in counts]
+            yield n, [table.get(n, zeros) for table, zeros in zip(tables, none)]
+
+    joined = [
+        {n: torch.cat(p) if row_unit[n] else torch.stack(p).sum(0) for n, p in rows_of(of_probe)}
+        for of_probe in zip(*(part.rows for part in parts))
+    ]
+    return Probes(joined, {n: torch.cat(pieces) for n, pieces in rows_of([part.sizes for part in parts])})
 
 
 def _lacks_second_derivative(error: RuntimeError) -> bool:

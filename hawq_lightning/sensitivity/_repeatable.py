@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import shape_only
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
@@ -39,18 +41,24 @@ class _Repeatable:
         self._calls = 0
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        self._parameters.put_back()
-        for held in self._buffers:
-            held.put_back()
         looking = self._calls < _LOOKS
         self._calls += 1
-        buffers = [HeldState(_state(self._model, nn.Module.buffers))] if looking else self._buffers
-        moves = looking or self._parameters.written or buffers  # nearly no loss does
-        with self._parameters, _saved_as_used(self._parameters, buffers) if moves else nullcontext():
+        with _disable_current_modes():  # whoever watches what the loss reads does not see this
+            self._parameters.put_back()
+            for held in self._buffers:
+                held.put_back()
+            buffers = [HeldState(_state(self._model, nn.Module.buffers))] if looking else self._buffers
+        moves = not shape_only() and (looking or self._parameters.written or buffers)  # nearly no loss does
+        with (
+            self._parameters,
+            _saved_as_used(self._parameters, buffers) if moves else nullcontext(),
+        ):
             loss = self._loss(model, batch)
         if looking:
             known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
-            if moved := [t for t in buffers[0].changed() if id(t) not in known]:
+            with _disable_current_modes():
+                moved = [t for t in buffers[0].changed() if id(t) not in known]
+            if moved:
                 buffers[0].keep_only(moved)
                 self._buffers.append(buffers[0])
         return loss

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from hawq_lightning import HAWQ, HawqError, load_from_checkpoint, measure
+from hawq_lightning import HAWQ, HawqError, candidates, load_from_checkpoint, measure, sites
+from hawq_lightning.sensitivity import repeatable
 
 
 class Net(LightningModule):
@@ -135,7 +136,7 @@ def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
     assert {r.name: r.trace for r in hawq.sensitivity} == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_of_what_the_network_makes_are_refused_in_a_sentence():
+def test_gradients_of_what_the_network_makes():
     def retains(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         h = m[0](b[0])
         h.retain_grad()
@@ -143,9 +144,18 @@ def test_gradients_of_what_the_network_makes_are_refused_in_a_sentence():
         loss.backward(retain_graph=True)
         return loss * (1 + h.grad.norm())
 
-    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    with pytest.raises(HawqError, match="asks for gradients of what the network makes"):
-        measure(net, [(torch.randn(8, 4), torch.arange(8) % 3)], retains, progress=False)
+    torch.manual_seed(0)
+    net, batch = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (torch.randn(8, 4), torch.arange(8) % 3)
+    factor = float((retains(net, batch) / F.cross_entropy(net(batch[0]), batch[1])).detach())
+    net.zero_grad()
+    plain = measure(net, [batch], lambda m, b: F.cross_entropy(m(b[0]), b[1]), estimator="exact", progress=False)
+    table = sites(net, batch)
+    for record in measure(net, [batch], retains, estimator="exact", sites=table, progress=False):
+        assert record.trace == pytest.approx(factor * plain[record.name].trace, rel=1e-4)
+    traces = measure(net, [batch], retains, estimator="exact", progress=False)
+    with pytest.raises(HawqError, match="asks for gradients of what the network makes"), torch.no_grad():
+        repeatable(net, retains)(net, batch)
+    assert {c.bits for c in candidates(net, [batch], traces, table, retains)["0.weight"]} == {2, 4, 8}
 
 
 def test_a_teacher_that_gradients_pass_through_may_move_after_its_use():

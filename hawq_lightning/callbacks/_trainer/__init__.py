@@ -35,6 +35,7 @@ from hawq_lightning.callbacks._trainer._trainer import (
     signal_handlers,
     sync_averages,
     train_loaders,
+    trained_by,
 )
 from hawq_lightning.callbacks._trainer._training_step_loss import loss_from_training_step
 
@@ -69,5 +70,6 @@ __all__ = [
     "signal_handlers",
     "sync_averages",
     "train_loaders",
+    "trained_by",
     "with_loss",
 ]

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import Trained, trainable
 from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.sensitivity import ProcessShard
 
@@ -51,6 +52,13 @@ def refuse_sharded(trainer: Trainer) -> None:
             f"{name} splits the layers, so traces cannot be measured under it: run hawq-lightning-analyze "
             "(or fit on one device) first and give HAWQ(plan='.../plan.json')."
         )
+
+
+def trained_by(trainer: Trainer, pl_module: LightningModule) -> Trained:
+    """The parameters that the Trainer's optimizers hold; while there are none, those that want gradients."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    wanted = trainable(pl_module)
+    return Trained(wanted & held or wanted, other_losses=not pl_module.automatic_optimization)
 
 
 def shard_of(trainer: Trainer) -> ProcessShard:
