@@ -96,10 +96,11 @@ def work(name: str, what: str, threads: int) -> None:
             MeasureContext,
             ProbeRequest,
             ProcessShard,
+            batch_images,
             find_sites,
-            independent_samples,
             isolated_eval,
             release_memory,
+            samples_apart,
         )
 
         exclude = list(getattr(net, "quantization_exclude", ()))
@@ -107,7 +108,7 @@ def work(name: str, what: str, threads: int) -> None:
             layers, _ = quantizable_layers(net, None, exclude)
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
             context = MeasureContext(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
-            per_sample = independent_samples(context, batch, count)
+            per_sample = samples_apart(context, batch, count, batch_images)
             estimator = GaussNewton().calibrate(context, [batch], ProcessShard(), 1000)
             thin = estimator.period
             release_memory()

@@ -21,7 +21,7 @@ from hawq_lightning.sensitivity._estimator import (
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
-from hawq_lightning.sensitivity._independence import independent_samples
+from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 from hawq_lightning.sensitivity._isolate import (
     Heap,
@@ -104,7 +104,6 @@ __all__ = [
     "forward_pass",
     "guarded_mean_traces",
     "hutchinson_batch",
-    "independent_samples",
     "isolated_eval",
     "join",
     "kinds_in_noise",
@@ -118,6 +117,7 @@ __all__ = [
     "register_estimator",
     "release_memory",
     "repeatable",
+    "samples_apart",
     "sampling_design",
     "to_device",
     "top_eigenpairs",

@@ -6,7 +6,7 @@ backward through it alone; the network behind it is never differentiated twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
+from hawq_lightning.layers import find_kind
 from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._second_derivative import check_twice_differentiable, told_in_one_sentence
 from hawq_lightning.sensitivity._views import without_base
@@ -53,10 +54,11 @@ class Outputs:
     Args:
         model: hooks go on its modules while active.
         cut: numbers of the outputs to pass through :class:`GradientStop`.
+        skip: modules that are not looked at, by name: they are parts of the loss.
     """
 
-    def __init__(self, model: nn.Module, cut: frozenset[int] = frozenset()) -> None:
-        self._model, self._cut = model, cut
+    def __init__(self, model: nn.Module, cut: frozenset[int] = frozenset(), skip: Collection[str] = ()) -> None:
+        self._model, self._cut, self._skip = model, cut, skip
         self._handles: list[RemovableHandle] = []
         self.blocked = {"on": False}
         self.edges: list[GradientEdge] = []
@@ -68,7 +70,7 @@ class Outputs:
 
     def __enter__(self) -> Outputs:
         for name, module in self._model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
+            if name not in self._skip and next(module.parameters(recurse=False), None) is not None:
                 # before the user's hooks, which may keep what they see for the loss
                 self._handles.append(module.register_forward_hook(self._hook(name), prepend=True))
         return self
@@ -83,6 +85,11 @@ class Outputs:
             return self._visit(name, output)
 
         return record
+
+    def is_layer(self, name: str) -> bool:
+        """Whether a module is of PyTorch's or of a registered kind, and so no part of the loss."""
+        module = self._model.get_submodule(name)
+        return type(module).__module__.startswith("torch.nn.") or find_kind(module) is not None
 
     def behind(self, edge: GradientEdge, variables: list[torch.Tensor] | None = None) -> set[int]:
         """Numbers of the recorded outputs that this one follows from directly.
@@ -181,6 +188,7 @@ class OutputHessian:
         self._dtypes = [v.dtype for v in values]
         self.values = [wide(v) for v in values]
         self.names = [outputs.names[i] for i in boundary]
+        self.by_layer = [outputs.is_layer(n) for n in self.names]
         outputs.values.clear()
         outputs.recording = False
         self.rounding = max((torch.finfo(d).eps for d in self._dtypes), default=0.0)
@@ -200,6 +208,10 @@ class OutputHessian:
         """Where outputs are large, their loss is the peak of memory, and every step of it leaves the heap in holes."""
         if self.large:
             release_memory()
+
+    def linear_in(self, number: int) -> bool:
+        """Whether the loss's slope along one tensor of the boundary is a constant."""
+        return not self._gradients[number].requires_grad
 
     def __call__(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """H v."""

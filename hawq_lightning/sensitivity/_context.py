@@ -16,6 +16,7 @@ from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture
 from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._loss_parts import LossParts, has_curvature
 
 
 @dataclass
@@ -26,11 +27,13 @@ class Diagnostics:
         notes: what the user should know, in sentences, each once.
         figures: numbers that go into the result's settings, such as the ``loss`` and the number of ``classes``.
         overwritten: layers whose input is changed in place after they read it, so that they must keep a copy.
+        loss_parts: modules that return a part of the loss, not an output of the network.
     """
 
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
+    loss_parts: LossParts = field(default_factory=LossParts)
 
     def warn_once(self, sentence: str) -> None:
         """Add a sentence, unless it is there."""
@@ -100,26 +103,37 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
     cut: frozenset[int] = frozenset()
-    for _ in range(2):  # again with the boundary cut, where an output on it also feeds another
+    parts, stepped = context.diagnostics.loss_parts, set[str]()
+    while True:  # again with the boundary further in front, or cut, where an output on it also feeds another
         network = GradCapture(context.layers, context.table, context.diagnostics.overwritten)
         network.per_sample = per_sample
         # layers see their outputs before the boundary does: the hooks entered last come first
-        with Outputs(context.model, cut) as outputs, network, torch.enable_grad():
+        with Outputs(context.model, cut, parts.modules) as outputs, network, torch.enable_grad():
             loss = context.loss(batch)
             network.keep_reached(loss)
             boundary, nested = find_boundary(loss, outputs)
-            if not boundary:
+            if not boundary and not stepped:
                 raise HawqError("The loss does not depend on the output of any layer; check loss_fn or training_step.")
             if nested and not cut:
                 cut = frozenset(boundary)
-                context.diagnostics.warn_once(
-                    "The loss reads an inner layer's output as well as what follows from it: both count."
-                )
                 continue
             forward = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
             del loss  # so that the user of `forward` alone decides how long its graph lives
-            yield forward
-            return
+            if modules := parts.look(forward.hessian):
+                stepped |= modules
+                parts.step_back(modules)
+            elif stepped and not has_curvature(forward.hessian):
+                parts.revert(stepped)
+                stepped.clear()
+            else:
+                if nested:
+                    context.diagnostics.warn_once(
+                        "The loss reads an inner layer's output as well as what follows from it: both count."
+                    )
+                yield forward
+                return
+            cut = frozenset()
+            del forward
 
 
 @contextmanager
@@ -130,16 +144,21 @@ def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
     readers = {n: n for n, layer in context.layers.items() if as_reader(layer).read.reads_activation}
-    with InputHooks(context.layers, readers, _in_graph), Outputs(context.model) as outputs:
+    parts = context.diagnostics.loss_parts
+    with InputHooks(context.layers, readers, _in_graph), Outputs(context.model, skip=parts.modules) as outputs:
         with torch.enable_grad():
             loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
-        if nested or not boundary:
-            with forward_pass(context, batch, {s.name: False for s in context.table}) as forward:
-                yield forward.hessian
-            return
-        with torch.enable_grad():
-            yield OutputHessian(loss, outputs, boundary)
+        if boundary and not nested:
+            with torch.enable_grad():
+                hessian = OutputHessian(loss, outputs, boundary)
+            if not parts.look(hessian):
+                yield hessian
+                return
+            del hessian
+    del loss
+    with forward_pass(context, batch, {s.name: False for s in context.table}) as forward:
+        yield forward.hessian
 
 
 def _in_graph(site: str, x: torch.Tensor) -> torch.Tensor:

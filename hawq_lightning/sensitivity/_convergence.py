@@ -17,7 +17,7 @@ from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
 from hawq_lightning.sensitivity._first_loss import check_float
-from hawq_lightning.sensitivity._independence import independent_samples
+from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._on_device import on_device
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
@@ -65,7 +65,7 @@ def trace_history(
         layers, _ = quantizable_layers(model)
         context = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
         check_float(context)
-        per_sample = independent_samples(context, data.batches[0], data.samples[0])
+        per_sample = samples_apart(context, data.batches[0], data.samples[0], batch_size_fn)
         pilot = Pilot(data.batches[0], data.samples[0], per_sample, batch_size_fn)
         runner = ProbeRunner(
             context, entry.prepare(context, pilot, MeasureConfig(estimator, seed=seed)), per_sample, batch_size_fn, seed

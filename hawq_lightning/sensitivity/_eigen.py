@@ -25,7 +25,7 @@ from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, che
 from hawq_lightning.sensitivity._double_backward import GradGraph, gradients_of
 from hawq_lightning.sensitivity._first_loss import check_float
 from hawq_lightning.sensitivity._grad_capture import with_copies
-from hawq_lightning.sensitivity._independence import independent_samples
+from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._lobpcg import LobpcgState
 from hawq_lightning.sensitivity._process_shard import ProcessShard
@@ -110,7 +110,7 @@ def top_eigenpairs(
             choice("site", name, names)
         context = MeasureContext(model, layers, table, loss_fn)
         check_float(context)
-        separable, show = independent_samples(context, first, samples), progress and data.shard.rank == 0
+        separable, show = samples_apart(context, first, samples, batch_images), progress and data.shard.rank == 0
         search = _Search(context, data, separable, kind, rtol, max_steps, seed, show)
         try:
             pairs = search.weights([s.name for s in table.weights if s.name in requested], count)

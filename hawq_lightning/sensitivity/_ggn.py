@@ -50,7 +50,7 @@ class GaussNewton(Estimator):
         period: the concave part goes back with every so many probes, and counts as often.
     """
 
-    per_sample_weights = can_sample = low_precision = True
+    per_sample_weights = can_sample = from_outputs = low_precision = True
 
     def __init__(self, rotate: bool = True, period: int = 1) -> None:
         self._rotate, self.period = rotate, period
@@ -118,7 +118,7 @@ def gauss_newton_probes(context: MeasureContext, request: ProbeRequest, *, rotat
 class AllOutputs(Estimator):
     """Every unit vector of the outputs in the place of random signs: the Gauss-Newton trace without error."""
 
-    exact = per_sample_weights = True
+    exact = per_sample_weights = from_outputs = True
     probes_per_step = 1
 
     def probe(self, context: MeasureContext, request: ProbeRequest) -> Probes:

@@ -15,15 +15,16 @@ from hawq_lightning.sensitivity._context import MeasureContext, forward_pass, ou
 from hawq_lightning.sensitivity._memory import RanOut, attempt
 from hawq_lightning.sensitivity._microbatch import slice_batch
 
-_FEW = 16  # samples that tell as much of the network as a batch
+_FEW, _MANY = 5, 8  # of a batch of eight or more, so many samples tell at which sites rows are samples
 _LATER = 8  # batches behind the first that are looked at
 _COUPLED = "The loss couples the images of a batch: whole batches are the unit of the traces."
 
 
 def samples_apart(context: MeasureContext, batch: Batch, samples: int, batch_size_fn: BatchSizeFn) -> dict[str, bool]:
-    """Site -> whether rows are samples there; of a large batch the network is tried on the first samples alone.
+    """Site -> whether rows are samples there; of a large batch every pair is tried among the first samples alone.
 
-    The loss is tried on the whole batch: among a few samples there may be no pair, no event and nothing unmasked.
+    On the whole batch the loss is tried, as among a few samples there may be no pair, no event and nothing unmasked;
+    and the network once, with a random half of the samples, as it may mix those that are far from each other.
 
     Args:
         context: model, loss and sites.
@@ -31,21 +32,19 @@ def samples_apart(context: MeasureContext, batch: Batch, samples: int, batch_siz
         samples: their number.
         batch_size_fn: number of samples in a batch.
     """
-    part = slice_batch(batch, samples, 0, _FEW, batch_size_fn) if samples > _FEW else None
+    part = slice_batch(batch, samples, 0, _FEW, batch_size_fn) if samples >= _MANY else None
     if part is None:
         return independent_samples(context, batch, samples)
     try:
         apart = independent_samples(context, part, _FEW)
     except Exception:  # somebody's loss: whatever it raises, the whole batch is what it was made for
         return independent_samples(context, batch, samples)
-    coupled = any(apart.values()) and attempt(lambda: _loss_couples(context, batch, samples))
-    if isinstance(coupled, RanOut) or not coupled:  # out of memory: the few samples must do
-        return apart
-    context.diagnostics.warn_once(_COUPLED)
-    return {s.name: False for s in context.table}
+    whole = attempt(lambda: independent_samples(context, batch, samples, once=True)) if any(apart.values()) else apart
+    # out of memory: the few samples must do
+    return apart if isinstance(whole, RanOut) else {name: apart[name] and whole[name] for name in apart}
 
 
-def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> dict[str, bool]:
+def independent_samples(context: MeasureContext, batch: Batch, samples: int, once: bool = False) -> dict[str, bool]:
     """Site -> whether every sample's outputs reach its own row alone of what the site's layers read and return.
 
     Nowhere, if the loss's Hessian couples any two samples.
@@ -54,6 +53,8 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
         context: model, loss and sites.
         batch: samples.
         samples: their number.
+        once: the network is tried with one half of the samples against the other, not for every pair: one backward
+            pass, whose graph is freed as it goes.
     """
     nothing, warn_once = {s.name: False for s in context.table}, context.diagnostics.warn_once
     if samples < 2:
@@ -69,7 +70,7 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int) -> 
         forward.free_loss()
         network = forward.network
         network.recording, network.samples, network.leaks = False, samples, {}
-        subsets = separating_subsets(samples)
+        subsets = [_half(samples)] if once else separating_subsets(samples)
         for i, subset in enumerate(subsets):
             network.outside = ~subset
             forward.hessian.backward(_on_subset(values, subset), last=i == len(subsets) - 1)
@@ -152,6 +153,11 @@ def separating_subsets(samples: int) -> list[torch.Tensor]:
     for i, subset in zip(order, islice(combinations(range(count), count // 2), samples)):
         members[i, list(subset)] = True
     return list(members.T)
+
+
+def _half(samples: int) -> torch.Tensor:
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    return order < samples // 2
 
 
 def _on_subset(values: Sequence[torch.Tensor], subset: torch.Tensor) -> list[torch.Tensor]:

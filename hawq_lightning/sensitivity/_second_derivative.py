@@ -15,12 +15,16 @@ _NOT_IMPLEMENTED = re.compile(r"derivative for (?:aten::)?_*(\w+?)(?:_backward\w
 _ONCE = "@once_differentiable"
 
 
+class NoSecondDerivative(HawqError):
+    """An operation on the way cannot be differentiated twice."""
+
+
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
     """Second derivatives are taken inside.
 
     Raises:
-        HawqError: there are none; the message names the operator and says what to do. Other errors pass.
+        NoSecondDerivative: there are none; the message names the operator and says what to do. Other errors pass.
     """
     try:
         yield
@@ -30,7 +34,7 @@ def told_in_one_sentence() -> Iterator[None]:
         if operator is None and _ONCE not in message:
             raise
         name = f"the operator {operator[1]}" if operator else "an autograd function that is once_differentiable"
-        raise HawqError(_sentence(name)) from error
+        raise NoSecondDerivative(_sentence(name)) from error
 
 
 def check_twice_differentiable(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> None:
@@ -41,7 +45,7 @@ def check_twice_differentiable(loss: torch.Tensor, edges: Sequence[GradientEdge]
         edges: where to stop.
 
     Raises:
-        HawqError: there is one on the way; the message names it.
+        NoSecondDerivative: there is one on the way; the message names it.
     """
     stack: list[Node | None] = [loss.grad_fn]
     visited: set[Node] = {e.node for e in edges}
@@ -53,7 +57,7 @@ def check_twice_differentiable(loss: torch.Tensor, edges: Sequence[GradientEdge]
         function = getattr(node, "_forward_cls", None)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if code is not None and code.co_qualname.startswith("once_differentiable."):
-            raise HawqError(_sentence(f"{function.__name__}, whose backward is once_differentiable"))  # type: ignore[union-attr]
+            raise NoSecondDerivative(_sentence(f"{function.__name__}, whose backward is once_differentiable"))  # type: ignore[union-attr]
         stack += [parent for parent, _ in node.next_functions]
 
 

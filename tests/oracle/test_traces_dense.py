@@ -13,13 +13,14 @@ from hawq_lightning import HawqError, measure
 from hawq_lightning.sensitivity import (
     MeasureContext,
     backpropagate,
+    batch_images,
     factor_probe,
     factorize_loss_hessian,
     find_sites,
     forward_pass,
     hutchinson_batch,
-    independent_samples,
     isolated_eval,
+    samples_apart,
 )
 from tests.cases import CASES, ConvNet, batch_for, build, dense_activation_traces, dense_weight_traces
 
@@ -59,7 +60,7 @@ def test_enumerating_all_sign_vectors_is_exact(name, rotate):
     with isolated_eval(net):
         layers = {x.name: net.get_submodule(x.name) for x in table.layers}
         context = MeasureContext(net, layers, table, loss_fn)
-        per_sample = independent_samples(context, batch, 4)
+        per_sample = samples_apart(context, batch, 4, batch_images)
         assert all(per_sample.values())
         total = {s.name: 0.0 for s in table}
         with forward_pass(context, batch, per_sample) as forward:

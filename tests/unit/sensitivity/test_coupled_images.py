@@ -133,3 +133,42 @@ def test_a_single_coupled_batch_among_many_is_refused_where_it_was_not_looked_at
         measure(model, batches, coupled_where_marked, estimator=estimator, rtol=1.0, progress=False)
     again = measure(model, [batches[15], *batches], coupled_where_marked, estimator=estimator, rtol=1.0, progress=False)
     assert set(again.row_unit.values()) == {"batch"}
+
+
+def rolled(step):
+    return lambda x: x + torch.roll(x, step, 0)
+
+
+def grouped(size):
+    return lambda x: x + x.reshape(-1, size, x.shape[-1]).mean(1).repeat_interleave(size, 0)
+
+
+def halves(x):
+    first, second = x.chunk(2)
+    return torch.cat([first + second, second])
+
+
+class Mixing(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.second, self.mix = nn.Linear(4, 5), nn.Linear(5, 3), mix
+
+    def forward(self, x):
+        return self.second(self.mix(torch.relu(self.first(x))))
+
+
+MIXES = [(n, rolled(k)) for n in (8, 12, 16) for k in (1, 2, 3, 4, 5, 6, 8, 10) if k < n]
+MIXES += [(n, grouped(k)) for n in (8, 12, 16) for k in (2, 4)] + [(n, halves) for n in (8, 12, 16)]
+
+
+@pytest.mark.parametrize(("samples", "mix"), MIXES)
+def test_a_network_that_mixes_images_is_seen_on_a_few_of_them(samples, mix):
+    torch.manual_seed(0)
+    measured = measure(
+        Mixing(mix), [(torch.randn(samples, 4), torch.arange(samples) % 3)], cross_entropy, progress=False
+    )
+    assert measured.row_unit["first.weight"] == "batch" and measured.row_unit["second.weight"] == "image"
+
+
+def cross_entropy(model, b):
+    return F.cross_entropy(model(b[0]), b[1])
