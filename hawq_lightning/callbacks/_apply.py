@@ -16,6 +16,7 @@ from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.callbacks._adopted import agrees, consistent, with_sizes
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._handoff import Handoff
+from hawq_lightning.callbacks._held_modules import FollowedCopies, modules_beside
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
@@ -36,6 +37,7 @@ from hawq_lightning.quantization import (
     enabled_bits,
     plan_of,
     prepare,
+    prepare_alike,
     quantized_layers,
     quantizer_of,
     reestimate,
@@ -84,6 +86,7 @@ class ApplyPlan(Callback):
         self.given_plan = None if given is None else with_quantizer(given, self.quantizer)
         self._plan: Plan | None = None
         self._handoff = Handoff()
+        self._copies = FollowedCopies()
         self._resumed = ResumedStates()
         self._refitted = -1
         self._told_float = False
@@ -133,6 +136,7 @@ class ApplyPlan(Callback):
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._prepare(pl_module)
+        prepare_alike(pl_module, modules_beside(trainer, pl_module))
         complete = not {"setup", "configure_model"} & pl_module.__dict__.keys()
         if complete and stage == "fit" and self.given_plan and is_sharded(trainer) and not enabled_bits(pl_module):
             self.enable(trainer, pl_module, self.given_plan)  # steps are fitted to weights that are still whole
@@ -200,6 +204,7 @@ class ApplyPlan(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
+        self._copies.follow(trainer, pl_module, self._plan)
         refresh(pl_module)
         if self._plan is None and enabled_bits(pl_module):
             self._plan = with_sizes(plan_of(pl_module))
@@ -230,6 +235,7 @@ class ApplyPlan(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :meth:`on_train_start`: an epoch may have been resumed behind its last batch."""
+        self._copies.follow(trainer, pl_module, self._plan)
         self._resumed.epoch_ends()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,7 +244,8 @@ class ApplyPlan(Callback):
             self._handoff.write(self._plan, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Ranges that follow the weights, after every so many optimizer steps."""
+        """Ranges that follow the weights, after every so many optimizer steps; copies that follow the network."""
+        self._copies.follow(trainer, pl_module, self._plan, thorough=False)
         if self.quantizer.options.get("reestimate") and self._refitted != trainer.global_step:
             self._refitted = trainer.global_step  # batches that are accumulated share a step
             reestimate(pl_module, trainer.global_step)

@@ -23,6 +23,7 @@ from hawq_lightning.quantization._apply import (
     with_quantizer,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
+from hawq_lightning.quantization._copies import NetworkCopies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._inputs import network_inputs
@@ -62,6 +63,7 @@ __all__ = [
     "GraphOutputs",
     "Head",
     "HeadOutputs",
+    "NetworkCopies",
     "QuantizedLayer",
     "QuantizedWeight",
     "Quantizer",
@@ -89,6 +91,7 @@ __all__ = [
     "per_channel_view",
     "plan_of",
     "prepare",
+    "prepare_alike",
     "quantizable_layers",
     "quantize",
     "quantized_layers",

@@ -1,0 +1,85 @@
+"""Modules that are no part of a LightningModule, and yet held by it or by a callback: averages, targets, teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from hawq_lightning._plan import Plan
+from hawq_lightning.callbacks._trainer import is_sharded
+from hawq_lightning.quantization import NetworkCopies
+
+_OTHERS = ("torch", "lightning", "pytorch_lightning", "numpy", "builtins", "torchmetrics", "hawq_lightning")
+_DEPTH = 4
+_INTERNAL = {"_modules", "_parameters", "_buffers", "_trainer", "trainer", "_fabric"}
+
+
+class FollowedCopies:
+    """Averages and targets of the network, inside of the module or held beside it, quantized as the network is."""
+
+    def __init__(self) -> None:
+        self._copies = NetworkCopies()
+        self._plan: Plan | None = None
+
+    def follow(self, trainer: Trainer, pl_module: LightningModule, plan: Plan | None, thorough: bool = True) -> None:
+        """Give copies whose weights have moved the network's quantizers; the plan's are looked for once.
+
+        Args:
+            trainer: of the module.
+            pl_module: quantized.
+            plan: in force; ``None``: the network is float.
+            thorough: whatever it costs.
+        """
+        if plan is None or is_sharded(trainer):
+            return
+        if plan is not self._plan:
+            self._plan = plan
+            self._copies.find(pl_module, plan, modules_beside(trainer, pl_module))
+        self._copies.follow(thorough)
+
+
+def modules_beside(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:
+    """Modules in attributes of the module, of its parts and of the Trainer's callbacks, that are no submodules of it.
+
+    Args:
+        trainer: with callbacks; Lightning's and this package's own look after themselves.
+        pl_module: the user's.
+    """
+    inside = {id(m) for m in pl_module.modules()}
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+
+    def look(value: object, depth: int) -> None:
+        if depth > _DEPTH or id(value) in seen or id(value) in inside:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.setdefault(id(value), value)
+            return
+        for part in _parts(value):
+            look(part, depth + 1)
+
+    for module in pl_module.modules():
+        for name, value in module.__dict__.items():
+            if name not in _INTERNAL and "_hooks" not in name:
+                look(value, 1)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not _is_of_others(callback):
+            look(callback, 0)
+    return list(found.values())
+
+
+def _parts(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set)):
+        yield from value
+    elif not isinstance(value, (type, FunctionType, MethodType)) and not _is_of_others(value):
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def _is_of_others(value: object) -> bool:
+    return type(value).__module__.split(".")[0] in _OTHERS

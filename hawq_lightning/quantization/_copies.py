@@ -1,0 +1,173 @@
+"""Copies of a network that follow its weights (EMA, targets of BYOL and MoCo): quantized as the network is.
+
+A copy has the types, names and shapes of a part of the network, no plan is for it, and its weights move without
+gradients. A frozen teacher of the same make does not move, and stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hawq_lightning._plan import Plan
+from hawq_lightning._sites import quantizable_layers
+from hawq_lightning.layers import FakeQuantLayer, WeightReader, layer_type
+from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
+
+_CHECKS = 16  # batches after which weights are looked at no longer at every one
+_VALUES = 64  # of a weight, to see whether it moves
+_Form = tuple[type[nn.Module], tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]]
+
+
+@dataclass
+class _Pair:
+    """A module that looks like a part of the network, layer by layer."""
+
+    copy: nn.Module
+    parts: list[nn.Module]
+    values: torch.Tensor
+    follows: bool = False
+
+
+@dataclass
+class NetworkCopies:
+    """Finds copies, and keeps their quantizers those of the network.
+
+    Attributes:
+        pairs: modules that may be copies.
+    """
+
+    pairs: list[_Pair] = field(default_factory=list)
+    _checks: int = 0
+
+    def find(self, model: nn.Module, plan: Plan, outside: Iterable[nn.Module]) -> None:
+        """Look for copies anew, once the network has a plan.
+
+        Args:
+            model: the quantized network, and whatever else its module holds.
+            plan: of the network.
+            outside: modules that somebody holds beside it.
+        """
+        layers, roots = quantizable_layers(model)[0], [*outside]
+        names = {n for s in plan.sites for n in s.layers}
+        planned = {layers[n].module for n in names & layers.keys()}
+        before, self.pairs, self._checks = {id(p.copy): p for p in self.pairs}, [], 0
+        if not roots and all(x.module in planned for x in layers.values()):
+            return
+        parts: dict[_Form, list[nn.Module]] = {}
+        for module in model.modules():
+            if not planned.isdisjoint(module.modules()):
+                parts.setdefault(form_of(module), []).append(module)
+        taken: set[int] = set()
+        for module in [*model.modules(), *(m for root in roots for m in root.modules())]:
+            if id(module) in taken or not planned.isdisjoint(module.modules()) or not quantizable_layers(module)[0]:
+                continue
+            if sources := parts.get(form_of(module), []):
+                taken |= {id(m) for m in module.modules()}
+                known = before.get(id(module))
+                self.pairs.append(_Pair(module, sources, _some_values(module), known is not None and known.follows))
+
+    def follow(self, thorough: bool = False) -> None:
+        """Give copies whose weights have moved the network's quantizers, and all of them whole widths.
+
+        Args:
+            thorough: whatever it costs; else only the first few batches are looked at.
+        """
+        self._checks += 1
+        if not thorough and self._checks > _CHECKS:
+            return
+        for pair in self.pairs:
+            if not pair.follows and (_averaged_widths(pair.copy) or _moved(pair)):
+                pair.follows = True
+                _take(pair, everything=True)
+            elif pair.follows and thorough:
+                _take(pair, everything=False)
+
+
+def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
+    """Turn layers of modules that look like parts of a model into fake-quant layers, quantizers off: states line up.
+
+    Args:
+        model: with fake-quant layers.
+        outside: modules that somebody holds beside it.
+    """
+    roots = [*outside]
+    if not roots:
+        return
+    parts = {form_of(m): m for m in model.modules() if any(isinstance(x, FakeQuantLayer) for x in m.modules())}
+    for module in [m for root in roots for m in root.modules()]:
+        source = parts.get(form_of(module))
+        if source is None or not quantizable_layers(module)[0]:
+            continue
+        if next(module.children(), None) is None and not torch.equal(_some_values(module), _some_values(source)):
+            continue  # a layer alone looks like many another
+        for layer, alike in _layers_of(module, source):
+            if not isinstance(layer, FakeQuantLayer) and isinstance(alike, FakeQuantLayer):
+                learns = any(p.requires_grad for p in layer.parameters(recurse=False))
+                for quantizer in quantizers_in(to_fake_quantized(layer, spec_of(alike))).values():
+                    quantizer.requires_grad_(learns)
+
+
+def form_of(module: nn.Module) -> _Form:
+    """What tells a copy: the module's type, and names, types and shapes of the layers in it."""
+    layers: Mapping[str, WeightReader] = quantizable_layers(module)[0]
+    return layer_type(module), tuple((n, layer_type(x.module), tuple(x.weight.shape)) for n, x in layers.items())
+
+
+def _layers_of(module: nn.Module, source: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    mine, theirs = quantizable_layers(module)[0], quantizable_layers(source)[0]
+    return [*dict.fromkeys((mine[n].module, theirs[n].module) for n in mine)]
+
+
+def _is_on(layer: nn.Module) -> bool:
+    return any(q.bits for q in quantizers_in(layer).values())
+
+
+def _averaged_widths(module: nn.Module) -> bool:
+    """Whether an average over buffers has made widths that are no whole numbers."""
+    widths = [float(q.num_bits) for m in module.modules() for q in quantizers_in(m).values()]
+    return any(abs(w - round(w)) > 1e-3 for w in widths) or (any(widths) and not any(map(_is_on, module.modules())))
+
+
+def _some_values(module: nn.Module) -> torch.Tensor:
+    values = []
+    for reader in quantizable_layers(module)[0].values():
+        flat = reader.weight.detach().flatten()
+        values.append(flat[:: max(1, flat.numel() // _VALUES)].float().cpu())
+    return torch.cat(values)
+
+
+def _moved(pair: _Pair) -> bool:
+    """Whether weights have moved that no optimizer moves."""
+    if any(p.grad is not None and bool(p.grad.any()) for p in pair.copy.parameters()):
+        return False
+    return not torch.equal(pair.values, _some_values(pair.copy))
+
+
+@torch.no_grad()
+def _take(pair: _Pair, everything: bool) -> None:
+    """Give a copy the state of the network's quantizers.
+
+    Args:
+        pair: the copy, and the parts that it may be a copy of.
+        everything: steps, too; else widths and zero points alone, since steps may be averages.
+    """
+    values = _some_values(pair.copy)
+    source = min(pair.parts, key=lambda part: float((values - _some_values(part)).square().sum()))
+    pair.parts = [source]
+    for layer, alike in _layers_of(pair.copy, source):
+        if not isinstance(alike, FakeQuantLayer):
+            continue
+        if everything:
+            to_fake_quantized(layer, spec_of(alike))
+        theirs = quantizers_in(alike)
+        for name, quantizer in quantizers_in(layer).items():
+            if everything:
+                quantizer.load_state_dict(theirs[name].state_dict())
+            else:
+                quantizer.num_bits.copy_(theirs[name].num_bits)
+                quantizer.zero_point.copy_(theirs[name].zero_point)
+                quantizer.refresh()
