@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -73,7 +74,7 @@ def preview(
     with isolated_eval(module):
         plain, loss_fn = loss_fn, repeatable(module, loss_fn)
         exclude = exclude_patterns(quantizer, module)
-        passes = ((partial(loss_fn, module, b), batch_images(b)) for b in (batch, *later))
+        passes = ((partial(loss_fn, module, b), batch_images(b)) for b in chain((batch,), later))
         table = find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
         separate_input = activation_bits is not None and quantizer.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if separate_input else frozenset()

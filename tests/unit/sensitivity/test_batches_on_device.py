@@ -114,7 +114,6 @@ def test_hooks_around_the_transfer_are_called_once_a_batch(tmp_path):
     fitting.fit(model, loader(moves, False))
     assert len(moves.sums) == 2 * BATCHES + 1  # measured, corrected, and one step; each batch as it came
     assert sorted(moves.sums[:BATCHES]) == sorted(float(b[0].sum()) for b in DataLoader(blobs(BATCHES * 8), 8))
-    assert moves.peak <= 2 + BATCHES  # what the hooks made is kept
 
 
 @pytest.mark.parametrize("estimator", ["auto", "hessian", "hutchinson"])
