@@ -53,6 +53,7 @@ class FunctionReads(TorchDispatchMode):
         self._handles: list[RemovableHandle] = []
         self._reads: dict[bool, set[int]] = {True: set(), False: set()}  # by whether gradients were on
         self._elsewhere: dict[int, list[nn.Module]] = {}
+        self.differentiated = False  # a backward pass inside of the run has left a graph of its own
 
     def __enter__(self) -> FunctionReads:
         several: set[StorageWeakRef] = set()
@@ -120,6 +121,7 @@ class FunctionReads(TorchDispatchMode):
     ) -> object:
         out = func(*args, **(kwargs or {}))
         in_backward = torch._C._current_graph_task_id() != -1
+        self.differentiated = self.differentiated or (in_backward and torch.is_grad_enabled())
         if isinstance(func, OpOverload) and not in_backward:
             self._note(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)], out)
         return out

@@ -90,6 +90,8 @@ def quantizable_layers(
         excluded = any(_matches(p, name, module) for p in _as_list(exclude))
         if isinstance(reader.weight, nn.UninitializedParameter):
             floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
+        elif not reader.weight.is_floating_point():
+            floats.append(_left_out(name, reader, f"its weight is {str(reader.weight.dtype).removeprefix('torch.')}"))
         elif included and not excluded:
             layers[name] = reader
         else:

@@ -167,7 +167,7 @@ def _store(layer: QuantizedWeight) -> None:
         midrise = w.code == "midrise"
         zero_of_codes = 0 if midrise else round(float(w.zero_point))
         stored = DequantizeWeight(w.codes(layer.weight), w.scale, w.axis, midrise, zero_of_codes)
-        layer.set_weight(None)  # it may be tied to something else, which keeps it
+        layer.drop_weight()  # it may be tied to something else, which keeps it
     setattr(layer.module, layer.quantizer_attribute, stored)
     reads = QuantizeActivation(scale, zero, bits) if bits else nn.Identity()
     setattr(layer.module, layer.input_quantizer_attribute, reads)

@@ -41,7 +41,7 @@ class QMultiheadAttention(FakeQuantLayer[WeightQ, ActivationQ], nn.MultiheadAtte
 
     def forward(self, *args: Any, **kwargs: Any) -> Output:
         """As ``nn.MultiheadAttention``; its fused kernels only while every quantizer is off."""
-        if all(q.fake_quant_disabled or not q.bits for q in _quantizers(self)):
+        if not any(map(_is_on, _quantizers(self))):
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
         return _attend(self, *args, **kwargs)
 
@@ -58,7 +58,7 @@ class AttentionKind(InnerProductsKind, MatrixGradients):
 
     def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
         """A scale a row each."""
-        names = ("in_proj_weight",) if _of(module).in_proj_weight is not None else _SEPARATE
+        names = ("in_proj_weight",) if _of(module)._qkv_same_embed_dim else _SEPARATE
         return {name: WeightRead(0) for name in (*names, "out_proj.weight")}
 
     def macs(self, module: nn.Module, parameter: str, x: torch.Tensor, output: torch.Tensor) -> int:
@@ -77,6 +77,11 @@ def _of(module: nn.Module) -> nn.MultiheadAttention:
 
 def _quantizers(module: nn.Module) -> list[Any]:
     return [q for name, q in module._modules.items() if name.endswith("_quantizer")]
+
+
+def _is_on(quantizer: Any) -> bool:
+    """Also of what stands in its place in a deployed network, which is always on."""
+    return bool(getattr(quantizer, "bits", True)) and not getattr(quantizer, "fake_quant_disabled", False)
 
 
 def _product(module: nn.MultiheadAttention) -> _Product:
@@ -107,7 +112,7 @@ def _product(module: nn.MultiheadAttention) -> _Product:
 def _projected(module: nn.MultiheadAttention, product: _Product, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Queries, keys and values ``[N, positions, embed_dim]``; neighbours that are one tensor in one product."""
     size, bias = module.embed_dim, module.in_proj_bias
-    if module.in_proj_weight is None:
+    if not module._qkv_same_embed_dim:
         biases = [None] * 3 if bias is None else bias.chunk(3)
         weights = [getattr(module, name) for name in _SEPARATE]
         return [product(n, x, w, b) for n, x, w, b in zip(_SEPARATE, tensors, weights, biases)]
@@ -135,7 +140,7 @@ def _attend(
     batched = query.ndim == 3
     if not batched:
         q, k, v = (x[None] for x in (q, k, v))
-    samples, heads = len(q), module.num_heads
+    samples, heads = q.shape[0], module.num_heads  # len() would fix the batch size of an exported network
     masks = _masks(attn_mask, key_padding_mask, samples, heads, q.dtype)
     if module.bias_k is not None and module.bias_v is not None:
         k = torch.cat([k, module.bias_k.expand(samples, -1, -1)], 1)

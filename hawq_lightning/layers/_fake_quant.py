@@ -12,6 +12,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import nn
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Options, StateDict
 from hawq_lightning.layers._recompute import Recomputable, recompute_in_backward
 
@@ -41,6 +42,17 @@ class FakeQuantLayer(nn.Module, Generic[WeightQ, ActivationQ]):
         self.__dict__.setdefault("quantizer_options", {})
         if must_be_called not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(must_be_called)
+
+    def __prepare_scriptable__(self) -> object:
+        """Asked by ``torch.jit.script``.
+
+        Raises:
+            HawqError: quantizers cannot be compiled from their source.
+        """
+        raise HawqError(
+            "torch.jit.script cannot compile a quantized network: use torch.jit.trace(model, example), torch.export or "
+            "hawq_lightning.export."
+        )
 
     @property
     def quantized_weight(self) -> torch.Tensor:

@@ -55,6 +55,7 @@ class FunctionLinearKind(InnerProductsKind, MatrixGradients):
     """Weights of children, which a function reads."""
 
     fake_quant_type = QFunctionLinear
+    known_by_tensor = True
 
     def explicit_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         """The forward, its products in sight."""

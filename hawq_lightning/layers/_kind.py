@@ -67,6 +67,7 @@ class LayerKind:
         onnx_op: the ONNX operator of its product, whose third input is the bias; ``None``: not known.
         onnx_ops: every operator that an exporter may make of it.
         foldable: whether a BatchNorm after it can go into its weights and bias.
+        known_by_tensor: whether its products are recognised by the tensor that a function gets: one must be there.
         reconstructs: whether :meth:`patches` is there, which AdaRound needs.
     """
 
@@ -78,6 +79,7 @@ class LayerKind:
     onnx_op: ClassVar[str | None] = None
     onnx_ops: ClassVar[tuple[str, ...]] = ()
     foldable: ClassVar[bool] = False
+    known_by_tensor: ClassVar[bool] = False
     reconstructs: ClassVar[bool] = False
 
     def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:

@@ -30,7 +30,7 @@ class QLinear(FakeQuantLayer[WeightQ, ActivationQ], nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear``."""
-        if input.is_nested:  # what torch's Transformer makes of padded sequences
+        if isinstance(input, torch.Tensor) and input.is_nested:  # what torch's Transformer makes of padded sequences
             parts = [self.input_quantizer(t) for t in input.unbind()]
             return F.linear(torch.nested.as_nested_tensor(parts), self.quantized_weight, self.bias)
         return self.quantized_product(F.linear, input, self.weight, self.bias)

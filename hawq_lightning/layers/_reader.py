@@ -94,6 +94,15 @@ class WeightReader:
         holder, name = self.holder
         setattr(holder, name, weight)
 
+    def drop_weight(self) -> None:
+        """Free the weight, here alone: codes have taken its place."""
+        holder, name = self.holder
+        if not self.kind.known_by_tensor:
+            setattr(holder, name, None)
+            return
+        del holder._parameters[name]
+        setattr(holder, name, torch.empty(0))
+
     @property
     def quantizer_attribute(self) -> str:
         """Name of the weight's quantizer in the fake-quant layer."""

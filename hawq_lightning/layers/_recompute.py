@@ -46,7 +46,7 @@ def recompute_in_backward(*operands: Operand) -> contextlib.AbstractContextManag
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return _NOTHING
     repeated = [operand for operand in operands if _can_repeat(*operand)]
-    if not repeated:
+    if not repeated or not all(isinstance(output, torch.Tensor) for output, _, _ in operands):  # traced by symbols
         return _NOTHING
     recipes = [_Recipe(*operand) for operand in repeated]
     for output, _, _ in repeated:  # one operation reads it, and makes a gradient of its own for it
@@ -97,8 +97,8 @@ def _can_repeat(output: torch.Tensor, source: torch.Tensor, quantizer: Recomputa
 
 
 def _others_decide() -> bool:
-    """Whether others look after memory (checkpointing, offloading), or torch.func runs, without addresses."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether others look after memory (checkpointing, offloading), or torch.func or a tracer runs."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         return True
     look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return look is not None and look(True) is not None

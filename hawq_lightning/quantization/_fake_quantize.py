@@ -25,6 +25,11 @@ def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
         zero: a whole number in a scalar tensor.
         top: the highest code.
     """
+    if transformed():
+        whole, wide = zero.round(), x.float() if x.dtype == torch.bfloat16 else x
+        ratio = torch.maximum(torch.minimum((wide * scale.reciprocal()).round(), top - whole), -whole)
+        inside = (wide > (-whole - 0.5) * scale) & (wide < (top - whole + 0.5) * scale)
+        return masked(x, (ratio * scale).to(x.dtype), inside)
     if eager(x):
         step, z = float(scale), round(float(zero))
         levels: torch.Tensor = _Clipped.apply(x, step, -z, top - z, 0.5)
@@ -44,6 +49,11 @@ def fake_quantize_channels(
         axis: channel axis.
         half: half the number of levels, rounded up.
     """
+    if transformed():
+        step, shift = per_channel_view(scale, weight, axis), zero.to(weight.dtype)
+        rounded = (weight * step.reciprocal() + shift).round()
+        kept = rounded.clamp(-half, half - 1)
+        return masked(weight, (kept - shift) * step, kept == rounded)
     if eager(weight) and weight.dtype == torch.float32:
         levels: torch.Tensor
         levels, _ = _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)
@@ -86,7 +96,45 @@ def clipped_grad(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, e
 def eager(x: torch.Tensor) -> bool:
     """Whether plain float32 passes on the CPU are what will run."""
     exact = x.dtype in (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and exact and not torch.compiler.is_compiling()
+    others = torch.compiler.is_compiling() or traced() or transformed()
+    return x.device.type == "cpu" and exact and not others
+
+
+def traced() -> bool:
+    """Whether ``torch.jit.trace`` runs, which keeps torch's operators alone."""
+    return torch._C._get_tracing_state() is not None
+
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func runs (``vmap``, ``grad``, ``jvp``), for which tensors have no values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def masked(x: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """``levels``, whose gradient passes to ``x`` where it is ``inside``; for transformations of torch.func."""
+    out: torch.Tensor = _Masked.apply(x, levels, inside)
+    return out
+
+
+class _Masked(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        return levels.clone()
+
+    @staticmethod
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tangents[0] is None else tangents[0] * ctx.saved_tensors[0]
 
 
 class _Clipped(torch.autograd.Function):
@@ -144,6 +192,8 @@ def _inverse(step: float) -> float:
 class _Touch(torch.autograd.Function):
     """The identity; parameters that are not in use yet get a gradient of zero, which DistributedDataParallel wants."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         return x.view_as(x)
@@ -155,6 +205,10 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], *(torch.zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
+
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tangents[0] is None else tangents[0].view_as(tangents[0])
 
 
 def with_zero_grads(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:

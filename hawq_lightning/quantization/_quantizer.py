@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import with_zero_grads
+from hawq_lightning.quantization._fake_quantize import transformed, with_zero_grads
 from hawq_lightning.quantization._storage import Storage
 
 _OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer
@@ -114,10 +115,14 @@ class Quantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantize; same shape and dtype. The identity while off or paused."""
+        if isinstance(x, Proxy):  # symbolic tracing has no values: the quantizer is called where the graph runs
+            node: torch.Tensor = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return node
         if self.fake_quant_disabled:
             return self._untouched(x)
         if self._tied_to:
-            self._take_state()
+            if not transformed():
+                self._take_state()
             levels: torch.Tensor = self._tied_to[0](self._untouched(x))
             return levels
         return self.quantize(x) if self.bits else self._untouched(x)

@@ -7,6 +7,7 @@ from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import Estimator, Pilot, ProbeRequest, Probes, register_estimator
 from hawq_lightning.sensitivity._ggn import GaussNewton
 from hawq_lightning.sensitivity._hessian import Hessian
+from hawq_lightning.sensitivity._hutchinson import Hutchinson
 from hawq_lightning.sensitivity._linearity import check_linearity, layer_names
 from hawq_lightning.sensitivity._output_probes import sees_curvature
 
@@ -19,12 +20,20 @@ class Auto(Estimator):
     they tell what rounding does to the outputs: at cross-entropy they are the second derivative of the KL divergence
     between the float and the quantized network (Martens, JMLR 21, 2020, section 9). ``docs/method.md`` shows that they
     predict it better than the Hessian's, so nothing is measured to decide between the two. ``hessian`` only where the
-    loss has no curvature in the outputs, but the network has some of its own.
+    loss has no curvature in the outputs, but the network has some of its own; ``hutchinson`` where the loss takes
+    derivatives of the network, which do not go through its outputs.
     """
 
     def prepare(self, context: MeasureContext, pilot: Pilot, config: MeasureConfig) -> Estimator:
         """The estimator that measures."""
         warn_once = context.diagnostics.warn_once
+        if context.diagnostics.differentiates:
+            warn_once(
+                "The loss takes derivatives of the network (a gradient penalty, forces, a differential equation): "
+                "estimator='auto' took 'hutchinson', the true Hessian by double backward through all of it, which is "
+                "noisier and can be negative."
+            )
+            return Hutchinson(config.distribution)
         gauss_newton = GaussNewton(config.rotate)
         linearity = check_linearity(context, pilot, config.seed, most=1)
         if linearity.failed:

@@ -64,6 +64,8 @@ class Outputs:
         self.edges: list[GradientEdge] = []
         self.values: list[torch.Tensor | None] = []
         self.names: list[str] = []
+        self.visits: list[int] = []  # how many tensors of any kind came before, which no recording changes
+        self._visited = 0
         self.inner: set[int] = set()  # outputs that another one follows from
         self.recording = True
         self._number: dict[Key, int] = {}
@@ -120,21 +122,10 @@ class Outputs:
 
     def _visit(self, name: str, output: ModelOutputs) -> ModelOutputs:
         if isinstance(output, torch.Tensor):
-            if not self.recording or not output.requires_grad:
+            if not self.recording:
                 return output  # activation checkpointing runs the forward pass again
-            cut = len(self.edges) in self._cut
-            output = GradientStop.apply(output, self.blocked) if cut else without_base(output)
-            edge = get_gradient_edge(output)
-            # an outer module's output is its last layer's
-            self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
-            behind = self.behind(edge)
-            self.inner |= behind
-            for i in behind - self._cut:
-                self.values[i] = None
-            self.edges.append(edge)
-            self.values.append(output.detach())
-            self.names.append(name)
-            return output
+            self._visited += 1
+            return self._visit_tensor(name, output, self._visited)
         if isinstance(output, Mapping):
             for key, value in output.items():
                 new = self._visit(name, value)
@@ -147,6 +138,40 @@ class Outputs:
                 return output
             return type(output)(*new) if hasattr(output, "_fields") else type(output)(new)
         return output
+
+    def _visit_tensor(self, name: str, output: torch.Tensor, visit: int) -> torch.Tensor:
+        if output.requires_grad:
+            cut = len(self.edges) in self._cut
+            output = GradientStop.apply(output, self.blocked) if cut else without_base(output)
+            edge = get_gradient_edge(output)
+            # an outer module's output is its last layer's
+            self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
+            behind = self.behind(edge)
+            self.inner |= behind
+            for i in behind - self._cut:
+                self.values[i] = None
+            self.edges.append(edge)
+            self.values.append(output.detach())
+            self.names.append(name)
+            self.visits.append(visit)
+        return output
+
+
+class ReplacedOutputs(Outputs):
+    """A forward pass in which some outputs are other tensors: the loss as a function of them.
+
+    Args:
+        model: hooks go on its modules while active.
+        skip: modules that are not looked at.
+        values: of the outputs, by their number among ``visits``.
+    """
+
+    def __init__(self, model: nn.Module, skip: Collection[str], values: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(model, skip=skip)
+        self._new = values
+
+    def _visit_tensor(self, name: str, output: torch.Tensor, visit: int) -> torch.Tensor:
+        return self._new[visit].clone() if visit in self._new else output
 
 
 def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool]:
@@ -174,12 +199,19 @@ class OutputHessian:
         loss: scalar.
         outputs: the recorder of the forward pass.
         boundary: numbers from :func:`find_boundary`.
+
+    Raises:
+        NoSecondDerivative: an operation between them says that it has none.
     """
+
+    twice = True  # by autograd
+    dense_outputs = 64  # outputs of a sample up to which the Hessian of an unknown loss is formed
 
     def __init__(self, loss: torch.Tensor, outputs: Outputs, boundary: Sequence[int]) -> None:
         self._outputs = outputs
         self.edges = [outputs.edges[i] for i in boundary]
-        check_twice_differentiable(loss, self.edges)
+        if self.twice:
+            check_twice_differentiable(loss, self.edges)
         values = []
         for i in boundary:
             value = outputs.values[i]
@@ -188,6 +220,7 @@ class OutputHessian:
         self._dtypes = [v.dtype for v in values]
         self.values = [wide(v) for v in values]
         self.names = [outputs.names[i] for i in boundary]
+        self.visits = [outputs.visits[i] for i in boundary]
         self.by_layer = [outputs.is_layer(n) for n in self.names]
         outputs.values.clear()
         outputs.recording = False
@@ -196,7 +229,9 @@ class OutputHessian:
         self._tidy()
         outputs.blocked["on"] = True
         try:
-            slopes = torch.autograd.grad(loss, self.edges, create_graph=True, retain_graph=True, allow_unused=True)
+            slopes = torch.autograd.grad(
+                loss, self.edges, create_graph=self.twice, retain_graph=True, allow_unused=True
+            )
         finally:
             outputs.blocked["on"] = False
         self._gradients = [g if g is not None else torch.zeros_like(v) for g, v in zip(slopes, values)]

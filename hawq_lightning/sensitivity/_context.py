@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,14 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import WeightReader, as_reader
-from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._grad_capture import GradCapture
+from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, ReplacedOutputs, find_boundary
+from hawq_lightning.sensitivity._grad_capture import GradCapture, not_recording
 from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._isolate import RandomStates, random_states_kept
+from hawq_lightning.sensitivity._loss_differences import DifferenceHessian, check_second_derivative
 from hawq_lightning.sensitivity._loss_parts import LossParts, has_curvature
+from hawq_lightning.sensitivity._memory import out_of_memory
+from hawq_lightning.sensitivity._second_derivative import NoSecondDerivative, nodes_between, twice_differentiable
 
 
 @dataclass
@@ -25,15 +29,40 @@ class Diagnostics:
 
     Attributes:
         notes: what the user should know, in sentences, each once.
-        figures: numbers that go into the result's settings, such as the ``loss`` and the number of ``classes``.
+        figures: what goes into the result's settings, such as the ``loss`` and the number of ``classes``.
         overwritten: layers whose input is changed in place after they read it, so that they must keep a copy.
         loss_parts: modules that return a part of the loss, not an output of the network.
+        operations: between the outputs and the loss, that a second derivative was taken through.
+        plain: attention and hard sigmoids take operations that can be differentiated twice.
+        differentiates: the loss takes derivatives of the network.
+        once_only: what has no second derivative, so that the loss's is taken by differences; empty: all has one.
     """
 
     notes: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float | str] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
     loss_parts: LossParts = field(default_factory=LossParts)
+    operations: set[str] = field(default_factory=set)
+    plain: bool = False
+    differentiates: bool = False
+    once_only: str = ""
+
+    def do_without(self, reason: NoSecondDerivative) -> None:
+        """From now on plain operations where there are any, else differences of gradients.
+
+        Raises:
+            NoSecondDerivative: ``reason``, if there is nothing left to try.
+        """
+        if self.once_only:
+            raise reason
+        if reason.has_plain_form and not self.plain:
+            self.plain = True
+            return
+        self.once_only, self.figures["loss_hessian"] = reason.operation, "finite differences"
+        self.warn_once(
+            f"The loss has no second derivative in PyTorch, since it goes through {reason.operation}: its Hessian at "
+            "the network's outputs is taken by central differences of gradients (four evaluations a product)."
+        )
 
     def warn_once(self, sentence: str) -> None:
         """Add a sentence, unless it is there."""
@@ -74,10 +103,12 @@ class MeasureContext:
         Raises:
             HawqError: it is no finite scalar, or has no graph.
         """
-        if self.precision == "float32":
-            return check_loss(self.loss_fn(self.model, batch))
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
-        with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
+        with ExitStack() as contexts:
+            if self.diagnostics.plain:
+                contexts.enter_context(twice_differentiable())
+            if self.precision != "float32":
+                device = next((p.device.type for p in self.model.parameters()), "cpu")
+                contexts.enter_context(torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False))
             return check_loss(self.loss_fn(self.model, batch))
 
 
@@ -107,6 +138,7 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
     while True:  # again with the boundary further in front, or cut, where an output on it also feeds another
         network = GradCapture(context.layers, context.table, context.diagnostics.overwritten)
         network.per_sample = per_sample
+        states = RandomStates()
         # layers see their outputs before the boundary does: the hooks entered last come first
         with Outputs(context.model, cut, parts.modules) as outputs, network, torch.enable_grad():
             loss = context.loss(batch)
@@ -117,7 +149,11 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
             if nested and not cut:
                 cut = frozenset(boundary)
                 continue
-            forward = ForwardPass(loss, network, OutputHessian(loss, outputs, boundary))
+            try:
+                forward = ForwardPass(loss, network, _hessian(context, batch, loss, outputs, boundary, states, network))
+            except NoSecondDerivative as reason:
+                context.diagnostics.do_without(reason)
+                continue
             del loss  # so that the user of `forward` alone decides how long its graph lives
             if modules := parts.look(forward.hessian):
                 stepped |= modules
@@ -136,6 +172,54 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
             del forward
 
 
+def _hessian(
+    context: MeasureContext, batch: Batch, loss: torch.Tensor, outputs: Outputs, boundary: list[int],
+    states: RandomStates, network: GradCapture | None = None,
+) -> OutputHessian:  # fmt: skip
+    """The loss's Hessian at the boundary: by autograd, or by differences once that is known to be needed.
+
+    Args:
+        context: model, loss and sites.
+        batch: one batch.
+        loss: of it.
+        outputs: that were recorded.
+        boundary: their numbers.
+        states: random states before the pass.
+        network: whose hooks are in place, and not to record when the loss is computed again.
+
+    Raises:
+        NoSecondDerivative: the loss takes operations that have none, and this was not known.
+    """
+    diagnostics = context.diagnostics
+    visits = [outputs.visits[i] for i in boundary]
+
+    def slopes(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [v.detach().requires_grad_(True) for v in values]
+        replaced = ReplacedOutputs(context.model, diagnostics.loss_parts.modules, dict(zip(visits, leaves)))
+        with random_states_kept(), not_recording(network), replaced, torch.enable_grad():
+            states.put_back()  # as in the pass that gave the outputs
+            again = context.loss(batch)
+            replaced.recording = False
+            gradients = torch.autograd.grad(again, leaves, allow_unused=True)
+        return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, gradients)]
+
+    if diagnostics.once_only:
+        return DifferenceHessian(loss, outputs, boundary, slopes)
+    edges = [outputs.edges[i] for i in boundary]
+    operations = {type(node).__name__ for node in nodes_between(loss, edges)}
+    if operations <= diagnostics.operations:
+        return OutputHessian(loss, outputs, boundary)
+    try:
+        hessian = OutputHessian(loss, outputs, boundary)
+        check_second_derivative(hessian, loss, slopes)
+    except (RuntimeError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise
+        raise NoSecondDerivative(f"an operation that says: {str(error).strip().splitlines()[0]}") from error
+    diagnostics.operations |= operations
+    return hessian
+
+
 @contextmanager
 def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]:
     """The loss's Hessian at the outputs of ``batch``, for nothing to be sent back through the network.
@@ -144,18 +228,22 @@ def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
     readers = {n: n for n, layer in context.layers.items() if as_reader(layer).read.reads_activation}
-    parts = context.diagnostics.loss_parts
+    parts, states = context.diagnostics.loss_parts, RandomStates()
     with InputHooks(context.layers, readers, _in_graph), Outputs(context.model, skip=parts.modules) as outputs:
         with torch.enable_grad():
             loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
         if boundary and not nested:
-            with torch.enable_grad():
-                hessian = OutputHessian(loss, outputs, boundary)
-            if not parts.look(hessian):
-                yield hessian
-                return
-            del hessian
+            try:
+                with torch.enable_grad():
+                    hessian = _hessian(context, batch, loss, outputs, boundary, states)
+            except NoSecondDerivative as reason:
+                context.diagnostics.do_without(reason)
+            else:
+                if not parts.look(hessian):
+                    yield hessian
+                    return
+                del hessian
     del loss
     with forward_pass(context, batch, {s.name: False for s in context.table}) as forward:
         yield forward.hessian

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from hawq_lightning._types import Batch, FunctionInputs, Options
+from hawq_lightning._types import Batch
 from hawq_lightning.layers import as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass
 from hawq_lightning.sensitivity._recomputed_weights import EffectiveWeights
-from hawq_lightning.sensitivity._second_derivative import told_in_one_sentence
+from hawq_lightning.sensitivity._second_derivative import (
+    NoSecondDerivative,
+    told_in_one_sentence,
+    twice_differentiable,
+)
 
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, list[torch.Tensor]]
-_HARD_SIGMOIDS = (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_)
 
 
 def rademacher(generator: torch.Generator) -> Sampler:
@@ -31,21 +31,6 @@ def rademacher(generator: torch.Generator) -> Sampler:
 def gaussian(generator: torch.Generator) -> Sampler:
     """Standard normal numbers: the paper's other choice, with more variance."""
     return lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
-class _Twice(TorchFunctionMode):
-    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's cannot."""
-
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in _HARD_SIGMOIDS:
-            x = args[0] if args else kwargs["input"]
-            y = F.relu6(x + 3) / 6
-            in_place = func is torch._C._nn.hardsigmoid_ or kwargs.get("inplace") or (len(args) > 1 and args[1])
-            return x.copy_(y) if in_place else y
-        return func(*args, **kwargs)
 
 
 @dataclass
@@ -107,10 +92,9 @@ def gradients_of(
     try:
         for w in leaves:
             w.requires_grad_(True)
-        # the fused attention kernels have no second derivative, nor has the hard sigmoid
-        with (
-            sdpa_kernel(SDPBackend.MATH), _Twice(), effective, forward_pass(context, batch, per_sample) as forward,
-        ):  # fmt: skip
+        with twice_differentiable(), effective, forward_pass(context, batch, per_sample) as forward:
+            if direction is None and (operation := context.diagnostics.once_only):
+                raise NoSecondDerivative(operation)  # not every operation says so by itself
             forward.network.recording = False
             forward.network.check_reads()
             points: dict[str, list[Any]] = {n: [effective[n]] for n in owners}

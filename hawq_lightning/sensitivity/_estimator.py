@@ -111,6 +111,7 @@ class Estimator(ABC):
         per_sample_weights: rows of weights are samples where these can be told apart; else they are whole batches.
         can_sample: takes samples of several batches in one request and gives their curvature, so that samples may be
             drawn (``sampling="curvature"``); needs ``per_sample_weights``.
+        whole_loss: differentiates the loss itself, whatever it reads of the network.
         from_outputs: counts the loss's curvature in the network's outputs, and none that lies in front of them.
         low_precision: its passes may run in bfloat16.
         probes_per_step: random vectors that a request for a step holds.
@@ -122,6 +123,7 @@ class Estimator(ABC):
     second_derivatives: ClassVar[bool] = False
     per_sample_weights: ClassVar[bool] = False
     can_sample: ClassVar[bool] = False
+    whole_loss: ClassVar[bool] = False
     from_outputs: ClassVar[bool] = False
     low_precision: ClassVar[bool] = False
     probes_per_step: ClassVar[int] = PROBES_PER_STEP

@@ -63,7 +63,8 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
             f"A function reads the weight of {_some(read)} as well, past any quantizer: leave such layers out "
             "(exclude=), or let a forward pass find the sites (hawq_lightning.sites(model, batch))."
         )
-    if penalised:
+    context.diagnostics.differentiates = functions.differentiated and bool(penalised)
+    if penalised and not context.diagnostics.differentiates:
         warn_once(
             f"The loss reads the weights of {_some(penalised)} outside of their layers (a penalty on weights?); the "
             f"curvature from there is not counted{_BUT}."

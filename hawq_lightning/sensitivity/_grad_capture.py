@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -248,6 +249,19 @@ class GradCapture:
             value = self._coefficient * value.cpu()
             self._rows[site] = self._rows[site] + value if site in self._rows else value
         self._waiting[site] = 0
+
+
+@contextmanager
+def not_recording(network: GradCapture | None) -> Iterator[None]:
+    """Inside, calls of its layers are not those of its forward pass."""
+    before = network is not None and network.recording
+    try:
+        if network is not None:
+            network.recording = False
+        yield
+    finally:
+        if network is not None:
+            network.recording = before
 
 
 def _leaf_copy(x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Hutchinson(Estimator):
         distribution: of z: ``rademacher`` or ``gaussian``.
     """
 
-    second_derivatives = True
+    second_derivatives = whole_loss = True
 
     def __init__(self, distribution: str = "rademacher") -> None:
         self._vectors = _DISTRIBUTIONS[distribution]

@@ -44,11 +44,27 @@ def _names(module: nn.Module) -> list[str]:
     return [type(x).__name__ for x in (module, *module._forward_pre_hooks.values())]
 
 
+class RandomStates:
+    """torch's, NumPy's and Python's random states as they are now."""
+
+    def __init__(self) -> None:
+        self._cpu, self._numpy, self._python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._cuda = torch.cuda.get_rng_state_all() if used else []
+
+    def put_back(self) -> None:
+        """Make them what they were."""
+        torch.set_rng_state(self._cpu)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
 @contextmanager
 def random_states_kept(seed: int | None = None) -> Iterator[None]:
     """Put back torch's, NumPy's and Python's random states; inside they start from ``seed`` when given."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    states = RandomStates()
     try:
         if seed is not None:
             torch.manual_seed(seed)
@@ -56,11 +72,7 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        states.put_back()
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import torch
 from hawq_lightning._errors import HawqError
 from hawq_lightning.sensitivity._boundary import OutputHessian
 
-_DENSE = 64  # outputs an image up to which an unknown loss's Hessian is formed
 _FULL_ROTATION = 32  # classes; beyond it only the most likely ones are rotated
 
 
@@ -93,7 +92,7 @@ def dense(hessian: OutputHessian) -> Dense | None:
     values = hessian.values
     samples = values[0].shape[0]
     counts = [v[0].numel() for v in values]
-    if sum(counts) > _DENSE:
+    if sum(counts) > hessian.dense_outputs:
         return None
     rows = []
     for i, count in enumerate(counts):

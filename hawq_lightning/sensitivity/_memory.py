@@ -32,7 +32,7 @@ def attempt(run: Callable[[], Result]) -> Result | RanOut:
     try:
         return run()
     except Exception as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         ran_out = RanOut(error)
     # outside of the handler: only now is the graph, which the traceback held, free for a second try
@@ -67,7 +67,7 @@ def half(samples: int, ran_out: RanOut) -> int:
     return samples // 2
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory ran out, on whatever device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

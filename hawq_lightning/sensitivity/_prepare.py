@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import LossFn
@@ -115,6 +116,11 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
     """
     config, pilot = settings.config, look.pilot
     estimator = ESTIMATORS[config.estimator].prepare(look.context, pilot, config)
+    if look.context.diagnostics.differentiates and not estimator.whole_loss:
+        raise HawqError(
+            f"The loss takes derivatives of the network, whose curvature estimator={estimator.name!r} cannot see: use "
+            "'auto' or 'hutchinson', or a loss without them (loss_fn=)."
+        )
     if estimator.from_outputs:
         check_boundary(look.context, pilot, config.seed)
     context = in_precision(look.context, estimator, pilot, config.precision, config.seed)

@@ -1,22 +1,44 @@
-"""One sentence for losses that cannot be differentiated twice, in the place of what autograd says."""
+"""Second derivatives of the loss that autograd does not have: how that shows, and what is said of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._types import FunctionInputs, Options
 
 _NOT_IMPLEMENTED = re.compile(r"derivative for (?:aten::)?_*(\w+?)(?:_backward\w*)? is not implemented")
 _ONCE = "@once_differentiable"
+_HARD_SIGMOIDS = (F.hardsigmoid, torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_)
+_PLAIN = ("attention", "hardsigmoid")  # operators for which there are others that can be differentiated twice
 
 
 class NoSecondDerivative(HawqError):
-    """An operation on the way cannot be differentiated twice."""
+    """An operation on the way cannot be differentiated twice.
+
+    Attributes:
+        operation: in a few words.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"The loss has no second derivative, since it goes through {operation}: measure with estimator='ggn', "
+            "which takes differences of gradients there, or with another loss (loss_fn=), such as a smooth stand-in."
+        )
+        self.operation = operation
+
+    @property
+    def has_plain_form(self) -> bool:
+        """Whether :func:`twice_differentiable` has another operator for it."""
+        return any(name in self.operation for name in _PLAIN)
 
 
 @contextmanager
@@ -34,7 +56,7 @@ def told_in_one_sentence() -> Iterator[None]:
         if operator is None and _ONCE not in message:
             raise
         name = f"the operator {operator[1]}" if operator else "an autograd function that is once_differentiable"
-        raise NoSecondDerivative(_sentence(name)) from error
+        raise NoSecondDerivative(name) from error
 
 
 def check_twice_differentiable(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> None:
@@ -47,23 +69,50 @@ def check_twice_differentiable(loss: torch.Tensor, edges: Sequence[GradientEdge]
     Raises:
         NoSecondDerivative: there is one on the way; the message names it.
     """
+    for function in own_functions(loss, edges):
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is not None and code.co_qualname.startswith("once_differentiable."):
+            raise NoSecondDerivative(f"{function.__name__}, whose backward is once_differentiable")
+
+
+def own_functions(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> list[type]:
+    """Autograd functions on the way from the loss to ``edges`` that are neither torch's nor of this package."""
+    found = (getattr(node, "_forward_cls", None) for node in nodes_between(loss, edges))
+    return [f for f in found if f is not None and f.__module__.split(".")[0] not in ("torch", "hawq_lightning")]
+
+
+def nodes_between(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> list[Node]:
+    """Nodes of the graph from the loss to ``edges``."""
     stack: list[Node | None] = [loss.grad_fn]
     visited: set[Node] = {e.node for e in edges}
+    between: list[Node] = []
     while stack:
         node = stack.pop()
         if node is None or node in visited:
             continue
         visited.add(node)
-        function = getattr(node, "_forward_cls", None)
-        code = getattr(getattr(function, "backward", None), "__code__", None)
-        if code is not None and code.co_qualname.startswith("once_differentiable."):
-            raise NoSecondDerivative(_sentence(f"{function.__name__}, whose backward is once_differentiable"))  # type: ignore[union-attr]
+        between.append(node)
         stack += [parent for parent, _ in node.next_functions]
+    return between
 
 
-def _sentence(name: str) -> str:
-    return (
-        f"The loss has no second derivative, since it goes through {name}: measure with another loss (loss_fn=), such "
-        "as a smooth stand-in, or choose bits without traces (selector='l2' or 'uniform' of "
-        "hawq_lightning.selection.select)."
-    )
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, attention runs in plain operations, and so do hard sigmoids: their own kernels have one derivative."""
+    with sdpa_kernel(SDPBackend.MATH), _HardSigmoids():
+        yield
+
+
+class _HardSigmoids(TorchFunctionMode):
+    """Hard sigmoid by operations that can be differentiated twice, which PyTorch's cannot."""
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in _HARD_SIGMOIDS:
+            x = args[0] if args else kwargs["input"]
+            y = F.relu6(x + 3) / 6
+            in_place = func is torch._C._nn.hardsigmoid_ or kwargs.get("inplace") or (len(args) > 1 and args[1])
+            return x.copy_(y) if in_place else y
+        return func(*args, **kwargs)

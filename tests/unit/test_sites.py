@@ -244,3 +244,32 @@ def test_products_of_excluded_layers_are_theirs():
     table = hl.sites(mlp(), torch.randn(4, 12), exclude="6")
     (left,) = [f for f in table.floats if f.reason == "excluded"]
     assert left.macs == 24 * 4 and not any(f.type == "operations" for f in table.floats)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 4, dtype=torch.cfloat), torch.randn(2, 4, dtype=torch.cfloat)),
+        (nn.Conv1d(4, 4, 1, dtype=torch.cfloat), torch.randn(2, 4, 3, dtype=torch.cfloat)),
+        (nn.Conv2d(4, 4, 1, dtype=torch.cdouble), torch.randn(2, 4, 3, 3, dtype=torch.cdouble)),
+    ],
+)
+def test_complex_layers_stay_float(layer, x):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spectral, self.head = layer, nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.spectral(x)
+            return self.head(y.abs().flatten(2).mean(2).float() if y.ndim > 2 else y.abs().float())
+
+    net = Net()
+    table = sites(net, x)
+    assert [x.name for x in table.layers] == ["head"]
+    assert [f.reason for f in table.floats if f.name == "spectral"] == [f"its weight is {str(x.dtype)[6:]}"]
+    batch = x, torch.tensor([0, 1])
+    traces = hl.measure(net, [batch], lambda m, b: F.cross_entropy(m(b[0]), b[1]), estimator="exact", progress=False)
+    assert [r.name for r in traces] == ["head.weight", "head.input"]
+    prepare(net)
+    assert type(net.spectral) is type(layer) and net(x).shape == (2, 3)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hawq_lightning._batchnorm import gain
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import per_channel_view
+from hawq_lightning.quantization._fake_quantize import per_channel_view, transformed
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges, check_finite
 from hawq_lightning.quantization._registry import register_quantizer
@@ -46,7 +46,7 @@ class ActivationEMA(ActivationQuantizer):
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range moves first."""
-        if self.training and self.range_updates_enabled and x.numel():
+        if self.training and self.range_updates_enabled and not transformed() and x.numel():
             with torch.no_grad():
                 low, high = torch.aminmax(x.detach())
                 self.low.lerp_(low.float().clamp(-HUGE, 0.0), self.momentum)
@@ -128,6 +128,8 @@ class WeightIntOnly(WeightQuantizer):
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; in training the range is the present weights' own."""
+        if transformed():
+            return super().quantize(weight)
         self._take_state()
         if self.training and self.range_updates_enabled and self.bits > 1:
             with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning._types import AutogradContext, FunctionInputs
-from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager, traced, transformed
 
 
 def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:
@@ -25,6 +25,8 @@ def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, hig
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     fast = eager(wide) and step.ndim == 0
     levels: torch.Tensor
+    if traced():
+        return _levels(wide, step, zero, low, high).to(x.dtype)
     (levels,) = _LearnedStep.apply(wide, step, zero, low, high, factor, fast)
     return levels.to(x.dtype)
 
@@ -43,14 +45,23 @@ def learned_range(x: torch.Tensor, width: torch.Tensor, zero: int, top: int) -> 
         top: the highest code.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if traced():
+        return _LearnedRange.forward(wide, width, zero, top, False).to(x.dtype)
     levels: torch.Tensor = _LearnedRange.apply(wide, width, zero, top, eager(wide))
     return levels.to(x.dtype)
 
 
 def straight_through(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """``levels``, with the gradient of the identity with respect to ``x``."""
+    if traced():
+        return levels
     passed: torch.Tensor = _Through.apply(x, levels)
     return passed
+
+
+def clamped(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """In place, where that can be."""
+    return x.clamp(low, high) if transformed() else x.clamp_(low, high)  # vmap has no rule for the latter
 
 
 def _levels(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int) -> torch.Tensor:
@@ -60,13 +71,15 @@ def _levels(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: in
     codes = x * step.reciprocal()
     if shift:
         codes.add_(shift)
-    codes.round_().clamp_(low - whole, high - whole)
+    codes = clamped(codes.round_(), low - whole, high - whole)
     if shift:
         codes.sub_(shift)
     return codes.mul_(step)
 
 
 class _LearnedStep(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float, fast: bool
@@ -78,6 +91,7 @@ class _LearnedStep(torch.autograd.Function):
         x, step, *ctx.grid, ctx.factor, ctx.fast = inputs
         ctx.grad_is_exclusive = False
         ctx.save_for_backward(x, step)  # the levels are made again: cheaper than to keep them
+        ctx.save_for_forward(x, step)
 
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -95,18 +109,31 @@ class _LearnedStep(torch.autograd.Function):
             moved = (g * levels - passed * x).sum_to_size(step.shape)
         return passed, moved / step * ctx.factor, None, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> tuple[torch.Tensor]:
+        (x, step), (zero, low, high) = ctx.saved_tensors, ctx.grid
+        levels, v = _levels(x, step, zero, low, high), x * step.reciprocal()
+        inside = (v > low - zero) & (v < high - zero)
+        out = torch.zeros_like(x) if tangents[0] is None else tangents[0] * inside
+        if tangents[1] is not None:
+            out = out + (levels - inside * x) / step * ctx.factor * tangents[1]
+        return (out,)
+
 
 class _LearnedRange(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, width: torch.Tensor, zero: int, top: int, fast: bool) -> torch.Tensor:
         step = width / top
-        return (x * step.reciprocal()).round_().clamp_(-zero, top - zero).mul_(step)
+        return clamped((x * step.reciprocal()).round_(), -zero, top - zero).mul_(step)
 
     @staticmethod
     def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, width, zero, top, ctx.fast = inputs
         ctx.shares = -zero / top, (top - zero) / top
         ctx.save_for_backward(x, width)
+        ctx.save_for_forward(x, width)
 
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -121,8 +148,19 @@ class _LearnedRange(torch.autograd.Function):
             passed = g * ((x > low) & (x < high))
         return passed, moved, None, None, None
 
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor:
+        x, width = ctx.saved_tensors
+        low, high = (width * share for share in ctx.shares)
+        out = torch.zeros_like(x) if tangents[0] is None else tangents[0] * ((x > low) & (x < high))
+        if tangents[1] is not None:
+            out = out + ((x >= high) * ctx.shares[1] + (x <= low) * ctx.shares[0]) * tangents[1]
+        return out
+
 
 class _Through(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         return levels.clone()
@@ -134,3 +172,7 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tangents[0] is None else tangents[0].view_as(tangents[0])

@@ -6,7 +6,7 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import AutogradContext, FunctionInputs
-from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager, transformed
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges
 from hawq_lightning.quantization._storage import Storage
@@ -76,7 +76,7 @@ class ActivationLQ(ActivationQuantizer):
         """The nearest level; in training the basis moves first."""
         if not self.learned:
             return super().quantize(x)
-        if self.training and self.range_updates_enabled and x.numel():
+        if self.training and self.range_updates_enabled and not transformed() and x.numel():
             self._refit(x)
         nearest: torch.Tensor = _Nearest.apply(x, self.levels())
         return nearest
@@ -129,6 +129,8 @@ class ActivationLQ(ActivationQuantizer):
 class _Nearest(torch.autograd.Function):
     """The nearest of some levels; the gradient passes strictly between the first and the last."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         wide, ascending = x.float(), levels.sort().values
@@ -146,6 +148,13 @@ class _Nearest(torch.autograd.Function):
     def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         x, levels = inputs
         ctx.save_for_backward(x, levels)
+        ctx.save_for_forward(x, levels)
+
+    @staticmethod
+    def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor:
+        x, levels = ctx.saved_tensors
+        low, high = levels.aminmax()
+        return torch.zeros_like(x) if tangents[0] is None else tangents[0] * ((x > low) & (x < high))
 
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.quantization._fake_quantize import transformed
 from hawq_lightning.quantization._quantizers import WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization._registry import register_quantizer
@@ -94,7 +95,7 @@ class WeightLQ(WeightQuantizer):
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest level; the gradient passes through."""
-        if self.training and self.range_updates_enabled:
+        if self.training and self.range_updates_enabled and not transformed():
             with torch.no_grad():
                 self.basis.copy_(self._refit(self._rows(weight), AVERAGE))
         return straight_through(weight, self._levels_of(weight))

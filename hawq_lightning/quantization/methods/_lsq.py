@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning.layers import deterministic
-from hawq_lightning.quantization._fake_quantize import per_channel_view
+from hawq_lightning.quantization._fake_quantize import per_channel_view, traced
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, Ranges
@@ -52,6 +52,8 @@ class ActivationLSQ(_LearnedStep, ActivationQuantizer):
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper."""
         top, zero = (1 << self.bits) - 1, round(self.zero)
+        if traced():  # sizes are no numbers then, and nothing is learned
+            return learned_step(x, self.positive_step(), zero, 0, top, 1.0)
         features = x.numel() // max(1, x.shape[0]) if x.ndim > 1 else x.numel()
         factor = 1 / math.sqrt(max(1, features) * max(1, top - zero))
         return learned_step(x, self.positive_step(), zero, 0, top, factor)
@@ -79,7 +81,7 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper, per channel."""
         half, zero = 1 << (self.bits - 1), -0.5 if self.code == "midrise" else 0.0
-        sharing = weight.numel() // max(1, weight.shape[self.axis])
+        sharing = 1 if traced() else weight.numel() // max(1, weight.shape[self.axis])
         factor = 1 / math.sqrt(max(1, sharing) * (half - 1 - zero))
         step = per_channel_view(self.positive_step(), weight, self.axis)
         return learned_step(weight, step, zero, -half, half - 1, factor)

@@ -144,16 +144,23 @@ def ctc(net, b):
     return F.ctc_loss(x, torch.ones(2, 2, dtype=torch.long), torch.full((2,), 6), torch.full((2,), 2))
 
 
-@pytest.mark.parametrize("estimator", ["auto", "ggn", "hessian", "hutchinson", "exact"])
-@pytest.mark.parametrize(
-    "loss, name",
-    [
-        (ctc, "ctc_loss"),
-        (lambda n, b: F.multi_margin_loss(n(b[0])[0], b[1], p=2), "multi_margin_loss"),
-        (lambda n, b: F.multilabel_margin_loss(n(b[0])[0], F.pad(b[1][:, None], (0, 2), value=-1)), "multilabel"),
-        (lambda n, b: Once.apply(n(b[0])[0]), "once_differentiable"),
-    ],
-)  # fmt: skip
-def test_a_loss_without_a_second_derivative_is_refused_in_one_sentence(loss, name, estimator):
+ONCE = [
+    (ctc, "ctc_loss"),
+    (lambda n, b: F.multi_margin_loss(n(b[0])[0], b[1], p=2), "multi_margin_loss"),
+    (lambda n, b: F.multilabel_margin_loss(n(b[0])[0], F.pad(b[1][:, None], (0, 2), value=-1)), "multilabel"),
+    (lambda n, b: Once.apply(n(b[0])[0]), "once_differentiable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss, name", ONCE)
+def test_double_backward_of_a_loss_without_a_second_derivative_is_refused_in_one_sentence(loss, name):
     with pytest.raises(HawqError, match=f"no second derivative.*{name}.*loss_fn="):
-        measure(Net(), batches(1), loss, estimator=estimator, progress=False)
+        measure(Net(), batches(1), loss, estimator="hutchinson", progress=False)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "ggn", "hessian", "exact"])
+@pytest.mark.parametrize("loss, name", ONCE)
+def test_a_loss_without_a_second_derivative_is_measured_by_differences_of_gradients(loss, name, estimator):
+    traces = measure(Net(), batches(1), loss, estimator=estimator, max_probes=4, progress=False)
+    assert traces.settings["loss_hessian"] == "finite differences"
+    assert sum(name in note and "central differences" in note for note in traces.notes) == 1
