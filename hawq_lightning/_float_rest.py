@@ -35,6 +35,11 @@ def rest_of(
     """
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     skipped = tuple(f"{n}.{part}.".lstrip(".") for n, m in modules.items() for part in getattr(m, "training_only", ()))
+    # what codes are computed from has served
+    skipped += tuple(
+        f"{n}.parametrizations.{name}.".lstrip(".") for n, m in modules.items() if hasattr(m, "parametrizations")
+        for name in m.parametrizations if (id(m), name) in owned
+    )  # fmt: skip
     groups: dict[int, tuple[list[str], object]] = {}
     for raw, value in model.state_dict(keep_vars=True).items():
         key = plain(raw)

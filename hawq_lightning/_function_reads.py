@@ -85,17 +85,17 @@ class FunctionReads(TorchDispatchMode):
         Args:
             with_gradients: of the passes that build a graph; else of those under ``no_grad``.
         """
-        return tuple(n for n, x in self._readers.items() if key_of(x) in self._reads[with_gradients])
+        return tuple(n for n, x in self._readers.items() if x.key in self._reads[with_gradients])
 
     def elsewhere(self) -> dict[str, list[nn.Module]]:
         """Layer -> modules that are none of the layers and hold and read its weight as well, such as an embedding."""
-        return {n: self._elsewhere[key_of(x)] for n, x in self._readers.items() if key_of(x) in self._elsewhere}
+        return {n: self._elsewhere[x.key] for n, x in self._readers.items() if x.key in self._elsewhere}
 
     def _mark(self, reader: WeightReader) -> None:
         """Know the weight of a layer where a hook computes it: it is no parameter."""
         storage = _storage(reader.weight)
         if reader.recomputed and storage is not None:
-            self._constant[storage] = frozenset({key_of(reader)})
+            self._constant[storage] = frozenset({reader.key})
 
     def _enter(self, module: nn.Module, keys: frozenset[int]) -> Callable[..., None]:
         recomputed = [r for r in self._readers.values() if r.module is module and r.recomputed]
@@ -157,18 +157,13 @@ class FunctionReads(TorchDispatchMode):
                         self._elsewhere[key].append(module)
 
 
-def key_of(reader: WeightReader) -> int:
-    """What stands for a weight: the parameter, or the layer where a hook computes the weight anew for each call."""
-    return id(reader.module) if reader.recomputed else id(reader.weight)
-
-
 def _holders(model: nn.Module, readers: Mapping[str, WeightReader]) -> dict[int, tuple[nn.Module, frozenset[int]]]:
     """Id of a module -> the module, and the weights that are read by right inside of its call."""
-    keys = {key_of(r) for r in readers.values()}
+    keys = {r.key for r in readers.values()}
     held = {id(m): (m, keys & {id(p) for p in m._parameters.values()}) for m in model.modules()}
     for r in readers.values():
         module, own = held.get(id(r.module), (r.module, set()))
-        held[id(module)] = (module, own | {key_of(r)})
+        held[id(module)] = (module, own | {r.key})
     return {i: (m, frozenset(own)) for i, (m, own) in held.items() if own}
 
 

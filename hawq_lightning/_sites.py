@@ -73,6 +73,8 @@ def quantizable_layers(
             readers = readers_of(name, module)
             candidates |= readers
             held |= {reader.holder[0] for reader in readers.values()} - {module}
+            if isinstance(made := module._modules.get("parametrizations"), nn.Module):
+                held |= set(made.modules())  # what the weight is computed from
             if isinstance(module, FakeQuantLayer):  # a user's own module may be called so as well
                 held |= {m for n, q in module.named_children() if n.endswith("_quantizer") for m in q.modules()}
         elif parameters:
@@ -235,7 +237,7 @@ def _assemble(
 ) -> SiteTable:
     readers: dict[int, list[WeightReader]] = {}
     for reader in layers.values():
-        readers.setdefault(id(reader.weight), []).append(reader)
+        readers.setdefault(reader.key, []).append(reader)
     weight_of = {x.name: sharing[0].site for sharing in readers.values() for x in sharing}
     table: list[Site] = []
     for first, *others in readers.values():

@@ -17,6 +17,7 @@ from hawq_lightning.callbacks._adopted import agrees, consistent, with_sizes
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._handoff import Handoff
 from hawq_lightning.callbacks._held_modules import FollowedCopies, modules_beside
+from hawq_lightning.callbacks._optimized import add_learned_steps, warn_made_anew
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
@@ -144,6 +145,7 @@ class ApplyPlan(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enable the given plan's quantizers, unless a checkpoint brought the model quantized."""
         self.before_data(trainer)
+        add_learned_steps(trainer, pl_module)
         if not self.restored(pl_module):
             self.quantize(trainer, pl_module)
 
@@ -228,6 +230,7 @@ class ApplyPlan(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""
         self._resumed.iterator_stands(trainer)
+        warn_made_anew(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :meth:`on_train_start`."""

@@ -19,6 +19,7 @@ from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
 from hawq_lightning.callbacks._measure import MeasureTraces
+from hawq_lightning.callbacks._optimized import add_learned_steps
 from hawq_lightning.callbacks._results import HasResults
 from hawq_lightning.quantization import check_plan, enabled_bits
 from hawq_lightning.sensitivity import Sensitivity
@@ -96,6 +97,7 @@ class HAWQ(HasResults, ApplyPlan):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, select, enable; nothing of it if a checkpoint brought the model quantized."""
         self.before_data(trainer)
+        add_learned_steps(trainer, pl_module)
         chosen_before = self.has_plan
         if self.restored(pl_module):
             if not chosen_before and self.given_plan is None:

@@ -21,7 +21,7 @@ from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_by_name
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
-from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations
 from hawq_lightning.quantization import QuantizedWeight, plan_of, quantized_layers
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -132,6 +132,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
     inputs = at_least_two(example_input)
     with torch.no_grad():
         for layer in quantized_layers(copied).values():
+            bake_parametrizations(layer.module)
             _store(layer)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:

@@ -131,7 +131,7 @@ def check_same(
         if len(layers) < len(site.layers):
             unknown.append(site.name)
         elif site.kind == "weight":
-            weights = {id(x.weight): x.weight for x in layers}
+            weights = {x.key: x.weight for x in layers}
             shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}
             if shapes != {site.shape} or layers[0].channel_axis != held.axis:
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")

@@ -34,6 +34,7 @@ from hawq_lightning.export._enabled import quantized_by_name
 from hawq_lightning.export._inventory import check_same, owned_by, readers_by_name, renaming, rest_of, rest_to_store
 from hawq_lightning.export._packed_size import largest
 from hawq_lightning.export._stored import stored_sites
+from hawq_lightning.layers import bake_parametrizations
 from hawq_lightning.quantization import (
     QuantizedWeight,
     Quantizer,
@@ -141,6 +142,7 @@ def load_packed(path: str | Path, model: Model) -> Model:
             if isinstance(module, Quantizer):
                 module.disable()
         for layer in layers.values():
+            bake_parametrizations(layer.module)  # codes have taken the place of what they were computed from
             to_fake_quantized(layer.module, quantizers[id(layer.module)])
         for stored, site in zip(file.sites, renamed):
             for name in site.layers:

@@ -2,6 +2,7 @@
 
 from hawq_lightning.layers._adopted import fake_quant_class
 from hawq_lightning.layers._attention import AttentionKind
+from hawq_lightning.layers._computed import bake_parametrizations
 from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
 from hawq_lightning.layers._conv_gradients import by_kernel
 from hawq_lightning.layers._embedding import EmbeddingBagKind, EmbeddingKind
@@ -34,6 +35,7 @@ from hawq_lightning.layers._kind import (
 from hawq_lightning.layers._linear import LinearKind, MatrixGradients
 from hawq_lightning.layers._other_linear import QOtherLinear
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._read_inside import ReadInsideKind
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
 from hawq_lightning.layers._recurrent import RecurrentKind
@@ -56,11 +58,13 @@ __all__ = [
     "LinearKind",
     "MatrixGradients",
     "QOtherLinear",
+    "ReadInsideKind",
     "RecurrentKind",
     "WeightQ",
     "WeightRead",
     "WeightReader",
     "as_reader",
+    "bake_parametrizations",
     "by_kernel",
     "channel_axis_of",
     "deterministic",

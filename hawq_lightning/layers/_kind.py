@@ -60,6 +60,7 @@ class LayerKind:
     Attributes:
         float_type: the layer's class; subclasses that compute something else are not of this kind.
         float_name: module and name of a library's class, in the place of ``float_type``: nothing is imported for it.
+        by_contents: :meth:`holds` tells the kind, of modules whose class is of none; there is no ``float_type``.
         fake_quant_type: the class that a layer takes on when it is quantized; where there is only a ``float_name``, it
             does not inherit from the layer's class, which comes after it.
         input_name: keyword of the tensor that ``forward`` reads.
@@ -73,6 +74,7 @@ class LayerKind:
 
     float_type: ClassVar[type[nn.Module]]
     float_name: ClassVar[str | None] = None
+    by_contents: ClassVar[bool] = False
     fake_quant_type: ClassVar[type[FakeQuantLayer[Any, Any]]]
     input_name: ClassVar[str] = "input"
     channel_axis: ClassVar[int] = 0
@@ -92,6 +94,10 @@ class LayerKind:
     def why_float(self, module: nn.Module) -> str | None:
         """Why this module stays float although it is of the kind, in a few words; ``None``: it need not."""
         return None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind by what it holds, where :attr:`by_contents`."""
+        return False
 
     def input(self, args: Args, kwargs: Kwargs) -> torch.Tensor:
         """The tensor that a call reads, positional or by keyword."""
@@ -193,6 +199,7 @@ Kind = TypeVar("Kind", bound=type[LayerKind])
 LAYER_KINDS: Registry[LayerKind] = Registry("layer kind")
 _BY_TYPE: dict[type[nn.Module], LayerKind] = {}
 _NAMES: dict[type[nn.Module], str] = {}
+_BY_CONTENTS: list[LayerKind] = []
 _LATE: dict[str, tuple[str, LayerKind]] = {}  # by the name of a class that may never be imported
 
 
@@ -208,9 +215,12 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
 
     def add(kind: Kind) -> Kind:
         late = kind.float_name is not None
-        for attribute in ("fake_quant_type",) if late else ("float_type", "fake_quant_type"):
+        for attribute in ("fake_quant_type",) if late or kind.by_contents else ("float_type", "fake_quant_type"):
             if not hasattr(kind, attribute):
                 raise HawqError(f"The layer kind {name!r} has no {attribute}; it is a class of modules.")
+        if kind.by_contents:
+            _BY_CONTENTS.append(LAYER_KINDS.add(name, kind()))
+            return kind
         if late:
             _LATE[str(kind.float_name)] = name, LAYER_KINDS.add(name, kind())
             return kind
@@ -226,16 +236,18 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
 def find_kind(module: nn.Module) -> LayerKind | None:
     """The kind of a layer, float or fake-quant; ``None`` for modules that are no layers, or have to stay float."""
     kind = _kind_of_type(layer_type(module))
-    if kind is None or isinstance(module, FakeQuantLayer):
+    if kind is None:
+        return next((k for k in _BY_CONTENTS if isinstance(module, k.fake_quant_type) or k.holds(module)), None)
+    if isinstance(module, FakeQuantLayer):
         return kind
+    if is_parametrized(type(module)) and set(kind.weights(module)) != {"weight"}:
+        return None
     return kind if kind.why_float(module) is None else None
 
 
 def _kind_of_type(module_type: type[nn.Module]) -> LayerKind | None:
     if (kind := _BY_TYPE.get(module_type)) is not None:
         return kind
-    if is_parametrized(module_type):
-        return None
     for t, name in qualified_names(module_type):
         if name in _LATE and t not in _BY_TYPE:
             _NAMES[t], _BY_TYPE[t] = _LATE[name]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning.layers._fake_quant import input_quantizer_attribute, quantizer_attribute
+from hawq_lightning.layers._computed import put_computed
+from hawq_lightning.layers._fake_quant import input_quantizer_attribute, layer_type, quantizer_attribute
 from hawq_lightning.layers._kind import LayerKind, Record, WeightRead, kind_of, weight_of
 
 
@@ -43,7 +44,7 @@ class WeightReader:
     @property
     def type_name(self) -> str:
         """Class name of the float layer, or of the one that it is a subclass of."""
-        return self.kind.float_type.__name__
+        return getattr(self.kind, "float_type", layer_type(self.module)).__name__
 
     @property
     def weight(self) -> torch.Tensor:
@@ -52,7 +53,7 @@ class WeightReader:
 
     @property
     def recomputed(self) -> bool:
-        """Whether a hook computes the weight before every call (old-style weight norm, pruning): it is no parameter."""
+        """Whether a hook or a parametrization computes the weight (weight norm, pruning): it is no parameter."""
         holder, name = self.holder
         return name not in holder._parameters
 
@@ -84,10 +85,14 @@ class WeightReader:
         holder, _, name = self.parameter.rpartition(".")
         return self.module.get_submodule(holder), name
 
-    def put_weight(self, weight: torch.Tensor) -> None:
-        """Put another tensor in the place of a weight that is :attr:`recomputed`; the next call computes it anew."""
-        holder, name = self.holder
-        setattr(holder, name, weight)
+    @property
+    def key(self) -> int:
+        """What stands for the weight: the parameter, or the layer where it is computed anew for each call."""
+        return id(self.module) if self.recomputed else id(self.weight)
+
+    def put_weight(self, weight: torch.Tensor) -> Callable[[], None]:
+        """Put a tensor in the place of a :attr:`recomputed` weight, until what is returned is called or a hook runs."""
+        return put_computed(*self.holder, weight)
 
     def set_weight(self, weight: nn.Parameter | None) -> None:
         """Put another parameter in the place of the weight, here alone."""

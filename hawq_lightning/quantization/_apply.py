@@ -278,11 +278,11 @@ def plan_of(model: nn.Module) -> Plan:
     users: dict[int, list[str]] = {}
     for name, layer in layers.items():
         if layer.weight_quantizer.bits:
-            users.setdefault(id(layer.weight), []).append(name)
+            users.setdefault(layer.key, []).append(name)
     for name, layer in layers.items():
         w, a = layer.weight_quantizer, layer.input_quantizer
         shape = tuple(layer.weight.shape)
-        sharing = tuple(users.get(id(layer.weight), ()))
+        sharing = tuple(users.get(layer.key, ()))
         if w.bits and sharing[0] == name:
             sites["weight"].append(PlanSite(layer.site, "weight", sharing, shape, layer.weight.numel(), w.bits, w.code))
         if a.bits and layer.read.reads_activation:

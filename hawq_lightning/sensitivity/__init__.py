@@ -19,6 +19,7 @@ from hawq_lightning.sensitivity._estimator import (
     register_estimator,
 )
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
+from hawq_lightning.sensitivity._held_attributes import HeldAttributes
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
 from hawq_lightning.sensitivity._independence import samples_apart
@@ -67,6 +68,7 @@ __all__ = [
     "Estimator",
     "GaussNewton",
     "Heap",
+    "HeldAttributes",
     "Hessian",
     "Hutchinson",
     "InputHooks",

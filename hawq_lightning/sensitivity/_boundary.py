@@ -89,9 +89,10 @@ class Outputs:
         return record
 
     def is_layer(self, name: str) -> bool:
-        """Whether a module is of PyTorch's or of a registered kind, and so no part of the loss."""
+        """Whether a module is of PyTorch's or of a class that a kind knows, and so no part of the loss."""
         module = self._model.get_submodule(name)
-        return type(module).__module__.startswith("torch.nn.") or find_kind(module) is not None
+        kind = find_kind(module)
+        return type(module).__module__.startswith("torch.nn.") or (kind is not None and not kind.by_contents)
 
     def behind(self, edge: GradientEdge, variables: list[torch.Tensor] | None = None) -> set[int]:
         """Numbers of the recorded outputs that this one follows from directly.

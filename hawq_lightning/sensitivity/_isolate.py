@@ -17,7 +17,9 @@ from torch import nn
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
+from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._chance import WithoutChance
+from hawq_lightning.sensitivity._held_attributes import HeldAttributes
 from hawq_lightning.sensitivity._held_state import put_back_at_end
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
@@ -84,6 +86,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         seed: for random draws that the loss itself makes.
     """
     modes = [(m, m.training) for m in model.modules()]
+    attributes = HeldAttributes(_without_quantizers(model))
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     remembered = ExitStack()
@@ -105,6 +108,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
         ):
             yield
     finally:
+        attributes.put_back()
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
@@ -115,6 +119,15 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             p.requires_grad_(required)
             p.grad = grad
         remembered.close()
+
+
+def _without_quantizers(model: nn.Module) -> list[nn.Module]:
+    """Modules of a model but for quantizers, which look after themselves."""
+    quantizers = {
+        q for layer in model.modules() if isinstance(layer, FakeQuantLayer)
+        for name, child in layer.named_children() if name.endswith("_quantizer") for q in child.modules()
+    }  # fmt: skip
+    return [m for m in model.modules() if m not in quantizers]
 
 
 def release_memory() -> None:

@@ -26,13 +26,14 @@ class EffectiveWeights:
     def __init__(self, readers: Mapping[str, WeightReader]) -> None:
         self._readers = readers
         self._leaves: dict[str, torch.Tensor] = {}
-        self._before: list[tuple[WeightReader, torch.Tensor]] = []
+        self._put_back: dict[str, Callable[[], None]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> EffectiveWeights:
         for site, reader in self._readers.items():
             if reader.recomputed:
-                self._before.append((reader, reader.weight))
+                self._put_back[site] = reader.put_weight(reader.weight)
+                self._put_back[site]()
                 # the last of the hooks before a call: behind the one that computes the weight
                 self._handles.append(reader.module.register_forward_pre_hook(self._hook(site, reader)))
         return self
@@ -40,8 +41,8 @@ class EffectiveWeights:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
-        for reader, weight in self._before:
-            reader.put_weight(weight)
+        for put_back in self._put_back.values():
+            put_back()
 
     def __getitem__(self, site: str) -> torch.Tensor:
         """The leaf of a site, after a forward pass; of a layer that was not called one that nothing follows from."""

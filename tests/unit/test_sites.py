@@ -106,10 +106,9 @@ def test_what_stays_float_is_listed_with_its_share():
 
     table = sites(Net(), torch.randint(0, 10, (2, 5)))
     reasons = {f.name: f.reason for f in table.floats}
-    assert [s.name for s in table.weights] == ["out.weight"]
+    assert [s.name for s in table.weights] == ["scaled.weight", "out.weight"]
     assert "sparse" in reasons["embed"] and "of LSTM with a forward of its own" in reasons["lstm"]
     assert "of MultiheadAttention with a forward of its own" in reasons["attend"]
-    assert "parametrized" in reasons["scaled"]
     rows = table.rows()
     assert sum(r["bytes_share"] for r in rows) == pytest.approx(1)
     assert sum(r["macs_share"] for r in rows) == pytest.approx(1)

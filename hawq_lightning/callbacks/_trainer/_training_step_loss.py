@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
@@ -21,6 +19,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
+from hawq_lightning.sensitivity import HeldAttributes
 
 
 class _Backward(TorchFunctionMode):
@@ -57,7 +56,7 @@ def loss_from_training_step(
     stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
     modules = list(pl_module.modules())
     modes = [(m, m.training) for m in modules]
-    snapshots = [(m, _snapshot(m)) for m in modules]
+    attributes = HeldAttributes(modules)
     muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
     losses: list[torch.Tensor] = []
 
@@ -82,8 +81,7 @@ def loss_from_training_step(
     finally:
         for name in muted:
             pl_module.__dict__.pop(name, None)
-        for m, snapshot in snapshots:
-            _put_back(m, snapshot)
+        attributes.put_back()
         for m, mode in modes:
             m.training = mode
         pl_module._current_fx_name = hook
@@ -141,71 +139,3 @@ def _loss(
         what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
         raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
     return out
-
-
-Snapshot: TypeAlias = dict[str, tuple[Any, Any]]
-"""Attribute -> the object, and what it held."""
-
-_INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
-
-
-def _snapshot(module: nn.Module) -> Snapshot:
-    """Plain attributes of a module: the object, and a copy of what it held."""
-    out = {}
-    states = getattr(module, "_defaults", {}) if isinstance(module, Metric) else {}
-    for name, value in module.__dict__.items():
-        if name in _INTERNAL or name.endswith("_hooks") or "_hooks_" in name:
-            continue
-        if name in states or isinstance(value, torch.Tensor):
-            out[name] = (value, _copied(value))
-        elif isinstance(value, (list, dict, set)):
-            out[name] = (value, _Container(value))
-        else:
-            out[name] = (value, None)
-    return out
-
-
-class _Container:
-    """What a list, dict or set holds, and the ones in it hold, put back in place: others may point at them."""
-
-    def __init__(self, value: object) -> None:
-        self._parts: list[tuple[Any, Any]] = []
-        self._note(value, set())
-
-    def _note(self, value: object, seen: set[int]) -> None:
-        if isinstance(value, (list, dict, set)) and id(value) not in seen:
-            seen.add(id(value))
-            self._parts.append((value, copy.copy(value)))
-            if not isinstance(value, set):
-                for inner in value.values() if isinstance(value, dict) else value:
-                    self._note(inner, seen)
-
-    def put_back(self) -> None:
-        for value, held in self._parts:
-            if isinstance(value, list):
-                value[:] = held
-            else:
-                value.clear()
-                value.update(held)
-
-
-def _copied(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return [v.detach().clone() for v in value] if isinstance(value, list) else copy.copy(value)
-
-
-def _put_back(module: nn.Module, snapshot: Snapshot) -> None:
-    for name in [n for n in module.__dict__ if n not in snapshot and n not in _INTERNAL and "_hooks" not in n]:
-        del module.__dict__[name]
-    for name, (value, held) in snapshot.items():
-        if isinstance(value, torch.Tensor) and value.is_inference():
-            value = held  # a metric's state after trainer.validate cannot be written to
-        elif isinstance(value, torch.Tensor):
-            with torch.no_grad():
-                value.copy_(held) if value.shape == held.shape else None
-        elif isinstance(held, _Container):
-            held.put_back()
-        elif isinstance(value, list):
-            value[:] = held
-        module.__dict__[name] = value

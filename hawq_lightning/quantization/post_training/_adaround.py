@@ -140,7 +140,12 @@ def _error(
 def _on_even_grid(layer: QuantizedWeight) -> bool:
     """Whether codes can be chosen freely: a weight put on any grid point is quantized to that very point."""
     quantizer = layer.weight_quantizer
-    if not quantizer.bits or quantizer.code not in ("affine", "midrise") or not layer.kind.reconstructs:
+    if (
+        layer.recomputed
+        or not quantizer.bits
+        or quantizer.code not in ("affine", "midrise")
+        or not layer.kind.reconstructs
+    ):
         return False
     half = 1 << (quantizer.bits - 1)
     codes = (

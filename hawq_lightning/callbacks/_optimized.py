@@ -1,0 +1,70 @@
+"""Whether optimizers hold what is to be trained: learned steps of quantizers, and parameters that were made anew."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from hawq_lightning.callbacks._trainer import is_sharded
+from hawq_lightning.quantization import quantized_layers
+
+
+def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Put learned steps that no optimizer holds into the group that holds their layer.
+
+    An optimizer that was made before ``setup``, or from a list of parameters, does not know them. Groups stay as many
+    as they are, so that schedulers fit, and a resumed run does the same before its optimizers are restored.
+    """
+    if is_sharded(trainer):
+        return
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    added: list[str] = []
+    alone: list[str] = []
+    for name, layer in quantized_layers(pl_module).items():
+        mine = {id(p) for p in layer.module.parameters()}
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            for step in quantizer.parameters():
+                if not step.requires_grad or id(step) in held:
+                    continue
+                group = next(
+                    (g for o in trainer.optimizers if not hasattr(o, "consolidate_state_dict") for g in o.param_groups
+                     if not mine.isdisjoint(map(id, g["params"]))),
+                    None,
+                )  # fmt: skip
+                if group is not None:
+                    group["params"].append(step)
+                    held.add(id(step))
+                    added.append(name)
+                elif layer.weight.requires_grad and not mine.isdisjoint(held):
+                    alone.append(name)
+    if added:
+        rank_zero_info(
+            f"HAWQ: no optimizer held the learned steps of {_some(added)}: they were added to the group that holds the "
+            "layer."
+        )
+    if alone:
+        rank_zero_warn(
+            f"HAWQ: no optimizer holds the learned steps of {_some(alone)}, so they stay as they are: make the "
+            "optimizer in configure_optimizers, from self.parameters()."
+        )
+
+
+def warn_made_anew(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warn where optimizers hold parameters that the module has no more, and the new ones are in none."""
+    if is_sharded(trainer):
+        return
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    present, ids = {id(p) for p in pl_module.parameters()}, {id(p) for p in held}
+    gone = {p.shape for p in held if id(p) not in present and isinstance(p, nn.Parameter)}
+    new = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in ids and p.shape in gone]
+    if new:
+        rank_zero_warn(
+            f"HAWQ: {_some(new)} {'is' if len(new) == 1 else 'are'} in no optimizer, which hold parameters of the same "
+            "shape that the module has no more: what is made anew after configure_optimizers is not trained."
+        )
+
+
+def _some(names: list[str]) -> str:
+    names = [*dict.fromkeys(names)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
