@@ -33,16 +33,27 @@ class Table(nn.Module):
         return self.head(torch.relu(self.body(x + self.table[: len(x)])))
 
 
-class Pairs(nn.Module):
-    """Most bytes are a layer of a type that is not known."""
+class Distances(nn.Module):
+    """Squared distances to learned centres: a layer of nobody's."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.both = nn.Bilinear(FEATURES, width, 8)
-        self.left, self.head = nn.Linear(FEATURES, width), nn.Linear(8, CLASSES)
+        self.weight, self.bias = nn.Parameter(torch.randn(count, FEATURES)), nn.Parameter(torch.zeros(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.both(x, self.left(x))))
+        return (x[:, None] - self.weight).square().mean(-1) + self.bias
+
+
+class Centres(nn.Module):
+    """Most bytes are a layer of a type that is not known."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.near = Distances(count)
+        self.left, self.head = nn.Linear(count, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.left(self.near(x))))
 
 
 class Buffers(nn.Module):
@@ -62,7 +73,7 @@ class Buffers(nn.Module):
 
 NETS = {
     "table": (lambda: Table(300), ("table", "Table is no known kind of layer")),
-    "bilinear": (lambda: Pairs(9), ("both.weight", "Bilinear is no known kind of layer")),
+    "layer": (lambda: Centres(40), ("near.weight", "Distances is no known kind of layer")),
     "buffer": (lambda: Buffers(200), ("memory", "a buffer", "spare.weight", "not called in the forward pass")),
 }
 
