@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
@@ -28,7 +28,7 @@ from hawq_lightning.selection import (
     nominal_problem,
     tables_of_budget,
 )
-from hawq_lightning.sensitivity import Sensitivity, isolated_eval, repeatable
+from hawq_lightning.sensitivity import Sensitivity, isolated_eval, repeatable, settle_draws
 
 _CHANCE = 0.8  # of ln(classes)
 _SLOPE_SHARE = 0.01  # of the loss
@@ -51,7 +51,7 @@ def preview(
     batch: Batch,
     loss_fn: LossFn,
     *,
-    later: Iterable[Batch] = (),
+    later: Sequence[Batch] = (),
     trained: Trained | None = None,
 ) -> tuple[SiteTable, Problem]:
     """The sites, and the problem before anything is measured, on which budget and bits given by hand are tried.
@@ -74,8 +74,14 @@ def preview(
     with isolated_eval(module):
         plain, loss_fn = loss_fn, repeatable(module, loss_fn)
         exclude = exclude_patterns(quantizer, module)
-        passes = ((partial(loss_fn, module, b), batch_images(b)) for b in chain((batch,), later))
-        table = find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
+
+        def find() -> SiteTable:
+            passes = ((partial(loss_fn, module, b), batch_images(b)) for b in chain((batch,), later))
+            return find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
+
+        table = find()
+        if settle_draws(module, loss_fn, table, chain((batch,), later)):
+            table = find()
         separate_input = activation_bits is not None and quantizer.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if separate_input else frozenset()
         constraints = constraints_of(select)

@@ -40,7 +40,7 @@ from hawq_lightning.sensitivity._output_probes import backpropagate, concave_sha
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._recomputed_weights import EffectiveWeights
-from hawq_lightning.sensitivity._repeatable import repeatable
+from hawq_lightning.sensitivity._repeatable import repeatable, settle_draws
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 from hawq_lightning.sensitivity._sampling import sampling_design
@@ -121,6 +121,7 @@ __all__ = [
     "repeatable",
     "samples_apart",
     "sampling_design",
+    "settle_draws",
     "to_device",
     "top_eigenpairs",
     "top_eigenvalues",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from torch import nn
 
@@ -24,6 +25,7 @@ from hawq_lightning.sensitivity._memory import RanOut, half, with_fewer
 from hawq_lightning.sensitivity._microbatch import slice_batch
 from hawq_lightning.sensitivity._precision import in_precision
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
+from hawq_lightning.sensitivity._repeatable import settle_draws
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._settings import MeasureSettings
 
@@ -79,10 +81,16 @@ def first_look(
 
     def look(size: int) -> FirstLook:
         part = batch if size == samples else slice_batch(batch, samples, 0, size, size_of)
-        table = sites or find_sites(
-            model, lambda: loss_fn(model, part), size, settings.include, settings.exclude,
-            later=((partial(loss_fn, model, b), n) for b, n in zip(data.batches[1:], data.samples[1:])),
-        )  # fmt: skip
+
+        def find() -> SiteTable:
+            return find_sites(
+                model, lambda: loss_fn(model, part), size, settings.include, settings.exclude,
+                later=((partial(loss_fn, model, b), n) for b, n in zip(data.batches[1:], data.samples[1:])),
+            )  # fmt: skip
+
+        table = sites or find()
+        if sites is None and settle_draws(model, loss_fn, table, chain((part,), data.batches[1:])):
+            table = find()
         on_table = {x.name: layers[x.name] for x in table.layers}
         context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)
         check_float(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._loss_graph import shape_only
+from hawq_lightning._site_calls import NOT_CALLED
+from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.sensitivity._fixed_draws import FixedDraws
 from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
 
 _LOOKS = 2  # calls after which it is known which buffers a loss moves
@@ -33,14 +36,38 @@ def repeatable(model: nn.Module, loss_fn: LossFn) -> LossFn:
     return _Repeatable(model, loss_fn)
 
 
+def settle_draws(model: nn.Module, loss_fn: LossFn, table: SiteTable, batches: Iterable[Batch]) -> bool:
+    """Where draws of the loss have left out layers, choose seeds for the batches that leave out fewest.
+
+    Args:
+        model: that ``loss_fn`` is called with.
+        loss_fn: of :func:`repeatable`, after a pass that found ``table``.
+        table: the sites of that pass.
+        batches: to choose for.
+
+    Returns:
+        whether sites are to be looked for again.
+    """
+    missing = any(f.reason == NOT_CALLED for f in table.floats)
+    if not isinstance(loss_fn, _Repeatable) or not loss_fn.draws.drew or not missing:
+        return False
+    loss_fn.draws.choose(batches, lambda batch: loss_fn(model, batch))
+    return True
+
+
 class _Repeatable:
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self._model, self._loss_fn = model, loss_fn
         self._parameters = KeptParameters(_state(model, nn.Module.parameters))
         self._buffers: list[HeldState] = []
         self._calls = 0
+        self.draws = FixedDraws(model)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        with self.draws(batch):
+            return self._run(model, batch)
+
+    def _run(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         looking = self._calls < _LOOKS
         self._calls += 1
         with _disable_current_modes():  # whoever watches what the loss reads does not see this
