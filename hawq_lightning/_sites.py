@@ -29,6 +29,7 @@ from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
     find_kind,
+    kind_of,
     layer_type,
     readers_of,
     type_names,
@@ -73,6 +74,7 @@ def quantizable_layers(
             readers = readers_of(name, module)
             candidates |= readers
             held |= {reader.holder[0] for reader in readers.values()} - {module}
+            floats += _beside_weights(name, module, readers.values())
             if isinstance(made := module._modules.get("parametrizations"), nn.Module):
                 held |= set(made.modules())  # what the weight is computed from
             if isinstance(module, FakeQuantLayer):  # a user's own module may be called so as well
@@ -212,6 +214,16 @@ def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     if isinstance(pattern, type):
         return issubclass(layer_type(module), pattern)
     return bool(pattern(name, module))
+
+
+def _beside_weights(name: str, module: nn.Module, readers: Iterable[WeightReader]) -> list[FloatPart]:
+    """Matrices of a module of any class that its forward reads beside its weights: an adapter's, biases of experts."""
+    weights = {reader.parameter for reader in readers}
+    rest = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and n not in weights}
+    if not rest or not kind_of(module).by_contents:
+        return []
+    size = sum(p.numel() * p.element_size() for p in rest.values())
+    return [FloatPart(name, layer_type(module).__name__, f"beside its weights: {', '.join(rest)}", size, 0)]
 
 
 def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
