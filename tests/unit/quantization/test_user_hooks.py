@@ -54,6 +54,7 @@ def calls_in(net, x):
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hooks_are_called_as_often(name, training):
