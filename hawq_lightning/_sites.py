@@ -18,6 +18,7 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._loss_graph import Trained
 from hawq_lightning._site_calls import BY_FUNCTION_ONLY, Key, Read, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
@@ -28,6 +29,7 @@ from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
     find_kind,
+    kind_of,
     layer_type,
     readers_of,
     type_names,
@@ -72,6 +74,7 @@ def quantizable_layers(
             readers = readers_of(name, module)
             candidates |= readers
             held |= {reader.holder[0] for reader in readers.values()} - {module}
+            floats += _beside_weights(name, module, readers.values())
             if isinstance(made := module._modules.get("parametrizations"), nn.Module):
                 held |= set(made.modules())  # what the weight is computed from
             if isinstance(module, FakeQuantLayer):  # a user's own module may be called so as well
@@ -131,7 +134,8 @@ def find_sites(
     if not layers:
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
     if run is None:
-        return _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
+        table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
+        return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
     named = dict(_named_modules(model))
     calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(_as_list(include)))
     calls.run(run, images, named)
@@ -155,7 +159,8 @@ def find_sites(
     ordered = {name: layers[name] for name in calls.macs if name in layers}
     reads = [r for r in calls.reads if r.layer in layers]
     table = _assemble(ordered, {n: calls.macs[n] for n in ordered}, reads, calls.norms, floats, traced=True)
-    return replace(table, last=calls.depths.last(ordered))
+    rest = float_tensors(model, ordered.values(), floats)
+    return replace(table, last=calls.depths.last(ordered), float_tensors=rest)
 
 
 def sites(
@@ -209,6 +214,16 @@ def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     if isinstance(pattern, type):
         return issubclass(layer_type(module), pattern)
     return bool(pattern(name, module))
+
+
+def _beside_weights(name: str, module: nn.Module, readers: Iterable[WeightReader]) -> list[FloatPart]:
+    """Matrices of a module of any class that its forward reads beside its weights: an adapter's, biases of experts."""
+    weights = {reader.parameter for reader in readers}
+    rest = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and n not in weights}
+    if not rest or not kind_of(module).by_contents:
+        return []
+    size = sum(p.numel() * p.element_size() for p in rest.values())
+    return [FloatPart(name, layer_type(module).__name__, f"beside its weights: {', '.join(rest)}", size, 0)]
 
 
 def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:

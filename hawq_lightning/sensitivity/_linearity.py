@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import Node
 
-from hawq_lightning.layers import as_reader
+from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
 from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaussian, gradients_of
 from hawq_lightning.sensitivity._estimator import Pilot
@@ -65,7 +65,7 @@ def _check_linearity(context: MeasureContext, pilot: Pilot, seed: int, most: int
         return directions
 
     inputs = [s.name for s in context.table.activations]
-    inputs += [x.weight for x in context.table.layers if not as_reader(context.layers[x.name]).read.reads_activation]
+    inputs += [x.weight for x in context.table.layers if _weight_is_tried(as_reader(context.layers[x.name]))]
     try:
         with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=inputs) as gradients:
             serial = _in_series(gradients)
@@ -81,6 +81,11 @@ def _check_linearity(context: MeasureContext, pilot: Pilot, seed: int, most: int
         return Linearity(tuple(nonlinear))
     except (RuntimeError, NotImplementedError) as error:
         return Linearity(failed=str(error).strip().split("\n")[0].rstrip("."))
+
+
+def _weight_is_tried(reader: WeightReader) -> bool:
+    """Where no activation is disturbed; torch differentiates convolutions twice by their weight a group at a time."""
+    return not reader.read.reads_activation and int(getattr(reader.module, "groups", 1)) == 1
 
 
 def layer_names(context: MeasureContext, sites: Collection[str], most: int = 4) -> str:

@@ -111,6 +111,11 @@ def test_traces_are_the_dense_ones(name):
     weights = {s.name for s in table.weights}
     assert weights > ({"experts.up", "experts.down"} if name != "subclasses" else {"conv.weight", "up.weight"})
     assert not any(s.name.startswith(("experts", "conv", "up")) for s in table.activations)
+    floats = {f.name: f.reason for f in table.floats}
+    beside = (
+        {"adapted": "beside its weights: a, b"} if name == "subclasses" else {"experts": "beside its weights: bias"}
+    )
+    assert beside.items() <= floats.items()
 
 
 @pytest.mark.parametrize("name", ["bmm", "loop"])

@@ -148,3 +148,25 @@ def test_a_class_of_a_library_is_known_by_name():
         assert net[0].weight_quantizer.bits and torch.equal(pickle.loads(pickle.dumps(net))(batch[0]), net(batch[0]))
     finally:
         del sys.modules["library_of_a_test"]
+
+
+class _Gpt(nn.Module):
+    """The matrices of GPT-2's block, by transformers' own class, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.up, self.down, self.head = conv(6, 4), conv(4, 6), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
+def test_the_transposed_matrices_of_gpt2_have_the_traces_of_dense_hessians():
+    torch.manual_seed(0)
+    net = _Gpt().double().eval()
+    nn.init.normal_(net.up.weight), nn.init.normal_(net.down.weight)
+    batch = torch.randn(4, 3, 4, dtype=torch.float64), torch.arange(4) % 3
+    table = check_traces(net, batch, _loss, exact=("up", "down", "head"))
+    assert {x.name: x.type for x in table.layers} == {"up": "Conv1D", "down": "Conv1D", "head": "Linear"}
+    assert [s.channels for s in table.weights] == [6, 4, 3]
