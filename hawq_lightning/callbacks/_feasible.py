@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -75,11 +76,11 @@ def preview(
         exclude = exclude_patterns(quantizer, module)
 
         def find() -> SiteTable:
-            passes = ((partial(loss_fn, module, b), batch_images(b)) for b in (batch, *later))
+            passes = ((partial(loss_fn, module, b), batch_images(b)) for b in chain((batch,), later))
             return find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
 
         table = find()
-        if settle_draws(module, loss_fn, table, (batch, *later)):
+        if settle_draws(module, loss_fn, table, chain((batch,), later)):
             table = find()
         separate_input = activation_bits is not None and quantizer.input_bits is not None
         inputs = network_inputs(module, batch, loss_fn, table) if separate_input else frozenset()
@@ -115,7 +116,7 @@ def check_covers(sensitivity: Sensitivity, table: SiteTable) -> None:
 
 
 def warn_untrained(
-    sensitivity: Sensitivity, module: nn.Module, batches: list[Batch], loss_fn: LossFn, plan: Plan
+    sensitivity: Sensitivity, module: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, plan: Plan
 ) -> None:
     """Warn where a loss near chance, or a gradient term that outweighs Omega, says that this is no minimum."""
     loss, classes = (float(sensitivity.settings.get(k, 0.0)) for k in ("loss", "classes"))

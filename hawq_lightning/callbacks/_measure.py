@@ -16,8 +16,9 @@ from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._stays_float import stays_float
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.callbacks._announce import announce
+from hawq_lightning.callbacks._announce import announce, warn_of_float
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._results import HasResults, Results, there
@@ -160,10 +161,11 @@ class MeasureTraces(HasResults, Callback):
                 trained=trained_by(trainer, pl_module),
             )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
+            warn_of_float(table)
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
-            images = sum(map(batch_images, batches))
+            images = sum(map(batch_images, batches.kept))
             with shared_traces(trainer, folder, config.cache, table, images) as traces:
                 weigh = partial(
                     candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
@@ -207,7 +209,7 @@ class MeasureTraces(HasResults, Callback):
             check_exact_types(pl_module, batch, loss_fn)
 
     def _choose(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
     ) -> Plan:
         """The plan, the same on every process, with what it came from."""
         chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
@@ -217,11 +219,13 @@ class MeasureTraces(HasResults, Callback):
         settings = {
             **chosen.settings, **self.sensitivity.settings, "seed": self.measure.seed, "lifted": floored,
         }  # fmt: skip
+        if sentence := stays_float(self.sites):
+            settings["stays_float"] = sentence
         chosen = self._with_quantizer(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
 
     def _select(
-        self, trainer: Trainer, pl_module: LightningModule, batches: list[Batch], loss_fn: LossFn, problem: Problem
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
     ) -> Plan:
         """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
         config, seed = self.select, self.measure.seed if self.select.seed is None else self.select.seed

@@ -10,15 +10,17 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch
-from hawq_lightning.sensitivity import random_states_kept
+from hawq_lightning.sensitivity import OnDevice, random_states_kept, to_device
 
 Index = TypeVar("Index")
+_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
@@ -135,11 +137,21 @@ def _until(stream: Iterator[Batch], images: int) -> list[Batch]:
     return out
 
 
-def onto_device(trainer: Trainer, pl_module: LightningModule, batches: list[Batch]) -> list[Batch]:
-    """Move batches as the Trainer would, with the module's own transfer hooks."""
-    out = []
-    for batch in batches:
-        batch = trainer.precision_plugin.convert_input(batch)
+def onto_device(trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch]) -> OnDevice:
+    """Batches that the Trainer moves, one at a time, when they are asked for.
+
+    What the hooks before and after a transfer make of a batch is made once, as in training, and kept.
+    """
+    strategy = trainer.strategy
+    owners = [pl_module, *([trainer.datamodule] if getattr(trainer, "datamodule", None) is not None else [])]  # type: ignore[attr-defined]
+    kept = [trainer.precision_plugin.convert_input(batch) for batch in batches]
+    if not any(is_overridden(hook, owner) for hook in _HOOKS for owner in owners):
+        return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0))
+    home = torch.device("cpu")
+    for number, batch in enumerate(kept):
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        out.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-    return out
+        batch = strategy.batch_to_device(batch, dataloader_idx=0)
+        kept[number] = batch if strategy.root_device == home else to_device(batch, home)
+    return OnDevice(
+        kept, lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0)
+    )
