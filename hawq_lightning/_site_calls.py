@@ -148,7 +148,9 @@ class SiteCalls:
             self.other_macs = rest // images if rest > known * 1e-6 else 0
         if self._passes == 1 or self.found != before:
             self.reads += [
-                Read(c.layer, (self._passes, id(c.read), c.version), tuple(c.read.shape), images) for c in chosen
+                Read(c.layer, (self._passes, id(c.read), c.version), tuple(c.read.shape), images)
+                for c in chosen
+                if not _is_identity(c.read)
             ]
 
     def macs_of(self, layer: str) -> int:
@@ -286,6 +288,12 @@ def _by_layer(calls: Iterable[_Call]) -> dict[str, list[_Call]]:
     for call in calls:
         out.setdefault(call.layer, []).append(call)
     return out
+
+
+def _is_identity(x: torch.Tensor) -> bool:
+    """Whether a layer reads the identity matrix, as DoRA does to get its weight: that is no activation."""
+    square = x.ndim == 2 and x.shape[0] == x.shape[1] > 1 and x.is_floating_point() and not x.is_meta
+    return square and torch.equal(x, torch.eye(len(x), dtype=x.dtype, device=x.device))
 
 
 def _in_graph(output: torch.Tensor) -> torch.Tensor:

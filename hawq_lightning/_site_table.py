@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._shares import percent
 from hawq_lightning._types import JsonObject
 
 
@@ -70,11 +71,29 @@ class FloatPart:
 
 
 @dataclass(frozen=True)
+class FloatTensor:
+    """A parameter or persistent buffer that the packed file keeps as it is.
+
+    Attributes:
+        name: in the state dict; of several the first.
+        bytes: at its own type.
+        reason: why no plan changes it.
+        small: one number a channel, such as biases and the scales of norms, which nobody quantizes.
+    """
+
+    name: str
+    bytes: int
+    reason: str
+    small: bool = False
+
+
+@dataclass(frozen=True)
 class SiteTable:
     """All sites, the layers that tie them, and what stays float. Iterating gives the sites.
 
     ``layers`` are in the order in which the forward pass first calls them; ``last`` names the one with most layers in a
-    row before it, where a pass has shown that.
+    row before it, where a pass has shown that. ``floats`` are modules, ``float_tensors`` the tensors of the state dict
+    that are no site's weight; ``None``: not known.
     """
 
     sites: tuple[Site, ...]
@@ -82,6 +101,7 @@ class SiteTable:
     floats: tuple[FloatPart, ...] = ()
     traced: bool = True
     last: str = ""
+    float_tensors: tuple[FloatTensor, ...] | None = None
     _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,8 +134,28 @@ class SiteTable:
         """The activation sites."""
         return tuple(s for s in self.sites if s.kind == "activation")
 
+    @property
+    def float_bytes(self) -> int | None:
+        """Bytes of the model that are no site's weight, at their own type; ``None``: not known."""
+        return None if self.float_tensors is None else sum(t.bytes for t in self.float_tensors)
+
+    @property
+    def quantized_share(self) -> float | None:
+        """Share of the float model's bytes that the weight sites have; ``None``: not known."""
+        if self.float_bytes is None:
+            return None
+        size = sum(4 * s.numel for s in self.weights)
+        return size / (size + self.float_bytes)
+
+    @property
+    def macs_share(self) -> float | None:
+        """Share of the multiply-accumulates that read a weight site; ``None``: not known."""
+        quantized = sum(layer.macs for layer in self.layers)
+        total = quantized + sum(f.macs for f in self.floats)
+        return quantized / total if self.traced and total else None
+
     def rows(self) -> list[JsonObject]:
-        """One dict a line, sites first, then what stays float; shares are of bytes and of MACs."""
+        """One dict a line, sites first, then what stays float; shares are of the listed bytes and MACs."""
         total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
         total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
         macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
@@ -146,6 +186,11 @@ class SiteTable:
             why = "" if r["quantized"] else f"  {r['reason']}"
             shares = f"{r['bytes_share']:.1%}", f"{r['macs_share']:.1%}"
             cells.append((r["name"], what, shape, f"{count:,}", *shares, why))
+        quantized = sum(s.numel for s in self.weights)
+        if (share := self.quantized_share) is not None:
+            macs = "" if self.macs_share is None else percent(self.macs_share)
+            whole = "  of the whole model, biases and buffers included"
+            cells.append(("(all quantized)", "weight", "", f"{quantized:,}", percent(share), macs, whole))
         name, form, count = (max(least, *(len(c[i]) for c in cells)) for i, least in ((0, 40), (2, 18), (3, 10)))
         lines = [f"{c[0]:{name}} {c[1]:10} {c[2]:>{form}} {c[3]:>{count}} {c[4]:>7} {c[5]:>7}{c[6]}" for c in cells]
         if not self.traced:

@@ -18,6 +18,7 @@ from torch import nn
 
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._loss_graph import Trained
 from hawq_lightning._site_calls import BY_FUNCTION_ONLY, Key, Read, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
@@ -133,7 +134,8 @@ def find_sites(
     if not layers:
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
     if run is None:
-        return _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
+        table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
+        return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
     named = dict(_named_modules(model))
     calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(_as_list(include)))
     calls.run(run, images, named)
@@ -157,7 +159,8 @@ def find_sites(
     ordered = {name: layers[name] for name in calls.macs if name in layers}
     reads = [r for r in calls.reads if r.layer in layers]
     table = _assemble(ordered, {n: calls.macs[n] for n in ordered}, reads, calls.norms, floats, traced=True)
-    return replace(table, last=calls.depths.last(ordered))
+    rest = float_tensors(model, ordered.values(), floats)
+    return replace(table, last=calls.depths.last(ordered), float_tensors=rest)
 
 
 def sites(

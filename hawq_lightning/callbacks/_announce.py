@@ -8,6 +8,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._plan import Plan
+from hawq_lightning._shares import compression_text
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning._stays_float import stays_float
 from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, kinds_in_noise
 
 
@@ -40,6 +43,12 @@ def announce(trainer: Trainer, sensitivity: Sensitivity, plan: Plan) -> None:
         logger.log_metrics(values, step=trainer.global_step)
 
 
+def warn_of_float(table: SiteTable) -> None:
+    """Warn where more than a tenth of the bytes of weights, or of the MACs, stay float."""
+    if sentence := stays_float(table):
+        rank_zero_warn(f"HAWQ: {sentence}")
+
+
 def describe(plan: Plan) -> str:
     """One line about a plan."""
     counts: dict[int, int] = {}
@@ -47,5 +56,5 @@ def describe(plan: Plan) -> str:
         counts[s.bits] = counts.get(s.bits, 0) + 1
     spread = ", ".join(f"{n} at {b} bit" for b, n in sorted(counts.items()))
     size = plan.costs.get("weight_bytes", 0.0)
-    ratio = plan.costs.get("float_weight_bytes", 0.0) / size if size else 0.0
-    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {ratio:.2f}x smaller; Omega {plan.omega:.3g}."
+    of_what = compression_text(plan.costs)
+    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {of_what}; Omega {plan.omega:.3g}."

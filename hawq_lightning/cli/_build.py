@@ -13,7 +13,8 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.callbacks import HAWQ, runs_script_again
-from hawq_lightning.callbacks.fault_tolerance import write_checkpoints_atomically
+from hawq_lightning.cli._plain_checkpoints import write_plain_checkpoints
+from hawq_lightning.cli._targets import is_own, made, takes, target_of
 from hawq_lightning.quantization import import_quantizers
 
 
@@ -28,17 +29,86 @@ def check_settings(cfg: DictConfig) -> None:
         raise HawqError(f"float_lr={cfg.float_lr!r} must be a positive number.")
 
 
-def make_data(cfg: DictConfig) -> pl.LightningDataModule:
-    """The DataModule of the group ``data``."""
-    data: pl.LightningDataModule = instantiate(cfg.data, _convert_="all")
+def make_data(cfg: DictConfig) -> pl.LightningDataModule | None:
+    """The DataModule of the group ``data``; ``None`` with ``data=null``: the task has loaders of its own.
+
+    Raises:
+        HawqError: no such class, or it is no LightningDataModule.
+    """
+    if cfg.get("data") is None:
+        return None
+    data = made(cfg.data, "data")
+    if not isinstance(data, pl.LightningDataModule):
+        raise HawqError(_of_another_kind("data", cfg.data._target_, data, "LightningDataModule"))
     return data
 
 
 def make_task(cfg: DictConfig) -> pl.LightningModule:
-    """The task of the group ``task`` around the network of the group ``model``."""
-    net: nn.Module = instantiate(cfg.model, _convert_="all")
-    task: pl.LightningModule = instantiate(cfg.task, net=net, _convert_="all")
+    """The task of the group ``task`` around the network of the group ``model``.
+
+    A task of the user's own that takes no network gets none. A ``model`` that is a LightningModule is the task itself.
+
+    Raises:
+        HawqError: no such class, one of another kind, or a task and a network that do not fit together.
+    """
+    own_task = cfg.get("task") is None or is_own(target_of(cfg.task, "task"))
+    needs_net = cfg.get("task") is None or _argument(target_of(cfg.task, "task")) is not None
+    net = make_net(cfg) if cfg.get("model") is not None and needs_net else None
+    if own_task and isinstance(net, pl.LightningModule):
+        return net
+    if cfg.get("task") is None:
+        raise HawqError(
+            "task=null needs a model that is a LightningModule; there is "
+            + ("none: give model._target_." if net is None else f"{cfg.model._target_}, a {type(net).__name__}.")
+        )
+    target = target_of(cfg.task, "task")
+    if not needs_net and cfg.get("model") is not None and not is_own(target_of(cfg.model, "model")):
+        raise HawqError(
+            f"task._target_={cfg.task._target_} takes no net, and model._target_={cfg.model._target_} is one: give the "
+            "class an argument 'net', or leave the network to it (model=null)."
+        )
+    if net is None and own_task:
+        raise HawqError(
+            f"model=null leaves {cfg.task._target_} without a network: give task=lightning_module, or a model."
+        )
+    task = made(cfg.task, "task", **({} if net is None else {str(_argument(target)): net}))
+    if not isinstance(task, pl.LightningModule):
+        raise HawqError(_of_another_kind("task", cfg.task._target_, task, "LightningModule"))
     return task
+
+
+def hooks_of(task: pl.LightningModule, data: pl.LightningDataModule | None) -> pl.core.hooks.DataHooks:
+    """Who has the loaders: the DataModule, or without one the task."""
+    return task if data is None else data
+
+
+def make_net(cfg: DictConfig) -> nn.Module:
+    """The network of the group ``model``.
+
+    Raises:
+        HawqError: no such class or function, or what it makes is no module.
+    """
+    net = made(cfg.model, "model")
+    if not isinstance(net, nn.Module):
+        raise HawqError(_of_another_kind("model", cfg.model._target_, net, "nn.Module"))
+    return net
+
+
+def _argument(task: object) -> str | None:
+    """What a task calls its network, ``None`` if it takes none."""
+    return next((name for name in ("net", "model", "network", "backbone") if takes(task, name)), None)
+
+
+def _of_another_kind(group: str, target: str, made: object, kind: str) -> str:
+    bases = [c.__module__.partition(".")[0] for c in type(made).__mro__]
+    said = f"{group}._target_={target} makes a {type(made).__name__}, which is no {kind}"
+    if "pytorch_lightning" in bases:
+        return (
+            f"{said} of lightning.pytorch: write 'import lightning.pytorch as pl' where it is defined (the same code)."
+        )
+    if group == "task" and isinstance(made, nn.Module):
+        return f"{said}; give a plain network as model._target_."
+    return f"{said}."
 
 
 def make_callback(cfg: DictConfig) -> HAWQ:
@@ -77,7 +147,7 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
         _convert_="all",
         **changes,
     )
-    write_checkpoints_atomically(trainer)
+    write_plain_checkpoints(trainer)
     if _in_sweep() and runs_script_again(trainer):
         raise HawqError(
             f"trainer.strategy={cfg.trainer.strategy} starts its processes by running the whole command again, which "

@@ -15,10 +15,11 @@ from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
 from hawq_lightning.callbacks import HAWQ, preview
-from hawq_lightning.cli._build import check_settings, make_callback, make_data, make_task
+from hawq_lightning.cli._build import check_settings, hooks_of, make_callback, make_data, make_task
 from hawq_lightning.selection import Problem, available_costs, cost_of, cost_rows, format_cost, solve
 from hawq_lightning.sensitivity import Sensitivity, measure
 
+_WHOLE = "model_bytes"  # of more than the sites
 _TRIAL_ERROR = 9.0  # as good as no demand: the trial stops after the first probes
 
 
@@ -35,7 +36,7 @@ def dry_run(cfg: DictConfig) -> None:
     batch, table, problem = first_look(callback, task, make_data(cfg))
     print(table)
     print()
-    for line in budget_ranges(problem):
+    for line in (*budget_ranges(problem), range_of(problem, _WHOLE)):
         print(line)
     start = time.perf_counter()
     trial = measure(task, [batch], _loss, config=replace(config, rtol=_TRIAL_ERROR), sites=table, progress=False)
@@ -52,35 +53,41 @@ def _loss(module: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def first_look(
-    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule
+    callback: HAWQ, task: pl.LightningModule, data: pl.LightningDataModule | None
 ) -> tuple[Batch, SiteTable, Problem]:
     """A batch, the sites, and the problem before anything is measured.
 
     Raises:
         HawqError: no data, no sites, or a budget that no plan meets.
     """
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()), None)
+    hooks = hooks_of(task, data)
+    hooks.prepare_data()
+    hooks.setup("fit")
+    batch = next(iter(hooks.train_dataloader()), None)
     if batch is None:
         raise HawqError("The training dataloader is empty.")
     measuring = callback.measure_callback
-    return batch, *preview(measuring.quantizer, measuring.select, task, batch, _loss)
+    return batch, *preview(measuring.quantizer, measuring.select, task, batch, _loss, size_of=measuring.measure.samples)
 
 
 def budget_ranges(problem: Problem) -> list[str]:
-    """One line a cost: the smallest and the largest plan that widths and constraints allow."""
-    out = []
-    for name in available_costs(problem):
-        rows = cost_rows(problem, name)
-        if len(rows) > 1:
-            continue
-        ends = [solve(problem, objective=rows[0], maximize=most) for most in (False, True)]
-        if None in ends:
-            raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
-        low, high = (format_cost(problem, name, cost_of(problem, name, c)) for c in ends if c is not None)
-        out.append(f"{name}: {low} to {high}" if low != high else f"{name}: {low}")
-    return out
+    """One line a cost of the sites: the smallest and the largest plan that widths and constraints allow."""
+    names = [n for n in available_costs(problem) if n != _WHOLE and len(cost_rows(problem, n)) == 1]
+    return [range_of(problem, name) for name in names]
+
+
+def range_of(problem: Problem, name: str) -> str:
+    """The smallest and the largest plan by one cost.
+
+    Raises:
+        HawqError: no plan is possible.
+    """
+    (row,) = cost_rows(problem, name)
+    ends = [solve(problem, objective=row, maximize=most) for most in (False, True)]
+    if None in ends:
+        raise HawqError("No plan exists at all: the device's pairs and tables leave no common choice.")
+    low, high = (format_cost(problem, name, cost_of(problem, name, c)) for c in ends if c is not None)
+    return f"{name}: {low} to {high}" if low != high else f"{name}: {low}"
 
 
 def estimate_seconds(trial: Sensitivity, seconds: float, images: int, rtol: float) -> float:

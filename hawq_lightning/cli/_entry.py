@@ -22,10 +22,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning.cli._renamed_keys import check_renamed
+from hawq_lightning.cli._targets import working_folder_first
 
 T = TypeVar("T")
 CONFIG_PATH = "pkg://hawq_lightning.conf"
 _CHOICE = re.compile(r"^\+{0,2}/?(?P<group>[a-z_/]+)(@[\w.]+)?=\[?(?P<names>[\w,.\-/ ]+)\]?$")
+_NULL = re.compile(r"^/?(?P<group>[a-z_]+)=null$")
+_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp")
+_NULL_BY_DEFAULT = ("launcher", "experiment", "debug")
 _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -68,6 +72,41 @@ def _check_launcher(group: str, name: str) -> None:
         raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
 
 
+def without_null(argv: Sequence[str]) -> list[str]:
+    """``group=null`` as Hydra writes it, ``~group``; groups that have no option by default are left out.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+    """
+    given: list[str] = []
+    for argument in argv:
+        match = _NULL.match(argument)
+        if match is None or not files("hawq_lightning.conf").joinpath(match["group"]).is_dir():
+            given.append(argument)
+        elif match["group"] not in _NULL_BY_DEFAULT:
+            given.append(f"~{match['group']}")
+    return given
+
+
+def flags_first(argv: Sequence[str]) -> list[str]:
+    """The same command line with its folder of configs and ``-m`` before the overrides: Hydra wants these in one row.
+
+    Args:
+        argv: arguments of the command line, without the program's name.
+    """
+    flags: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in _WITH_VALUE:
+            flags += [word, *([] if (value := next(words, None)) is None else [value])]
+        elif word in ("-m", "--multirun") or word.startswith(tuple(f"{flag}=" for flag in _WITH_VALUE)):
+            flags.append(word)
+        else:
+            rest.append(word)
+    return [*flags, *rest]
+
+
 def sweep_dirname_overrides(argv: Sequence[str]) -> list[str]:
     """What to add to the command line of a sweep over keys that folders are not named after, so that they are then.
 
@@ -92,6 +131,7 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         check_renamed(sys.argv[1:])
         check_choices(sys.argv[1:])
+        sys.argv[1:] = flags_first(without_null(sys.argv[1:]))
         sys.argv += sweep_dirname_overrides(sys.argv[1:])
     except HawqError as error:
         stop(error)
@@ -119,6 +159,7 @@ def _full_error_wished() -> bool:
 def run_job(job: Callable[[], T]) -> T:
     """Run the body of a Hydra main; bad input ends it with one line unless ``HYDRA_FULL_ERROR=1``."""
     quiet_down()
+    working_folder_first()
     try:
         return job()
     except Exception as error:

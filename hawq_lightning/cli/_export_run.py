@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -21,7 +20,7 @@ from hawq_lightning._extra import require
 from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
-from hawq_lightning.cli._build import make_data
+from hawq_lightning.cli._build import make_data, make_net, make_task
 from hawq_lightning.cli._onnx import FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
@@ -132,7 +131,10 @@ def _settings(folder: Path, data_root: str | None, imports: Sequence[str]) -> Di
         raise HawqError(f"There is no run at {folder}: {path} is missing.")
     try:
         run = OmegaConf.load(path)
-        parts = ("model", "data", "paths", "quantizer")
+        known = run if isinstance(run, DictConfig) else OmegaConf.create()
+        network = "task" if known.get("model") is None else "model"  # a LightningModule with a network of its own
+        own_loaders = network == "task" and known.get("data") is None
+        parts = (network, *(() if own_loaders else ("data",)), "paths", "quantizer")
         if not isinstance(run, DictConfig) or not all(isinstance(run.get(part), DictConfig) for part in parts):
             raise HawqError(f"{path} holds no settings of a run.")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -147,31 +149,32 @@ def _settings(folder: Path, data_root: str | None, imports: Sequence[str]) -> Di
         )
     import_quantizers(imports)
     run.paths.output_dir = str(folder)
-    for part in (run.model, run.data):
+    named = [run[key] for key in (network, "data") if run.get(key) is not None]
+    for part in named:
         if match := _TARGET_OF_0_1_0.fullmatch(part.get("_target_", "")):
             part._target_ = f"hawq_lightning.{match[1]}.{match['name']}"
     for key in _NO_DOWNLOAD:
-        if key in run.model:
-            run.model[key] = _NO_DOWNLOAD[key]
-    for part in (run.model, run.data):
+        if key in run[network]:
+            run[network][key] = _NO_DOWNLOAD[key]
+    for part in named:
         check_targets(part, {_module(name) for name in imports}, folder)
     if data_root is not None:
-        if "root" not in run.data:
+        if run.get("data") is None or "root" not in run.data:
             raise HawqError(f"data_root={str(data_root)!r}: this run's data are not read from a folder.")
         run.data.root = data_root
     return run
 
 
 def _fresh(run: DictConfig) -> nn.Module:
-    net: nn.Module = instantiate(run.model, _convert_="all")
-    return net
+    return make_task(run) if run.get("model") is None else make_net(run)
 
 
 def _batches(run: DictConfig) -> Iterable[Batch]:
     data = make_data(run)
-    data.prepare_data()
-    data.setup("validate")
-    batches: Iterable[Batch] = data.val_dataloader()
+    hooks = make_task(run) if data is None else data
+    hooks.prepare_data()
+    hooks.setup("validate")
+    batches: Iterable[Batch] = hooks.val_dataloader()
     return batches
 
 

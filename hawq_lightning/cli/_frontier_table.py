@@ -32,7 +32,7 @@ def show_frontier(folder: Path) -> None:
     if not (folder / "frontier.csv").is_file():
         return
     table = Table(title="frontier: no plan is both smaller and less perturbed")
-    for heading in ("weights", "smaller", "mean bits", "Omega", ""):
+    for heading in ("quantized weights", "smaller", "mean bits", "Omega", ""):
         table.add_column(heading, justify="right")
     for p in frontier_rows(folder):
         table.add_row(

@@ -10,18 +10,33 @@ from pathlib import Path
 import lightning.pytorch as pl
 from torch import Tensor
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.cli._per_image import keep_per_image
-from hawq_lightning.cli._records import SCORES, sealed_text
+from hawq_lightning.cli._records import MONITOR, SCORES, sealed_text
 from hawq_lightning.cli._resume import RunState
 
 
-def scores(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """The validation scores among Lightning's metrics under their names in metrics.json, finite ones only."""
+def scores(metrics: Mapping[str, float | Tensor], monitor: str | None = None) -> dict[str, float]:
+    """The validation scores among Lightning's metrics under their names in metrics.json, finite ones only.
+
+    Args:
+        metrics: what was logged.
+        monitor: name of a score of the user's own.
+
+    Raises:
+        HawqError: there are scores, and ``monitor`` is not among them.
+    """
     values = {name: float(metrics[key]) for key, name in SCORES.items() if key in metrics}
+    if monitor is not None and metrics:
+        if monitor not in metrics:
+            raise HawqError(
+                f"monitor={monitor} is not logged in validation; there are {', '.join(metrics)}."
+                f"{nearest(monitor, metrics)}"
+            )
+        values[MONITOR] = float(metrics[monitor])
     return {k: v for k, v in values.items() if math.isfinite(v)}
 
 
@@ -71,7 +86,7 @@ class Recorder(CommitAtFirstBatch):
         """The whole validation set has been seen once, before any fine-tuning."""
         fresh = trainer.global_step == 0  # a resumed run has this score from before
         if fresh and self.hawq.has_plan:  # with hawq.start_epoch the network is float until later
-            self._put("quantized", scores(trainer.callback_metrics))
+            self._put("quantized", self._scores(trainer))
             self._keep_images("quantized", trainer, pl_module)
         self._lap("validation")
 
@@ -83,10 +98,11 @@ class Recorder(CommitAtFirstBatch):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row of the history an epoch."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            values = scores(trainer.callback_metrics)
+            values = self._scores(trainer)
             self._put("fine_tuned", values)  # the last one stays
             self._keep_images("fine_tuned", trainer, pl_module)
-            columns = {f"val_{'acc' if k == 'accuracy' else k}": v for k, v in values.items()}
+            names = {"accuracy": "val_acc", MONITOR: self._monitor}
+            columns = {names.get(k) or f"val_{k}": v for k, v in values.items()}
             epoch = trainer.current_epoch + 1
             # an epoch that was cut short after its validation comes twice
             rows = [row for row in self.record["history"] if row["epoch"] < epoch]
@@ -97,7 +113,7 @@ class Recorder(CommitAtFirstBatch):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the packed file and metrics.json from the first process."""
         if trainer.global_step > 0:
-            self._put("fine_tuned", scores(trainer.callback_metrics))
+            self._put("fine_tuned", self._scores(trainer))
             self._lap("fine_tuning")
         if not trainer.is_global_zero:
             return
@@ -122,6 +138,15 @@ class Recorder(CommitAtFirstBatch):
         seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
         write_text(self.folder / "metrics.json", sealed_text(self.record))
         self.progress.done()
+
+    @property
+    def _monitor(self) -> str | None:
+        """The setting ``monitor``."""
+        name: str | None = self.record.get(MONITOR, {}).get("name")
+        return name
+
+    def _scores(self, trainer: pl.Trainer) -> dict[str, float]:
+        return scores(trainer.callback_metrics, self._monitor)
 
     def _keep_images(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         arrays = getattr(pl_module, "per_image", None)

@@ -30,6 +30,8 @@ SCORES = {
     "val/loss": "loss",
 }
 """Lightning's name of a score -> that in metrics.json."""
+MONITOR = "monitor"
+"""Where metrics.json has the score that the setting ``monitor`` names, with its name."""
 
 
 def sealed_text(record: JsonObject) -> str:
@@ -88,6 +90,10 @@ def _check_record(data: JsonObject) -> None:
         _check_numbers(values, what)
     for score in SCORES.values():
         _check_numbers(table(data.get(score, {}), score), score)
+    monitored = table(data.get(MONITOR, {}), MONITOR)
+    if monitored:
+        text(monitored.get("name"), f"name of {MONITOR}")
+    _check_numbers({k: v for k, v in monitored.items() if k != "name"}, MONITOR)
 
 
 def _check_numbers(values: JsonObject, what: str) -> None:

@@ -8,26 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from hydra.utils import instantiate
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
+from hawq_lightning._shares import compression_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
-from hawq_lightning.cli._build import check_settings, make_callback, make_companions, make_data, make_task, make_trainer
+from hawq_lightning.cli._build import (
+    check_settings,
+    hooks_of,
+    make_callback,
+    make_companions,
+    make_data,
+    make_task,
+    make_trainer,
+)
 from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
 from hawq_lightning.cli._onnx import FILE, ONNX, write_onnx
 from hawq_lightning.cli._recorder import CommitAtFirstBatch, Recorder, scores
-from hawq_lightning.cli._records import read_record
+from hawq_lightning.cli._records import MONITOR, read_record
 from hawq_lightning.cli._resume import RunState, check_checkpoint, settings_hash
 from hawq_lightning.cli._run_folder import HYDRA, RunFolder, result_names
+from hawq_lightning.cli._targets import is_own
 from hawq_lightning.export import load_packed
 
 
@@ -78,10 +90,11 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
         print(f"finished already, not repeated (resume=false repeats it): {folder}")
         _report(cfg, folder, only_missing=True)
         if cfg.onnx and not (folder / FILE).is_file():  # what failed then may work now
-            data, net = make_data(cfg), instantiate(cfg.model, _convert_="all")
-            data.setup("validate")
-            load_packed(folder / "model.safetensors", net)
-            write_onnx(folder, net, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
+            data, task = make_data(cfg), make_task(cfg)
+            hooks = hooks_of(task, data)
+            hooks.setup("validate")
+            load_packed(folder / "model.safetensors", task)
+            write_onnx(folder, task, Plan.load(folder / "plan.json"), hooks.val_dataloader(), seconds=0.5)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -109,7 +122,9 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     written: JsonObject = read_record(folder / "metrics.json")
     try:
         if cfg.onnx:
-            write_onnx(folder, task, Plan.load(folder / "plan.json"), data.val_dataloader(), seconds=0.5)
+            write_onnx(
+                folder, task, Plan.load(folder / "plan.json"), hooks_of(task, data).val_dataloader(), seconds=0.5
+            )
     finally:  # also where the network turns out not to be exportable
         _report(cfg, folder)
     show(written, folder)
@@ -121,10 +136,18 @@ def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> JsonObject:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "name": cfg.name,
         "seed": cfg.seed,
-        "sizes": {"float_bytes": sum(t.numel() * t.element_size() for t in task.state_dict().values())},
+        "sizes": {"float_bytes": sum(map(_size, task.state_dict().values()))},
         "seconds": {},
         "history": [],
-    }
+    } | ({} if cfg.get("monitor") is None else {MONITOR: {"name": cfg.monitor}})
+
+
+def _size(tensor: object) -> int:
+    """Bytes of a part of a state; layers that are built later have none yet."""
+    made = isinstance(tensor, torch.Tensor) and not isinstance(
+        tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)
+    )
+    return tensor.numel() * tensor.element_size() if made else 0  # type: ignore[attr-defined]
 
 
 def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
@@ -139,29 +162,32 @@ def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
 def train_float(
     cfg: DictConfig,
     task: pl.LightningModule,
-    data: pl.LightningDataModule,
+    data: pl.LightningDataModule | None,
     record: JsonObject,
     progress: RunState,
     hawq: HAWQ,
 ) -> None:
     """Train the float network for ``float_epochs`` and note its score; without epochs only the score.
 
-    What ``hawq`` cannot do afterwards is told before: a budget that no plan meets, a plan of another network.
+    What ``hawq`` cannot do afterwards is told before: a budget that no plan meets, a plan of another network. A
+    LightningModule of the user's own keeps its learning rate.
     """
     start = time.perf_counter()
-    fine_tuning_lr = task.lr
+    fine_tuning_lr = task.lr if is_own(type(task)) else None
     float_checkpoint = progress.checkpoint("float") if cfg.resume else None
     extra: list[pl.Callback] = [KeepRandomStates(), CommitAtFirstBatch(progress)]
     if float_checkpoint is None:
         extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.check_early))
     trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
-        task.lr = cfg.float_lr
+        if fine_tuning_lr is not None:
+            task.lr = cfg.float_lr
         trainer.fit(task, datamodule=data, ckpt_path=float_checkpoint)
-        task.lr = fine_tuning_lr
-    validates = trainer.limit_val_batches and cfg.float_validation
+        if fine_tuning_lr is not None:
+            task.lr = fine_tuning_lr
+    validates = trainer.limit_val_batches and cfg.float_validation and _can_validate(task, data)
     results: Any = trainer.validate(task, datamodule=data, verbose=False) if validates else []
-    for name, value in scores(results[0] if results else {}).items():
+    for name, value in scores(results[0] if results else {}, cfg.get("monitor")).items():
         record.setdefault(name, {})["float"] = value
     label = "float_training" if cfg.float_epochs else "float_validation"
     record["seconds"][label] = record["seconds"].get(label, 0.0) + seconds_since(start)
@@ -169,12 +195,20 @@ def train_float(
         progress.keep(record)
 
 
+def _can_validate(task: pl.LightningModule, data: pl.LightningDataModule | None) -> bool:
+    """Whether there is a validation step, and a loader for it."""
+    loads = is_overridden("val_dataloader", hooks_of(task, data))
+    return loads and is_overridden("validation_step", task)
+
+
 def show(record: JsonObject, folder: Path) -> None:
     """Print the table that a user came for."""
     console = Console()
-    metric, scale = next(((m, s) for m, s in (("accuracy", 100), ("map", 100), ("loss", 1)) if m in record), ("", 1))
+    known = ((MONITOR, 1), ("accuracy", 100), ("map", 100), ("loss", 1))
+    metric, scale = next(((m, s) for m, s in known if m in record), ("", 1))
+    name = record[MONITOR]["name"] if metric == MONITOR else metric
     table = Table(title=f"{record['name']}, seed {record['seed']}")
-    for heading in ("", metric or "score", "weights", "file"):
+    for heading in ("", name or "score", "quantized weights", "file"):
         table.add_column(heading, justify="left" if not heading else "right")
     sizes = record["sizes"]
     ratio = sizes["float_weight_bytes"] / sizes["weight_bytes"]
@@ -189,6 +223,7 @@ def show(record: JsonObject, folder: Path) -> None:
             cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
         table.add_row(label, cell, *cells)
     console.print(table)
+    print(f"smaller: {compression_text(record.get('costs') or sizes)}")
     seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
     console.print(seconds, highlight=False)
     print(f"run folder: {folder}")

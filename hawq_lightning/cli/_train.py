@@ -14,7 +14,7 @@ def _main(cfg: DictConfig) -> object:
         from hawq_lightning.cli._run import run
 
         record = run(cfg)
-        for metric in ("accuracy", "map"):  # what a sweeper maximizes
+        for metric in ("monitor", "accuracy", "map"):  # what a sweeper maximizes
             if metric in record:
                 score: float | None = record[metric].get("fine_tuned", record[metric].get("quantized"))
                 return score

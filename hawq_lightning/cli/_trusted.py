@@ -10,6 +10,8 @@ from types import FunctionType, ModuleType
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from hawq_lightning._errors import HawqError
@@ -21,7 +23,7 @@ _PLAIN = ("torchvision.transforms",)  # whose classes do nothing but compute
 
 
 def check_targets(settings: object, named: set[str], folder: Path) -> None:
-    """Refuse code that is neither this package's, torch's or torchvision's networks and data, nor named by the user.
+    """Refuse code that is no network, optimizer or data of this package, torch or torchvision, nor named by the user.
 
     A path through a module (``torch.os.system``) leads out of these packages, so the object itself is looked at.
 
@@ -78,8 +80,9 @@ def _is_harmless(target: str) -> bool:
     origin = getattr(found, "__module__", None) or ""
     if isinstance(found, type):
         computes = issubclass(found, nn.Module) and _inside(origin, ("torch.nn", *_OF_NETWORKS))
+        trains = issubclass(found, (Optimizer, LRScheduler)) and _inside(origin, ("torch.optim",))
         reads = issubclass(found, (LightningDataModule, Dataset)) and _inside(origin, _OF_NETWORKS)
-        return computes or reads or _inside(origin, _PLAIN)
+        return computes or trains or reads or _inside(origin, _PLAIN)
     # require imports whatever it is told to
     return isinstance(found, FunctionType) and _inside(origin, _BUILDERS) and found.__name__ != "require"
 

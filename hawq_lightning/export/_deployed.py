@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._float_rest import plain
 from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_by_name
 from hawq_lightning.export._folding import Folding, fold_batch_norm
-from hawq_lightning.export._inventory import plain, readers_by_name, renaming
+from hawq_lightning.export._inventory import readers_by_name, renaming
 from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations
 from hawq_lightning.quantization import QuantizedWeight, plan_of, quantized_layers
 

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._float_rest import Owned, plain
+from hawq_lightning._float_rest import rest_of as all_the_rest
 from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import PackedFile
 from hawq_lightning.export._safetensors import DTYPES
 from hawq_lightning.layers import WeightReader, find_kind, readers_of
 from hawq_lightning.quantization import Quantizer
-
-Owned = set[tuple[int, str]]
-"""Id of a module and name of a parameter of its own, for each weight whose codes are stored."""
 
 
 def readers_by_name(model: nn.Module) -> dict[str, WeightReader]:
@@ -72,28 +71,13 @@ def owned_by(sites: Iterable[Site | PlanSite], readers: Mapping[str, WeightReade
 
 
 def rest_of(model: nn.Module, owned: Owned) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Keys and tensor of all in the state dict that is neither a quantizer's nor among the ``owned`` parameters.
-
-    What a module names in its attribute ``training_only`` (an auxiliary head) is no part of the deployed network.
-    """
-    modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
-    skipped = tuple(f"{n}.{part}.".lstrip(".") for n, m in modules.items() for part in getattr(m, "training_only", ()))
-    # what codes are computed from has served
-    skipped += tuple(
-        f"{n}.parametrizations.{name}.".lstrip(".") for n, m in modules.items() if hasattr(m, "parametrizations")
-        for name in m.parametrizations if (id(m), name) in owned
-    )  # fmt: skip
-    groups: dict[int, tuple[list[str], torch.Tensor]] = {}
-    for raw, tensor in model.state_dict(keep_vars=True).items():
-        key = plain(raw)
-        holder, _, name = key.rpartition(".")
-        owner = modules.get(holder)
-        if key.startswith(skipped) or isinstance(owner, Quantizer) or (id(owner), name) in owned:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise HawqError(f"The model's state holds {key!r}, a {type(tensor).__name__}; only tensors can be packed.")
-        groups.setdefault(id(tensor), ([], tensor))[0].append(key)
-    return ((tuple(keys), tensor) for keys, tensor in groups.values())
+    """Keys and tensor of all that a file stores as it is, see :func:`hawq_lightning._float_rest.rest_of`."""
+    for keys, value in all_the_rest(model, owned, lambda module: isinstance(module, Quantizer)):
+        if not isinstance(value, torch.Tensor):
+            raise HawqError(
+                f"The model's state holds {keys[0]!r}, a {type(value).__name__}; only tensors can be packed."
+            )
+        yield keys, value
 
 
 @dataclass(frozen=True)
@@ -173,8 +157,3 @@ def check_same(
     ]
     if parts:
         raise HawqError("This packed file was made for another model; sites differ: " + "; ".join(parts) + ".")
-
-
-def plain(name: str) -> str:
-    """The name without a compiled wrapper's parts: it is the same module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")

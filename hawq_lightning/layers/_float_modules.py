@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from hawq_lightning.layers._adopted import changes
 from hawq_lightning.layers._kind import kinds
@@ -13,7 +14,7 @@ _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (((nn.RNNBase, n
 
 def why_float(module: nn.Module) -> str:
     """Why a module's parameters stay float, in a few words."""
-    if hasattr(module, "parametrizations"):
+    if hasattr(module, "parametrizations") or isinstance(module, ParametrizationList):
         return "its weight is parametrized"
     for kind in kinds():
         if isinstance(module, kind.float_type):
@@ -25,4 +26,4 @@ def why_float(module: nn.Module) -> str:
     for types, reason in _REASONS:
         if isinstance(module, types):
             return reason
-    return "not a convolution or linear layer"
+    return f"{type(module).__name__} is no known kind of layer"

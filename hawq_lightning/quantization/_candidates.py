@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from hawq_lightning._batches import batch_images
+from hawq_lightning._batches import batch_images, plain_tensor
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
@@ -27,11 +27,12 @@ from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import (
     InputHooks,
+    OnDevice,
     Sensitivity,
     guarded_mean_traces,
     isolated_eval,
+    on_device,
     repeatable,
-    to_device,
 )
 
 _Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
@@ -130,10 +131,10 @@ def candidates(
     by_site = _of_weights(model, sites, mean_traces, config, spec, progress)
     if config.activation_bits is not None and sites.activations:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        run = _Runs(model, [to_device(b, device) for b in batches], loss_fn, sites, progress)
+        run = _Runs(model, on_device(batches, device), loss_fn, sites, progress)
         with isolated_eval(model):
             steps = _calibrated(run, sites, config, spec)
-            samples = [batch_size_fn(b) for b in run.batches]
+            samples = run.batches.samples(batch_size_fn)
             rows = _Perturbations(steps, samples, sensitivity.row_unit)
             run.all("Activation perturbations", rows.visit)
         for site in sites.activations:
@@ -200,9 +201,7 @@ def _calibrated(
 class _Runs:
     """Runs of the model over batches, in which visitors see what activation sites read."""
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, sites: SiteTable, progress: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: OnDevice, loss_fn: LossFn, sites: SiteTable, progress: bool) -> None:
         self.model, self.batches, self._progress = model, batches, progress
         self.loss_fn = repeatable(model, loss_fn)
         layers, _ = quantizable_layers(model)
@@ -230,7 +229,7 @@ class _Runs:
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             read = x if not torch.is_grad_enabled() else x.view_as(x) if x.requires_grad else _leaf(x)
-            seen.append((nodes_of(read)[:1], look(site, x.detach())))
+            seen.append((nodes_of(read)[:1], look(site, plain_tensor(x.detach()))))
             return read
 
         with InputHooks(self._readers, self._site_of, visit), torch.enable_grad():  # a step may want x.grad

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._run import LossCheck, Run, finite
 from hawq_lightning.report._site_figures import KINDS
-from hawq_lightning.report._text import score
+from hawq_lightning.report._text import falls, score
 
 _PREFERRED = ("val_acc", "val/acc", "val_accuracy", "accuracy", "val_map", "val/map", "map", "acc", "val_loss", "loss")
 
@@ -83,12 +83,12 @@ def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
 def draw_training(run: Run) -> ReportFigure | None:
     """The validation metric by epoch of fine-tuning, between the levels before and after quantizing."""
     history = run.metrics.get("history")
-    key, points = next(((k, p) for k in _PREFERRED if (p := _points(history, k))), ("", []))
+    metric, stages = run.metric
+    key, points = next(((k, p) for k in (metric, *_PREFERRED) if (p := _points(history, k))), ("", []))
     if not points:
         return None
-    metric, stages = run.metric
-    loss = "loss" in key
-    levels = {} if loss else {s: stages[s] for s in _LEVELS if s in stages}
+    loss = falls(key)
+    levels = {} if loss and key != metric else {s: stages[s] for s in _LEVELS if s in stages}
     with canvas(1, 3.6) as (figure, axes):
         ax = axes[0]
         ax.plot(*zip(*points), "o-", color=BLUE, markersize=6, label=key, zorder=3)

@@ -28,7 +28,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]
 
 # figure -> the file that it needs
 SECTIONS = (
-    (draw_frontier, "frontier.csv", "What a smaller file costs"),
+    (draw_frontier, "frontier.csv", "What smaller weights cost"),
     (draw_bits, "plan.json", "Bits along the network"),
     (draw_traces, "sensitivity.json", "How sensitive each site is"),
     (draw_loss_check, "loss_check.csv", "Does the prediction hold?"),

@@ -100,7 +100,9 @@ class Run:
     @property
     def metric(self) -> tuple[str, dict[str, float]]:
         """The metric's name and its value in each stage that was measured: float, quantized, fine_tuned."""
-        for key, name in METRICS.items():
+        monitored = self.metrics.get("monitor")
+        own = {"monitor": str(monitored.get("name"))} if isinstance(monitored, Mapping) else {}
+        for key, name in (own | METRICS).items():
             table = self.metrics.get(key)
             if isinstance(table, Mapping):
                 stages = {stage: _first(table, names) for stage, names in STAGES.items()}

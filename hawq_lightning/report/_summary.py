@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hawq_lightning._shares import percent
 from hawq_lightning.report import _export_section as export_section
 from hawq_lightning.report import _text as text
 from hawq_lightning.report._checks import rank_correlations
@@ -28,16 +29,25 @@ def accuracy_rows(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
-_COMPLETED = ("weight_bytes", "act_bytes", "file_bytes", "bops")  # rows of their own: metrics.json completes them
+_COMPLETED = (
+    "weight_bytes",
+    "model_bytes",
+    "act_bytes",
+    "file_bytes",
+    "bops",
+)  # rows of their own: metrics.json completes them
 
 
 def size_rows(run: Run) -> list[tuple[str, str, str]]:
     """Quantity, value, and how it compares with float or with 8 bits."""
     cost = _costs(run)
-    rows = [("weights, float32", text.size(cost.get("float_weight_bytes")), "")]
-    rows.append(
-        ("weights, codes (W-Comp)", text.size(cost.get("weight_bytes")), f"{text.times(cost.get('w_comp'))} smaller")
-    )
+    rows = [("weights, float32", text.size(cost.get("float_weight_bytes")), _share(cost))]
+    smaller = f"{text.times(cost.get('w_comp'))} smaller"
+    rows.append(("weights, codes (W-Comp)", text.size(cost.get("weight_bytes")), smaller))
+    if "model_bytes" in cost:
+        rows.append(("whole model, float32", text.size(cost.get("float_model_bytes")), ""))
+        whole = f"{text.times(cost.get('model_comp'))} smaller"
+        rows.append(("whole model, float parts included", text.size(cost["model_bytes"]), whole))
     if "act_bytes" in cost:
         ratio = f"{text.times(cost.get('a_comp'))} smaller" if "a_comp" in cost else ""
         rows.append(("activations, one image (A-Comp)", text.size(cost["act_bytes"]), ratio))
@@ -45,7 +55,7 @@ def size_rows(run: Run) -> list[tuple[str, str, str]]:
         rows.append(("mean bits of a weight", f"{cost['mean_weight_bits']:.2f}", ""))
     if "file_bytes" in cost:
         rows.append(("packed file, all included", text.size(cost["file_bytes"]), f"{cost['file_bytes']:,.0f} bytes"))
-    if "float_bytes" in cost:
+    if "float_bytes" in cost and "model_bytes" not in cost:
         rows.append(("model, float32, all included", text.size(cost["float_bytes"]), ""))
     if cost.get("bops"):
         of = cost.get("bops_8bit")
@@ -67,6 +77,9 @@ def headline(run: Run) -> list[tuple[str, str]]:
     cards = []
     if "w_comp" in cost:
         cards.append((text.times(cost["w_comp"]), "smaller weights"))
+    if "model_comp" in cost:
+        share = percent(cost["quantized_share"])
+        cards.append((text.times(cost["model_comp"]), f"smaller model, {share} of which are these weights"))
     last = stages.get("fine_tuned", stages.get("quantized"))
     if last is not None:
         start = stages.get("float")
@@ -93,6 +106,9 @@ def summary(run: Run) -> str:
         )
     if "w_comp" in cost:
         parts.append(f"which makes them {text.times(cost['w_comp'])} smaller than float32")
+    if "model_comp" in cost:
+        share = percent(cost["quantized_share"])
+        parts.append(f"and the whole model, of which they are {share}, {text.times(cost['model_comp'])} smaller")
     start, last = stages.get("float"), stages.get("fine_tuned", stages.get("quantized"))
     if start is not None and last is not None:
         step = "after fine-tuning" if "fine_tuned" in stages else "without fine-tuning"
@@ -103,6 +119,8 @@ def summary(run: Run) -> str:
 def doubts(run: Run) -> list[str]:
     """What was uncertain, in sentences."""
     lines = []
+    if run.plan and isinstance(sentence := run.plan.settings.get("stays_float"), str):
+        lines.append(sentence)
     if run.sensitivity:
         lines += list(run.sensitivity.notes)
     lifted = run.plan.settings.get("lifted") if run.plan else None
@@ -146,7 +164,7 @@ def settings(run: Run) -> dict[str, str]:
         table["command"] = run.command
     if run.plan:
         table |= {"budget": text.plain(run.plan.budget), "selector": run.plan.selector}
-        table |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k != "lifted"}
+        table |= {str(k): text.plain(v) for k, v in run.plan.settings.items() if k not in ("lifted", "stays_float")}
     if run.sensitivity:
         table |= {str(k): text.plain(v) for k, v in run.sensitivity.settings.items()}
     for key in ("seed", "model", "data", "task", "torch", "lightning", "version"):
@@ -193,6 +211,10 @@ def _costs(run: Run, measured: bool = True) -> dict[str, float]:
     if measured and run.packed_bytes:
         cost["file_bytes"] = run.packed_bytes
     return cost
+
+
+def _share(cost: Mapping[str, float]) -> str:
+    return f"the quantized {percent(cost['quantized_share'])} of the model" if "quantized_share" in cost else ""
 
 
 def _gap(change: float, metric: str) -> str:

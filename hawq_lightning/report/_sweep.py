@@ -12,8 +12,8 @@ from hawq_lightning.report._run import Run, read_overrides, read_run
 from hawq_lightning.report._text import plain
 
 NUMBERS = {
-    "w_comp": ("costs", "w_comp"), "weight_bytes": ("sizes", "weight_bytes"), "file_bytes": ("sizes", "file_bytes"),
-    "bops": ("costs", "bops"), "seconds": ("seconds", "total"),
+    "w_comp": ("costs", "w_comp"), "weight_bytes": ("sizes", "weight_bytes"), "model_comp": ("costs", "model_comp"),
+    "file_bytes": ("sizes", "file_bytes"), "bops": ("costs", "bops"), "seconds": ("seconds", "total"),
 }  # fmt: skip
 _OF_COLUMNS = ("seed", "select", "select.budget", "select.selector")  # overrides that have a column of their own
 
@@ -30,7 +30,7 @@ class Row:
         budget: as the user gave it.
         metric: what the scores are.
         scores: stage -> value.
-        numbers: w_comp, weight_bytes, file_bytes, bops, seconds; those that were recorded.
+        numbers: w_comp, model_comp, weight_bytes, file_bytes, bops, seconds; those that were recorded.
         overrides: of the command line, key -> value.
     """
 

@@ -16,7 +16,7 @@ from hawq_lightning.report._card import markdown_table, markdown_text
 from hawq_lightning.report._figure import BLUE, GREEN, ORANGE, PURPLE, SOFT, ReportFigure, Tooltip, canvas
 from hawq_lightning.report._page import render
 from hawq_lightning.report._sweep import NUMBERS, Row, Sweep, read_sweep
-from hawq_lightning.report._text import score, size, times
+from hawq_lightning.report._text import falls, score, size, times
 
 _STAGES = ("float", "quantized", "fine_tuned")
 _STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
@@ -81,7 +81,7 @@ def sweep_facts(sweep: Sweep) -> str:
 def run_table(sweep: Sweep) -> Table:
     """Every run, for people."""
     columns = ["name", "selector", "budget", *sweep.varied, "seed", "metric", "float", "after quantizing",
-               "after fine-tuning", "smaller", "weights", "file", "time"]  # fmt: skip
+               "after fine-tuning", "smaller", "quantized weights", "whole model", "file", "time"]  # fmt: skip
     rows = []
     for r in sweep.rows:
         n = r.numbers
@@ -89,7 +89,13 @@ def run_table(sweep: Sweep) -> Table:
         rows.append(
             [r.title, r.selector, r.budget, *(r.overrides.get(k, "") for k in sweep.varied), r.seed, r.metric]
             + [score(r.scores.get(s), r.metric) for s in _STAGES]
-            + [times(n.get("w_comp")), size(n.get("weight_bytes")), size(n.get("file_bytes")), seconds]
+            + [
+                times(n.get("w_comp")),
+                size(n.get("weight_bytes")),
+                times(n.get("model_comp")),
+                size(n.get("file_bytes")),
+            ]
+            + [seconds]
         )
     return columns, rows
 
@@ -97,13 +103,13 @@ def run_table(sweep: Sweep) -> Table:
 def mean_table(sweep: Sweep) -> Table:
     """Every setting: mean and standard deviation over its seeds."""
     columns = ["name", "selector", "budget", *(["also"] if sweep.varied else []), "seeds", "metric", "float",
-               "after fine-tuning", "smaller", "weights"]  # fmt: skip
+               "after fine-tuning", "smaller", "quantized weights", "whole model"]  # fmt: skip
     rows = []
     for (title, selector, budget, metric, *varied), runs in sweep.groups().items():
         floats = [r.scores["float"] for r in runs if "float" in r.scores]
         tuned = [r.score for r in runs if r.score is not None]
         also = [", ".join(varied)] if sweep.varied else []
-        sizes = [times(_mean(runs, "w_comp")), size(_mean(runs, "weight_bytes"))]
+        sizes = [times(_mean(runs, "w_comp")), size(_mean(runs, "weight_bytes")), times(_mean(runs, "model_comp"))]
         spreads = [_spread(floats, metric), _spread(tuned, metric)]
         rows.append([title, selector, budget, *also, str(len(runs)), metric, *spreads, *sizes])
     return columns, rows
@@ -145,12 +151,12 @@ def draw_sweep(sweep: Sweep) -> ReportFigure | None:
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.3)
-    best = (min if metric == "loss" else max)(runs, key=lambda r: r.score or 0.0)
+    best = (min if falls(metric) else max)(runs, key=lambda r: r.score or 0.0)
     return ReportFigure(
         "accuracy_size",
         f"{metric[0].upper()}{metric[1:]} against size",
         f"{len(runs)} runs between {size(min(bytes_of.values()))} and {size(largest)} of weights; "
-        f"the {'lowest' if metric == 'loss' else 'highest'} {metric} is {score(best.score, metric)} at "
+        f"the {'lowest' if falls(metric) else 'highest'} {metric} is {score(best.score, metric)} at "
         f"{size(bytes_of[best.name])}.",
         "A faint mark is one run; lines go through the means over seeds. The dashed line is the float network.",
         figure,

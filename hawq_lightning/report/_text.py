@@ -32,6 +32,11 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None or not math.isfinite(ratio) else f"{ratio:.1f}×"
 
 
+def falls(metric: str) -> bool:
+    """Whether less of it is better."""
+    return any(word in metric.lower() for word in ("loss", "error", "perplexity"))
+
+
 def score(value: float | None, metric: str = "accuracy") -> str:
     """An accuracy in percent; a mean average precision as it is usual, between 0 and 1."""
     if value is None:

@@ -64,7 +64,7 @@ def draw_frontier(run: Run) -> ReportFigure | None:
     names = list(dict.fromkeys(n for p in points for n in p.bits))
     return ReportFigure(
         "frontier",
-        "What a smaller file costs",
+        "What smaller weights cost",
         f"{len(points)} plans between {size(points[0].cost)} and {size(points[-1].cost)}: omega falls from "
         f"{points[0].omega:.3g} to {points[-1].omega:.3g}."
         + (f" The chosen plan has {size(chosen.cost)} and omega {chosen.omega:.3g}." if chosen else "")
@@ -129,6 +129,6 @@ def _thin(points: Sequence[FrontierPoint], most: int = _MOST_MARKS) -> Sequence[
 
 
 def _plan_text(cost: float, omega: float, float_bytes: float, bits: Mapping[str, int] = MappingProxyType({})) -> str:
-    ratio = f", {times(float_bytes / cost)}" if float_bytes and cost else ""
+    ratio = f", {times(float_bytes / cost)} smaller weights" if float_bytes and cost else ""
     widths = " ".join(str(b) for name, b in bits.items() if name.endswith(".weight"))
     return f"{size(cost)}{ratio}\nΩ {omega:.4g}" + (f"\nbits {widths}" if widths else "")

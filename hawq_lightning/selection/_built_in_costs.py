@@ -42,17 +42,23 @@ class WeightBytes(SiteCost):
         }  # fmt: skip
 
 
-@register_cost("file_bytes")
-class FileBytes(SiteCost):
-    """The whole packed file: codes, each site padded to whole bytes, scales, code books and what no choice changes."""
+class StoredBytes(SiteCost):
+    """Base of costs that count a site as it is stored."""
 
-    kind, words, title = "weight", ("file",), "packed file, all included"
-    unit, forms, bare, examples = BYTES, ("x",), tuple(BYTES.suffixes), ('"8MB"', '"8MiB"')
+    kind, unit = "weight", BYTES
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Whole bytes, and the scales or whatever else the code format stores."""
         code = next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
         return math.ceil(site.numel * bits / 8) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
+
+
+@register_cost("file_bytes")
+class FileBytes(StoredBytes):
+    """The whole packed file: codes, each site padded to whole bytes, scales, code books and what no choice changes."""
+
+    words, title = ("file",), "packed file, all included"
+    forms, bare, examples = ("x",), tuple(BYTES.suffixes), ('"8MB"', '"8MiB"')
 
     def constant(self, problem: Problem) -> float:
         """Header, float tensors, activations' grids."""
@@ -184,3 +190,39 @@ def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
     for step in problem.steps:
         live = {k: n for k, n in step.items() if k in quantized}
         yield live, sum(n for k, n in step.items() if k not in live)
+
+
+@register_cost("model_bytes")
+class ModelBytes(StoredBytes):
+    """The whole model: codes and scales of the quantized weights, everything else at its float size.
+
+    It is what the tensors of the packed file take; its header, and tables of activations' quantizers, are left out.
+    """
+
+    words, title = ("model",), "whole model, float parts included"
+    forms, shown_as, bare, examples = ("x",), "x", (), ('"6x"', '"3MB"')
+
+    def missing(self, problem: Problem) -> str:
+        """What the sites leave of the model."""
+        if problem.float_bytes is not None:
+            return ""
+        return (
+            "A budget of the whole model needs the bytes that stay float: give the SiteTable of "
+            "hawq_lightning.sites(model, batch)."
+        )
+
+    def constant(self, problem: Problem) -> float:
+        """Float tensors."""
+        return problem.float_bytes or 0
+
+    def float32(self, problem: Problem) -> float:
+        """Quantized weights as float32, the others at their own type."""
+        return self.constant(problem) + 4.0 * _elements(problem, "weight")
+
+    def figures(self, problem: Problem, cost: float) -> dict[str, float]:
+        """Size of the float model, compression, share of the float model that the quantized weights have."""
+        full = self.float32(problem)
+        return {
+            "float_model_bytes": full, "model_comp": full / cost,
+            "quantized_share": 4.0 * _elements(problem, "weight") / full,
+        }  # fmt: skip

@@ -113,7 +113,14 @@ def tie_indices(ties: Ties, sites: Sequence[Site], layers: Sequence[Layer]) -> l
         if not isinstance(members, Sequence):
             raise HawqError(f"Tie {name!r} must list site names, not be {members!r}.")
         indices = {i for pattern in members for i in matching(pattern, sites, layers)}
-        out += [sorted(i for i in indices if sites[i].kind == kind) for kind in ("weight", "activation")]
+        apart = [sorted(i for i in indices if sites[i].kind == kind) for kind in ("weight", "activation")]
+        if all(len(t) == 1 for t in apart) and {*members} == {sites[i].name for i in indices}:
+            weight, activation = (sites[t[0]].name for t in apart)
+            raise HawqError(
+                f"Tie {name!r} is of a weight, {weight}, and an activation, {activation}: ties are among weights or "
+                "among activations. pairs={layer: [(4, 4), (8, 8)]} says which bits a layer's two may have together."
+            )
+        out += apart
     return [t for t in out if t]
 
 

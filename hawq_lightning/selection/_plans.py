@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan, PlanSite
-from hawq_lightning._site_table import Site, SiteTable
+from hawq_lightning._site_table import FloatTensor, Site, SiteTable
 from hawq_lightning.layers import channel_axis_of
 from hawq_lightning.selection._costs import costs_of
 from hawq_lightning.selection._latency import LatencyTable
@@ -108,7 +108,7 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
     if scales is not None:  # sites made from arrays have none
         overhead += 4 * (int(scales) - sum(s.channels for s in sites if s.kind == "weight"))
     score = str(plan.settings.get("score", DEFAULT_SCORE))
-    table = SiteTable(tuple(sites), plan.layers)
+    table = SiteTable(tuple(sites), plan.layers, float_tensors=_rest(plan))
     return Problem(table, candidates, sensitivity, overhead, latency=latency, score=score)
 
 
@@ -138,6 +138,14 @@ def recost(plan: Plan, problem: Problem | None = None) -> Plan:
 
 def _overhead(plan: Plan) -> dict[str, float]:
     return {k: v for k, v in plan.costs.items() if k in ("file_overhead", "weight_scales")}
+
+
+def _rest(plan: Plan) -> tuple[FloatTensor, ...] | None:
+    """What the plan's costs tell of the model beside its sites, as one tensor."""
+    full = plan.costs.get("float_model_bytes")
+    if full is None:
+        return None
+    return (FloatTensor("", int(full) - sum(4 * s.numel for s in plan.weights), "not listed in plans"),)
 
 
 def _candidate(problem: Problem, site: int, bits: int, code: str | None) -> Candidate:

@@ -117,6 +117,14 @@ class Problem:
         return self.table.first_to_last if isinstance(self.table, SiteTable) else ()
 
     @cached_property
+    def float_bytes(self) -> int | None:
+        """Bytes of the model that no site's bits change, at their own type; ``None``: not known."""
+        if not isinstance(self.table, SiteTable) or self.table.float_bytes is None:
+            return None
+        left = sum(4 * s.numel for s in self.table.weights if s.name not in self.candidates)
+        return self.table.float_bytes + left
+
+    @cached_property
     def index(self) -> dict[str, int]:
         """Site name -> position in :attr:`sites`."""
         return {s.name: i for i, s in enumerate(self.sites)}

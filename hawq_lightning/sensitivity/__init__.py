@@ -30,12 +30,12 @@ from hawq_lightning.sensitivity._isolate import (
     noisy_modules,
     random_states_kept,
     release_memory,
-    to_device,
 )
 from hawq_lightning.sensitivity._linearity import check_linearity
 from hawq_lightning.sensitivity._loss_hessian import ProbeVectors, factor_probe, factorize_loss_hessian
 from hawq_lightning.sensitivity._measure import measure
 from hawq_lightning.sensitivity._microbatch import pick
+from hawq_lightning.sensitivity._on_device import OnDevice, on_device, to_device
 from hawq_lightning.sensitivity._output_probes import backpropagate, concave_share
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner, WholeBatches
 from hawq_lightning.sensitivity._process_shard import ProcessShard
@@ -74,6 +74,7 @@ __all__ = [
     "InputHooks",
     "MaxProbes",
     "MeasureContext",
+    "OnDevice",
     "OutputHessian",
     "Outputs",
     "Pilot",
@@ -111,6 +112,7 @@ __all__ = [
     "landscape",
     "measure",
     "noisy_modules",
+    "on_device",
     "pick",
     "random_states_kept",
     "read_intact",

@@ -10,13 +10,13 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
-from hawq_lightning.sensitivity._isolate import to_device
+from hawq_lightning.sensitivity._on_device import OnDevice, on_device
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 
 
 @dataclass(frozen=True)
 class BatchSet:
-    """All batches, on the model's device.
+    """All batches, each on the model's device when it is asked for.
 
     Attributes:
         batches: the same on every process.
@@ -25,7 +25,7 @@ class BatchSet:
         shard: of this process.
     """
 
-    batches: Sequence[Batch]
+    batches: OnDevice
     samples: Sequence[int]
     batch_size_fn: BatchSizeFn
     shard: ProcessShard
@@ -34,7 +34,7 @@ class BatchSet:
     def of(
         cls, model: nn.Module, batches: Iterable[Batch], batch_size_fn: BatchSizeFn, shard: ProcessShard | None = None
     ) -> BatchSet:
-        """Move and count the batches of an iterable.
+        """Count the batches of an iterable.
 
         Args:
             model: says on which device.
@@ -46,10 +46,10 @@ class BatchSet:
             HawqError: there is no batch.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        moved = [to_device(b, device) for b in batches]
-        if not moved:
+        moved = on_device(batches, device)
+        if not len(moved):
             raise HawqError("No batches to measure on: the dataloader or iterable is empty.")
-        return cls(moved, [batch_size_fn(b) for b in moved], batch_size_fn, shard or ProcessShard())
+        return cls(moved, moved.samples(batch_size_fn), moved.size_of or batch_size_fn, shard or ProcessShard())
 
     @property
     def local(self) -> range:

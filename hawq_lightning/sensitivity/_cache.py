@@ -23,6 +23,7 @@ from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._first_loss import check_first_loss
 from hawq_lightning.sensitivity._loss_signature import loss_signature
+from hawq_lightning.sensitivity._on_device import OnDevice
 from hawq_lightning.sensitivity._result import VERSION, Sensitivity
 
 _POLL = 0.2  # seconds
@@ -125,7 +126,7 @@ def read_intact(path: Path) -> Sensitivity | None:
 
 
 def fingerprint(
-    context: MeasureContext, batches: Sequence[Batch], samples: Sequence[int], first: Batch, settings: str, seed: int
+    context: MeasureContext, batches: OnDevice, samples: Sequence[int], first: Batch, settings: str, seed: int
 ) -> str:
     """Hash of weights, batches, what the loss does, and settings: what a measurement belongs to.
 
@@ -148,12 +149,12 @@ def fingerprint(
         if isinstance(value, torch.Tensor):
             with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for batch in batches:
+    for batch in batches.kept:
         _hash_tensors(batch, digest)
     with torch.enable_grad():
         loss = check_first_loss(context, first)
     context.diagnostics.figures["loss"] = loss
-    digest.update(loss_signature(context, [first, *batches[1:]], seed).encode())
+    digest.update(loss_signature(context, first, batches, seed).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -167,15 +168,16 @@ def _idle_quantizers(model: nn.Module) -> Iterator[str]:
                     yield f"{name}.{key}." if name else f"{key}."
 
 
-def _hash_tensors(batch: Batch, digest: hashlib._Hash) -> None:
+def _hash_tensors(batch: Batch, digest: hashlib._Hash, around: tuple[int, ...] = ()) -> None:
     if isinstance(batch, torch.Tensor):
         digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
         digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     elif isinstance(batch, (int, float, str)) or batch is None:
         digest.update(f"{type(batch).__name__} {batch!r}".encode())
     else:
-        parts = parts_of(batch)
         keys = list(batch) if isinstance(batch, Mapping) else ""
+        parts = parts_of(batch) or list(getattr(batch, "__dict__", {}).values())  # of a class of the user's own
         digest.update(f"{type(batch).__name__} {len(parts)} {keys}".encode())
         for value in parts:
-            _hash_tensors(value, digest)
+            if id(value) not in around:
+                _hash_tensors(value, digest, (*around, id(batch)))

@@ -18,7 +18,8 @@ from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
 from hawq_lightning.sensitivity._first_loss import check_float
 from hawq_lightning.sensitivity._independence import samples_apart
-from hawq_lightning.sensitivity._isolate import isolated_eval, to_device
+from hawq_lightning.sensitivity._isolate import isolated_eval
+from hawq_lightning.sensitivity._on_device import on_device
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
 from hawq_lightning.sensitivity._repeatable import repeatable
 
@@ -113,8 +114,8 @@ def landscape(
     Returns:
         loss[i][j] at ``offsets[i]`` along the first direction and ``offsets[j]`` along the second.
     """
-    moved = [to_device(b, weight.device) for b in batches]
-    samples = [batch_size_fn(b) for b in moved]
+    moved = on_device(batches, weight.device)
+    samples = moved.samples(batch_size_fn)
     home = weight.detach().clone()
     loss_fn = repeatable(model, loss_fn)
     out = []

@@ -103,7 +103,7 @@ class ImportanceSampler:
         self, chosen: list[tuple[int, torch.Tensor]], step: int, rows: dict[int, Rows], statistics: TraceStatistics
     ) -> None:
         """Probe the chosen samples, (batch, positions) each, as many at a time as memory holds."""
-        work = chunks(self.data.batches, self.data.samples, chosen, self._largest, self.data.batch_size_fn)
+        work = chunks(self.data.batches.kept, self.data.samples, chosen, self._largest, self.data.batch_size_fn)
         while work:
             chunk = work.pop(0)
             probes = attempt(lambda chunk=chunk: self._probe(chunk, step))  # type: ignore[misc]
@@ -121,8 +121,9 @@ class ImportanceSampler:
     def _probe(self, chunk: Chunk, step: int) -> Probes:
         runner = self.runner
         seeds = [(len(ids), derive_seed(runner.seed, step, b, 1 + int(ids[0]))) for b, ids in chunk.segments]
+        batch = self.data.batches.move(chunk.batch)
         request = ProbeRequest(
-            chunk.batch, chunk.samples, runner.per_sample, seeds, 1, first_probe=step, curvature=True
+            batch, chunk.samples, runner.per_sample, seeds, 1, first_probe=step, curvature=True
         )  # fmt: skip
         return runner.estimator.probe(runner.context, request)
 

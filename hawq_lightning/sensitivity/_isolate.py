@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import like, parts_of
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning._types import Batch
 from hawq_lightning.layers import FakeQuantLayer
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes
@@ -130,15 +128,6 @@ def _without_quantizers(model: nn.Module) -> list[nn.Module]:
         for name, child in layer.named_children() if name.endswith("_quantizer") for q in child.modules()
     }  # fmt: skip
     return [m for m in model.modules() if m not in quantizers]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a nested batch; the containers stay of their types. Inference tensors become plain ones."""
-    if isinstance(batch, torch.Tensor):
-        return batch.clone() if batch.is_inference() and batch.device == device else batch.to(device)
-    if parts := parts_of(batch):
-        return like(batch, [to_device(v, device) for v in parts])
-    return batch
 
 
 def release_memory() -> None:

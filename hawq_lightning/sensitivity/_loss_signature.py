@@ -20,7 +20,7 @@ from hawq_lightning.sensitivity._memory import RanOut, attempt
 _OTHERS = 8
 
 
-def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int) -> str:
+def loss_signature(context: MeasureContext, first: Batch, batches: Sequence[Batch], seed: int) -> str:
     """Words that another loss, another backward pass or other batches would change; other thread counts do not.
 
     Directions are random, of a generator of their own; numbers are relative to norms, in digits that rounding errors
@@ -28,7 +28,8 @@ def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int)
 
     Args:
         context: model, loss and sites; in evaluation.
-        batches: the first two and at most eight others, evenly over all, are looked at.
+        first: the first batch, or as much of it as memory holds.
+        batches: all of them; the first two and at most eight others, evenly over all, are looked at.
         seed: of what the loss draws itself.
     """
     buffers = [(b, b.detach().clone()) for b in context.model.buffers()]
@@ -41,7 +42,7 @@ def loss_signature(context: MeasureContext, batches: Sequence[Batch], seed: int)
             with random_states_kept(seed), torch.enable_grad():
                 for w in weights:
                     w.requires_grad_(True)
-                words.append(_of_batch(context, batches[at], weights))
+                words.append(_of_batch(context, batches[at] if at else first, weights))
     finally:
         for w in weights:
             w.requires_grad_(False)

@@ -82,16 +82,17 @@ def measure(
         if look.earlier is not None:
             return look.earlier
         runner = make_runner(look, data, settings)
-        estimator, diagnostics = runner.estimator, look.context.diagnostics
-        path = resume(look.fingerprint) if callable(resume) else resume
-        checkpoint = MeasurementCheckpoint(path, look.fingerprint, data.shard, diagnostics)
+        estimator, diagnostics, key = runner.estimator, look.context.diagnostics, look.fingerprint
+        del look  # with the first batch
+        path = resume(key) if callable(resume) else resume
+        checkpoint = MeasurementCheckpoint(path, key, data.shard, diagnostics)
         release_memory()  # what it took to get ready
         stop = settings.stop
-        enough = None if stop is None else lambda rows: stop(to_sensitivity(rows, look.fingerprint))
+        enough = None if stop is None else lambda rows: stop(to_sensitivity(rows, key))
         loop = TraceLoop(data, estimator, default_rule(config, enough), checkpoint, progress, config.rtol)
         unit = estimator.row_unit(runner.context, runner.per_sample)
         sampling, final = run_loop(
-            loop, runner, config.sampling, TraceStatistics(look.context.table, data.samples, unit)
+            loop, runner, config.sampling, TraceStatistics(runner.context.table, data.samples, unit)
         )
         if reuse is None:  # else whoever looks for earlier results deletes it once this one is saved
             checkpoint.delete()
@@ -101,4 +102,4 @@ def measure(
     check_rows(final, diagnostics)
     seconds = seconds_since(began)
     record = settings_record(config, runner, sampling, final, loop.stopped.reason, seconds)
-    return to_sensitivity(final, look.fingerprint, exact=estimator.exact, settings=record, notes=diagnostics.notes)
+    return to_sensitivity(final, key, exact=estimator.exact, settings=record, notes=diagnostics.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from torch import nn
 
@@ -88,7 +89,7 @@ def first_look(
             )  # fmt: skip
 
         table = sites or find()
-        if sites is None and settle_draws(model, loss_fn, table, [part, *data.batches[1:]]):
+        if sites is None and settle_draws(model, loss_fn, table, chain((part,), data.batches[1:])):
             table = find()
         on_table = {x.name: layers[x.name] for x in table.layers}
         context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)

@@ -45,7 +45,8 @@ def main() -> None:
     trainer.fit(task, data)
     if trainer.is_global_zero:
         size = save_packed(task, hawq.plan, args.out / "model.safetensors")
-        print(f"top-1 {trainer.callback_metrics['val/acc']:.4f}, {hawq.plan.costs['w_comp']:.2f}x, {size} bytes")
+        smaller = f"{hawq.plan.costs['w_comp']:.2f}x smaller weights"
+        print(f"top-1 {trainer.callback_metrics['val/acc']:.4f}, {smaller}, {size} bytes")
 
 
 if __name__ == "__main__":

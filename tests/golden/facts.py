@@ -24,7 +24,9 @@ FIRST = 64  # elements kept of a longer one
 SENSITIVE = ("trace", "stderr", "stderr_data", "numel", "mean_trace")
 SITE = ("bits", "code", "scale", "zero_point", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation",
         "stability")  # fmt: skip
-LEFT_OUT = ("seconds", "lifted")  # of settings: clocks, sentences
+# of costs: the file's, whose layout may change, and those of the whole model, which 0.1.0 did not have
+NOT_KEPT = ("file_bytes", "model_bytes", "float_model_bytes", "model_comp", "quantized_share")
+LEFT_OUT = ("seconds", "lifted", "stays_float")  # of settings: clocks, sentences
 
 
 def array(values: Any) -> dict[str, Any]:
@@ -87,13 +89,13 @@ def of_sensitivity(record: Record, sensitivity: Any, section: str = "sensitivity
 
 
 def of_plan(record: Record, plan: Any, section: str = "plan", weighed: bool = True) -> None:
-    """Bits, grids, Omega of every site and option; costs but that of the file, whose layout may change."""
+    """Bits, grids, Omega of every site and option; costs but those of :data:`NOT_KEPT`."""
     for s in plan.sites:
         for field in SITE:
             record[f"{section}.{field}[{s.name}]"] = plain(attribute(s, field))
         if weighed:
             of_options(record, s.name, api.options_of_site(s), f"{section}.option")
-    costs = {k: float(v) for k, v in api.settings(plan.costs).items() if k != "file_bytes"}
+    costs = {k: float(v) for k, v in api.settings(plan.costs).items() if k not in NOT_KEPT}
     put(record, f"{section}.cost", costs)
     record[f"{section}.omega_of_all"] = float(plan.omega)
     record[f"{section}.selector"], record[f"{section}.budget"] = plan.selector, str(plan.budget)

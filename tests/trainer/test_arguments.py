@@ -120,6 +120,7 @@ def test_float_activations(tmp_path):
     ],
     ids=["include", "exclude", "callable", "both"],
 )
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_patterns(tmp_path, patterns, layers):
     model = Classifier()
     fit(tmp_path, model, loader(), budget="9x", weight_bits=(2, 4, 8), **patterns)

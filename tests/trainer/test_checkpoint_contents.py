@@ -18,6 +18,7 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_a_checkpoint_of_a_network_with_an_excluded_layer_loads(tmp_path):
     model = Classifier()
     first = trainer(tmp_path, hawq(exclude="net.6"))

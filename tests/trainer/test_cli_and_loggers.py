@@ -46,6 +46,7 @@ data:
 
 
 @pytest.mark.feature("Command line", "LightningCLI builds the callback from YAML", "works")
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_lightning_cli(tmp_path, monkeypatch):
     pytest.importorskip("jsonargparse")
     from lightning.pytorch import LightningDataModule

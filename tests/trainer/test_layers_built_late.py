@@ -81,6 +81,7 @@ def test_layers_built_late(tmp_path, kind):
     assert len(callback.plan.weights) == 3
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_patterns_on_layers_built_late(tmp_path):
     model = InSetup()
     fit(tmp_path, model, loader(), exclude="net.0")
@@ -112,6 +113,7 @@ class Late(Classifier):
 
 
 @pytest.mark.parametrize("patterns", [{"include": "net.*"}, {"exclude": "net.6"}])
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_patterns_for_layers_that_are_built_later(patterns, tmp_path):
     fit(tmp_path, Late(), loader(), budget="6x", **patterns)
     with pytest.raises(HawqError, match="matches no quantizable layer"):

@@ -113,6 +113,7 @@ def run(form: str, tmp_path) -> tuple[dict[str, float], dict[str, torch.Tensor]]
         ("manual adversarial by manual_backward", "adversarial by autograd.grad"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_a_step_that_changes_things_is_measured_as_one_that_does_not(form, plain, tmp_path):
     got, state = run(form, tmp_path)
     expected, _ = run(plain, tmp_path)
@@ -123,6 +124,7 @@ def test_a_step_that_changes_things_is_measured_as_one_that_does_not(form, plain
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")  # Lightning says it once a process
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
     net, hawq = Net("backward"), HAWQ(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path)
     trainer = Trainer(

@@ -299,3 +299,45 @@ def _sites_over(model, batches, loss):
     with isolated_eval(model):
         passes = [(lambda b=b: loss(model, b), 8) for b in batches]
         return find_sites(model, *passes[0], later=passes[1:])
+
+
+class OfIdentity(nn.Module):
+    """Weights are read by way of the identity matrix, as in DoRA."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.base = form, nn.Linear(6, 4, bias=False)
+        self.a, self.b, self.out = nn.Linear(6, 2, bias=False), nn.Linear(2, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        eye = torch.eye(6, dtype=x.dtype)
+        low_rank = self.b(self.a(eye)).T
+        if self.form == "norm":
+            y = self.base(x) * (1 + low_rank.detach().norm(dim=1)) + self.b(self.a(x))
+        elif self.form == "merged":
+            y = F.linear(x, self.base(eye).T + low_rank)
+        else:
+            y = self.base(x) + F.linear(x, low_rank)
+        return self.out(F.relu(y))
+
+
+@pytest.mark.parametrize(
+    ("form", "read"),
+    [("norm", {"base", "a", "b", "out"}), ("merged", {"b", "out"}), ("branch", {"base", "b", "out"})],
+)
+def test_an_identity_matrix_is_no_activation(form, read):
+    torch.manual_seed(0)
+    model, batch = OfIdentity(form).double(), (BATCH[0].double(), BATCH[1])
+    table = hl.sites(model, batch)
+    assert {n for s in table.activations for n in s.layers} == read
+    assert {x.name for x in table.layers} == {"base", "a", "b", "out"}
+
+    def loss(m, b):
+        return supervised(m(b[0]), b)
+
+    traces = hl.measure(model, [batch], loss, estimator="exact", sites=table, progress=False)
+    dense = dense_weight_traces(model, batch, loss, table)
+    assert all(traces[n].trace == pytest.approx(v, rel=1e-6) for n, v in dense.items())
+    weighed = hl.candidates(model, [batch], traces, table, loss)
+    hl.quantize(model, hl.select(hl.Problem(table, weighed, traces), "8x"))
+    assert model(batch[0]).shape == (8, 3)

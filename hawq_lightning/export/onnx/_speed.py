@@ -20,9 +20,9 @@ from torch import nn
 from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
+from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._inventory import plain
 from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 from hawq_lightning.layers import as_reader, find_kind, kind_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def _moments(
     model: nn.Module,
     layer: QuantizedWeight,
     calls: int,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     forward: Forward,
     reference: FloatReference,
 ) -> Moments:

@@ -14,6 +14,7 @@ from hawq_lightning.quantization.post_training._adaround import adaround
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward
+from hawq_lightning.sensitivity import OnDevice
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def post_training(
         HawqError: an unknown method, no quantizer is enabled, or no batches.
     """
     names = check_methods(methods)
-    calibration = list(batches)
+    calibration = batches if isinstance(batches, OnDevice) else list(batches)
     reference = FloatReference(model)
     reports: dict[str, JsonObject] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def _mean_into(mean: ChannelMean, axis: int) -> Callable[[torch.Tensor, torch.Te
 
 
 def _means_of_all(
-    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: list[Batch], forward: Forward,
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], batches: Sequence[Batch], forward: Forward,
     into: Mapping[str, ChannelMean],
 ) -> None:  # fmt: skip
     handles = [layers[n].on_call(_mean_into(into[n], _channels(layers[n]))) for n in into]

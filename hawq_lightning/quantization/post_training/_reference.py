@@ -14,7 +14,7 @@ from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
 from hawq_lightning.quantization._modules import QuantizedWeight
-from hawq_lightning.sensitivity import noisy_modules, random_states_kept, to_device
+from hawq_lightning.sensitivity import OnDevice, noisy_modules, on_device, random_states_kept
 
 Forward = Callable[[nn.Module, Batch], Outputs]
 
@@ -61,7 +61,7 @@ def still(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def prepared(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, QuantizedWeight], list[Batch]]:
+def prepared(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, QuantizedWeight], OnDevice]:
     """The layers whose quantizers are enabled, and the batches on the model's device.
 
     Raises:
@@ -71,8 +71,8 @@ def prepared(model: nn.Module, batches: Iterable[Batch]) -> tuple[dict[str, Quan
     if not layers:
         raise HawqError("No quantizer of this model is enabled: call hawq_lightning.quantize(model, plan) first.")
     device = next(m.weight.device for m in layers.values())
-    calibration = [to_device(b, device) for b in batches]
-    if not calibration:
+    calibration = on_device(batches, device)
+    if not len(calibration):
         raise HawqError("There are no batches to calibrate on.")
     return layers, calibration
 

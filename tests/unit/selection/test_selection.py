@@ -237,6 +237,8 @@ def option(bits, omega):
         (lambda: Problem([Site("a", "weight", (), (5,), 5)], {"a": [option(2, 1)], "b": []}), "'b', which is no site"),
         (lambda: small(ties=["a.weight", "b.weight"]), "only one site"),
         (lambda: small(ties=[3]), "must list site names"),
+        (lambda: small(ties=[["a.weight", "a.input"]]), "of a weight, a.weight, and an activation, a.input"),
+        (lambda: small(ties={"x": ["c.input", "a.weight"]}), "Tie 'x' is of a weight"),
         (lambda: small(fixed=["a.weight"]), "must map site names"),
         (lambda: small(min_bits="4"), "whole number"),
         (lambda: small(min_bits={"a": "4"}), "whole number"),

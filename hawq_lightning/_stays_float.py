@@ -1,0 +1,47 @@
+"""What a user is told where much of a network stays float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hawq_lightning._shares import percent
+from hawq_lightning._site_table import SiteTable
+
+MUCH = 0.1  # of the bytes of weights, or of the multiply-accumulates
+_NAMED = 3
+
+
+def stays_float(table: SiteTable) -> str:
+    """One sentence where more than a tenth of the bytes of weights or of the MACs stay float; else empty.
+
+    Biases, scales of norms and other vectors of one number a channel are no weights here.
+
+    Args:
+        table: with what stays float.
+    """
+    weights = [(t.name, t.bytes, t.reason) for t in table.float_tensors or () if not t.small]
+    quantized = sum(4 * s.numel for s in table.weights)
+    parts = _part(weights, quantized, "bytes of its weights", size)
+    macs = [(f.name or f.type, f.macs, f.reason) for f in table.floats]
+    parts += _part(macs, sum(x.macs for x in table.layers), "multiply-accumulates", "{:,}".format)
+    if not parts:
+        return ""
+    return f"Much of the network stays float: {'; '.join(parts)}."
+
+
+def _part(floats: Sequence[tuple[str, int, str]], quantized: int, what: str, text: Callable[[int], str]) -> list[str]:
+    rest = sum(count for _, count, _ in floats)
+    if rest <= MUCH * (rest + quantized):
+        return []
+    largest = sorted((f for f in floats if f[1]), key=lambda f: -f[1])
+    named = ", ".join(f"{name} ({text(count)}; {reason})" for name, count, reason in largest[:_NAMED])
+    more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""
+    return [f"{percent(rest / (rest + quantized))} of the {what}, in {named}{more}"]
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit: ``31.2 KiB``."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:.0f} B"
