@@ -147,19 +147,20 @@ class _Masked(nn.Embedding):
         return F.embedding(x, self.weight, self.padding_idx)
 
 
+class _Net(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.head = table(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1))
+
+
 @pytest.mark.parametrize("table", [_Shifted, _Scaled, _Masked])
 def test_a_table_with_a_forward_of_its_own_is_quantized(table, tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.head = table(12, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.head(self.table(x).mean(1))
-
     def build():
         torch.manual_seed(0)
-        return Net().eval()
+        return _Net(table).eval()
 
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
