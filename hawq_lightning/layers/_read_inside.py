@@ -123,9 +123,11 @@ def _read(module: nn.Module, name: str) -> torch.Tensor:
 @contextmanager
 def _in_place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Attributes of the instance go before parameters."""
+    before = {name: module.__dict__[name] for name in tensors if name in module.__dict__}
     try:
         module.__dict__.update(tensors)
         yield
     finally:
         for name in tensors:
             module.__dict__.pop(name, None)
+        module.__dict__.update(before)

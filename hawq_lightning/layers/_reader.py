@@ -100,10 +100,15 @@ class WeightReader:
         setattr(holder, name, weight)
 
     def drop_weight(self) -> None:
-        """Free the weight, here alone: codes have taken its place."""
+        """Free the weight, here alone: codes have taken its place.
+
+        What asks for its type or shape (``x.to(self.proj.weight.dtype)``) is answered by a tensor without memory.
+        """
         holder, name = self.holder
         if not self.kind.known_by_tensor:
+            nothing = torch.empty_like(self.weight, device="meta", requires_grad=False)
             setattr(holder, name, None)
+            holder.__dict__[name] = nothing
             return
         del holder._parameters[name]
         setattr(holder, name, torch.empty(0))

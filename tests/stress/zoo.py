@@ -58,6 +58,7 @@ def one(member: Member) -> dict[str, Any]:
     batch, task = member.batch(), Task(member)
     loader: DataLoader[Any] = DataLoader([batch], batch_size=None)
     before = {n: p.detach().clone() for n, p in task.named_parameters()}
+    trained = {n: p.requires_grad for n, p in task.named_parameters()}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hawq = HAWQ(budget="6x", measure=MeasureConfig(rtol=9, max_probes=4), dirpath=folder, progress=False)
@@ -69,7 +70,9 @@ def one(member: Member) -> dict[str, Any]:
         plan = hawq.plan
         found = shares(task, hawq)
         found["widths"] = sorted({s.bits for s in plan.weights})
-        found["moved"] = all(not torch.equal(task.get_parameter(s.name), before[s.name]) for s in plan.weights)
+        now = dict(task.named_parameters())
+        found["still"] = [n for n in now if n in before and trained[n] and torch.equal(now[n], before[n])]
+        found["moved"] = not set(found["still"]) & {s.name for s in plan.weights}
         file = Path(folder) / "net.safetensors"
         save_packed(task.eval(), plan, file)
         again = load_packed(file, Task(member).eval())
@@ -80,9 +83,15 @@ def one(member: Member) -> dict[str, Any]:
 
 def shares(task: Task, hawq: HAWQ) -> dict[str, Any]:
     """Shares of the matrices' bytes, of all parameters' bytes, and of the MACs that are quantized."""
-    quantized = {s.name for s in hawq.plan.weights}
+    names = {id(p): n for n, p in task.named_parameters()}
+    aliases = {n: names[id(p)] for n, p in task.named_parameters(remove_duplicate=False)}
+    quantized = {aliases.get(s.name, s.name) for s in hawq.plan.weights}
     sizes = {n: p.numel() for n, p in task.named_parameters()}
-    matrices = {n: k for n, k in sizes.items() if task.get_parameter(n).ndim > 1}
+    # a weight that is computed from others counts as those: "weight" of "parametrizations.weight.original0"
+    for name in sizes:
+        if ".parametrizations." in name and name.replace("parametrizations.", "").rpartition(".")[0] in quantized:
+            quantized.add(name)
+    matrices = {n: sizes[n] for n, p in task.named_parameters() if p.ndim > 1}
     macs = sum(r["macs_share"] for r in hawq.sites.rows() if r["quantized"])
     return {
         "parameters": sum(sizes.values()),

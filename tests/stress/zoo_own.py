@@ -112,7 +112,7 @@ class DLRM(nn.Module):
 
 
 class VAE(nn.Module):
-    """Gaussian code, Bernoulli pixels; the code is drawn anew in every pass."""
+    """Gaussian code, Bernoulli pixels; the code is drawn anew in every training pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.encoder(x).chunk(2, 1)
-        code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        code = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
         return self.decoder(code), mean, log_variance
 
 
