@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,12 +111,22 @@ def replace_nodes(proto: Any, nodes: Sequence[Any], more: Sequence[Any]) -> None
     """Put other nodes into a graph, add initializers and drop those that nothing reads any more."""
     onnx = require("onnx")
     copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    read = {name for node in copies for name in node.input}
+    read = set(_read_by(copies))
     stored = [onnx.TensorProto.FromString(t.SerializeToString()) for t in (*proto.graph.initializer, *more)]
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(t for t in stored if t.name in read)
+
+
+def _read_by(nodes: Iterable[Any]) -> Iterator[str]:
+    """Names that nodes read, also inside of loops and branches."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _read_by(graph.node)
+                yield from (output.name for output in graph.output)
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:

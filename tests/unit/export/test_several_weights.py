@@ -60,3 +60,37 @@ def test_the_onnx_file_gives_what_the_packed_file_gives(name, tmp_path):
     for samples in (3, 1):  # the batch size is free
         (found,) = run.run(None, {run.get_inputs()[0].name: x[:samples].numpy()})
         assert torch.allclose(torch.from_numpy(found), expected[:samples], atol=1e-5)
+
+
+class Bags(nn.Module):
+    """Looked up in a loop, whose body reads constants of the graph around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(20, 6, mode="sum"), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.bag(x))
+
+
+class AsksForType(nn.Module):
+    """As transformers' ViT, CLIP and T5 do, before their layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.stem.weight.shape[1] == x.shape[1]
+        return self.head(self.stem(x.to(self.stem.weight.dtype)).mean((2, 3)).to(self.head.weight.dtype))
+
+
+@pytest.mark.parametrize("net", [Bags(), AsksForType()], ids=["bags", "type"])
+def test_what_surrounds_a_weight_is_kept(net, tmp_path):
+    x = torch.randint(0, 20, (4, 5)) if isinstance(net, Bags) else torch.randn(4, 3, 8, 8)
+    plan = planned(net, x, "affine", lambda i: (2, 4, 8)[i % 3])
+    expected = quantize(net.eval(), plan)(x)
+    to_onnx(net, plan, x, tmp_path / "model.onnx")
+    run = session(tmp_path / "model.onnx", optimize=False)
+    (found,) = run.run(None, {run.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
