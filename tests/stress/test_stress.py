@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hawq_lightning import HawqError
 from tests.console import python
+from tests.stress.zoo import PARTLY, REFUSED, ZOO, one
 from tests.trainers import assert_mixed_elsewhere
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,6 +54,21 @@ def test_damaged_files_are_refused_or_identical(count):
                       ("cache, bytes", "anew")):  # fmt: skip
         assert found["outcomes"][f"{kind}: {how}"] > of_each_kind // 3
     assert not any("FAILED" in outcome for outcome in found["outcomes"])
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", ZOO)
+def test_a_member_of_the_zoo_goes_through(name):
+    for package in ("timm", "transformers", "segmentation_models_pytorch", "torch_geometric"):
+        pytest.importorskip(package)
+    if name in REFUSED:
+        with pytest.raises(HawqError, match=REFUSED[name]):
+            one(ZOO[name])
+        return
+    found = one(ZOO[name])
+    assert found["packed"] and found["moved"] and len(found["widths"]) >= 2
+    assert found["matrices"] >= 0.95 or name in PARTLY
+    assert isinstance(found["onnx"], str) or found["onnx"] < 0.1  # one code that rounds the other way
 
 
 @pytest.mark.stress
