@@ -11,37 +11,80 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, Outputs
 
 
-def batch_images(batch: Batch, _top: bool = True) -> int:
-    """Number of images in a batch: the first tensor's first axis, or the length of a list of images.
+def batch_images(batch: Batch, _top: bool = True, dim: int = 0) -> int:
+    """Number of images in a batch: the length of the first tensor's batch axis, or of a list of images.
+
+    Packed sequences and graphs tell theirs themselves (``batch_sizes``; ``num_graphs`` or ``batch_size``).
 
     Args:
         batch: a tensor, or any nesting of tuples, lists, dicts and dataclasses; the inputs come first.
+        dim: the batch axis, 1 for (time, batch).
 
     Raises:
-        HawqError: there is no tensor in the batch, or the first has no axis.
+        HawqError: there is no tensor in the batch, or the first has no such axis.
     """
+    if (told := _told(batch)) is not None:
+        return told
     if isinstance(batch, torch.Tensor):
-        if batch.ndim == 0:
-            raise HawqError("The batch's first tensor has no batch axis.")
-        return int(batch.shape[0])
+        if batch.ndim <= dim:
+            shape = "" if batch.is_nested else f" {dim} (its shape is {list(batch.shape)})" if dim else ""
+            raise HawqError(f"The batch's first tensor has no batch axis{shape}.")
+        return int(batch.size(dim))
     if not _top and isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], (torch.Tensor, Mapping)):
         return len(batch)
-    values = [v for v in parts_of(batch) if _holds_tensor(v)]  # names and paths may come before the images
+    if isinstance(batch, list) and batch and all(_is_one_sample(entry) for entry in batch):
+        return len(batch)
+    # names and paths may come before the images
+    values = [v for v in parts_of(batch) if _told(v) is not None or _holds_tensor(v)]
     if values:
         first = values[0]
-        if isinstance(first, (list, tuple)) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+        listed = first if isinstance(first, (list, tuple)) and _told(first) is None else ()
+        if listed and all(isinstance(x, torch.Tensor) and x.ndim > dim for x in listed):
             # several inputs of the network, or one image an entry? What comes with them, labels or boxes, tells
-            counts = {int(x.shape[0]) for x in first}
+            counts = {int(x.shape[dim]) for x in listed}
             beside = {int(v.shape[0]) for v in values[1:] if isinstance(v, torch.Tensor) and v.ndim}
-            if len(counts) == 1 and counts == beside and len(first) not in beside:
+            if len(counts) == 1 and counts == beside and len(listed) not in beside:
                 return counts.pop()
-        return batch_images(first, _top=False)
-    raise HawqError(f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first.")
+        return batch_images(first, _top=False, dim=dim)
+    raise HawqError(
+        f"A batch of type {type(batch).__name__} holds no tensor; expected the inputs first, or a function that counts "
+        "its samples, batch_size_fn."
+    )
+
+
+def _is_one_sample(entry: object) -> bool:
+    """Whether a dict in a list is a sample, with a target of its own, and no batch of another loader."""
+    targets = entry.values() if isinstance(entry, Mapping) else ()
+    return any(isinstance(v, (int, float)) or (isinstance(v, torch.Tensor) and v.ndim == 0) for v in targets)
+
+
+def _told(batch: Batch) -> int | None:
+    """How many samples a batch says that it has, ``None`` where it says nothing."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, (torch.Tensor, Mapping, list, tuple, str, type)):
+        return None
+    for name in ("num_graphs", "batch_size"):
+        number = getattr(batch, name, None)
+        number = number[0] if isinstance(number, (tuple, list)) and number else number
+        if isinstance(number, int) and not isinstance(number, bool):
+            return number
+    return 1 if isinstance(getattr(batch, "num_nodes", None), int) else None  # a single graph
+
+
+def plain_tensor(x: torch.Tensor) -> torch.Tensor:
+    """The same memory without the ways of a subclass, such as MONAI's: slices of those need metadata."""
+    kind = type(x)
+    if kind in (torch.Tensor, nn.Parameter) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(torch.Tensor)
 
 
 def parts_of(batch: Batch) -> list[object]:

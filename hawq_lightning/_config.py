@@ -13,11 +13,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
 from hawq_lightning._registry import check_registered
 from hawq_lightning._sites import Patterns
-from hawq_lightning._types import Budget, LossFn
+from hawq_lightning._types import Batch, BatchSizeFn, Budget, LossFn
 
 CodeFormat = Literal["auto", "affine", "midrise"]
 Sampling = Literal["auto", "all", "curvature"]
@@ -137,6 +138,10 @@ class MeasureConfig:
     """Also measure the loss change of every site and width."""
     loss_fn: LossFn | None = None
     """``loss_fn(module, batch) -> scalar`` in the place of ``training_step``."""
+    batch_dim: int = 0
+    """Axis of the inputs that goes by samples; 1 for (time, batch)."""
+    batch_size_fn: BatchSizeFn | None = None
+    """``batch_size_fn(batch) -> samples in it``, for batches of classes of your own."""
     seed: int = 0
     """Of all random draws."""
     cache: str | Path | None = None
@@ -146,6 +151,7 @@ class MeasureConfig:
         check_registered("estimator", self.estimator)
         whole("images", self.images, 1)
         whole("max_probes", self.max_probes, 1)
+        whole("batch_dim", self.batch_dim, 0)
         if isinstance(self.rtol, bool) or not isinstance(self.rtol, Real) or not 0 < self.rtol < math.inf:
             raise HawqError(f"rtol is {self.rtol!r}; it is a share of each trace such as 0.05.")
         choice("distribution", self.distribution, get_args(Distribution))
@@ -154,6 +160,19 @@ class MeasureConfig:
         choice("precision", self.precision, get_args(Precision))
         choice("stop_when", self.stop_when, get_args(StopWhen))
         _check(self)
+
+    def samples(self, batch: Batch) -> int:
+        """Number of samples in a batch.
+
+        Raises:
+            HawqError: it cannot be told, or ``batch_size_fn`` returned no whole number above zero.
+        """
+        if self.batch_size_fn is None:
+            return batch_images(batch, dim=self.batch_dim)
+        number = self.batch_size_fn(batch)
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise HawqError(f"batch_size_fn returned {number!r}; it returns the number of samples in a batch.")
+        return int(number)
 
 
 @dataclass(frozen=True)

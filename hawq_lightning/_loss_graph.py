@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 Result = TypeVar("Result")
 
@@ -84,10 +84,16 @@ def graph_alone(run: Callable[[], Result]) -> Result:
         _shape_only.pop()
 
 
+def edge_of(tensor: torch.Tensor) -> GradientEdge:
+    """The tensor's place in the graph, also of a subclass whose operations add nodes of their own (MONAI's)."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(tensor)
+
+
 def nodes_of(tensor: torch.Tensor) -> list[Node]:
     """The tensor's place in the graph; that of its base too, since in-place changes of a view go on from there."""
     bases = [tensor, *([tensor._base] if tensor._base is not None else [])]
-    return [get_gradient_edge(t).node for t in bases if t.requires_grad]
+    return [edge_of(t).node for t in bases if t.requires_grad]
 
 
 class LossGraph:

@@ -17,7 +17,7 @@ class ProductCounter(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping=dict.fromkeys(_FUSED_ATTENTION, _attention_flops))
         self.mod_tracker = _OneModule()  # type: ignore[assignment]
 
     @property
@@ -29,6 +29,23 @@ class ProductCounter(FlopCounterMode):
         if torch._C._current_graph_task_id() != -1:
             return out
         return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+# kernels that torch's counter does not know
+_FUSED_ATTENTION = [
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math_for_mps",
+    )
+    if hasattr(torch.ops.aten, name)
+]  # fmt: skip
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Of ``[..., queries, width]``, ``[..., keys, width]`` and ``[..., keys, values]``; heads may be shared."""
+    pairs = query[:-1].numel() * key[-2]
+    return 2 * pairs * (query[-1] + value[-1])
 
 
 class _OneModule:

@@ -17,7 +17,7 @@ from hawq_lightning._loss_graph import Trained
 from hawq_lightning._plan import Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import Pattern, Patterns, find_sites
-from hawq_lightning._types import Batch, LossFn
+from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.quantization import first_order_term, network_inputs, quantizer_of
 from hawq_lightning.selection import (
@@ -53,6 +53,7 @@ def preview(
     *,
     later: Sequence[Batch] = (),
     trained: Trained | None = None,
+    size_of: BatchSizeFn = batch_images,
 ) -> tuple[SiteTable, Problem]:
     """The sites, and the problem before anything is measured, on which budget and bits given by hand are tried.
 
@@ -64,6 +65,7 @@ def preview(
         loss_fn: runs the module on it.
         later: further batches, for layers that the first does not use.
         trained: the parameters that training moves; those that want gradients when not given.
+        size_of: number of samples in a batch.
 
     Raises:
         HawqError: no sites, constraints that contradict each other, or what no plan can meet.
@@ -76,7 +78,7 @@ def preview(
         exclude = exclude_patterns(quantizer, module)
 
         def find() -> SiteTable:
-            passes = ((partial(loss_fn, module, b), batch_images(b)) for b in chain((batch,), later))
+            passes = ((partial(loss_fn, module, b), size_of(b)) for b in chain((batch,), later))
             return find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
 
         table = find()
@@ -88,7 +90,10 @@ def preview(
         constraints.pop("score", None)  # no score is known yet, and none matters to what is feasible
         if "steps" in tables_of_budget(budget, constraints.get("extra_costs") or ()):
             constraints.setdefault(
-                "steps", activation_steps(module, fresh_copy(batch), table, forward=plain, evaluate=False)
+                "steps",
+                activation_steps(
+                    module, fresh_copy(batch), table, forward=plain, evaluate=False, images=size_of(batch)
+                ),
             )
     quantized = [s for s in table if s.kind == "weight" or activation_bits is not None]
     problem = nominal_problem(

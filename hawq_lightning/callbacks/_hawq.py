@@ -14,7 +14,7 @@ from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig,
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import Patterns, quantizable_layers
-from hawq_lightning._types import Budget, StateDict
+from hawq_lightning._types import BatchSizeFn, Budget, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
 from hawq_lightning.callbacks._freeze import FreezeSchedule
@@ -38,6 +38,7 @@ class HAWQ(HasResults, ApplyPlan):
         quantizer: which layers get quantizers, of which kind, and the widths to choose from; a registered name will do.
             ``None``: the kind that ``plan`` was made for, or ``uniform``.
         measure: how traces are measured.
+        batch_size_fn: short for ``MeasureConfig(batch_size_fn=...)``: samples in a batch of a class of your own.
         select: how bits are chosen.
         plan: apply this plan (or file) and measure nothing.
         sensitivity: choose by these traces (or file) and measure nothing.
@@ -68,6 +69,7 @@ class HAWQ(HasResults, ApplyPlan):
         start_epoch: int = 0,
         dirpath: str | Path | None = None,
         progress: bool = True,
+        batch_size_fn: BatchSizeFn | None = None,
     ) -> None:
         super().__init__(plan, quantizer)
         self.start_epoch = whole("start_epoch", start_epoch, 0)
@@ -75,6 +77,8 @@ class HAWQ(HasResults, ApplyPlan):
         widths |= {} if isinstance(activation_bits, EllipsisType) else {"activation_bits": activation_bits}
         self.quantizer_config = with_shorthands(self.quantizer_config, **widths)
         select = with_shorthands(select or SelectConfig(), **({} if budget is None else {"budget": budget}))
+        counting: dict[str, object] = {} if batch_size_fn is None else {"batch_size_fn": batch_size_fn}
+        measure = with_shorthands(measure or MeasureConfig(), **counting)
         self.measure_callback = MeasureTraces(
             quantizer=self.quantizer_config, measure=measure, select=select, sensitivity=sensitivity, dirpath=dirpath,
             progress=progress,

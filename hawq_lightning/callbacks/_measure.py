@@ -10,7 +10,6 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
@@ -45,7 +44,7 @@ from hawq_lightning.selection import (
     select,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
+from hawq_lightning.sensitivity import OnDevice, Sensitivity, guarded_mean_traces, measure, top_eigenvalues
 
 
 class MeasureTraces(HasResults, Callback):
@@ -136,11 +135,12 @@ class MeasureTraces(HasResults, Callback):
                 fake_quant_disabled(pl_module),
                 loss_from_training_step(trainer, pl_module, self.measure.loss_fn, check) as loss_fn,
             ):
-                batches = onto_device(trainer, pl_module, draw_batches(trainer, 1, self.measure.seed))
+                batches = self._batches(trainer, pl_module, 1)
                 self._check_types(pl_module, batches[0], loss_fn)
                 trained = trained_by(trainer, pl_module)
                 table, _ = preview(
-                    self.quantizer, self.select, pl_module, batches[0], loss_fn, trained=trained
+                    self.quantizer, self.select, pl_module, batches[0], loss_fn, trained=trained,
+                    size_of=self.measure.samples,
                 )  # fmt: skip
                 if self.given is not None:
                     check_covers(self.given, table)
@@ -154,18 +154,18 @@ class MeasureTraces(HasResults, Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):
-            batches = onto_device(trainer, pl_module, draw_batches(trainer, config.images, config.seed))
+            batches = self._batches(trainer, pl_module, config.images)
             self._check_types(pl_module, batches[0], loss_fn)
             table, nominal = preview(
                 self.quantizer, self.select, pl_module, batches[0], loss_fn, later=batches[1:],
-                trained=trained_by(trainer, pl_module),
+                trained=trained_by(trainer, pl_module), size_of=config.samples,
             )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
-            images = sum(map(batch_images, batches.kept))
+            images = sum(batches.samples(config.samples))
             with shared_traces(trainer, folder, config.cache, table, images) as traces:
                 weigh = partial(
                     candidates, pl_module, batches, sites=table, loss_fn=loss_fn, config=self.quantizer,
@@ -201,6 +201,12 @@ class MeasureTraces(HasResults, Callback):
                     write_text(folder / "loss_check.csv", _csv(losses))
         announce(trainer, sensitivity, plan)
         return plan
+
+    def _batches(self, trainer: Trainer, pl_module: LightningModule, images: int) -> OnDevice:
+        """The Trainer's own batches."""
+        config = self.measure
+        drawn = draw_batches(trainer, images, config.seed, config.samples)
+        return onto_device(trainer, pl_module, drawn, config.samples)
 
     def _check_types(self, pl_module: LightningModule, batch: Batch, loss_fn: LossFn) -> None:
         """Once: quantizers change nothing in what code asks of types."""

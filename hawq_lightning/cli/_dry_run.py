@@ -67,7 +67,7 @@ def first_look(
     if batch is None:
         raise HawqError("The training dataloader is empty.")
     measuring = callback.measure_callback
-    return batch, *preview(measuring.quantizer, measuring.select, task, batch, _loss)
+    return batch, *preview(measuring.quantizer, measuring.select, task, batch, _loss, size_of=measuring.measure.samples)
 
 
 def budget_ranges(problem: Problem) -> list[str]:

@@ -34,8 +34,8 @@ class PaperFigures(pl.Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn) as loss_fn,
         ):
-            drawn = draw_batches(trainer, min(_IMAGES, config.images), config.seed)
-            batches = onto_device(trainer, pl_module, drawn)
+            drawn = draw_batches(trainer, min(_IMAGES, config.images), config.seed, config.samples)
+            batches = onto_device(trainer, pl_module, drawn, config.samples)
             paper_figures(
                 self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
                 seed=config.seed, progress=shows_progress(trainer),

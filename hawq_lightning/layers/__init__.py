@@ -39,6 +39,7 @@ from hawq_lightning.layers._read_inside import ReadInsideKind
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
 from hawq_lightning.layers._recurrent import RecurrentKind
+from hawq_lightning.layers._same_padding import SamePaddingKind
 
 __all__ = [
     "ATTENTION",
@@ -60,6 +61,7 @@ __all__ = [
     "QOtherLinear",
     "ReadInsideKind",
     "RecurrentKind",
+    "SamePaddingKind",
     "WeightQ",
     "WeightRead",
     "WeightReader",

@@ -1,6 +1,7 @@
 """Attention of torchvision and timm that hands its children's weights to ``F.linear``: the children are not called.
 
-Swin's windows read ``qkv.weight`` and ``proj.weight`` so, BEiT and EVA-02 ``qkv.weight``, whose bias they put together.
+Swin's windows read ``qkv.weight`` and ``proj.weight`` so; BEiT, EVA-02, timm's Swin V2 ``qkv.weight``, whose bias they
+put together.
 """
 
 from __future__ import annotations
@@ -97,6 +98,20 @@ class SwinV2Kind(_Windows):
     """Swin V2's."""
 
     float_name = "torchvision.models.swin_transformer.ShiftedWindowAttentionV2"
+
+
+@register_layer("torchvision_video_swin_attention")
+class VideoSwinKind(_Windows):
+    """Swin's attention in shifted windows of several frames."""
+
+    float_name = "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d"
+
+
+@register_layer("timm_swin_v2_attention")
+class TimmSwinV2Kind(_JoinedBias):
+    """Swin V2's in timm."""
+
+    float_name = "timm.models.swin_transformer_v2.WindowAttention"
 
 
 @register_layer("timm_beit_attention")

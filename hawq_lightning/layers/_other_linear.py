@@ -61,6 +61,15 @@ class GeometricLinearKind(LinearKind):
     input_name = "x"
 
 
+@register_layer("timm_linear")
+class TimmLinearKind(LinearKind):
+    """timm's, whose forward differs under TorchScript alone."""
+
+    float_name = "timm.layers.linear.Linear"
+    fake_quant_type = QOtherLinear
+    input_name = "input"
+
+
 def _conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[1])

@@ -100,7 +100,7 @@ def _channel_axis(module: nn.Module) -> int | None:
     return None
 
 
-_BASES = (nn.Linear, nn.modules.conv._ConvNd)
+_BASES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> object:

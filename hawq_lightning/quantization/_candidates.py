@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from hawq_lightning._batches import batch_images
+from hawq_lightning._batches import batch_images, plain_tensor
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
@@ -134,7 +134,7 @@ def candidates(
         run = _Runs(model, on_device(batches, device), loss_fn, sites, progress)
         with isolated_eval(model):
             steps = _calibrated(run, sites, config, spec)
-            samples = [batch_size_fn(b) for b in run.batches.kept]
+            samples = run.batches.samples(batch_size_fn)
             rows = _Perturbations(steps, samples, sensitivity.row_unit)
             run.all("Activation perturbations", rows.visit)
         for site in sites.activations:
@@ -229,7 +229,7 @@ class _Runs:
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             read = x if not torch.is_grad_enabled() else x.view_as(x) if x.requires_grad else _leaf(x)
-            seen.append((nodes_of(read)[:1], look(site, x.detach())))
+            seen.append((nodes_of(read)[:1], look(site, plain_tensor(x.detach()))))
             return read
 
         with InputHooks(self._readers, self._site_of, visit), torch.enable_grad():  # a step may want x.grad

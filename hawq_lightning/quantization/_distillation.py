@@ -56,13 +56,21 @@ class GraphOutputs(Outputs):
         return out
 
 
+def _outputs_before(boundary: list[int], outputs: GraphOutputs) -> list[int]:
+    """The outputs in front of loss modules that own parameters: a network gives no number without axes."""
+    numbers = set(boundary)
+    while losses := {i for i in numbers if outputs.tensors[i].ndim == 0 and outputs.behind(outputs.edges[i])}:
+        numbers = (numbers - losses).union(*(outputs.behind(outputs.edges[i]) for i in losses))
+    return sorted(numbers)
+
+
 def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     """The last layers before ``loss``, in the order in which they ran, and what the loss makes of each.
 
     The graph of the loss is walked back to the first outputs of parametric layers; a softmax met on the way tells that
     an output holds logits.
     """
-    boundary, _ = find_boundary(loss, outputs)
+    boundary = _outputs_before(find_boundary(loss, outputs)[0], outputs)
     softmax = _softmax_behind(loss, {(outputs.edges[i].node, outputs.edges[i].output_nr): i for i in boundary})
     heads: dict[str, Head] = {}
     for i in boundary:

@@ -188,8 +188,8 @@ def first_order_term(
             errors[s.name] = (quantizer(w.float()) - w).detach()
         for layer in weights.values():
             layer.weight.requires_grad_(True)
-        for batch in on_device(batches, device):
-            n = batch_size_fn(batch)
+        moved = on_device(batches, device)
+        for n, batch in zip(moved.samples(batch_size_fn), moved):
             with EffectiveWeights(weights) as effective:
                 loss = loss_fn(model, batch)
                 grads = torch.autograd.grad(loss, [effective[k] for k in weights], allow_unused=True)
@@ -204,7 +204,7 @@ class _MeanLoss:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, batch_size_fn: BatchSizeFn) -> None:
         self._model, self._loss_fn = model, repeatable(model, loss_fn)
         self._batches = on_device(batches, _device(model))
-        self._samples = [batch_size_fn(b) for b in self._batches.kept]
+        self._samples = self._batches.samples(batch_size_fn)
 
     def __call__(self) -> float:
         with torch.enable_grad():  # no parameter needs gradients, but a step may want those of its inputs

@@ -76,6 +76,7 @@ def activation_steps(
     *,
     forward: Callable[[nn.Module, Any], Any] = default_forward,
     evaluate: bool = True,
+    images: int | None = None,
 ) -> list[dict[str, int]]:
     """Elements of one image alive at every call of a quantizable layer.
 
@@ -85,6 +86,7 @@ def activation_steps(
         table: ``hawq_lightning.sites(model, example_batch)``.
         forward: how to run the model on the batch.
         evaluate: in evaluation mode; ``False``: in the mode that it is in.
+        images: in the batch; counted when not given.
 
     Returns:
         For each call, activation site name -> elements held at its bits; :data:`FLOAT` -> elements held at 32 bits.
@@ -93,7 +95,7 @@ def activation_steps(
     Raises:
         HawqError: the forward pass calls none of the table's layers.
     """
-    images = batch_images(example_batch)
+    images = batch_images(example_batch) if images is None else images
     site_of = {x.name: x.activation for x in table.layers}
     modules = {".".join(p for p in n.split(".") if p != "_orig_mod"): m for n, m in model.named_modules()}
     watch = _Watch({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())})

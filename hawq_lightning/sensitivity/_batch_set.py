@@ -49,7 +49,7 @@ class BatchSet:
         moved = on_device(batches, device)
         if not len(moved):
             raise HawqError("No batches to measure on: the dataloader or iterable is empty.")
-        return cls(moved, [batch_size_fn(b) for b in moved.kept], batch_size_fn, shard or ProcessShard())
+        return cls(moved, moved.samples(batch_size_fn), moved.size_of or batch_size_fn, shard or ProcessShard())
 
     @property
     def local(self) -> range:

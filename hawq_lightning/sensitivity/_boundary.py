@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
+from hawq_lightning._batches import plain_tensor
+from hawq_lightning._loss_graph import edge_of
 from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.layers import find_kind
@@ -144,7 +146,7 @@ class Outputs:
         if output.requires_grad:
             cut = len(self.edges) in self._cut
             output = GradientStop.apply(output, self.blocked) if cut else without_base(output)
-            edge = get_gradient_edge(output)
+            edge = edge_of(output)
             # an outer module's output is its last layer's
             self._number.setdefault((edge.node, edge.output_nr), len(self.edges))
             behind = self.behind(edge)
@@ -152,7 +154,7 @@ class Outputs:
             for i in behind - self._cut:
                 self.values[i] = None
             self.edges.append(edge)
-            self.values.append(output.detach())
+            self.values.append(plain_tensor(output.detach()))
             self.names.append(name)
             self.visits.append(visit)
         return output
@@ -182,14 +184,14 @@ def find_boundary(loss: torch.Tensor, outputs: Outputs) -> tuple[list[int], bool
         numbers of the outputs on the boundary, in order; whether one of them also feeds another (then gradients of
         the loss are totals and :class:`GradientStop` is needed).
     """
-    boundary = outputs.behind(get_gradient_edge(loss))
+    boundary = outputs.behind(edge_of(loss))
     return sorted(boundary), bool(boundary & outputs.inner)
 
 
 def read_by(loss: torch.Tensor, outputs: Outputs) -> list[torch.Tensor]:
     """Parameters that the loss reads directly."""
     parameters: list[torch.Tensor] = []
-    outputs.behind(get_gradient_edge(loss), parameters)
+    outputs.behind(edge_of(loss), parameters)
     return parameters
 
 

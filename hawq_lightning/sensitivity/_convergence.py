@@ -115,7 +115,7 @@ def landscape(
         loss[i][j] at ``offsets[i]`` along the first direction and ``offsets[j]`` along the second.
     """
     moved = on_device(batches, weight.device)
-    samples = [batch_size_fn(b) for b in moved.kept]
+    samples = moved.samples(batch_size_fn)
     home = weight.detach().clone()
     loss_fn = repeatable(model, loss_fn)
     out = []

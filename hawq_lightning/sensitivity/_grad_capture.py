@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 
-from hawq_lightning._loss_graph import LossGraph
+from hawq_lightning._batches import plain_tensor
+from hawq_lightning._loss_graph import LossGraph, edge_of
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -158,7 +158,7 @@ class GradCapture:
             return x  # activation checkpointing runs the forward pass again; a target network has no gradients
         source = x.clone() if site in self._keep else x
         alias = source.view_as(source) if x.requires_grad else source.detach().requires_grad_(True)
-        call = CallRecord(site, site, None, alias, alias._version, node=get_gradient_edge(alias).node)
+        call = CallRecord(site, site, None, alias, alias._version, node=edge_of(alias).node)
         self._reads.setdefault(site, []).append(call)
         self._handles.append(alias.register_hook(self._arrived(call)))
         return alias
@@ -169,7 +169,7 @@ class GradCapture:
                 return None
             if not self.recording:  # what a checkpoint runs again must build the graph that it built before
                 return None if output.requires_grad else _leaf_copy(output)
-            read, product = x.detach(), without_base(output)
+            read, product = plain_tensor(x.detach()), without_base(output)
             if not output.requires_grad:  # a look-up by indices, or a first state of zeros: they have no gradient
                 product = _leaf_copy(output)
             if name in self._keep:
@@ -223,7 +223,7 @@ class GradCapture:
             uses = [
                 LayerCall(
                     c.layer.module,
-                    _as(c.value, c.grads[0]),
+                    _as(plain_tensor(c.value), c.grads[0]),
                     c.grads[0],
                     c.grads[1] if cross_pair else None,
                     c.layer.parameter,

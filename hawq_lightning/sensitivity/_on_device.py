@@ -9,7 +9,7 @@ from typing import overload
 import torch
 
 from hawq_lightning._batches import like, parts_of
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, BatchSizeFn
 
 
 class OnDevice(Sequence[Batch]):
@@ -18,10 +18,13 @@ class OnDevice(Sequence[Batch]):
     Args:
         kept: the batches, in the memory of the computer.
         move: gives a batch on the device.
+        size_of: number of samples in a batch; ``None``: as whoever reads them counts.
     """
 
-    def __init__(self, kept: Sequence[Batch], move: Callable[[Batch], Batch]) -> None:
-        self.kept, self.move = kept, move
+    def __init__(
+        self, kept: Sequence[Batch], move: Callable[[Batch], Batch], size_of: BatchSizeFn | None = None
+    ) -> None:
+        self.kept, self.move, self.size_of = kept, move, size_of
         self._last: tuple[int, Batch] | None = None
 
     def __len__(self) -> int:
@@ -34,12 +37,16 @@ class OnDevice(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | OnDevice:
         """The batch on the device, or a part of the sequence, none of which is moved."""
         if isinstance(index, slice):
-            return OnDevice(self.kept[index], self.move)
+            return OnDevice(self.kept[index], self.move, self.size_of)
         number = range(len(self.kept))[index]
         if self._last is None or self._last[0] != number:
             self._last = None  # before the next one takes memory
             self._last = (number, self.move(self.kept[number]))
         return self._last[1]
+
+    def samples(self, size_of: BatchSizeFn) -> list[int]:
+        """Number of samples of each batch, by ``size_of`` where the batches have no way of their own."""
+        return list(map(self.size_of or size_of, self.kept))
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> OnDevice:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-from hawq_lightning._batches import batch_images
 from hawq_lightning._config import Distribution, L1Curvature, MeasureConfig, Precision, Sampling
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._sites import Patterns
@@ -31,6 +30,7 @@ class MeasureOverrides(TypedDict, total=False):
     seed: int
     include: Patterns
     exclude: Patterns
+    batch_dim: int
     batch_size_fn: BatchSizeFn
     stop: StopFn | None
 
@@ -43,14 +43,12 @@ class MeasureSettings:
         config: how to measure.
         include: which layers; see :func:`hawq_lightning.sites`.
         exclude: which layers not.
-        batch_size_fn: number of samples in a batch.
         stop: whether the traces so far will do, however large the errors.
     """
 
     config: MeasureConfig
     include: Patterns = None
     exclude: Patterns = None
-    batch_size_fn: BatchSizeFn = batch_images
     stop: StopFn | None = None
 
     @classmethod
@@ -73,6 +71,11 @@ class MeasureSettings:
         beside = {k: v for k, v in overrides.items() if k in cls.__dataclass_fields__}
         fields = {k: v for k, v in overrides.items() if k not in beside}
         return cls(replace(config or MeasureConfig(), **fields), **beside)  # type: ignore[arg-type]
+
+    @property
+    def batch_size_fn(self) -> BatchSizeFn:
+        """Number of samples in a batch."""
+        return self.config.samples
 
     def text(self) -> str:
         """What the traces depend on, for the fingerprint; the order and form are those of release 0.1.0."""

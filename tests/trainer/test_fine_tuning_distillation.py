@@ -43,6 +43,20 @@ def test_the_loss_decides_the_distance(loss, expected):
     assert heads_of(loss) == [("fc", *expected)]
 
 
+def test_a_loss_module_with_parameters_is_no_head():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, logits, target):
+            return F.cross_entropy(self.scale * logits, target)
+
+    net = build(ConvNet)
+    net.loss = Tempered()
+    assert heads_of(lambda m, b: 0.5 * m.loss(m(b[0]), b[1]), net) == [("fc", "kl", 1)]
+
+
 def test_a_detector_has_its_heads():
     net = build(SharedHead)
     found = heads_of(_detector, net, image_batch())

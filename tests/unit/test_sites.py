@@ -272,3 +272,23 @@ def test_complex_layers_stay_float(layer, x):
     assert [r.name for r in traces] == ["head.weight", "head.input"]
     prepare(net)
     assert type(net.spectral) is type(layer) and net(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_products_of_fused_attention_are_counted(mask, grad):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+            allowed = torch.ones(5, 5).tril().bool() if mask else None
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+    net = Attention().requires_grad_(grad)
+    table = sites(net, torch.randn(3, 5, 8))
+    products = 2 * 5 * 5 * (4 + 4)  # of one sample
+    assert sum(f.macs for f in table.floats) == products
+    assert sum(r["macs_share"] for r in table.rows() if r["quantized"]) == pytest.approx(960 / (960 + products))

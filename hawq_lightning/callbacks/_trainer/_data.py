@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError
-from hawq_lightning._types import Batch
+from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, to_device
 
 Index = TypeVar("Index")
@@ -25,11 +25,17 @@ Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
 
-def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Batch]:
+def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn = batch_images) -> list[Batch]:
     """The first ``images`` images that the Trainer's own train data would give, in the user's batches.
 
     Transforms, sampler and collate function are the user's; loaders, generators, workers and random states stay
     untouched, so that training goes on as if nobody had looked. The same on every process.
+
+    Args:
+        trainer: whose train data are meant.
+        images: at least so many, or all.
+        seed: of random transforms and samplers.
+        size_of: number of samples in a batch.
 
     Raises:
         HawqError: no train data, or it is empty.
@@ -40,7 +46,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int) -> list[Batch]:
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
-        drawn = [_from_loader(x, images, seed, overfit) for x in leaves]
+        drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
         batches = drawn[0] if shape is None else [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
@@ -73,23 +79,23 @@ def _train_data(trainer: Trainer) -> Loaders:
         return source.dataloader()
 
 
-def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int) -> list[Batch]:
+def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, size_of: BatchSizeFn) -> list[Batch]:
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Sized) and len(loader) == 0:
             return []
         stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
-        return _until(stream, images)
+        return _until(stream, images, size_of)
     if isinstance(loader.dataset, IterableDataset):
         fresh = DataLoader(
             copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
         )  # fmt: skip
-        return _until(iter(fresh), images)
+        return _until(iter(fresh), images, size_of)
     collate = loader.collate_fn or default_collate
     dataset = loader.dataset
     if loader.batch_size is None and loader.batch_sampler is None:
         indices = (i for i in _copied_sampler(loader.sampler, seed))
-        return _until((collate(_item(dataset, i, seed)) for i in indices), images)
+        return _until((collate(_item(dataset, i, seed)) for i in indices), images, size_of)
     sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
         in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
@@ -98,7 +104,7 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int) 
     lists = _copied_sampler(sampler, seed)
     if overfit:
         lists = itertools.islice(lists, overfit)
-    return _until((collate(_items(dataset, ids, seed)) for ids in lists), images)
+    return _until((collate(_items(dataset, ids, seed)) for ids in lists), images, size_of)
 
 
 def _copied_sampler(sampler: Iterable[Index], seed: int) -> Iterator[Index]:
@@ -127,31 +133,41 @@ def _items(dataset: Dataset[Batch], ids: Iterable[object], seed: int) -> list[Ba
     return [_item(dataset, i, seed) for i in ids]
 
 
-def _until(stream: Iterator[Batch], images: int) -> list[Batch]:
+def _until(stream: Iterator[Batch], images: int, size_of: BatchSizeFn) -> list[Batch]:
     out, count = [], 0
     for batch in stream:
         out.append(batch)
-        count += batch_images(batch)
+        count += size_of(batch)
         if count >= images:
             break
     return out
 
 
-def onto_device(trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch]) -> OnDevice:
+def onto_device(
+    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn = batch_images
+) -> OnDevice:
     """Batches that the Trainer moves, one at a time, when they are asked for.
 
     What the hooks before and after a transfer make of a batch is made once, as in training, and kept.
+
+    Args:
+        trainer: that moves them.
+        pl_module: its module, with hooks.
+        batches: as they were drawn.
+        size_of: number of samples in a batch.
     """
     strategy = trainer.strategy
     owners = [pl_module, *([trainer.datamodule] if getattr(trainer, "datamodule", None) is not None else [])]  # type: ignore[attr-defined]
     kept = [trainer.precision_plugin.convert_input(batch) for batch in batches]
     if not any(is_overridden(hook, owner) for hook in _HOOKS for owner in owners):
-        return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0))
+        return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0), size_of)
     home = torch.device("cpu")
     for number, batch in enumerate(kept):
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = strategy.batch_to_device(batch, dataloader_idx=0)
         kept[number] = batch if strategy.root_device == home else to_device(batch, home)
     return OnDevice(
-        kept, lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0)
+        kept,
+        lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0),
+        size_of,
     )

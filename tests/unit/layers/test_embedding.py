@@ -124,3 +124,49 @@ def test_sparse_gradients_keep_a_table_float():
     torch.manual_seed(0)
     table = sites(Words(sparse=True).eval(), (TOKENS, TARGETS))
     assert [(f.name, f.reason) for f in table.floats if f.bytes > 30] == [("table", "its gradients are sparse")]
+
+
+class _Shifted(nn.Embedding):
+    """As OPT and BART number positions."""
+
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+class _Scaled(nn.Embedding):
+    """As Gemma's words."""
+
+    def forward(self, x):
+        return super().forward(x) * self.embedding_dim**0.5
+
+
+class _Masked(nn.Embedding):
+    """By a function of the weight."""
+
+    def forward(self, x, mask=None):
+        return F.embedding(x, self.weight, self.padding_idx)
+
+
+class _Net(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.head = table(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1))
+
+
+@pytest.mark.parametrize("table", [_Shifted, _Scaled, _Masked])
+def test_a_table_with_a_forward_of_its_own_is_quantized(table, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return _Net(table).eval()
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    torch.manual_seed(1)
+    batch = torch.randint(0, 10, (4, 5)), torch.arange(4) % 3
+    check_quantized(build, batch, loss, tmp_path)
+    found = check_traces(build().double(), batch, loss, exact=("head",))
+    assert {s.name for s in found} == {"table.weight", "head.weight", "head.input"}

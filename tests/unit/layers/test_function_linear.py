@@ -23,9 +23,35 @@ def _timm(module: str, name: str, **options: Any) -> nn.Module:
     return made(**sizes, mlp_ratio=1, head_init_scale=10.0, **options)
 
 
+def _swin_v2_of_timm() -> nn.Module:
+    made = pytest.importorskip("timm.models.swin_transformer_v2").SwinTransformerV2
+    net = made(img_size=8, patch_size=2, num_classes=3, embed_dim=8, depths=(1, 1), num_heads=(2, 2), window_size=2)
+    for module in net.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)  # the branches begin at zero otherwise, and send nothing back
+    return net
+
+
+class _Video(nn.Module):
+    """One block of torchvision's video Swin on images as single frames."""
+
+    def __init__(self) -> None:
+        from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.attention = ShiftedWindowAttention3d(8, [1, 2, 2], [0, 0, 0], 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.attention(self.stem(x).permute(0, 2, 3, 1)[:, None])
+        return self.head(h.mean((1, 2, 3)))
+
+
 NETS = {
     "swin": _swin,
     "swin_v2": lambda: _swin(block=SwinTransformerBlockV2),
+    "swin_v2_timm": _swin_v2_of_timm,
+    "video": _Video,
     "beit": lambda: _timm("beit", "Beit"),
     "eva02": lambda: _timm("eva", "Eva", qkv_bias=True, use_rot_pos_emb=False),
 }
