@@ -136,6 +136,7 @@ def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
     assert {r.name: r.trace for r in hawq.sensitivity} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")  # the teacher
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_teacher_that_moves_before_its_use(tmp_path, detached):
     class Moving(Net):
