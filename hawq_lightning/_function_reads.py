@@ -53,10 +53,16 @@ class FunctionReads(TorchDispatchMode):
         self._handles: list[RemovableHandle] = []
         self._reads: dict[bool, set[int]] = {True: set(), False: set()}  # by whether gradients were on
         self._elsewhere: dict[int, list[nn.Module]] = {}
+        self._several: set[StorageWeakRef] = set()
         self.differentiated = False  # a backward pass inside of the run has left a graph of its own
 
+    def given_back(self) -> None:
+        """A loss that moves parameters has just been given them as they were, perhaps in other memory."""
+        for tensor in self._model.parameters():
+            self._know_memory(tensor)
+
     def __enter__(self) -> FunctionReads:
-        several: set[StorageWeakRef] = set()
+        several = self._several
         for tensor in (*self._model.parameters(), *self._model.buffers()):
             if (storage := _storage(tensor)) is not None:
                 (several if storage in self._constant else self._lasting).add(storage)
@@ -104,13 +110,17 @@ class FunctionReads(TorchDispatchMode):
             for reader in recomputed:
                 self._mark(reader)
             for tensor in module._parameters.values():  # its memory may be another one: tensor.data = ...
-                storage = None if tensor is None else _storage(tensor)
-                if storage is not None and storage not in self._lasting and storage not in self._constant:
-                    self._lasting.add(storage)
-                    self._constant[storage] = frozenset({id(tensor)})
+                if tensor is not None:
+                    self._know_memory(tensor)
             self._inside.append((module, keys))
 
         return enter
+
+    def _know_memory(self, tensor: torch.Tensor) -> None:
+        storage = _storage(tensor)
+        if storage is not None and storage not in self._lasting and storage not in self._several:
+            self._lasting.add(storage)  # whatever it was made of: an average of another weight is a weight of its own
+            self._constant[storage] = frozenset({id(tensor)})
 
     def _leave(self, *_: object) -> None:
         if self._inside:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
+from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._loss_graph import shape_only
 from hawq_lightning._site_calls import NOT_CALLED
 from hawq_lightning._site_table import SiteTable
@@ -75,6 +76,9 @@ class _Repeatable:
             for held in self._buffers:
                 held.put_back()
             buffers = [HeldState(_state(self._model, nn.Module.buffers))] if looking else self._buffers
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, FunctionReads):
+                mode.given_back()
         moves = not shape_only() and (looking or self._parameters.written or buffers)  # nearly no loss does
         with (
             self._parameters,

@@ -14,6 +14,8 @@ from hawq_lightning.quantization import quantized_layers
 from tests.trainers import Classifier, fit, hawq, loader, trainer
 
 DECAY = 0.5
+# copies and teachers in the module, which the loss does not train
+pytestmark = pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 
 
 def blend(mine, theirs):

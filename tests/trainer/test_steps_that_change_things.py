@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -134,6 +134,34 @@ def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
     trainer.fit(net, rows())
     expected, _ = run("copy", tmp_path)
     assert {r.name: r.trace for r in hawq.sensitivity} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")  # the teacher
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_teacher_that_moves_before_its_use(tmp_path, detached):
+    class Moving(Net):
+        def training_step(self, batch, i):
+            for t, s in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                t.data = t.data * 0.9 + s.data * 0.1
+            target = self.teacher(batch[0])
+            return F.mse_loss(self.net(batch[0]), target.detach() if detached else target)
+
+    net = Moving("copy")
+    before = [p.clone() for p in net.teacher.parameters()]
+    after: list[bool] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            after.append(all(map(torch.equal, before, pl_module.teacher.parameters())))
+
+    hawq = HAWQ(budget="8x", progress=False, dirpath=tmp_path)
+    trainer = Trainer(
+        max_epochs=1, limit_train_batches=1, callbacks=[hawq, Look()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(net, rows())
+    assert after == [True]
+    assert all(n.startswith("net.") for s in hawq.plan.sites for n in s.layers)
 
 
 def test_gradients_of_what_the_network_makes():

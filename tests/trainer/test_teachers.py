@@ -39,6 +39,7 @@ class EveryParameter(Distilled):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")  # the teacher
 @pytest.mark.parametrize("kind", [Distilled, EveryParameter])
 def test_a_teacher_with_gradients_stays_as_it_is(tmp_path, kind):
     torch.manual_seed(0)
