@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning import HawqError, Sensitivity, SiteTable, measure
@@ -503,9 +503,16 @@ def _points(case: Case, site: Any) -> tuple[list[torch.Tensor], Any]:
 
 
 def _made_weight(case: Case, module: nn.Module) -> tuple[list[torch.Tensor], Any]:
-    """The weight that a hook makes, one tensor for all calls of the layer."""
+    """The weight that a hook or a parametrization makes, one tensor for all calls of the layer."""
     case.net(case.batch[0])
     leaf = module.weight.detach().clone().requires_grad_()  # type: ignore[operator]
+    if parametrize.is_parametrized(module, "weight"):
+        maker = module.parametrizations["weight"]  # type: ignore[index]
+        maker.__dict__["forward"] = lambda: leaf
+        try:
+            return [leaf], case.net(case.batch[0])
+        finally:
+            del maker.__dict__["forward"]
 
     def put(m: nn.Module, args: object) -> None:
         m.weight = leaf  # type: ignore[assignment]
