@@ -20,6 +20,12 @@ from tests.trainers import CLASSES, FEATURES, Classifier, blobs, hawq, trainer
 BATCHES = 6
 
 
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    """Traces that another test has measured would move nothing here."""
+    monkeypatch.setenv("HAWQ_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
 class Moves:
     """How many moved batches live at a time, at the most, and how often something was moved."""
 
