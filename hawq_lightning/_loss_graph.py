@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+
+from hawq_lightning._batches import parts_of
 
 Result = TypeVar("Result")
 
@@ -96,32 +98,27 @@ def nodes_of(tensor: torch.Tensor) -> list[Node]:
     return [edge_of(t).node for t in bases if t.requires_grad]
 
 
-class LossGraph:
-    """The graph behind what a model returns.
+def graph_behind(result: object) -> set[Node]:
+    """All nodes of the graph behind a loss, or behind any nesting of outputs; none where no graph was made."""
+    return set(walk(n for t in tensors_of(result) for n in nodes_of(t)))
+
+
+def walk(start: Iterable[Node | None], ends: Collection[Node] = ()) -> Iterator[Node]:
+    """Nodes from which data flows into some, themselves included, each once.
 
     Args:
-        result: a loss, or any nesting of outputs.
-
-    Attributes:
-        nodes: in the graph.
-        known: whether there is any graph.
+        start: where to begin; leaves and constants have no node.
+        ends: nodes that are given, and not passed.
     """
-
-    def __init__(self, result: object) -> None:
-        self.nodes = behind(n for t in tensors_of(result) for n in nodes_of(t))
-        self.known = bool(self.nodes)
-
-
-def behind(start: Iterable[Node]) -> set[Node]:
-    """All nodes from which data flows into some, themselves included."""
     seen: set[Node] = set()
     stack = list(start)
     while stack:
         node = stack.pop()
-        if node not in seen:
+        if node is not None and node not in seen:
             seen.add(node)
-            stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return seen
+            yield node
+            if node not in ends:
+                stack += [parent for parent, _ in node.next_functions]
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:
@@ -134,12 +131,5 @@ def _tensors(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
         yield value
     elif id(value) not in seen:
         seen.add(id(value))
-        parts: Iterable[object] = ()
-        if isinstance(value, Mapping):
-            parts = value.values()
-        elif isinstance(value, (list, tuple, set)):
-            parts = value
-        elif is_dataclass(value) and not isinstance(value, type):
-            parts = [getattr(value, f.name) for f in fields(value)]
-        for part in parts:
+        for part in value if isinstance(value, set) else parts_of(value):
             yield from _tensors(part, seen)

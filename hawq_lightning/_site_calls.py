@@ -14,7 +14,7 @@ from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._fused import fused_transformers_off
-from hawq_lightning._loss_graph import LossGraph, Trained, behind, graph_alone, nodes_of, tensors_of, trainable
+from hawq_lightning._loss_graph import Trained, graph_alone, graph_behind, nodes_of, tensors_of, trainable, walk
 from hawq_lightning._product_counter import ProductCounter
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.layers import WeightReader
@@ -131,7 +131,7 @@ class SiteCalls:
         """
         calls, outputs, result, counter = graph_alone(lambda: self._record(run, named))
         self._passes += 1
-        graph = LossGraph(result)
+        graph = graph_behind(result)
         mine = [c for c in calls if c.layer in self.layers]
         chosen = self._of_network(graph, mine, outputs)
         before = self.found
@@ -226,7 +226,7 @@ class SiteCalls:
                 handles.append(module.register_forward_hook(leave, always_call=True))
         return handles
 
-    def _of_network(self, graph: LossGraph, calls: Sequence[_Call], outputs: Sequence[_Output]) -> list[_Call]:
+    def _of_network(self, graph: set[Node], calls: Sequence[_Call], outputs: Sequence[_Output]) -> list[_Call]:
         """The calls by which layers are part of the network, in order."""
         reached = [c for c in calls if self._reached(graph, c)]
         if not reached:  # no graph tells anything: whatever ran with gradients, or else whatever ran
@@ -246,10 +246,10 @@ class SiteCalls:
         chosen = {id(c) for live in names.values() for c in live} or {id(c) for c in reached}
         return [c for c in calls if id(c) in chosen]
 
-    def _reached(self, graph: LossGraph, call: _Call) -> bool:
-        return call.with_gradients and not graph.nodes.isdisjoint(call.nodes)
+    def _reached(self, graph: set[Node], call: _Call) -> bool:
+        return call.with_gradients and not graph.isdisjoint(call.nodes)
 
-    def _why(self, graph: LossGraph, calls: Sequence[_Call]) -> str:
+    def _why(self, graph: set[Node], calls: Sequence[_Call]) -> str:
         if not any(c.with_gradients for c in calls):
             return WITHOUT_GRADIENTS
         return FROZEN if any(self._reached(graph, c) for c in calls) else NO_GRADIENT
@@ -264,16 +264,15 @@ class _Frozen:
     """
 
     def __init__(self, trained: Sequence[_Call], outputs: Sequence[_Output]) -> None:
-        self._before = behind(n for c in trained for n in c.sources)
+        self._before = set(walk(n for c in trained for n in c.sources))
         nodes_of_trained = {n for c in trained for n in c.nodes}
         together = {number for c in trained for number in c.inside}
         self._joint: set[Node] = set()
         alone: set[Node] = set()
-        for output in reversed(
-            outputs
-        ):  # outer calls end last, and what is behind them holds what is behind inner ones
+        # outer calls end last, and what is behind them holds what is behind inner ones
+        for output in reversed(outputs):
             if output.number in together and not any(n in self._joint or n in alone for n in output.nodes):
-                nodes = behind(output.nodes)
+                nodes = set(walk(output.nodes))
                 (alone if nodes.isdisjoint(nodes_of_trained) else self._joint).update(nodes)
 
     def needed(self, calls: Sequence[_Call], live: Sequence[_Call]) -> bool:

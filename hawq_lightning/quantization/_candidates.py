@@ -15,7 +15,7 @@ from hawq_lightning._batches import batch_images, plain_tensor
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
 from hawq_lightning._errors import HawqError, choice, nearest
-from hawq_lightning._loss_graph import LossGraph, graph_alone, nodes_of
+from hawq_lightning._loss_graph import graph_alone, graph_behind, nodes_of
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
@@ -219,9 +219,9 @@ class _Runs:
         with progress_bar(what, len(self.batches), self._progress) as advance:
             for b, batch in enumerate(self.batches):
                 seen, loss = graph_alone(lambda: self._one(batch, visitor(b)))  # noqa: B023
-                graph = LossGraph(loss)
+                graph = graph_behind(loss)
                 for nodes, tell in seen:
-                    tell(not graph.known or not graph.nodes.isdisjoint(nodes))
+                    tell(not graph or not graph.isdisjoint(nodes))
                 advance(b + 1)
 
     def _one(self, batch: Batch, look: _Look) -> tuple[list[tuple[list[Node], Callable[[bool], None]]], torch.Tensor]:

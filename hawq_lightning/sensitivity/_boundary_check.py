@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import Node
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import walk
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
 from hawq_lightning.sensitivity._double_backward import gradients_of, loss_gradient, rademacher
 from hawq_lightning.sensitivity._estimator import Pilot
@@ -75,16 +76,4 @@ def _read_last(forward: ForwardPass) -> set[str]:
     """Weight sites that the loss follows from with no other one in between."""
     assert forward.loss is not None
     site_of: dict[Node, str] = {n: s for s, nodes in forward.network.output_nodes().items() for n in nodes}
-    stack: list[Node | None] = [forward.loss.grad_fn]
-    visited: set[Node] = set()
-    last = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if node in site_of:
-            last.add(site_of[node])
-            continue
-        stack += [parent for parent, _ in node.next_functions]
-    return last
+    return {site_of[n] for n in walk([forward.loss.grad_fn], site_of) if n in site_of}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._batches import plain_tensor
-from hawq_lightning._loss_graph import LossGraph, edge_of
+from hawq_lightning._loss_graph import edge_of, graph_behind
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -114,7 +114,7 @@ class GradCapture:
 
     def keep_reached(self, loss: torch.Tensor) -> None:
         """Forget reads that the loss's gradient does not come by: of teachers, targets and pseudo-labels."""
-        nodes = LossGraph(loss).nodes
+        nodes = graph_behind(loss)
         for site, calls in [*self._reads.items()]:
             calls[:] = [c for c in calls if c.node in nodes]
             if not calls:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import Node
 
+from hawq_lightning._loss_graph import walk
 from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
 from hawq_lightning.sensitivity._double_backward import GradGraph, Sampler, gaussian, gradients_of
@@ -154,26 +155,12 @@ def _in_series(gradients: GradGraph) -> list[str]:
 
 def _once_only(gradients: list[torch.Tensor]) -> str:
     """The name of a node that stands for a missing second derivative, or nothing."""
-    stack = [g.grad_fn for g in gradients if g.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
+    for node in walk(g.grad_fn for g in gradients):
         if node.name().rpartition("::")[2] in ("Error", "NotImplemented"):
             return "once_differentiable" if node.name().endswith("Error") else "not implemented"
-        new = {p for p, _ in node.next_functions if p is not None} - seen
-        seen |= new
-        stack += new
     return ""
 
 
 def _reaches(start: Node, goals: set[Node]) -> bool:
     """Whether the graph behind ``start`` holds one of ``goals``."""
-    stack, seen = [start], {start}
-    while stack:
-        for parent, _ in stack.pop().next_functions:
-            if parent in goals:
-                return True
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return False
+    return any(node in goals for node in walk([start]))

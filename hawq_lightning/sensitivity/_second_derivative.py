@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._loss_graph import walk
 from hawq_lightning._types import FunctionInputs, Options
 
 _NOT_IMPLEMENTED = re.compile(r"derivative for (?:aten::)?_*(\w+?)(?:_backward\w*)? is not implemented")
@@ -82,18 +83,9 @@ def own_functions(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> list[typ
 
 
 def nodes_between(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> list[Node]:
-    """Nodes of the graph from the loss to ``edges``."""
-    stack: list[Node | None] = [loss.grad_fn]
-    visited: set[Node] = {e.node for e in edges}
-    between: list[Node] = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        between.append(node)
-        stack += [parent for parent, _ in node.next_functions]
-    return between
+    """Nodes of the graph from the loss to ``edges``, without these."""
+    ends = {e.node for e in edges}
+    return [n for n in walk([loss.grad_fn], ends) if n not in ends]
 
 
 @contextmanager

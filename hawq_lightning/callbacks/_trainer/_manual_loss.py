@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from hawq_lightning._loss_graph import walk
 from hawq_lightning._types import FunctionInputs, Options
 
 
@@ -91,15 +91,5 @@ def manual_backward(module: nn.Module) -> Iterator[None]:
 
 def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
     """Leaves that need gradients, on the way back from a loss."""
-    leaves: dict[int, torch.Tensor] = {}
-    stack: list[Node | None] = [loss.grad_fn]
-    seen: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
-            leaves[id(leaf)] = leaf
-        stack += [parent for parent, _ in node.next_functions]
-    return list(leaves.values())
+    found = (getattr(node, "variable", None) for node in walk([loss.grad_fn]))
+    return list({id(leaf): leaf for leaf in found if isinstance(leaf, torch.Tensor)}.values())
