@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._site_table import FloatPart, FloatTensor
-from hawq_lightning.layers import FakeQuantLayer, WeightReader, find_kind
+from hawq_lightning.layers import FakeQuantLayer, WeightReader, find_kind, quantizer_parts
 
 Owned = set[tuple[int, str]]
 """Id of a module and name of a parameter of its own, for each weight whose codes are stored."""
@@ -62,16 +62,11 @@ def float_tensors(
         floats: modules that stay float, and why.
     """
     owned = {(id(holder), name) for holder, name in (w.holder for w in weights)}
-    quantizers = {
-        id(q)
-        for m in model.modules() if isinstance(m, FakeQuantLayer)
-        for n, child in m.named_children() if n.endswith("_quantizer")
-        for q in child.modules()
-    }  # fmt: skip
+    quantizers = quantizer_parts(model)
     reasons = {f.name: f.reason for f in floats}
     modules = {plain(n): m for n, m in model.named_modules(remove_duplicate=False)}
     out = []
-    for keys, value in rest_of(model, owned, lambda m: id(m) in quantizers):
+    for keys, value in rest_of(model, owned, quantizers.__contains__):
         if isinstance(value, torch.Tensor) and not isinstance(value, _LAZY):
             holder = keys[0].rpartition(".")[0]
             reason = _reason(holder, modules, value, reasons)

@@ -26,11 +26,11 @@ from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
-    FakeQuantLayer,
     WeightReader,
     find_kind,
     kind_of,
     layer_type,
+    quantizers_by_attribute,
     readers_of,
     type_names,
     why_float,
@@ -77,8 +77,7 @@ def quantizable_layers(
             floats += _beside_weights(name, module, readers.values())
             if isinstance(made := module._modules.get("parametrizations"), nn.Module):
                 held |= set(made.modules())  # what the weight is computed from
-            if isinstance(module, FakeQuantLayer):  # a user's own module may be called so as well
-                held |= {m for n, q in module.named_children() if n.endswith("_quantizer") for m in q.modules()}
+            held |= {m for q in quantizers_by_attribute(module).values() for m in q.modules()}
         elif parameters:
             size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
             floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))

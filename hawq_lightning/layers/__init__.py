@@ -14,6 +14,8 @@ from hawq_lightning.layers._fake_quant import (
     layer_type,
     must_be_called,
     quantizer_attribute,
+    quantizer_parts,
+    quantizers_by_attribute,
 )
 from hawq_lightning.layers._float_modules import ATTENTION, RECURRENT, why_float
 from hawq_lightning.layers._function_linear import FunctionLinearKind
@@ -79,6 +81,8 @@ __all__ = [
     "layer_type",
     "must_be_called",
     "quantizer_attribute",
+    "quantizer_parts",
+    "quantizers_by_attribute",
     "readers_of",
     "recompute_in_backward",
     "recorded",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ
+from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ, quantizers_by_attribute
 from hawq_lightning.layers._kind import WeightRead, register_layer
 from hawq_lightning.layers._linear import MatrixGradients
 from hawq_lightning.layers._products import InnerProductsKind, is_recorded, recorded, visited
@@ -41,7 +41,7 @@ class QMultiheadAttention(FakeQuantLayer[WeightQ, ActivationQ], nn.MultiheadAtte
 
     def forward(self, *args: Any, **kwargs: Any) -> Output:
         """As ``nn.MultiheadAttention``; its fused kernels only while every quantizer is off."""
-        if not any(map(_is_on, _quantizers(self))):
+        if not any(map(_is_on, quantizers_by_attribute(self).values())):
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
         return _attend(self, *args, **kwargs)
 
@@ -73,10 +73,6 @@ class AttentionKind(InnerProductsKind, MatrixGradients):
 
 def _of(module: nn.Module) -> nn.MultiheadAttention:
     return cast(nn.MultiheadAttention, module)
-
-
-def _quantizers(module: nn.Module) -> list[Any]:
-    return [q for name, q in module._modules.items() if name.endswith("_quantizer")]
 
 
 def _is_on(quantizer: Any) -> bool:

@@ -95,6 +95,17 @@ def input_quantizer_attribute(parameter: str) -> str:
     return "input_quantizer" if parameter == "weight" else f"{parameter.replace('.', '_')}_input_quantizer"
 
 
+def quantizers_by_attribute(layer: nn.Module) -> dict[str, nn.Module]:
+    """What a fake-quant layer holds as its quantizers; nothing of other modules, which may have children so called."""
+    held = layer._modules.items() if isinstance(layer, FakeQuantLayer) else ()
+    return {name: child for name, child in held if child is not None and name.endswith("_quantizer")}
+
+
+def quantizer_parts(model: nn.Module) -> set[nn.Module]:
+    """The quantizers of all fake-quant layers of a model, with the modules in them."""
+    return {m for layer in model.modules() for q in quantizers_by_attribute(layer).values() for m in q.modules()}
+
+
 def must_be_called(module: nn.Module, args: object) -> None:
     """A hook that does nothing: a module that has one is called, not read past, as fused Transformer layers do."""
 

@@ -19,7 +19,7 @@ from hawq_lightning._batches import parts_of
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
-from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.layers import quantizers_by_attribute
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._first_loss import check_first_loss
 from hawq_lightning.sensitivity._loss_signature import loss_signature
@@ -161,11 +161,9 @@ def fingerprint(
 def _idle_quantizers(model: nn.Module) -> Iterator[str]:
     # a fake-quant layer whose quantizers are off has the traces of the float layer, whichever quantizers it holds
     for name, layer in model.named_modules():
-        if isinstance(layer, FakeQuantLayer):
-            for key in [k for k in layer._modules if k.endswith("_quantizer")]:
-                quantizer = getattr(layer, key)
-                if not quantizer.bits or quantizer.fake_quant_disabled:
-                    yield f"{name}.{key}." if name else f"{key}."
+        for key, quantizer in quantizers_by_attribute(layer).items():
+            if not quantizer.bits or quantizer.fake_quant_disabled:
+                yield f"{name}.{key}." if name else f"{key}."
 
 
 def _hash_tensors(batch: Batch, digest: hashlib._Hash, around: tuple[int, ...] = ()) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
-from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes
 from hawq_lightning.sensitivity._held_state import put_back_at_end
@@ -123,10 +123,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
 
 def _without_quantizers(model: nn.Module) -> list[nn.Module]:
     """Modules of a model but for quantizers, which look after themselves."""
-    quantizers = {
-        q for layer in model.modules() if isinstance(layer, FakeQuantLayer)
-        for name, child in layer.named_children() if name.endswith("_quantizer") for q in child.modules()
-    }  # fmt: skip
+    quantizers = quantizer_parts(model)
     return [m for m in model.modules() if m not in quantizers]
 
 

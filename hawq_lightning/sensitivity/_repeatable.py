@@ -17,7 +17,7 @@ from hawq_lightning._loss_graph import shape_only
 from hawq_lightning._site_calls import NOT_CALLED
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._fixed_draws import FixedDraws
 from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
 
@@ -154,11 +154,7 @@ class _Saved:
 
 
 def _state(model: nn.Module, tensors: Callable[..., Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:
-    quantizers = {
-        id(q) for layer in model.modules() if isinstance(layer, FakeQuantLayer)
-        for name, child in layer._modules.items() if child is not None and name.endswith("_quantizer")
-        for q in child.modules()
-    }  # fmt: skip
+    quantizers = quantizer_parts(model)
     for module in model.modules():
-        if id(module) not in quantizers:
+        if module not in quantizers:
             yield from tensors(module, recurse=False)
