@@ -1,4 +1,4 @@
-"""The one error users see for bad input, and the "did you mean" that goes with it."""
+"""The one error users see for bad input, the "did you mean" that goes with it, and how many names are listed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """
     close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.4)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def some(names: Sequence[str], most: int = 3, what: str = "") -> str:
+    """The first names and how many more there are: ``a, b, c and 2 more sites``.
+
+    Args:
+        names: all of them.
+        most: that are named.
+        what: they are, for those that are not named.
+    """
+    more = f" and {len(names) - most} more {what}".rstrip() if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 Name = TypeVar("Name", bound=str)

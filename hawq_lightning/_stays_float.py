@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hawq_lightning._errors import some
 from hawq_lightning._shares import percent
 from hawq_lightning._site_table import SiteTable
 
 MUCH = 0.1  # of the bytes of weights, or of the multiply-accumulates
-_NAMED = 3
 
 
 def stays_float(table: SiteTable) -> str:
@@ -34,9 +34,8 @@ def _part(floats: Sequence[tuple[str, int, str]], quantized: int, what: str, tex
     if rest <= MUCH * (rest + quantized):
         return []
     largest = sorted((f for f in floats if f[1]), key=lambda f: -f[1])
-    named = ", ".join(f"{name} ({text(count)}; {reason})" for name, count, reason in largest[:_NAMED])
-    more = f" and {len(largest) - _NAMED} more" if len(largest) > _NAMED else ""
-    return [f"{percent(rest / (rest + quantized))} of the {what}, in {named}{more}"]
+    named = some([f"{name} ({text(count)}; {reason})" for name, count, reason in largest])
+    return [f"{percent(rest / (rest + quantized))} of the {what}, in {named}"]
 
 
 def size(count: int) -> str:

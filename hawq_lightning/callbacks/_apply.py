@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import Patterns
 from hawq_lightning._types import Batch, StateDict
@@ -192,8 +192,7 @@ class ApplyPlan(Callback):
         planned = {name for s in plan.sites for name in s.layers}
         left = [name for name in quantized_layers(pl_module) if name not in planned]
         if left and plan is self.given_plan:
-            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-            rank_zero_warn(f"HAWQ: the plan says nothing of {', '.join(left[:4])}{more}: they stay float.")
+            rank_zero_warn(f"HAWQ: the plan says nothing of {some(left, 4)}: they stay float.")
         sync_averages(trainer, pl_module)
         if names := scores_begin_anew(trainer):
             rank_zero_info(

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from hawq_lightning._errors import some
 from hawq_lightning.callbacks._trainer import is_sharded
 from hawq_lightning.quantization import quantized_layers
 
@@ -19,8 +20,8 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
     if is_sharded(trainer):
         return
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    added: list[str] = []
-    alone: list[str] = []
+    added: dict[str, None] = {}  # in order, each layer once
+    alone: dict[str, None] = {}
     for name, layer in quantized_layers(pl_module).items():
         mine = {id(p) for p in layer.module.parameters()}
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
@@ -35,17 +36,17 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
                 if group is not None:
                     group["params"].append(step)
                     held.add(id(step))
-                    added.append(name)
+                    added[name] = None
                 elif layer.weight.requires_grad and not mine.isdisjoint(held):
-                    alone.append(name)
+                    alone[name] = None
     if added:
         rank_zero_info(
-            f"HAWQ: no optimizer held the learned steps of {_some(added)}: they were added to the group that holds the "
+            f"HAWQ: no optimizer held the learned steps of {some([*added])}: they were added to the group that holds the "
             "layer."
         )
     if alone:
         rank_zero_warn(
-            f"HAWQ: no optimizer holds the learned steps of {_some(alone)}, so they stay as they are: make the "
+            f"HAWQ: no optimizer holds the learned steps of {some([*alone])}, so they stay as they are: make the "
             "optimizer in configure_optimizers, from self.parameters()."
         )
 
@@ -60,11 +61,6 @@ def warn_made_anew(trainer: Trainer, pl_module: LightningModule) -> None:
     new = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in ids and p.shape in gone]
     if new:
         rank_zero_warn(
-            f"HAWQ: {_some(new)} {'is' if len(new) == 1 else 'are'} in no optimizer, which hold parameters of the same "
+            f"HAWQ: {some(new)} {'is' if len(new) == 1 else 'are'} in no optimizer, which hold parameters of the same "
             "shape that the module has no more: what is made anew after configure_optimizers is not trained."
         )
-
-
-def _some(names: list[str]) -> str:
-    names = [*dict.fromkeys(names)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

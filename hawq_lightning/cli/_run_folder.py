@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._io import write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.cli._records import MANIFEST_FORMAT, read_manifest, read_record, sealed_text
@@ -97,9 +97,8 @@ class RunFolder:
     def refuse_strangers(self) -> None:
         """Raise HawqError rather than write over what no run made."""
         if strangers := self.strangers():
-            more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             raise HawqError(
-                f"{self.folder} holds {', '.join(strangers[:3])}{more}, which no run of hawq-lightning made: "
+                f"{self.folder} holds {some(strangers)}, which no run of hawq-lightning made: "
                 "move it, or choose another folder (hydra.run.dir=/path)."
             )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._sites import READ_BY_FUNCTION
 from hawq_lightning._types import Batch
@@ -60,18 +58,18 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
     read = [n for n in functions.layers() if n not in penalised]
     if read and not context.table.traced:
         raise HawqError(
-            f"A function reads the weight of {_some(read)} as well, past any quantizer: leave such layers out "
+            f"A function reads the weight of {some(read)} as well, past any quantizer: leave such layers out "
             "(exclude=), or let a forward pass find the sites (hawq_lightning.sites(model, batch))."
         )
     context.diagnostics.differentiates = functions.differentiated and bool(penalised)
     if penalised and not context.diagnostics.differentiates:
         warn_once(
-            f"The loss reads the weights of {_some(penalised)} outside of their layers (a penalty on weights?); the "
+            f"The loss reads the weights of {some(penalised)} outside of their layers (a penalty on weights?); the "
             f"curvature from there is not counted{_BUT}."
         )
     if read:
         warn_once(
-            f"A function reads the weight of {_some(read)} as well: that use stays float, and is not counted in the "
+            f"A function reads the weight of {some(read)} as well: that use stays float, and is not counted in the "
             f"trace{_BUT}."
         )
     for name, modules in functions.elsewhere().items():
@@ -87,10 +85,6 @@ def note_float_layers(context: MeasureContext) -> None:
     """Say which layers stay float because a function reads their weights."""
     if names := [f.name for f in context.table.floats if f.reason == READ_BY_FUNCTION]:
         context.diagnostics.warn_once(
-            f"{_some(names)} stay{'s' if len(names) == 1 else ''} float: a function reads the weight as well, past any "
+            f"{some(names)} stay{'s' if len(names) == 1 else ''} float: a function reads the weight as well, past any "
             "quantizer."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

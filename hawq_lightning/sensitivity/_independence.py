@@ -8,7 +8,7 @@ from itertools import combinations, islice
 
 import torch
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass, outputs_of
@@ -77,8 +77,8 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int, onc
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
-        names = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more sites" if len(shared) > 3 else "")
-        warn_once(f"At {names} the images of a batch cannot be told apart: traces there are those of whole batches.")
+        at = some(shared, what="sites")
+        warn_once(f"At {at} the images of a batch cannot be told apart: traces there are those of whole batches.")
     return {s.name: not leaks.get(s.name, True) for s in context.table}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import Node
 
+from hawq_lightning._errors import some
 from hawq_lightning._loss_graph import walk
 from hawq_lightning.layers import WeightReader, as_reader
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext
@@ -92,7 +93,7 @@ def _weight_is_tried(reader: WeightReader) -> bool:
 def layer_names(context: MeasureContext, sites: Collection[str], most: int = 4) -> str:
     """The layers of some sites, for a sentence; the first ``most`` of them by name."""
     layers = [x.name for x in context.table.layers if x.weight in sites or x.activation in sites]
-    return ", ".join(layers[:most]) + (f" and {len(layers) - most} more layers" if len(layers) > most else "")
+    return some(layers, most, "layers")
 
 
 def _alone(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
 
@@ -51,12 +51,11 @@ def guarded_mean_traces(sensitivity: Sensitivity) -> tuple[dict[str, float], tup
 
 def _sentence(kind: str, floored: Sequence[SiteTrace], of: int, values: Sequence[float]) -> str:
     """About sites of one kind that are taken for more sensitive than their traces say."""
-    sites = [f"{r.name} {r.trace:.2g} with standard error {r.stderr:.2g}" for r in floored[:_NAMED]]
-    more = f" and {len(floored) - _NAMED} more" if len(floored) > _NAMED else ""
+    sites = some([f"{r.name} {r.trace:.2g} with standard error {r.stderr:.2g}" for r in floored], _NAMED)
     low, high = f"{min(values):.2g}", f"{max(values):.2g}"
     return (
         f"{len(floored)} of {of} {kind} traces {'is' if len(floored) == 1 else 'are'} not significantly positive "
-        f"({', '.join(sites)}{more}): bits are chosen there as if the mean trace were {low}"
+        f"({sites}): bits are chosen there as if the mean trace were {low}"
         f"{'' if low == high else f' to {high}'}."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hawq_lightning._config import MeasureConfig
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._context import Diagnostics
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
@@ -98,5 +98,4 @@ def check_curvature(records: Sequence[SiteTrace], diagnostics: Diagnostics) -> N
             "0 or 1), linear, forbids a second derivative, or does not depend on the layers."
         )
     if flat:
-        names = ", ".join(flat[:3]) + (f" and {len(flat) - 3} more" if len(flat) > 3 else "")
-        diagnostics.warn_once(f"The loss has zero curvature at {names}.")
+        diagnostics.warn_once(f"The loss has zero curvature at {some(flat)}.")
