@@ -14,13 +14,12 @@ from hawq_lightning.callbacks._measure import MeasureTraces
 from hawq_lightning.callbacks._mixed_training import MixedTraining
 from hawq_lightning.callbacks._post_training import PostTraining
 from hawq_lightning.callbacks._trainer import (
-    draw_batches,
     in_middle_of_epoch,
     loss_from_training_step,
-    onto_device,
     refuse_sharded,
     runs_script_again,
     shows_progress,
+    train_batches,
 )
 from hawq_lightning.callbacks.fault_tolerance import AtomicCheckpointIO
 
@@ -36,14 +35,13 @@ __all__ = [
     "MeasureTraces",
     "MixedTraining",
     "PostTraining",
-    "draw_batches",
     "in_middle_of_epoch",
     "load_from_checkpoint",
     "loss_from_training_step",
-    "onto_device",
     "preview",
     "refuse_sharded",
     "runs_script_again",
     "shows_progress",
+    "train_batches",
     "weights_hash",
 ]

@@ -24,13 +24,12 @@ from hawq_lightning.callbacks._results import HasResults, Results, there
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
     check_namespace,
-    draw_batches,
     is_sharded,
     loss_from_training_step,
-    onto_device,
     refuse_sharded,
     shard_of,
     shows_progress,
+    train_batches,
     trained_by,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
@@ -44,7 +43,7 @@ from hawq_lightning.selection import (
     select,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import OnDevice, Sensitivity, guarded_mean_traces, measure, top_eigenvalues
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
 
 
 class MeasureTraces(HasResults, Callback):
@@ -135,7 +134,7 @@ class MeasureTraces(HasResults, Callback):
                 fake_quant_disabled(pl_module),
                 loss_from_training_step(trainer, pl_module, self.measure.loss_fn, check) as loss_fn,
             ):
-                batches = self._batches(trainer, pl_module, 1)
+                batches = train_batches(trainer, pl_module, self.measure, 1)
                 self._check_types(pl_module, batches[0], loss_fn)
                 trained = trained_by(trainer, pl_module)
                 table, _ = preview(
@@ -154,7 +153,7 @@ class MeasureTraces(HasResults, Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):
-            batches = self._batches(trainer, pl_module, config.images)
+            batches = train_batches(trainer, pl_module, config, config.images)
             self._check_types(pl_module, batches[0], loss_fn)
             table, nominal = preview(
                 self.quantizer, self.select, pl_module, batches[0], loss_fn, later=batches[1:],
@@ -201,12 +200,6 @@ class MeasureTraces(HasResults, Callback):
                     write_text(folder / "loss_check.csv", _csv(losses))
         announce(trainer, sensitivity, plan)
         return plan
-
-    def _batches(self, trainer: Trainer, pl_module: LightningModule, images: int) -> OnDevice:
-        """The Trainer's own batches."""
-        config = self.measure
-        drawn = draw_batches(trainer, images, config.seed, config.samples)
-        return onto_device(trainer, pl_module, drawn, config.samples)
 
     def _check_types(self, pl_module: LightningModule, batch: Batch, loss_fn: LossFn) -> None:
         """Once: quantizers change nothing in what code asks of types."""

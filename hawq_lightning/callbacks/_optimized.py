@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from hawq_lightning._errors import some
-from hawq_lightning.callbacks._trainer import is_sharded
+from hawq_lightning.callbacks._trainer import is_sharded, optimized
 from hawq_lightning.quantization import quantized_layers
 
 
@@ -19,7 +19,7 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
     """
     if is_sharded(trainer):
         return
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in optimized(trainer)}
     added: dict[str, None] = {}  # in order, each layer once
     alone: dict[str, None] = {}
     for name, layer in quantized_layers(pl_module).items():
@@ -41,8 +41,8 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
                     alone[name] = None
     if added:
         rank_zero_info(
-            f"HAWQ: no optimizer held the learned steps of {some([*added])}: they were added to the group that holds the "
-            "layer."
+            f"HAWQ: no optimizer held the learned steps of {some([*added])}: they were added to the group that holds "
+            "the layer."
         )
     if alone:
         rank_zero_warn(
@@ -55,7 +55,7 @@ def warn_made_anew(trainer: Trainer, pl_module: LightningModule) -> None:
     """Warn where optimizers hold parameters that the module has no more, and the new ones are in none."""
     if is_sharded(trainer):
         return
-    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = optimized(trainer)
     present, ids = {id(p) for p in pl_module.parameters()}, {id(p) for p in held}
     gone = {p.shape for p in held if id(p) not in present and isinstance(p, nn.Parameter)}
     new = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in ids and p.shape in gone]

@@ -15,12 +15,11 @@ from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks._apply import quantizing_callback
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
-    draw_batches,
     is_sharded,
     loss_from_training_step,
-    onto_device,
     shows_progress,
     sync_averages,
+    train_batches,
 )
 from hawq_lightning.quantization import enabled_bits, quantizers
 from hawq_lightning.quantization.post_training import METHODS, check_methods, post_training
@@ -87,9 +86,7 @@ class PostTraining(Companion):
         callback = quantizing_callback(trainer)
         config = self.measure or (MeasureConfig() if callback is None else callback.measure_config)
         with loss_from_training_step(trainer, pl_module, config.loss_fn) as forward:
-            batches = onto_device(
-                trainer, pl_module, draw_batches(trainer, config.images, config.seed, config.samples), config.samples
-            )
+            batches = train_batches(trainer, pl_module, config, config.images)
             show = (callback is None or callback.progress) and shows_progress(trainer)
             self.improved = post_training(pl_module, batches, self.methods, forward=forward, progress=show)
         if trainer.world_size > 1:  # one processor's rounding may differ from another's

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from hawq_lightning.callbacks import HAWQ, draw_batches, loss_from_training_step, onto_device, shows_progress
+from hawq_lightning.callbacks import HAWQ, loss_from_training_step, shows_progress, train_batches
 from hawq_lightning.quantization import fake_quant_disabled
 
 _IMAGES = 64
@@ -34,8 +34,7 @@ class PaperFigures(pl.Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn) as loss_fn,
         ):
-            drawn = draw_batches(trainer, min(_IMAGES, config.images), config.seed, config.samples)
-            batches = onto_device(trainer, pl_module, drawn, config.samples)
+            batches = train_batches(trainer, pl_module, config, min(_IMAGES, config.images))
             paper_figures(
                 self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
                 seed=config.seed, progress=shows_progress(trainer),

@@ -3,7 +3,7 @@
 Tested with lightning 2.6; every private name that the package uses is used here.
 """
 
-from hawq_lightning.callbacks._trainer._data import draw_batches, onto_device
+from hawq_lightning.callbacks._trainer._data import train_batches
 from hawq_lightning.callbacks._trainer._patched_step import (
     StepOutput,
     float_copy,
@@ -25,6 +25,7 @@ from hawq_lightning.callbacks._trainer._trainer import (
     insert_after,
     is_sharded,
     move_to_front,
+    optimized,
     refuse_sharded,
     renew_train_iterator,
     rerun_setup,
@@ -46,7 +47,6 @@ __all__ = [
     "at_epoch_end",
     "builds_later",
     "check_namespace",
-    "draw_batches",
     "float_copy",
     "gathered",
     "has_parent",
@@ -56,7 +56,7 @@ __all__ = [
     "loss_from_training_step",
     "loss_of",
     "move_to_front",
-    "onto_device",
+    "optimized",
     "patch_training_step",
     "refuse_sharded",
     "renew_train_iterator",
@@ -69,6 +69,7 @@ __all__ = [
     "shows_progress",
     "signal_handlers",
     "sync_averages",
+    "train_batches",
     "train_loaders",
     "trained_by",
     "with_loss",

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from hawq_lightning._batches import batch_images
+from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, to_device
@@ -25,7 +25,7 @@ Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
 
-def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn = batch_images) -> list[Batch]:
+def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn) -> list[Batch]:
     """The first ``images`` images that the Trainer's own train data would give, in the user's batches.
 
     Transforms, sampler and collate function are the user's; loaders, generators, workers and random states stay
@@ -143,8 +143,21 @@ def _until(stream: Iterator[Batch], images: int, size_of: BatchSizeFn) -> list[B
     return out
 
 
+def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int) -> OnDevice:
+    """The Trainer's own train data as :func:`draw_batches` gives them, to be moved as :func:`onto_device` says.
+
+    Args:
+        trainer: whose data are meant.
+        pl_module: its module.
+        config: seed, and how samples are counted.
+        images: at least so many, or all.
+    """
+    drawn = draw_batches(trainer, images, config.seed, config.samples)
+    return onto_device(trainer, pl_module, drawn, config.samples)
+
+
 def onto_device(
-    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn = batch_images
+    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn
 ) -> OnDevice:
     """Batches that the Trainer moves, one at a time, when they are asked for.
 

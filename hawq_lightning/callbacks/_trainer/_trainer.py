@@ -54,10 +54,14 @@ def refuse_sharded(trainer: Trainer) -> None:
         )
 
 
+def optimized(trainer: Trainer) -> list[torch.Tensor]:
+    """What the Trainer's optimizers hold."""
+    return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def trained_by(trainer: Trainer, pl_module: LightningModule) -> Trained:
     """The parameters that the Trainer's optimizers hold; while there are none, those that want gradients."""
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    wanted = trainable(pl_module)
+    held, wanted = {id(p) for p in optimized(trainer)}, trainable(pl_module)
     return Trained(wanted & held or wanted, other_losses=not pl_module.automatic_optimization)
 
 
