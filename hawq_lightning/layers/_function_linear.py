@@ -17,7 +17,7 @@ from hawq_lightning._types import FunctionInputs, Options
 from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ, layer_type
 from hawq_lightning.layers._kind import WeightRead, kind_of, register_layer, weight_of
 from hawq_lightning.layers._linear import MatrixGradients
-from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._products import InnerProductsKind, shown_product
 
 
 class QFunctionLinear(FakeQuantLayer[WeightQ, ActivationQ]):
@@ -43,12 +43,7 @@ class _Linears(TorchFunctionMode):
             given = {**dict(zip(("input", "weight", "bias"), args)), **kwargs}
             weight, bias = given["weight"], given.get("bias")
             if (name := self._names.get(id(weight))) is not None:
-                x = visited(self._module, name, given["input"])
-                if isinstance(self._module, FakeQuantLayer):
-                    y = self._module.quantized_product(F.linear, x, weight, bias, parameter=name)
-                else:
-                    y = F.linear(x, weight, bias)
-                return recorded(self._module, name, x, y)
+                return shown_product(self._module, name, F.linear, given["input"], weight, bias)
         return func(*args, **kwargs)
 
 
@@ -69,12 +64,16 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> object:
 
 
 class _Windows(FunctionLinearKind):
+    """Swin's, in shifted windows of images or of several frames."""
+
     def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
         """Both projections, a scale a row."""
         return {"qkv.weight": WeightRead(0), "proj.weight": WeightRead(0)}
 
 
 class _JoinedBias(FunctionLinearKind):
+    """Whose bias is put together of those of queries and values."""
+
     def weights(self, module: nn.Module) -> Mapping[str, WeightRead]:
         """The packed input projection; the output's is called."""
         return {"qkv.weight": WeightRead(0)}
@@ -86,43 +85,17 @@ class _JoinedBias(FunctionLinearKind):
         return None if joined else "its layers are sites of their own"
 
 
-@register_layer("torchvision_swin_attention")
-class SwinKind(_Windows):
-    """Swin's attention in shifted windows."""
-
-    float_name = "torchvision.models.swin_transformer.ShiftedWindowAttention"
-
-
-@register_layer("torchvision_swin_v2_attention")
-class SwinV2Kind(_Windows):
-    """Swin V2's."""
-
-    float_name = "torchvision.models.swin_transformer.ShiftedWindowAttentionV2"
-
-
-@register_layer("torchvision_video_swin_attention")
-class VideoSwinKind(_Windows):
-    """Swin's attention in shifted windows of several frames."""
-
-    float_name = "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d"
-
-
-@register_layer("timm_swin_v2_attention")
-class TimmSwinV2Kind(_JoinedBias):
-    """Swin V2's in timm."""
-
-    float_name = "timm.models.swin_transformer_v2.WindowAttention"
-
-
-@register_layer("timm_beit_attention")
-class BeitKind(_JoinedBias):
-    """BEiT's."""
-
-    float_name = "timm.models.beit.Attention"
-
-
-@register_layer("timm_eva_attention")
-class EvaKind(_JoinedBias):
-    """EVA-02's."""
-
-    float_name = "timm.models.eva.EvaAttention"
+# they differ in the class that they stand for only
+for _name, _kind, _class in (
+    ("torchvision_swin_attention", _Windows, "torchvision.models.swin_transformer.ShiftedWindowAttention"),
+    ("torchvision_swin_v2_attention", _Windows, "torchvision.models.swin_transformer.ShiftedWindowAttentionV2"),
+    (
+        "torchvision_video_swin_attention",
+        _Windows,
+        "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d",
+    ),
+    ("timm_swin_v2_attention", _JoinedBias, "timm.models.swin_transformer_v2.WindowAttention"),
+    ("timm_beit_attention", _JoinedBias, "timm.models.beit.Attention"),
+    ("timm_eva_attention", _JoinedBias, "timm.models.eva.EvaAttention"),
+):
+    register_layer(_name)(type(f"{_class.rpartition('.')[2]}Kind", (_kind,), {"float_name": _class}))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning.layers._fake_quant import must_be_called
+from hawq_lightning.layers._fake_quant import FakeQuantLayer, must_be_called
 from hawq_lightning.layers._kind import LayerKind, Record
 
 Visit = Callable[[torch.Tensor], torch.Tensor]
@@ -72,6 +72,27 @@ def recorded(module: nn.Module, parameter: str, x: torch.Tensor, y: torch.Tensor
 def is_recorded(module: nn.Module, parameter: str) -> bool:
     """Whether somebody has asked for the products with a weight."""
     return any(h.parameter == parameter and h.record is not None for h in _HOOKS.get(module, ()))
+
+
+def shown_product(
+    module: nn.Module, parameter: str, product: Product, x: torch.Tensor, weight: torch.Tensor, *rest: object
+) -> torch.Tensor:
+    """``product(x, weight, *rest)``, both operands and the result in sight; of a fake-quant layer they are quantized.
+
+    Args:
+        module: that multiplies.
+        parameter: the weight's name in it.
+        product: such as ``F.linear``.
+        x: what the weight is multiplied with.
+        weight: the float weight.
+        rest: further arguments of ``product``.
+    """
+    x = visited(module, parameter, x)
+    if isinstance(module, FakeQuantLayer):
+        y = module.quantized_product(product, x, weight, *rest, parameter=parameter)
+    else:
+        y = product(x, weight, *rest)
+    return recorded(module, parameter, x, y)
 
 
 class InnerProductsKind(LayerKind):

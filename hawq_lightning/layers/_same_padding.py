@@ -5,8 +5,6 @@ How many depends on the input, so that the convolution proper, without padding, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 from hawq_lightning.layers._conv import ConvKind
 from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ
 from hawq_lightning.layers._kind import register_layer
-from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._products import InnerProductsKind, shown_product
 from hawq_lightning.layers._unfold import as_conv
 
 
@@ -23,7 +21,7 @@ class QConv2dSame(FakeQuantLayer[WeightQ, ActivationQ]):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the float layer."""
-        return _forward(self, x, self.quantized_product)
+        return _forward(self, x)
 
 
 @register_layer("timm_conv2d_same")
@@ -36,21 +34,16 @@ class SamePaddingKind(InnerProductsKind, ConvKind):
 
     def explicit_forward(self, module: nn.Module, x: torch.Tensor) -> object:
         """The forward, its product in sight."""
-        product = module.quantized_product if isinstance(module, FakeQuantLayer) else _product
-        return _forward(module, x, product)
+        return _forward(module, x)
 
 
-def _product(function: Callable[..., torch.Tensor], *operands: object) -> torch.Tensor:
-    return function(*operands)
-
-
-def _forward(module: nn.Module, x: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     conv = as_conv(module)
     pads: list[int] = []
     for axis in (-1, -2):  # as F.pad takes them
         size, kernel, stride, dilation = x.shape[axis], conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
         total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         pads += [total // 2, total - total // 2]
-    read = visited(module, "weight", F.pad(x, pads) if any(pads) else x)
-    y = product(F.conv2d, read, conv.weight, module.bias, conv.stride, 0, conv.dilation, conv.groups)
-    return recorded(module, "weight", read, y)
+    x = F.pad(x, pads) if any(pads) else x
+    rest = (module.bias, conv.stride, 0, conv.dilation, conv.groups)
+    return shown_product(module, "weight", F.conv2d, x, conv.weight, *rest)
