@@ -1,4 +1,4 @@
-"""How compressions and shares are said: always of what."""
+"""How sizes, compressions and shares are said: always of what."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ def percent(share: float) -> str:
     rounded = (f"{share:.{digits}%}" for digits in range(4))
     whole = share in (0.0, 1.0)
     return next((t for t in rounded if whole or float(t[:-1]) not in (0.0, 100.0)), f"{share:.1g}")
+
+
+def binary_size(count: float) -> str:
+    """Bytes with a binary unit: ``31.2 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
 
 
 def compressions(costs: Mapping[str, float]) -> tuple[tuple[float, str], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hawq_lightning._errors import some
-from hawq_lightning._shares import percent
+from hawq_lightning._shares import binary_size, percent
 from hawq_lightning._site_table import SiteTable
 
 MUCH = 0.1  # of the bytes of weights, or of the multiply-accumulates
@@ -21,7 +21,7 @@ def stays_float(table: SiteTable) -> str:
     """
     weights = [(t.name, t.bytes, t.reason) for t in table.float_tensors or () if not t.small]
     quantized = sum(4 * s.numel for s in table.weights)
-    parts = _part(weights, quantized, "bytes of its weights", size)
+    parts = _part(weights, quantized, "bytes of its weights", binary_size)
     macs = [(f.name or f.type, f.macs, f.reason) for f in table.floats]
     parts += _part(macs, sum(x.macs for x in table.layers), "multiply-accumulates", "{:,}".format)
     if not parts:
@@ -36,11 +36,3 @@ def _part(floats: Sequence[tuple[str, int, str]], quantized: int, what: str, tex
     largest = sorted((f for f in floats if f[1]), key=lambda f: -f[1])
     named = some([f"{name} ({text(count)}; {reason})" for name, count, reason in largest])
     return [f"{percent(rest / (rest + quantized))} of the {what}, in {named}"]
-
-
-def size(count: int) -> str:
-    """Bytes with a binary unit: ``31.2 KiB``."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count:.0f} B"

@@ -51,17 +51,18 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
     Raises:
         HawqError: no such class, one of another kind, or a task and a network that do not fit together.
     """
-    own_task = cfg.get("task") is None or is_own(target_of(cfg.task, "task"))
-    needs_net = cfg.get("task") is None or _argument(target_of(cfg.task, "task")) is not None
+    target = None if cfg.get("task") is None else target_of(cfg.task, "task")
+    own_task = target is None or is_own(target)
+    argument = None if target is None else _argument(target)
+    needs_net = target is None or argument is not None
     net = make_net(cfg) if cfg.get("model") is not None and needs_net else None
     if own_task and isinstance(net, pl.LightningModule):
         return net
-    if cfg.get("task") is None:
+    if target is None:
         raise HawqError(
             "task=null needs a model that is a LightningModule; there is "
             + ("none: give model._target_." if net is None else f"{cfg.model._target_}, a {type(net).__name__}.")
         )
-    target = target_of(cfg.task, "task")
     if not needs_net and cfg.get("model") is not None and not is_own(target_of(cfg.model, "model")):
         raise HawqError(
             f"task._target_={cfg.task._target_} takes no net, and model._target_={cfg.model._target_} is one: give the "
@@ -71,7 +72,7 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
         raise HawqError(
             f"model=null leaves {cfg.task._target_} without a network: give task=lightning_module, or a model."
         )
-    task = made(cfg.task, "task", **({} if net is None else {str(_argument(target)): net}))
+    task = made(cfg.task, "task", **({} if net is None else {str(argument): net}))
     if not isinstance(task, pl.LightningModule):
         raise HawqError(_of_another_kind("task", cfg.task._target_, task, "LightningModule"))
     return task

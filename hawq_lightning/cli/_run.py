@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
-from hawq_lightning._shares import compression_text
+from hawq_lightning._shares import binary_size, compression_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
@@ -144,10 +144,9 @@ def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> JsonObject:
 
 def _size(tensor: object) -> int:
     """Bytes of a part of a state; layers that are built later have none yet."""
-    made = isinstance(tensor, torch.Tensor) and not isinstance(
-        tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)
-    )
-    return tensor.numel() * tensor.element_size() if made else 0  # type: ignore[attr-defined]
+    if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
+        return 0
+    return tensor.numel() * tensor.element_size()
 
 
 def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:
@@ -216,21 +215,14 @@ def show(record: JsonObject, folder: Path) -> None:
         value = record.get(metric, {}).get(key)
         cell = "-" if value is None else (f"{scale * value:.2f}%" if scale == 100 else f"{value:.4f}")
         if key == "float":
-            cells = [_bytes(sizes["float_weight_bytes"]), _bytes(sizes["float_bytes"])]
+            cells = [binary_size(sizes["float_weight_bytes"]), binary_size(sizes["float_bytes"])]
         elif key == "fine_tuned" and value is None:
             continue
         else:
-            cells = [f"{_bytes(sizes['weight_bytes'])} ({ratio:.1f}x)", _bytes(sizes["file_bytes"])]
+            cells = [f"{binary_size(sizes['weight_bytes'])} ({ratio:.1f}x)", binary_size(sizes["file_bytes"])]
         table.add_row(label, cell, *cells)
     console.print(table)
     print(f"smaller: {compression_text(record.get('costs') or sizes)}")
     seconds = ", ".join(f"{k.replace('_', ' ')} {v:.0f} s" for k, v in record["seconds"].items())
     console.print(seconds, highlight=False)
     print(f"run folder: {folder}")
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 
+from hawq_lightning._shares import binary_size
+
 
 def size(count: float | None) -> str:
-    """Bytes with a binary unit: ``31.2 KiB``."""
-    if count is None:
-        return "–"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    """Bytes with a binary unit, ``31.2 KiB``; a dash where they are not known."""
+    return "–" if count is None else binary_size(count)
 
 
 def count(number: float | None) -> str:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from hawq_lightning._batches import batch_images, default_forward
 from hawq_lightning._errors import HawqError
+from hawq_lightning._float_rest import plain
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import FunctionInputs, Options
 
@@ -97,7 +98,7 @@ def activation_steps(
     """
     images = batch_images(example_batch) if images is None else images
     site_of = {x.name: x.activation for x in table.layers}
-    modules = {".".join(p for p in n.split(".") if p != "_orig_mod"): m for n, m in model.named_modules()}
+    modules = {plain(n): m for n, m in model.named_modules()}
     watch = _Watch({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())})
     entries: list[int] = []
 
