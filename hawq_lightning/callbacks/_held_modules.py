@@ -11,10 +11,10 @@ from torch import nn
 from hawq_lightning._plan import Plan
 from hawq_lightning.callbacks._trainer import is_sharded
 from hawq_lightning.quantization import NetworkCopies
+from hawq_lightning.sensitivity import of_library, plain_attributes
 
-_OTHERS = ("torch", "lightning", "pytorch_lightning", "numpy", "builtins", "torchmetrics", "hawq_lightning")
+_METRICS = "torchmetrics"
 _DEPTH = 4
-_INTERNAL = {"_modules", "_parameters", "_buffers", "_trainer", "trainer", "_fabric"}
 
 
 class FollowedCopies:
@@ -63,11 +63,10 @@ def modules_beside(trainer: Trainer, pl_module: LightningModule) -> list[nn.Modu
             look(part, depth + 1)
 
     for module in pl_module.modules():
-        for name, value in module.__dict__.items():
-            if name not in _INTERNAL and "_hooks" not in name:
-                look(value, 1)
+        for value in plain_attributes(module).values():
+            look(value, 1)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not _is_of_others(callback):
+        if not of_library(callback, _METRICS):
             look(callback, 0)
     return list(found.values())
 
@@ -77,9 +76,5 @@ def _parts(value: object) -> Iterator[object]:
         yield from value.values()
     elif isinstance(value, (list, tuple, set)):
         yield from value
-    elif not isinstance(value, (type, FunctionType, MethodType)) and not _is_of_others(value):
+    elif not isinstance(value, (type, FunctionType, MethodType)) and not of_library(value, _METRICS):
         yield from getattr(value, "__dict__", {}).values()
-
-
-def _is_of_others(value: object) -> bool:
-    return type(value).__module__.split(".")[0] in _OTHERS

@@ -19,7 +19,7 @@ from hawq_lightning.sensitivity._estimator import (
     register_estimator,
 )
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
-from hawq_lightning.sensitivity._held_attributes import HeldAttributes
+from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
 from hawq_lightning.sensitivity._independence import samples_apart
@@ -112,8 +112,10 @@ __all__ = [
     "landscape",
     "measure",
     "noisy_modules",
+    "of_library",
     "on_device",
     "pick",
+    "plain_attributes",
     "random_states_kept",
     "read_intact",
     "register_estimator",

@@ -29,17 +29,15 @@ class HeldAttributes:
 
     Args:
         modules: of a model.
-        others: attributes that are left alone.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], others: Iterable[str] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         held = [*modules]
-        self._skipped = _INTERNAL | {*others}
         self._seen = {id(x) for m in held for x in (m, *m._parameters.values(), *m._buffers.values()) if x is not None}
         self._contents: list[PutBack] = []
         self._attributes = []
         for module in held:
-            plain = {n: v for n, v in module.__dict__.items() if self._is_plain(n)}
+            plain = plain_attributes(module)
             for value in plain.values():
                 self._note(value, 0)
             self._attributes.append((module, plain))
@@ -47,20 +45,16 @@ class HeldAttributes:
     def put_back(self) -> None:
         """Attributes as they were; those that are new go."""
         for module, plain in self._attributes:
-            for name in [n for n in module.__dict__ if n not in plain and self._is_plain(n)]:
+            for name in plain_attributes(module).keys() - plain.keys():
                 del module.__dict__[name]
             module.__dict__.update(plain)
         for put_back in reversed(self._contents):
             put_back()
         for module, plain in self._attributes:
             for name, value in plain.items():
+                # a metric's state after trainer.validate cannot be written to
                 if isinstance(value, torch.Tensor) and value.is_inference():
-                    module.__dict__[name] = (
-                        value.clone()
-                    )  # a metric's state after trainer.validate cannot be written to
-
-    def _is_plain(self, name: str) -> bool:
-        return name not in self._skipped and "_hooks" not in name
+                    module.__dict__[name] = value.clone()
 
     def _note(self, value: object, depth: int) -> None:
         if id(value) in self._seen or isinstance(value, (type, str, bytes, int, float, ModuleType, FunctionType)):
@@ -91,7 +85,12 @@ class HeldAttributes:
             self._contents.append(partial(value.setstate, value.getstate()))
         elif isinstance(value, nn.Module):
             parts = [*value.parameters(), *value.buffers()]
-        elif depth < _DEPTH and self._is_users(value):
+        elif (
+            depth < _DEPTH
+            and hasattr(value, "__dict__")
+            and not isinstance(value, MethodType)
+            and not of_library(value)
+        ):
             self._contents.append(partial(_replace, value.__dict__, dict(value.__dict__)))
             parts = list(value.__dict__.values())
         for part in parts:
@@ -106,9 +105,19 @@ class HeldAttributes:
                 data = data.narrow(axis, 0, 1)
         self._contents.append(partial(_put_back_tensor, tensor, tensor.data, data, data.clone()))
 
-    def _is_users(self, value: object) -> bool:
-        mine = hasattr(value, "__dict__") and not isinstance(value, MethodType)
-        return mine and type(value).__module__.split(".")[0] not in _LIBRARIES
+
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """What a module holds beside parameters, buffers, submodules and hooks, and Lightning's ways to the Trainer."""
+    return {n: v for n, v in module.__dict__.items() if n not in _INTERNAL and "_hooks" not in n}
+
+
+def of_library(value: object, *more: str) -> bool:
+    """Whether an object is of a class of Python, torch, Lightning, NumPy, this package, or of ``more`` packages."""
+    return type(value).__module__.split(".")[0] in (*_LIBRARIES, *more)
+
+
+def _is_users(value: object) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, MethodType) and not of_library(value)
 
 
 _TENSORS = (torch.Tensor, nn.Parameter)
