@@ -6,13 +6,11 @@ a seed of its own, of several the first that leaves out fewest layers where any 
 
 from __future__ import annotations
 
-import random
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hawq_lightning._batches import parts_of
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch
-from hawq_lightning.sensitivity._isolate import random_states_kept
+from hawq_lightning.sensitivity._isolate import RandomStates, random_states_kept
 
 _SEEDS = 12  # tried for a batch
 _VALUES = 64  # of each tensor, in a batch's seed
@@ -46,9 +44,9 @@ class FixedDraws:
         """Inside, draws are those of the batch; afterwards random states are what they were."""
         key = key_of(batch)
         with random_states_kept(_CHOSEN.get(self._model, {}).get(key, key)):
-            before = _states()
+            before = RandomStates()
             yield
-            self.drew = self.drew or _states() != before
+            self.drew = self.drew or before.moved()
 
     def choose(self, batches: Iterable[Batch], run: Callable[[Batch], object]) -> None:
         """Find for each batch a seed that leaves out fewest layers; from now on all losses of the model take it.
@@ -97,8 +95,3 @@ def key_of(batch: Batch) -> int:
     with torch._C.DisableTorchFunction(), _disable_current_modes():  # whoever watches the loss does not see this
         look(batch)
     return zlib.crc32(b" ".join(text)) % (1 << 31)
-
-
-def _states() -> tuple[bytes, bytes, int, object]:
-    _, keys, position, *_ = np.random.get_state()
-    return bytes(torch.get_rng_state().numpy()), np.asarray(keys).tobytes(), int(position), random.getstate()

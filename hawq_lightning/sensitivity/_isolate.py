@@ -54,6 +54,12 @@ class RandomStates:
         used = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._cuda = torch.cuda.get_rng_state_all() if used else []
 
+    def moved(self) -> bool:
+        """Whether anything was drawn on the CPU since."""
+        (_, keys, position, *_), (_, before, there, *_) = np.random.get_state(), self._numpy
+        same = position == there and np.array_equal(keys, before) and random.getstate() == self._python
+        return not same or not torch.equal(torch.get_rng_state(), self._cpu)
+
     def put_back(self) -> None:
         """Make them what they were."""
         torch.set_rng_state(self._cpu)
