@@ -247,6 +247,10 @@ class OutputHessian:
         if self.large:
             release_memory()
 
+    def random_vectors(self, generator: torch.Generator) -> list[torch.Tensor]:
+        """Normal vectors like the boundary's values, to try the Hessian on."""
+        return [torch.randn(v.shape, generator=generator).to(v) for v in self.values]
+
     def linear_in(self, number: int) -> bool:
         """Whether the loss's slope along one tensor of the boundary is a constant."""
         return not self._gradients[number].requires_grad

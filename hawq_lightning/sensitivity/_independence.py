@@ -73,7 +73,7 @@ def independent_samples(context: MeasureContext, batch: Batch, samples: int, onc
         subsets = [_half(samples)] if once else separating_subsets(samples)
         for i, subset in enumerate(subsets):
             network.outside = ~subset
-            forward.hessian.backward(_on_subset(values, subset), last=i == len(subsets) - 1)
+            forward.hessian.backward(_on_subset(forward.hessian, subset), last=i == len(subsets) - 1)
         leaks = network.leaks
     shared = [n for n, leak in leaks.items() if leak]
     if shared:
@@ -132,7 +132,7 @@ def couples(hessian: OutputHessian, samples: int) -> bool:
         samples: their number.
     """
     for subset in separating_subsets(samples):
-        if any(bool(h[(~subset).to(h.device)].any()) for h in hessian(_on_subset(hessian.values, subset))):
+        if any(bool(h[(~subset).to(h.device)].any()) for h in hessian(_on_subset(hessian, subset))):
             return True
     return False
 
@@ -160,12 +160,9 @@ def _half(samples: int) -> torch.Tensor:
     return order < samples // 2
 
 
-def _on_subset(values: Sequence[torch.Tensor], subset: torch.Tensor) -> list[torch.Tensor]:
-    """Random tensors like ``values``, zero but for the samples of a subset."""
-    generator = torch.Generator().manual_seed(0)
-    out = []
-    for v in values:
-        x = torch.randn(v.shape, generator=generator).to(v)
+def _on_subset(hessian: OutputHessian, subset: torch.Tensor) -> list[torch.Tensor]:
+    """Random vectors at the outputs, zero but for the samples of a subset."""
+    vectors = hessian.random_vectors(torch.Generator().manual_seed(0))
+    for x in vectors:
         x[(~subset).to(x.device)] = 0
-        out.append(x)
-    return out
+    return vectors

@@ -85,8 +85,7 @@ def check_second_derivative(hessian: OutputHessian, loss: torch.Tensor, slopes: 
     Raises:
         NoSecondDerivative: there is none, or a function hides it.
     """
-    generator = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(v.shape, generator=generator).to(v) for v in hessian.values]
+    vectors = hessian.random_vectors(torch.Generator().manual_seed(0))
     products = hessian(vectors)
     if functions := own_functions(loss, hessian.edges):
         others = difference_product(hessian.in_output_dtypes(hessian.values), hessian.in_output_dtypes(vectors), slopes)

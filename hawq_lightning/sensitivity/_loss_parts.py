@@ -58,8 +58,7 @@ class LossParts:
 
 def has_curvature(hessian: OutputHessian) -> bool:
     """Whether the loss's Hessian at the boundary is anything but zero."""
-    generator = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(v.shape, generator=generator).to(v) for v in hessian.values]
+    vectors = hessian.random_vectors(torch.Generator().manual_seed(0))
     try:
         return any(bool(h.any()) for h in hessian(vectors))
     except NoSecondDerivative:

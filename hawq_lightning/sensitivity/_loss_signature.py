@@ -62,8 +62,7 @@ def _of_batch(context: MeasureContext, batch: Batch, weights: Sequence[torch.Ten
             if boundary and not nested:
                 hessian = OutputHessian(loss, outputs, boundary)
                 numbers += _projected(hessian.gradient)
-                generator = torch.Generator().manual_seed(1)
-                vectors = [torch.randn(v.shape, generator=generator).to(v) for v in hessian.values]
+                vectors = hessian.random_vectors(torch.Generator().manual_seed(1))
                 try:
                     numbers += _projected(hessian(vectors))
                 except HawqError:

@@ -171,8 +171,7 @@ def sees_curvature(context: MeasureContext, batch: Batch) -> bool:
     """Whether probes at the outputs have anything to send back: curvature of the loss, or slopes that count as it."""
     with outputs_of(context, batch) as hessian:
         generator = torch.Generator().manual_seed(0)
-        vectors = [torch.randn(v.shape, generator=generator).to(v) for v in hessian.values]
-        if any(bool(h.any()) for h in hessian(vectors)):
+        if any(bool(h.any()) for h in hessian(hessian.random_vectors(generator))):
             return True
         return context.l1_curvature == "fisher" and bool(without_curvature(hessian, None, generator))
 
