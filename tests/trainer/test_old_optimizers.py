@@ -83,9 +83,10 @@ def test_parameters_made_anew_are_told(tmp_path):
     assert quantized_layers(model)
 
 
-def test_a_part_that_is_not_trained_is_not_told(tmp_path):
+def test_a_part_that_is_not_trained_is_not_told(tmp_path, recwarn):
     class HeadOnly(Classifier):
         def configure_optimizers(self):
             return torch.optim.Adam(self.net[-1].parameters(), 1e-2)
 
     fit(tmp_path, HeadOnly(), loader(), quantizer="lsq")
+    assert not [w for w in recwarn if "optimizer" in str(w.message)]
