@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
@@ -19,6 +21,7 @@ from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake
 
 _CHECKS = 16  # batches after which weights are looked at no longer at every one
 _VALUES = 64  # of a weight, to see whether it moves
+_ALIKE = 0.5  # cosine between an average of a network's weights and the weights; two trained layers of one form have 0
 _Form = tuple[type[nn.Module], tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]]
 
 
@@ -30,6 +33,19 @@ class _Pair:
     parts: list[nn.Module]
     values: torch.Tensor
     follows: bool = False
+    learns: bool = False
+    hooks: dict[int, RemovableHandle] = field(default_factory=dict)
+
+    def watch(self) -> bool:
+        """Notice gradients when they come, since a validation clears them; whether all were noticed so far."""
+
+        def comes(_: torch.Tensor) -> None:
+            self.learns = True
+
+        unwatched = [p for p in self.copy.parameters() if p.requires_grad and id(p) not in self.hooks]
+        self.learns = self.learns or any(p.grad is not None for p in unwatched)
+        self.hooks |= {id(p): p.register_post_accumulate_grad_hook(comes) for p in unwatched}
+        return not unwatched
 
 
 @dataclass
@@ -54,6 +70,9 @@ class NetworkCopies:
         layers, roots = quantizable_layers(model)[0], [*outside]
         names = {n for s in plan.sites for n in s.layers}
         planned = {layers[n].module for n in names & layers.keys()}
+        for pair in self.pairs:
+            for handle in pair.hooks.values():
+                handle.remove()
         before, self.pairs, self._checks = {id(p.copy): p for p in self.pairs}, [], 0
         if not roots and all(x.module in planned for x in layers.values()):
             return
@@ -68,7 +87,10 @@ class NetworkCopies:
             if sources := parts.get(form_of(module), []):
                 taken |= {id(m) for m in module.modules()}
                 known = before.get(id(module))
-                self.pairs.append(_Pair(module, sources, _some_values(module), known is not None and known.follows))
+                self.pairs.append(_Pair(module, sources, _some_values(module)))
+                if known is not None:
+                    self.pairs[-1].follows, self.pairs[-1].learns = known.follows, known.learns
+                self.pairs[-1].watch()
 
     def follow(self, thorough: bool = False) -> None:
         """Give copies whose weights have moved the network's quantizers, and all of them whole widths.
@@ -141,10 +163,13 @@ def _some_values(module: nn.Module) -> torch.Tensor:
 
 
 def _moved(pair: _Pair) -> bool:
-    """Whether weights have moved that no optimizer moves."""
-    if any(p.grad is not None and bool(p.grad.any()) for p in pair.copy.parameters()):
+    """Whether weights have moved that no gradient moves, and to where the network's are."""
+    values = _some_values(pair.copy)
+    if not pair.watch():
+        pair.values = values  # how it came here is not known
+    if pair.learns or torch.equal(pair.values, values):
         return False
-    return not torch.equal(pair.values, _some_values(pair.copy))
+    return any(cosine_similarity(values, _some_values(part), dim=0) > _ALIKE for part in pair.parts)
 
 
 @torch.no_grad()

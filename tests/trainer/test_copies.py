@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hawq_lightning.quantization import quantized_layers
-from tests.trainers import Classifier, fit, hawq, loader, trainer
+from tests.trainers import Classifier, assert_mixed, fit, hawq, loader, trainer
 
 DECAY = 0.5
 # copies and teachers in the module, which the loss does not train
@@ -173,6 +173,34 @@ def test_a_teacher_of_the_same_make_stays_float(tmp_path):
     model = Taught()
     fit(tmp_path, model, loader(), max_epochs=2)
     assert not any(any(bits) for bits in bits_of(model.average).values())
+
+
+@pytest.mark.parametrize("frozen_epochs", [0, 2])
+def test_a_twin_that_learns_is_no_copy(tmp_path, frozen_epochs):
+    """As the auxiliary head of InceptionV3, whose convolutions have the form of others: left out, and trained."""
+
+    class Twins(Submodule):
+        def on_train_epoch_start(self):
+            self.average.requires_grad_(self.current_epoch >= frozen_epochs)
+
+        def on_train_batch_end(self, *args):
+            pass
+
+        def loss(self, batch):
+            return sum(torch.nn.functional.cross_entropy(net(batch[0]), batch[1]) for net in (self.net, self.average))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    torch.manual_seed(0)
+    model = Twins()
+    before = model.average[0].weight.clone()
+    callback = hawq(exclude=("average.*",))
+    # a validation clears the gradients before it begins
+    trainer(tmp_path, callback, max_epochs=4).fit(model, loader(), loader(shuffle=False))
+    assert not torch.equal(before, model.average[0].weight)
+    assert not any(any(bits) for bits in bits_of(model.average).values())
+    assert_mixed(model, callback)
 
 
 def test_a_copy_goes_on_from_a_checkpoint(tmp_path):

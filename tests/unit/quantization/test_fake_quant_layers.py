@@ -83,9 +83,9 @@ def test_steps_are_fitted_to_the_weight_that_a_hook_will_make(hook):
     assert torch.allclose(fresh[0].weight_quantizer.scale, trained[0].weight_quantizer.scale, rtol=1e-5)
 
 
-def test_parametrized_layers_stay_float():
+def test_parametrized_layers_are_sites():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
-    assert [s.name for s in sites(model, torch.randn(2, 8)).weights] == ["1.weight"]
+    assert [s.name for s in sites(model, torch.randn(2, 8)).weights] == ["0.weight", "1.weight"]
 
 
 def test_gradients_by_torch_func():
