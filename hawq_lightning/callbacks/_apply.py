@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._errors import HawqError, some
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import Patterns
 from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.callbacks._adopted import agrees, consistent, with_sizes
 from hawq_lightning.callbacks._companion import Companion

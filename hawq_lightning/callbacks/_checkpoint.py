@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._sites import WRAPPERS, quantizable_layers
+from hawq_lightning._patterns import WRAPPERS
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Options, StateDict
 from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
 

@@ -15,12 +15,20 @@ from hawq_lightning.quantization._apply import (
     prepare,
     quantize,
     quantized_layers,
+    quantized_reads,
     quantizers,
     reestimate,
     refresh,
     tie_scales,
     unquantize,
     with_quantizer,
+)
+from hawq_lightning.quantization._attention import (
+    QuantizedOperand,
+    prepare_attention_of,
+    put_attention,
+    quantized_operands,
+    with_operand,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
 from hawq_lightning.quantization._copies import NetworkCopies, prepare_alike
@@ -65,6 +73,7 @@ __all__ = [
     "HeadOutputs",
     "NetworkCopies",
     "QuantizedLayer",
+    "QuantizedOperand",
     "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
@@ -92,9 +101,13 @@ __all__ = [
     "plan_of",
     "prepare",
     "prepare_alike",
+    "prepare_attention_of",
+    "put_attention",
     "quantizable_layers",
     "quantize",
     "quantized_layers",
+    "quantized_operands",
+    "quantized_reads",
     "quantizer_named",
     "quantizer_names",
     "quantizer_of",
@@ -112,6 +125,7 @@ __all__ = [
     "weight_candidates",
     "weight_code_formats",
     "weight_step",
+    "with_operand",
     "with_quantizer",
     "with_quantizers",
 ]
