@@ -92,7 +92,7 @@ class QuantizerConfig:
     exclude: Patterns = None
     """The same forms as ``include``, over which it wins."""
     attention: bool = False
-    """Queries, keys, probabilities and values of attention are activation sites as well, as its two products read them."""
+    """Queries, keys, probabilities and values of attention are activation sites as well: what its products read."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight")

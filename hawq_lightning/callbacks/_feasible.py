@@ -80,7 +80,15 @@ def preview(
 
         def find() -> SiteTable:
             passes = ((partial(loss_fn, module, b), size_of(b)) for b in chain((batch,), later))
-            return find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
+            return find_sites(
+                module,
+                *next(passes),
+                quantizer.include,
+                exclude,
+                later=passes,
+                trained=trained,
+                attention="prepared" if quantizer.attention else False,
+            )
 
         table = find()
         if settle_draws(module, loss_fn, table, chain((batch,), later)):

@@ -6,9 +6,10 @@ seen before they run, however the forward writes them: fused attention is made o
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from hawq_lightning._types import Options
 
 OPERANDS = ("query", "key", "probabilities", "value")
 SCORES, VALUES = ("query", "key"), ("probabilities", "value")
@@ -59,8 +62,12 @@ class AttentionProducts(TorchFunctionMode):
         super().__init__()
         self._see, self._wanted, self._made = see, wanted, made
         self._by_softmax: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._eager: Any = None
 
     def __enter__(self) -> AttentionProducts:
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # what torch.compile makes of the parts would not know of this mode: they run as they are meanwhile
+            self._eager = torch.compiler.set_stance("force_eager")
         _ACTIVE.modes.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -68,6 +75,8 @@ class AttentionProducts(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         _ACTIVE.modes.remove(self)
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: _Function, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -172,8 +181,9 @@ class AttentionQuantizers(nn.ModuleDict):
         quantizer_options: keywords that they were made with.
     """
 
-    quantizer_name: str = "uniform"
-    quantizer_options: dict[str, Any] = {}
+    def __init__(self, quantizers: Mapping[str, nn.Module], name: str, options: Options) -> None:
+        super().__init__(quantizers)
+        self.quantizer_name, self.quantizer_options = name, dict(options)
 
 
 HOLDER = "attention_quantizers"
@@ -250,6 +260,10 @@ def holder_values(module: nn.Module) -> list[nn.Module]:
 def _learns_or_is_on(quantizer: nn.Module) -> bool:
     """DistributedDataParallel wants gradients of learned steps that are off, too."""
     return is_on(quantizer) or (quantizer.training and next(quantizer.parameters(), None) is not None)
+
+
+for _hook in (_enter, _leave):
+    _hook._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class Visited:

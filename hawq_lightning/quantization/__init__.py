@@ -25,6 +25,7 @@ from hawq_lightning.quantization._apply import (
 )
 from hawq_lightning.quantization._attention import (
     QuantizedOperand,
+    expect_attention,
     prepare_attention_of,
     put_attention,
     quantized_operands,
@@ -88,6 +89,7 @@ __all__ = [
     "enable",
     "enable_site",
     "enabled_bits",
+    "expect_attention",
     "fake_quant_disabled",
     "fake_quantize_tensor",
     "find_heads",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -80,8 +80,7 @@ def put_attention(module: nn.Module, spec: QuantizerSpec) -> AttentionQuantizers
     if holder is not None and (holder.quantizer_name, holder.quantizer_options) == (spec.name, options):
         return holder
     tensor = next(module.parameters(), None)
-    made = AttentionQuantizers({n: spec.activation_quantizer() for n in OPERANDS})
-    made.quantizer_name, made.quantizer_options = spec.name, options
+    made = AttentionQuantizers({n: spec.activation_quantizer() for n in OPERANDS}, spec.name, options)
     if holder is not None and holder.quantizer_name == spec.name:
         made.load_state_dict(holder.state_dict())
     if tensor is not None:
@@ -112,7 +111,7 @@ def drop_attention(model: nn.Module) -> None:
         drop_holder(module)
 
 
-def prepare_attention_of(model: nn.Module, state_dict: Mapping[str, object], prefix: str = "") -> None:
+def prepare_attention_of(model: nn.Module, state_dict: Iterable[str], prefix: str = "") -> None:
     """Give those modules quantizers of attention that a state dict has some for.
 
     Args:
@@ -120,7 +119,7 @@ def prepare_attention_of(model: nn.Module, state_dict: Mapping[str, object], pre
         state_dict: or its keys.
         prefix: of the model's names in it.
     """
-    modules = {n: m for n, m in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     names = {k.removeprefix(prefix).partition(f"{HOLDER}.")[0].rstrip(".") for k in state_dict if f"{HOLDER}." in k}
     for name in names:
         if (module := modules.get(name)) is not None and holder_of(module) is None:
@@ -130,3 +129,14 @@ def prepare_attention_of(model: nn.Module, state_dict: Mapping[str, object], pre
 
 def _spec_beside(layer: nn.Module | None) -> QuantizerSpec:
     return quantizer_named("uniform") if layer is None else spec_of(layer)  # type: ignore[arg-type]
+
+
+def expect_attention(model: nn.Module) -> None:
+    """Let a model take in the quantizers of attention that a state dict has, though its modules have none so far."""
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", hook) is _put_before_loading for hook in hooks):
+        model.register_load_state_dict_pre_hook(_put_before_loading)
+
+
+def _put_before_loading(model: nn.Module, state_dict: Mapping[str, object], prefix: str, *_: object) -> None:
+    prepare_attention_of(model, [k for k in state_dict if k.startswith(prefix)], prefix)

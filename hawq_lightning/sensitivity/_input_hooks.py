@@ -23,7 +23,8 @@ class InputHooks:
     that was changed in place counts as another one.
 
     Args:
-        layers: layer name -> reader of a weight, or the module if it reads a single one; operand of attention -> reader.
+        layers: layer name -> reader of a weight, or the module if it reads a single one; operand of
+            attention -> its reader.
         site_of: name of either -> activation site name.
         visit: called once for every tensor; what it returns is what the layers read.
     """
