@@ -6,7 +6,6 @@ seen before they run, however the forward writes them: fused attention is made o
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -62,12 +61,8 @@ class AttentionProducts(TorchFunctionMode):
         super().__init__()
         self._see, self._wanted, self._made = see, wanted, made
         self._by_softmax: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._eager: Any = None
 
     def __enter__(self) -> AttentionProducts:
-        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            # what torch.compile makes of the parts would not know of this mode: they run as they are meanwhile
-            self._eager = torch.compiler.set_stance("force_eager")
         _ACTIVE.modes.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -75,9 +70,8 @@ class AttentionProducts(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         _ACTIVE.modes.remove(self)
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
 
+    @torch.compiler.disable
     def __torch_function__(
         self, func: _Function, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -228,6 +222,7 @@ _PRODUCT = ""  # in an operand's place: visitors of products
 _VISITS: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Any]]] = weakref.WeakKeyDictionary()
 
 
+@torch.compiler.disable  # runs as it is written inside of what is compiled, which would not know of the mode
 def _enter(module: nn.Module, args: object) -> None:
     def see(operand: str, x: torch.Tensor) -> torch.Tensor:
         for name, visit in list(_VISITS.get(module, ())):
@@ -246,6 +241,7 @@ def _enter(module: nn.Module, args: object) -> None:
     AttentionProducts(see, wanted, made).__enter__()
 
 
+@torch.compiler.disable
 def _leave(module: nn.Module, args: object, output: object) -> None:
     if _ACTIVE.modes:
         _ACTIVE.modes[-1].__exit__(None, None, None)
@@ -260,10 +256,6 @@ def holder_values(module: nn.Module) -> list[nn.Module]:
 def _learns_or_is_on(quantizer: nn.Module) -> bool:
     """DistributedDataParallel wants gradients of learned steps that are off, too."""
     return is_on(quantizer) or (quantizer.training and next(quantizer.parameters(), None) is not None)
-
-
-for _hook in (_enter, _leave):
-    _hook._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class Visited:

@@ -284,3 +284,13 @@ def test_products_that_are_no_attention_stay_what_they_are() -> None:
             return torch.bmm(x, x.mT)
 
     assert not makes_attention(Interaction()) and not makes_attention(nn.Linear(2, 2))
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_network_gives_the_same(way, batch: Batch) -> None:
+    net = network(way)
+    plan, _ = planned(net, batch)
+    hl.quantize(net, plan)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(net)(batch[0]), net(batch[0]))
