@@ -71,7 +71,7 @@ class AttentionProducts(TorchFunctionMode):
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
         _ACTIVE.modes.remove(self)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         self, func: _Function, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -222,7 +222,8 @@ _PRODUCT = ""  # in an operand's place: visitors of products
 _VISITS: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Any]]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.disable  # runs as it is written inside of what is compiled, which would not know of the mode
+# runs as it is written inside of what is compiled, which would not know of the mode
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter(module: nn.Module, args: object) -> None:
     def see(operand: str, x: torch.Tensor) -> torch.Tensor:
         for name, visit in list(_VISITS.get(module, ())):
@@ -241,7 +242,7 @@ def _enter(module: nn.Module, args: object) -> None:
     AttentionProducts(see, wanted, made).__enter__()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _leave(module: nn.Module, args: object, output: object) -> None:
     if _ACTIVE.modes:
         _ACTIVE.modes[-1].__exit__(None, None, None)
