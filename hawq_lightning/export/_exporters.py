@@ -136,7 +136,7 @@ def export(
     format: str = "onnx",
     *,
     example_input: Inputs | None = None,
-    **options: bool,
+    **options: object,
 ) -> object:
     """Write a quantized network to a file of a registered format; the model stays as it is.
 

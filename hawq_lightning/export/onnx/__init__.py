@@ -5,10 +5,12 @@ from hawq_lightning.export.onnx._detections import OnnxDetector, detections
 from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
 from hawq_lightning.export.onnx._session import integer_kernels, session
 from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
+from hawq_lightning.export.onnx._storage import Storage
 
 __all__ = [
     "Agreement",
     "OnnxDetector",
+    "Storage",
     "compare",
     "detections",
     "float_onnx",
