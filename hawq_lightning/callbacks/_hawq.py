@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, whole, with_shorthands
 from hawq_lightning._errors import HawqError
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import Patterns, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import BatchSizeFn, Budget, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns

@@ -242,7 +242,8 @@ class MeasureTraces(HasResults, Callback):
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
         if "loss" in self._selector.needs:
             quantizer = quantizer_of(self.quantizer)
-            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer) as measure_loss:
+            attention = self.quantizer.attention
+            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer, attention=attention) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
         return pick()
 
@@ -266,7 +267,8 @@ class MeasureTraces(HasResults, Callback):
         q = self.quantizer
         widths = check_bits(q.weight_bits, "weight")
         others = None if q.activation_bits is None else check_bits(q.activation_bits, "activation")
-        return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}"
+        attention = " attention" if q.attention else ""
+        return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}{attention}"
 
 
 def _csv(rows: Sequence[Mapping[str, object]]) -> str:

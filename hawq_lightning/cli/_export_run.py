@@ -74,7 +74,8 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
     batches = _batches(run)
     real = Images(net, batches)
     first = real.first()
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, **how)
     for exporter in exporters[1:]:
         path = folder / f"model{exporter.suffix}"
         fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
@@ -88,7 +89,7 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
         whole, note = _float_network(run, folder)
         record |= speeds(
             network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
-            seconds=cfg.seconds, fold=cfg.fold, exact=cfg.exact,
+            seconds=cfg.seconds, how=how,
         )  # fmt: skip
         show(record, note)
     if cfg.table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,7 @@ def speeds(
     threads: int = 1,
     batch_size: int = 32,
     seconds: float = 1.0,
-    fold: bool = True,
-    exact: bool = True,
+    how: Mapping[str, object],
 ) -> JsonObject:
     """Measure the three files; ``speed`` and ``speed_settings`` of export.json.
 
@@ -44,8 +44,7 @@ def speeds(
         threads: for onnxruntime.
         batch_size: for the throughput.
         seconds: of every measurement.
-        fold: BatchNorm into scales and biases.
-        exact: see :func:`hawq_lightning.export.to_onnx`.
+        how: options of the exporter, see :func:`hawq_lightning.export.to_onnx`.
 
     Raises:
         HawqError: the extra is missing, or the network cannot be exported.
@@ -55,7 +54,7 @@ def speeds(
         exporter, even = EXPORTERS["onnx"], uniform(inner(plan, whole), 8)
         unquantized, eight = (Path(folder) / f"{name}{exporter.suffix}" for name in ("float", "uniform"))
         float_onnx(whole, first, unquantized)
-        export(quantize(whole, even), even, eight, exporter.name, example_input=first, fold=fold, exact=exact)
+        export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
         measured = {"float": measure(unquantized), "uniform 8": measure(eight), "plan": measure(path)}
     version = require("onnxruntime").__version__
     return {

@@ -13,7 +13,7 @@ from hawq_lightning._types import Batch
 from hawq_lightning.export._deployed import Deployed, Inputs
 from hawq_lightning.export._exporters import register_exporter
 from hawq_lightning.export._packed import save_packed
-from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
+from hawq_lightning.export.onnx import Agreement, Storage, compare, to_onnx, to_program
 
 
 def _verify_onnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
@@ -27,10 +27,18 @@ def _write_packed(model: nn.Module, plan: Plan, path: Path, example_input: Input
 
 @register_exporter("onnx", suffix=".onnx", packages=("onnx", "onnxscript"), verify=_verify_onnx)
 def _write_onnx(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True, exact: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    exact: bool = True,
+    storage: Storage = "lookup",
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact)
+    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage)
 
 
 @register_exporter("program", suffix=".pt2")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
+from hawq_lightning._attention_calls import operands_of
 from hawq_lightning._batches import batch_images, plain_tensor
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
@@ -21,6 +22,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
@@ -205,8 +207,11 @@ class _Runs:
         self.model, self.batches, self._progress = model, batches, progress
         self.loss_fn = repeatable(model, loss_fn)
         layers, _ = quantizable_layers(model)
-        self._readers = {x.name: layers[x.name] for x in sites.layers}
-        self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
+        self._readers: dict[str, nn.Module | WeightReader | OperandReader] = {
+            **{x.name: layers[x.name] for x in sites.layers},
+            **operands_of(model, sites),
+        }
+        self._site_of = sites.reads
 
     def all(self, what: str, visitor: Callable[[int], _Look]) -> None:
         """Every batch once.
