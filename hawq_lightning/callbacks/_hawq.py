@@ -84,6 +84,7 @@ class HAWQ(HasResults, ApplyPlan):
             quantizer=self.quantizer_config, measure=measure, select=select, sensitivity=sensitivity, dirpath=dirpath,
             progress=progress,
         )  # fmt: skip
+        self.measure_callback.only_needed = True
         self.results = self.measure_callback.results
         self.measure_config, self.progress = self.measure_callback.measure, progress
         self._freeze = FreezeSchedule(batchnorm=self.start_epoch) if self.quantizer.freezes_norms else None

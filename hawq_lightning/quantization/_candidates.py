@@ -31,6 +31,7 @@ from hawq_lightning.sensitivity import (
     InputHooks,
     OnDevice,
     Sensitivity,
+    SiteTrace,
     guarded_mean_traces,
     isolated_eval,
     on_device,
@@ -97,7 +98,7 @@ def weight_candidates(
 def candidates(
     model: nn.Module,
     batches: Iterable[Batch],
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity | None,
     sites: SiteTable,
     loss_fn: LossFn,
     *,
@@ -112,7 +113,7 @@ def candidates(
     Args:
         model: left as it was.
         batches: those that the traces were measured on: activations' Omega pairs trace and perturbation by sample.
-        sensitivity: traces of ``sites``.
+        sensitivity: traces of ``sites``; ``None``: none were measured, and Omega is the perturbation alone.
         sites: table from :func:`hawq_lightning.sites`.
         loss_fn: runs the model on a batch.
         config: quantizer, widths, code formats.
@@ -129,6 +130,7 @@ def candidates(
     """
     config = _overridden(config or QuantizerConfig(), overrides)
     spec = quantizer_named(config.name, config.options) if quantizer is None else quantizer_named(quantizer)
+    sensitivity = sensitivity or _ones(sites)
     mean_traces, _ = guarded_mean_traces(sensitivity)
     by_site = _of_weights(model, sites, mean_traces, config, spec, progress)
     if config.activation_bits is not None and sites.activations:
@@ -146,6 +148,11 @@ def candidates(
                 for bits, (step, zero) in steps[site.name].items()
             )
     return Candidates.of(by_site, sites, spec.name, spec.options)
+
+
+def _ones(sites: SiteTable) -> Sensitivity:
+    """Mean traces of one."""
+    return Sensitivity(tuple(SiteTrace(s.name, s.kind, float(s.numel), 0.0, 0.0, s.numel, 1.0) for s in sites))
 
 
 def _overridden(config: QuantizerConfig, overrides: Mapping[str, object]) -> QuantizerConfig:
