@@ -101,7 +101,9 @@ class Deployed:
     folding: Folding
 
 
-def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> Deployed:
+def deploy(
+    model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True, free_batch: bool = True
+) -> Deployed:
     """Copy a quantized model into its deployed form.
 
     Args:
@@ -110,6 +112,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
             (``net.`` in front of every name) will do too.
         example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs.
         fold: fold BatchNorm into scales and biases.
+        free_batch: the first axis of the example may be doubled.
 
     Raises:
         HawqError: the model is float, was never enabled, carries another plan, or cannot run on the example.
@@ -135,7 +138,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
         )
     check_enabled(layers, plan)
     copied = _copy(model)
-    inputs = at_least_two(example_input)
+    inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():
         for layer in quantized_layers(copied).values():
             bake_parametrizations(layer.module)
@@ -221,6 +224,15 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:
     """Two images or more: with a single one, tracing would take the batch for a constant."""
+    return tuple(x if len(x) > 1 else torch.cat([x, x]) for x in checked(example))
+
+
+def checked(example: Inputs) -> tuple[torch.Tensor, ...]:
+    """Inputs on the CPU, of float32 where they are of real numbers.
+
+    Raises:
+        HawqError: they are no tensors.
+    """
     inputs = example if isinstance(example, tuple) else (example,)
     for x in inputs:
         if not isinstance(x, torch.Tensor) or x.ndim == 0 or not len(x):
@@ -228,8 +240,7 @@ def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:
                 "The example input must be a tensor [N, ...] or a tuple of such, "
                 f"not {type(x).__name__}{'' if not isinstance(x, torch.Tensor) else f' of shape {list(x.shape)}'}."
             )
-    held = (x.detach().to("cpu", torch.float32) if x.is_floating_point() else x.detach().cpu() for x in inputs)
-    return tuple(x if len(x) > 1 else torch.cat([x, x]) for x in held)
+    return tuple(x.detach().to("cpu", torch.float32) if x.is_floating_point() else x.detach().cpu() for x in inputs)
 
 
 def first_line(error: BaseException) -> str:
