@@ -54,7 +54,7 @@ def export_run(cfg: DictConfig) -> JsonObject:
     run = _settings(folder, cfg.data_root, imports)
     names = dict.fromkeys((ONNX.name, *(cfg.get("formats") or ())))  # all the others go by the first
     exporters = [EXPORTERS[name] for name in names]
-    written = (*(f"model{e.suffix}" for e in exporters), *_WRITTEN)
+    written = (*(name for e in exporters for name in e.files("model")), *_WRITTEN)
     place = RunFolder(folder, written)
     place.refuse_strangers()
     for name in written:
@@ -70,7 +70,7 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     for exporter in exporters:
-        exporter.check(network_of(net))
+        exporter.check(network_of(net), verify=cfg.images != 0)
     batches = _batches(run)
     real = Images(net, batches)
     first = real.first()
@@ -79,7 +79,8 @@ def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[
         path = folder / f"model{exporter.suffix}"
         fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
         export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
-        record.setdefault("files", {})[path.name] = path.stat().st_size
+        sizes = record.setdefault("files", {})
+        sizes |= {name: (folder / name).stat().st_size for name in exporter.files("model")}
         if exporter.verify is not None and cfg.images != 0:
             verified = exporter.verify(network_of(net), path, real, cfg.images)
             record.setdefault("verified", {})[path.name] = verified.to_dict()
