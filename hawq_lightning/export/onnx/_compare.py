@@ -15,6 +15,7 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
+from hawq_lightning.export.onnx._session import integer_kernels, session
 from hawq_lightning.layers import WeightReader, kinds
 from hawq_lightning.quantization import QuantizedWeight, quantizable_layers, quantized_layers
 
@@ -89,7 +90,9 @@ class Agreement:
 def compare(
     model: nn.Module, path: str | Path, batches: Iterable[Any], *, images: int | None = None, codes: bool = True
 ) -> Agreement:
-    """Run the file with onnxruntime (default optimizations, CPU) and the quantized model on the same images.
+    """Run the file with onnxruntime (CPU) and the quantized model on the same images.
+
+    Optimizations are onnxruntime's default ones; an exact file runs without integer kernels (see :func:`session`).
 
     Args:
         model: the fake-quant model that was exported; class logits, or raw outputs whose last axis holds the classes.
@@ -102,9 +105,10 @@ def compare(
         HawqError: no batches, images of another size than the file's, a file of another network, the extra is missing,
             or onnxruntime cannot run the file.
     """
-    whole = session(path)
+    integers = integer_kernels(path)
+    whole = session(path, integers=integers)
     layers = quantized_layers(model)
-    inside, reads, stored = _with_codes(path, quantizable_layers(model)[0]) if codes else (None, {}, set())
+    inside, reads, stored = _with_codes(path, quantizable_layers(model)[0], integers) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
@@ -163,28 +167,8 @@ def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
     return {takes.name: x.cpu().numpy()}
 
 
-def session(path: str | Path | bytes, threads: int | None = None, optimize: bool = True) -> Any:
-    """An onnxruntime session on the CPU.
-
-    Raises:
-        HawqError: the extra is missing, or onnxruntime refuses the file.
-    """
-    ort = require("onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        held = path if isinstance(path, bytes) else str(path)
-        return ort.InferenceSession(held, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        shown = "the model" if isinstance(path, bytes) else path
-        raise HawqError(f"onnxruntime {ort.__version__} cannot run {shown}: {str(error).splitlines()[0]}") from error
-
-
 def _with_codes(
-    path: str | Path, layers: Mapping[str, WeightReader]
+    path: str | Path, layers: Mapping[str, WeightReader], integers: bool
 ) -> tuple[Any, dict[str, tuple[str, int]], set[str]]:
     """A session that also returns activation codes; output -> (layer, which of its calls); layers of stored weights."""
     layer_of = {f"{x.prefix}{x.quantizer_attribute}.codes": name for name, x in layers.items()}
@@ -212,7 +196,7 @@ def _with_codes(
     del proto.graph.output[:]
     for tensor in reads:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
-    return session(proto.SerializeToString()) if reads else None, reads, set(calls)
+    return session(proto.SerializeToString(), integers=integers) if reads else None, reads, set(calls)
 
 
 class _Seen:

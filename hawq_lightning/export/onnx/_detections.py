@@ -12,7 +12,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning.export.onnx._compare import session
+from hawq_lightning.export.onnx._session import integer_kernels, session
 
 
 def detections(
@@ -72,7 +72,7 @@ class OnnxDetector(nn.Module):
     def __init__(self, detector: Any, path: str | Path) -> None:
         super().__init__()
         self.detector = detector
-        self._session = session(path)
+        self._session = session(path, integers=integer_kernels(path))
         self._levels: dict[tuple[int, ...], list[int]] = {}
 
     @torch.no_grad()

@@ -32,6 +32,8 @@ from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, depl
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._float_bias import split_bias
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
+from hawq_lightning.export.onnx._session import EXACT, FORM, ROUNDED
+from hawq_lightning.export.onnx._zero_points import add_zero_points
 
 OPSET = 21
 _UINT8_TOP = 255
@@ -72,7 +74,8 @@ def to_onnx(
     _strip(proto)
     types = pack_low_bit_weights(proto)
     split_bias(proto, [name for name, kind in types.items() if exact or kind in ("INT2", "INT4")])
-    _describe(proto, deployed)
+    add_zero_points(proto)
+    _describe(proto, deployed, EXACT if exact else ROUNDED)
     _write(proto, Path(path))
     return deployed
 
@@ -200,10 +203,11 @@ def _why(error: BaseException) -> str:
     return f"The model cannot be exported to ONNX: {first_line(causes[-1])}"
 
 
-def _describe(proto: Any, deployed: Deployed) -> None:
+def _describe(proto: Any, deployed: Deployed, form: str) -> None:
     proto.producer_name, proto.producer_version = "hawq_lightning", __version__
     plan = deployed.plan
     about = {
+        FORM: form,
         "hawq_lightning.bits": plan.bits,
         "hawq_lightning.code": {s.name: s.code for s in plan.weights},
         "hawq_lightning.budget": plan.budget,

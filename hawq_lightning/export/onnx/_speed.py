@@ -23,8 +23,9 @@ from hawq_lightning._extra import require
 from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
-from hawq_lightning.export.onnx._compare import session
 from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
+from hawq_lightning.export.onnx._session import integer_kernels, session
+from hawq_lightning.export.onnx._zero_points import add_zero_points
 from hawq_lightning.layers import as_reader, find_kind, kind_of
 
 _PROCESS = Path(__file__).with_name("_speed_process.py")
@@ -54,7 +55,7 @@ class Speed:
 def measure_file(
     path: str | Path, shape: Sequence[int], *, threads: int = 1, batch: int = 32, seconds: float = 1.0
 ) -> Speed:
-    """Run a file with onnxruntime (CPU, default optimizations) in a fresh process.
+    """Run a file with onnxruntime (CPU, default optimizations, an exact file in float kernels) in a fresh process.
 
     Args:
         path: of an ONNX file with one float input.
@@ -67,7 +68,8 @@ def measure_file(
         HawqError: the extra is missing, or onnxruntime cannot run the file.
     """
     require("onnxruntime")
-    command = [sys.executable, _PROCESS, path, json.dumps(list(shape)), threads, batch, seconds]
+    kernels = int(integer_kernels(path))
+    command = [sys.executable, _PROCESS, path, json.dumps(list(shape)), threads, batch, seconds, kernels]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it ended without a word"]
@@ -193,6 +195,7 @@ def _milliseconds(
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     pack_low_bit_weights(proto)
+    add_zero_points(proto)
     run = session(proto.SerializeToString(), threads)
     feed = {"x": rng.standard_normal(size, dtype=np.float32)}
     run.run(None, feed)

@@ -1,6 +1,6 @@
 """Runs one ONNX file in a process of its own and prints its speed and peak memory as JSON; imports little on purpose.
 
-python _speed_process.py FILE SHAPE THREADS BATCH SECONDS
+python _speed_process.py FILE SHAPE THREADS BATCH SECONDS INTEGER_KERNELS
 """
 
 import json
@@ -17,10 +17,12 @@ import onnxruntime as ort
 
 def main() -> None:
     """Latency of one image, throughput of a batch, memory beyond what the bare process takes."""
-    path, shape, threads, batch, seconds = sys.argv[1:]
+    path, shape, threads, batch, seconds, integers = sys.argv[1:]
     options = ort.SessionOptions()
     options.intra_op_num_threads = int(threads)
     options.log_severity_level = 3
+    if integers == "0":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     before = peak_bytes()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

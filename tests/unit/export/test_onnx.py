@@ -111,6 +111,20 @@ def test_two_bits_alone_need_the_newest_opset(tmp_path):
     assert onnx.load(str(tmp_path / "a.onnx")).opset_import[0].version == 21
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(4, "INT4"), (8, "INT8")])
+def test_weights_have_zero_points_of_their_type_which_older_runtimes_need(tmp_path, bits, kind):
+    net, x = Widths().eval(), torch.randn(2, 4, 6, 6)
+    plan = planned(net, x, "affine", lambda i: bits)
+    to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx")
+    proto, stored = onnx.load(str(tmp_path / "a.onnx")), initializers(tmp_path / "a.onnx")
+    reads = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    assert len(reads) == 8
+    for node in reads:
+        zero = stored[node.input[2]]
+        assert onnx.TensorProto.DataType.Name(zero.data_type) == kind
+        assert list(zero.dims) == [4] and not onnx.numpy_helper.to_array(zero).astype(int).any()
+
+
 class Moving(nn.Module):
     """Layers without bias whose values are only moved before they are quantized again; the last has one channel."""
 
