@@ -71,7 +71,7 @@ def to_aimet(
     proto = one_image_graph(deployed.model, deployed.inputs)
     grids = Grids(proto, model, deployed.plan)
     weights, activations, clamped = _plain_graph(proto, grids)
-    export._describe(proto, deployed)
+    export._describe(proto, deployed, "aimet")
     forms = (_form_1_0_0(weights, activations), _form_0_6_1(weights, activations))
     export._write(proto, files[0])
     for file, form in zip(files[1:], forms):

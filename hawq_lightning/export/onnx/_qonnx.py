@@ -108,7 +108,7 @@ def to_qonnx(model: nn.Module, plan: Plan | None, example_input: Inputs, path: s
     proto = one_image_graph(deployed.model, deployed.inputs)
     widths = _Rewrite(proto, Grids(proto, model, deployed.plan)).run()
     proto.opset_import.append(require("onnx").helper.make_opsetid(DOMAIN, 1))
-    export._describe(proto, deployed)
+    export._describe(proto, deployed, "qonnx")
     export._write(proto, Path(path))
     return widths
 
