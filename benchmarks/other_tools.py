@@ -2,7 +2,7 @@
 
     python benchmarks/other_tools.py qonnx --weights resnet20_cifar10.pt --root cifar10 [--images 40]
 
-Each tool wants an environment of its own, so a run measures one (qonnx, aimet, torchao) and keeps its figures in
+Each tool wants an environment of its own, so a run measures one of them and keeps its figures in
 benchmarks/results/other_tools.json; other_tools.md is written anew from all of them. Weights have 4, 5, 6 and 8 bits in
 turn, activations 8 over the range of 256 training images; nothing is fine-tuned.
 """
@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from hawq_lightning import Plan, PlanSite, SiteTable, quantize, sites
-from hawq_lightning.export import export, to_torchao
-from hawq_lightning.export.onnx import compare_qonnx
+from hawq_lightning.export import compare, export, to_torchao
+from hawq_lightning.export.onnx import compare_qonnx, float_onnx, open_session
 from hawq_lightning.models import resnet20
 
 RESULTS = Path(__file__).parent / "results" / "other_tools.json"
@@ -165,7 +165,31 @@ def interleaved(runs: list[Callable[[], object]], rounds: int = 40) -> list[floa
     return [statistics.median(t) for t in times]
 
 
+def openvino(args: argparse.Namespace, folder: Path) -> list[Row]:
+    x, _ = images(args.root, "train", 256)
+    pictures, classes = images(args.root, "val", args.images or 5000)
+    net, plan = trained(args.weights, x, (8,))
+    floats = resnet20(weights=args.weights).eval()
+    float_onnx(floats, x[:2], folder / "float.onnx")
+    export(net, plan, folder / "model.onnx", example_input=x[:2])
+    rows: list[Row] = []
+    feeds = {n: {"input": pictures[:n].numpy()} for n in (1, 32)}
+    for runtime in ("openvino", "onnxruntime"):
+        integers = runtime == "openvino"
+        runs = {n: open_session(runtime, folder / n, 1, integers) for n in ("float.onnx", "model.onnx")}
+        agreement = compare(net, folder / "model.onnx", pictures.split(100), codes=False, runtime=runtime)
+        logits = np.concatenate([runs["model.onnx"].run(None, {"input": b.numpy()})[0] for b in pictures.split(100)])
+        row: Row = {"runtime": runtime, "same class": f"{agreement.same} of {agreement.images}",
+                    "accuracy": f"{100 * (logits.argmax(1) == classes.numpy()).mean():.2f}"}  # fmt: skip
+        for n, feed in feeds.items():
+            times = interleaved([partial(run.run, None, feed) for run in runs.values()], 200 if n == 1 else 30)
+            row |= {f"float, ms, {n}": f"{times[0]:.2f}", f"x of its float, {n}": f"{times[0] / times[1]:.2f}"}
+        rows.append(row)
+    return rows
+
+
 TOOLS: dict[str, tuple[Callable[[argparse.Namespace, Path], list[Row]], str]] = {
+    "openvino": (openvino, "## OpenVINO (f32 hint, one thread) and the exact file of 8 bits everywhere,"),
     "qonnx": (qonnx, "## QONNX, run and counted by qonnx"),
     "aimet": (aimet, "## AIMET encodings, loaded by AIMET-ONNX's simulator"),
     "torchao": (torchao, "## torchao, linear layers alone, one thread"),

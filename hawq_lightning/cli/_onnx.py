@@ -111,7 +111,7 @@ def write_onnx(
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
         whole = unquantize(copy.deepcopy(net)).cpu().eval()
-        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, **how)
+        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, **how)  # type: ignore[arg-type]
         show(record)
     write_text(folder / "export.json", json_text(record, indent=1))
     return record

@@ -5,15 +5,17 @@ from hawq_lightning.export.onnx._compare import Agreement, compare
 from hawq_lightning.export.onnx._detections import OnnxDetector, detections
 from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
 from hawq_lightning.export.onnx._qonnx import QonnxAgreement, Widths, compare_qonnx, to_qonnx
-from hawq_lightning.export.onnx._session import integer_kernels, session
+from hawq_lightning.export.onnx._session import RUNTIMES, check_runtime, integer_kernels, open_session, session
 from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
 
 __all__ = [
+    "RUNTIMES",
     "Agreement",
     "Encodings",
     "OnnxDetector",
     "QonnxAgreement",
     "Widths",
+    "check_runtime",
     "compare",
     "compare_qonnx",
     "detections",
@@ -21,6 +23,7 @@ __all__ = [
     "integer_kernels",
     "layer_latencies",
     "measure_file",
+    "open_session",
     "session",
     "to_aimet",
     "to_onnx",
