@@ -78,7 +78,8 @@ def _export(
     batches = _batches(run)
     real = Images(net, batches)
     first = real.first()
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, fold=cfg.fold, exact=cfg.exact)
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, **how)
     for runtime in runtimes[1:]:
         if cfg.images != 0:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
@@ -98,7 +99,7 @@ def _export(
         whole, note = _float_network(run, folder)
         record |= speeds(
             network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
-            seconds=cfg.seconds, fold=cfg.fold, exact=cfg.exact, runtimes=runtimes,
+            seconds=cfg.seconds, how=how, runtimes=runtimes,
         )  # fmt: skip
         show(record, note)
     if cfg.table:

@@ -68,7 +68,7 @@ def write_onnx(
     images: int | None = None,
     seconds: float = 0.0,
     score: bool = False,
-    **how: bool,
+    **how: object,
 ) -> JsonObject:
     """Write ``model.onnx`` and ``export.json``, and print one line.
 
@@ -80,7 +80,7 @@ def write_onnx(
         images: compare on so many at most; 0 for none.
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
-        how: options of the exporter, ``fold`` and ``exact``.
+        how: options of the exporter: ``fold``, ``exact``, ``storage``.
 
     Returns:
         what export.json holds.
@@ -111,7 +111,7 @@ def write_onnx(
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
         whole = unquantize(copy.deepcopy(net)).cpu().eval()
-        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, **how)  # type: ignore[arg-type]
+        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, how=how)
         show(record)
     write_text(folder / "export.json", json_text(record, indent=1))
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,7 @@ def speeds(
     threads: int = 1,
     batch_size: int = 32,
     seconds: float = 1.0,
-    fold: bool = True,
-    exact: bool = True,
+    how: Mapping[str, object],
     runtimes: Sequence[str] = ("onnxruntime",),
 ) -> JsonObject:
     """Measure the three files; ``speed`` and ``speed_settings`` of export.json, ``speed_openvino`` of OpenVINO.
@@ -46,8 +45,7 @@ def speeds(
         threads: for onnxruntime.
         batch_size: for the throughput.
         seconds: of every measurement.
-        fold: BatchNorm into scales and biases.
-        exact: see :func:`hawq_lightning.export.to_onnx`.
+        how: options of the exporter, see :func:`hawq_lightning.export.to_onnx`.
         runtimes: that run the files.
 
     Raises:
@@ -58,7 +56,7 @@ def speeds(
         exporter, even = EXPORTERS["onnx"], uniform(inner(plan, whole), 8)
         unquantized, eight = (Path(folder) / f"{name}{exporter.suffix}" for name in ("float", "uniform"))
         float_onnx(whole, first, unquantized)
-        export(quantize(whole, even), even, eight, exporter.name, example_input=first, fold=fold, exact=exact)
+        export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
         files = {"float": unquantized, "uniform 8": eight, "plan": path}
         measured = {r: {k: asdict(measure(file, runtime=r)) for k, file in files.items()} for r in runtimes}
     versions = {runtime: require(runtime).__version__.split("-")[0] for runtime in runtimes}

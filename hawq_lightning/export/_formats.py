@@ -17,6 +17,7 @@ from hawq_lightning.export.onnx import (
     Agreement,
     Encodings,
     QonnxAgreement,
+    Storage,
     Widths,
     compare,
     compare_qonnx,
@@ -38,10 +39,18 @@ def _write_packed(model: nn.Module, plan: Plan, path: Path, example_input: Input
 
 @register_exporter("onnx", suffix=".onnx", packages=("onnx", "onnxscript"), verify=_verify_onnx)
 def _write_onnx(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True, exact: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    exact: bool = True,
+    storage: Storage = "lookup",
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact)
+    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage)
 
 
 @register_exporter("program", suffix=".pt2")

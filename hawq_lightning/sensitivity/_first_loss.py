@@ -6,7 +6,7 @@ from hawq_lightning._errors import HawqError, some
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._sites import READ_BY_FUNCTION
 from hawq_lightning._types import Batch
-from hawq_lightning.layers import FakeQuantLayer, layer_type
+from hawq_lightning.layers import FakeQuantLayer, holder_values, layer_type
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 
@@ -30,6 +30,12 @@ def check_float(context: MeasureContext) -> None:
                     f"Layer {name!r} is quantized, and traces are those of a float network: measure inside of "
                     "hawq_lightning.quantization.fake_quant_disabled(model), or call unquantize(model) first."
                 )
+    for name, operand in context.operands.items():
+        if any(q.bits and not q.fake_quant_disabled for q in holder_values(operand.module)):
+            raise HawqError(
+                f"What {name!r} reads is quantized, and traces are those of a float network: measure inside of "
+                "hawq_lightning.quantization.fake_quant_disabled(model), or call unquantize(model) first."
+            )
 
 
 def check_first_loss(context: MeasureContext, batch: Batch) -> float:

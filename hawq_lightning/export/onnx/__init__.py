@@ -7,6 +7,7 @@ from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
 from hawq_lightning.export.onnx._qonnx import QonnxAgreement, Widths, compare_qonnx, to_qonnx
 from hawq_lightning.export.onnx._session import RUNTIMES, check_runtime, integer_kernels, open_session, session
 from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
+from hawq_lightning.export.onnx._storage import Storage
 
 __all__ = [
     "RUNTIMES",
@@ -14,6 +15,7 @@ __all__ = [
     "Encodings",
     "OnnxDetector",
     "QonnxAgreement",
+    "Storage",
     "Widths",
     "check_runtime",
     "compare",

@@ -1,9 +1,8 @@
 """ONNX with real low-bit weights.
 
-Weights are INT2, INT4 or INT8 initializers in front of a per-channel DequantizeLinear: the narrowest type that holds a
-layer's codes (INT16 for midrise codes of 8 bits; INT4 for two bits of a layer with one channel). Activations pass
-QuantizeLinear, a Clip where their grid is narrower than UINT8, and DequantizeLinear. Only standard operators are used.
-INT2 needs opset 25 (onnx 1.20, onnxruntime with two-bit kernels, such as 1.32), everything else opset 21.
+Weights are integer codes in front of a per-channel DequantizeLinear: packed bytes that a table unpacks when the file is
+loaded, INT8, or INT2 and INT4 (see ``_storage``). Activations pass QuantizeLinear, a Clip where their grid is narrower
+than UINT8, and DequantizeLinear. Only standard operators are used. INT2 needs opset 25, everything else opset 21.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export.onnx._float_bias import split_bias
-from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 from hawq_lightning.export.onnx._session import EXACT, FORM, ROUNDED
-from hawq_lightning.export.onnx._zero_points import add_zero_points
+from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
 
 OPSET = 21
 _UINT8_TOP = 255
@@ -47,6 +44,7 @@ def to_onnx(
     *,
     fold: bool = True,
     exact: bool = True,
+    storage: Storage = "lookup",
 ) -> Deployed:
     """Write a quantized model as an ONNX file with a free batch size; the model stays as it is.
 
@@ -58,6 +56,9 @@ def to_onnx(
         fold: fold BatchNorm into scales and biases.
         exact: add biases by nodes of their own, so that onnxruntime leaves them float. Without it some layers run in
             integer kernels, with biases rounded to INT32: faster, but every image's activations move.
+        storage: of the weights' codes: ``"lookup"``, packed bytes that every runtime unpacks when it loads;
+            ``"int8"``, a byte a code; ``"native"``, INT2 and INT4, for onnxruntime 1.28 or later. The outputs are the
+            same.
 
     Returns:
         the deployed network that the file holds, and what became of every BatchNorm.
@@ -68,13 +69,12 @@ def to_onnx(
     """
     require("onnx")
     require("onnxscript")
+    check_storage(storage)
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold)
     proto = _translate(deployed.model, deployed.inputs)
     _strip(proto)
-    types = pack_low_bit_weights(proto)
-    split_bias(proto, [name for name, kind in types.items() if exact or kind in ("INT2", "INT4")])
-    add_zero_points(proto)
+    store_weights(proto, storage, exact=exact)
     _describe(proto, deployed, EXACT if exact else ROUNDED)
     _write(proto, Path(path))
     return deployed

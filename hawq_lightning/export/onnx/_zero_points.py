@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hawq_lightning._extra import require
+from hawq_lightning.export.onnx._low_bits import weights
 
 _ZERO = 2  # the third input of a DequantizeLinear
 
 
-def add_zero_points(proto: Any) -> int:
+def add_zero_points(proto: Any, kinds: Mapping[str, int] | None = None) -> int:
     """Give every DequantizeLinear that has none zeros of its codes' type, one a scale, in place.
 
     ONNX calls them optional, but before 1.28 onnxruntime makes a QGemm or a QLinearMatMul of such a layer and then
@@ -20,20 +22,22 @@ def add_zero_points(proto: Any) -> int:
     QGemm of it, which has no two bits, and versions before 1.28 do not know the type anyway.
 
     Args:
-        proto: an ONNX model whose codes are initializers.
+        proto: an ONNX model.
+        kinds: tensor of codes -> its type; ``None``: of the initializers that hold them.
 
     Returns:
         how many were added.
     """
+    kinds = {t.name: t.data_type for t in weights(proto)} if kinds is None else kinds
     two_bits = getattr(require("onnx").TensorProto, "INT2", None)
     stored = {t.name: t for t in proto.graph.initializer}
     count = 0
     for node in proto.graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) > _ZERO or node.input[0] not in stored:
+        if node.op_type != "DequantizeLinear" or len(node.input) > _ZERO or node.input[0] not in kinds:
             continue
-        if stored[node.input[0]].data_type == two_bits:
+        if kinds[node.input[0]] == two_bits:
             continue
-        node.input.append(zeros(proto, stored[node.input[0]].data_type, list(stored[node.input[1]].dims)))
+        node.input.append(zeros(proto, kinds[node.input[0]], list(stored[node.input[1]].dims)))
         count += 1
     return count
 

@@ -80,7 +80,7 @@ def test_every_width_gets_its_type_and_its_exact_values(tmp_path, code, types):
     net, x = Widths().eval(), torch.randn(3, 4, 6, 6)
     plan = planned(net, x, code, lambda i: max(i + 1, 2) if code == "affine" else i + 1, lambda i: i % 7 + 2)
     quantize(net, plan)
-    to_onnx(net, plan, x, tmp_path / "a.onnx")
+    to_onnx(net, plan, x, tmp_path / "a.onnx", storage="native")
     stored = initializers(tmp_path / "a.onnx")
     for i, layer in enumerate(net.layers):
         name = f"layers.{i}.weight_quantizer"
@@ -107,7 +107,7 @@ def test_every_width_gets_its_type_and_its_exact_values(tmp_path, code, types):
 def test_two_bits_alone_need_the_newest_opset(tmp_path):
     net, x = Widths().eval(), torch.randn(2, 4, 6, 6)
     plan = planned(net, x, "affine", lambda i: 4)
-    to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx")
+    to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx", storage="native")
     assert onnx.load(str(tmp_path / "a.onnx")).opset_import[0].version == 21
 
 
@@ -115,7 +115,7 @@ def test_two_bits_alone_need_the_newest_opset(tmp_path):
 def test_weights_have_zero_points_of_their_type_which_older_runtimes_need(tmp_path, bits, kind):
     net, x = Widths().eval(), torch.randn(2, 4, 6, 6)
     plan = planned(net, x, "affine", lambda i: bits)
-    to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx")
+    to_onnx(quantize(net, plan), plan, x, tmp_path / "a.onnx", storage="native")
     proto, stored = onnx.load(str(tmp_path / "a.onnx")), initializers(tmp_path / "a.onnx")
     reads = [n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
     assert len(reads) == 8
@@ -156,7 +156,7 @@ def test_two_bits_run_whatever_moves_their_outputs_to_the_next_grid(tmp_path):
     chosen = [replace(s, zero_point=0) if s.name == "layers.1.input" else s for s in plan.sites]
     plan = plan.replace(sites=tuple(chosen))
     quantize(net, plan)
-    to_onnx(net, plan, x, tmp_path / "a.onnx")
+    to_onnx(net, plan, x, tmp_path / "a.onnx", storage="native")
     found = compare(net, tmp_path / "a.onnx", [x])
     assert found.difference < 1e-4 and sum(found.flipped.values()) == 0 and len(found.codes) == 9
     stored = initializers(tmp_path / "a.onnx")
@@ -392,7 +392,7 @@ def trained_digits():
 def test_digits_agree_with_the_trained_network(tmp_path):
     net, plan, data = trained_digits()
     batches = list(data.val_dataloader())
-    to_onnx(net, plan, batches[0][0], tmp_path / "a.onnx")
+    to_onnx(net, plan, batches[0][0], tmp_path / "a.onnx", storage="native")
     found = compare(net, tmp_path / "a.onnx", batches)
     assert found.images == 540 and found.share >= 0.998
     assert sum(found.codes.values()) == 540 * (64 + 8 * 64 * 3 + 16 * 16 * 1 + 16 * 16 + 32 * 4 + 32)
@@ -478,7 +478,7 @@ def test_the_papers_models(tmp_path, name):
     assert len(table.weights) > 50
     plan = random_plan(table, 0)
     enable(net, plan)
-    deployed = to_onnx(net, plan, x, tmp_path / "a.onnx")
+    deployed = to_onnx(net, plan, x, tmp_path / "a.onnx", storage="native")
     assert deployed.folding.folded and set(deployed.folding.kept.values()) <= {"the forward pass does not call it"}
     proto = onnx.load(str(tmp_path / "a.onnx"))
     kinds = {onnx.TensorProto.DataType.Name(t.data_type) for t in proto.graph.initializer if t.name.endswith("codes")}
