@@ -21,7 +21,7 @@ from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_name, quantizers_of
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
-from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of
+from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight
 from hawq_lightning.quantization import QuantizedOperand, QuantizedWeight, plan_of, quantized_layers, quantized_operands
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -210,6 +210,8 @@ def _named_for(plan: Plan, model: nn.Module) -> Plan:
 def _copy(model: nn.Module) -> nn.Module:
     # a LightningModule knows its Trainer, which knows the data: none of that belongs to the network
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        renew_weight(module)  # what a hook made in a forward pass with gradients cannot be copied
     for module in model.modules():
         for name in ("_trainer", "_fabric"):
             if module.__dict__.get(name) is not None:

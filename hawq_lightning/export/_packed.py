@@ -138,7 +138,12 @@ def load_packed(path: str | Path, model: Model) -> Model:
         for keys, tensor in rest_of(model, owned_by(renamed, readers))
         if rename.inside(keys)
     }
-    rest = {rename.keys(keys): tensor for keys, tensor in file.rest.items() if rename.keys(keys)}
+    served = {f"{layer.site}_{end}" for layer in readers.values() for end in ("orig", "mask", "u", "v", "g")}
+    rest = {
+        names: tensor
+        for keys, tensor in file.rest.items()
+        if (names := rename.keys(keys)) and (names in targets or served.isdisjoint(names))
+    }
     operands = operands_by_name(model)
     check_same(file, {**readers, **operands}, targets, rest, rename)
     named = [n for site in renamed for n in site.layers]

@@ -30,6 +30,7 @@ from hawq_lightning.layers._fake_quant import (
 from hawq_lightning.layers._float_modules import ATTENTION, RECURRENT, why_float
 from hawq_lightning.layers._function_linear import FunctionLinearKind
 from hawq_lightning.layers._gradients import row_dots
+from hawq_lightning.layers._hooked import made_by_hook, renew_weight
 from hawq_lightning.layers._kind import (
     LAYER_KINDS,
     LayerCall,
@@ -105,6 +106,7 @@ __all__ = [
     "kind_of",
     "kinds",
     "layer_type",
+    "made_by_hook",
     "makes_attention",
     "must_be_called",
     "on_product",
@@ -118,6 +120,7 @@ __all__ = [
     "recompute_in_backward",
     "recorded",
     "register_layer",
+    "renew_weight",
     "row_dots",
     "split_operand",
     "type_names",

@@ -18,7 +18,7 @@ from hawq_lightning._site_table import Site
 from hawq_lightning._sites import quantizable_layers, site_name
 from hawq_lightning._types import Model
 from hawq_lightning._values import check_has_values
-from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, split_operand
+from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, renew_weight, split_operand
 from hawq_lightning.quantization._attention import (
     QuantizedOperand,
     drop_attention,
@@ -28,7 +28,6 @@ from hawq_lightning.quantization._attention import (
     with_operand,
 )
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._hooked import renew_weight
 from hawq_lightning.quantization._modules import QuantizedWeight, to_fake_quantized, to_float, with_quantizers
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named

@@ -14,7 +14,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
-from hawq_lightning.layers import holder_of, put_holder
+from hawq_lightning.layers import holder_of, put_holder, renew_weight
 from hawq_lightning.quantization._apply import (
     check_plan,
     disable,
@@ -25,7 +25,6 @@ from hawq_lightning.quantization._apply import (
 )
 from hawq_lightning.quantization._attention import QuantizedOperand, drop_attention, quantized_operands
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._hooked import renew_weight
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import EffectiveWeights, isolated_eval, on_device, repeatable

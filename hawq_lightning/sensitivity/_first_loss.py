@@ -51,7 +51,11 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
     """
     warn_once = context.diagnostics.warn_once
     weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items() if not m.recomputed}
-    for _, w in weights.values():
+    wanted = [w for _, w in weights.values()]
+    wanted += [
+        p for m in context.layers.values() if m.recomputed for p in m.module.parameters() if p.is_floating_point()
+    ]
+    for w in wanted:
         w.requires_grad_(True)
     try:
         with Outputs(context.model) as outputs, FunctionReads(context.model, context.layers) as functions:
@@ -59,7 +63,7 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
         penalised = [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]
         value = float(loss.detach())
     finally:
-        for _, w in weights.values():
+        for w in wanted:
             w.requires_grad_(False)
     read = [n for n in functions.layers() if n not in penalised]
     if read and not context.table.traced:

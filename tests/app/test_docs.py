@@ -100,7 +100,7 @@ def test_every_command_composes():
     assert len(seen) > 20
     wrong = []
     with initialize_config_module("hawq_lightning.conf", version_base="1.3"):
-        for page, command in seen:
+        for command, page in {c: p for p, c in seen}.items():
             script, *words = shlex.split(command, comments=True)
             name = {"hawq-lightning": "train"}.get(script, script.removeprefix("hawq-lightning-"))
             # the launchers are packages of the extra sweep; a user's own folder is not here
