@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._float_rest import plain
@@ -147,11 +148,16 @@ def deploy(
             _store_operand(operand)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
-            copied(*inputs)
+            given = copied(*inputs)
         except HawqError:
             raise
         except Exception as error:
             raise HawqError(f"The model does not run on the example input: {first_line(error)}") from error
+        if any(map(_is_nan, tree_leaves(given))) and not any(map(_is_nan, tree_leaves(_on_cpu(model)(*inputs)))):
+            raise HawqError(
+                "The model does not run on the example input without its float weights: a function reads one that is "
+                "stored as codes. Leave that layer out (exclude=), or let a forward pass find the sites."
+            )
         folding = fold_batch_norm(copied, inputs) if fold else Folding()
     return Deployed(copied, plan, inputs, folding)
 
@@ -208,6 +214,14 @@ def _named_for(plan: Plan, model: nn.Module) -> Plan:
         replace(x, name=rename(x.name), left=renamed(x.left), right=renamed(x.right)) for x in plan.products
     )
     return plan.replace(sites=sites, layers=layers, products=products)
+
+
+def _is_nan(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any())
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    return _copy(model).to("cpu").float().eval()
 
 
 def _copy(model: nn.Module) -> nn.Module:

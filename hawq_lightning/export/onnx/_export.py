@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import logging
@@ -123,7 +124,7 @@ def to_program(
     if path is not None:
         check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
-    shapes = _free_batch(deployed.inputs) if free_batch else None
+    shapes = _free_batch(deployed.model, deployed.inputs) if free_batch else None
     try:
         with _quiet():
             program = torch.export.export(
@@ -157,7 +158,7 @@ def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: b
                 opset_version=OPSET,
                 input_names=names,
                 output_names=_output_names(result),
-                dynamic_shapes=_free_batch(inputs) if free_batch else None,
+                dynamic_shapes=_free_batch(model, inputs) if free_batch else None,
                 custom_translation_table=_translations(),
             )
         assert program is not None
@@ -186,9 +187,15 @@ def _translations() -> dict[Any, Any]:
     return {ours.snap.default: snap, ours.dequantize.default: dequantize}
 
 
-def _free_batch(inputs: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
+def _free_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    """The first axis of every input; those that ``*args`` takes (wrappers have that) are one argument."""
     batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
+    each = [{0: batch} for _ in inputs]
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(each)
+    named = min(kinds.index(inspect.Parameter.VAR_POSITIONAL), len(each))
+    return (*each[:named], tuple(each[named:]))
 
 
 def _output_names(result: Any) -> list[str]:
@@ -206,7 +213,7 @@ def _hint(text: str) -> str:
     return " If the first axis of its inputs is no batch of any size, give free_batch=False."
 
 
-def _why(error: BaseException, free_batch: bool) -> str:
+def _why(error: BaseException, free_batch: bool = False) -> str:
     """One sentence from the exporter's pages."""
     causes: list[BaseException] = [error]
     while (deeper := causes[-1].__cause__) is not None:
