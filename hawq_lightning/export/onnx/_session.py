@@ -11,7 +11,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 
 FORM = "hawq_lightning.form"
-EXACT, ROUNDED = "exact", "rounded"
+EXACT, ROUNDED, INTEGER = "exact", "rounded", "integer"
 FLOAT_KERNELS = "session.disable_quant_qdq"
 """The entry of a session's configuration, ``"1"``, that keeps quantized layers in float kernels."""
 
