@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
 from hawq_lightning._registry import check_registered
-from hawq_lightning._sites import Patterns
 from hawq_lightning._types import Batch, BatchSizeFn, Budget, LossFn
 
 CodeFormat = Literal["auto", "affine", "midrise"]
@@ -91,6 +91,8 @@ class QuantizerConfig:
     """Glob on layer names, layer type, or ``f(name, module) -> bool``; several mean any of them. ``None``: all."""
     exclude: Patterns = None
     """The same forms as ``include``, over which it wins."""
+    attention: bool = False
+    """Queries, keys, probabilities and values of attention are activation sites as well: what its products read."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight")
@@ -98,6 +100,8 @@ class QuantizerConfig:
             check_bits(self.activation_bits, "activation")
         if self.input_bits is not None:
             check_bits(self.input_bits, "input")
+        if self.attention and self.activation_bits is None:
+            raise HawqError("attention=True quantizes what attention reads; give activation_bits, such as 8.")
         choice("code_format", self.code_format, get_args(CodeFormat))
         for name in ("weight_bits", "activation_bits"):  # lists, as YAML has them, become what the default is
             value = getattr(self, name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._site_table import FloatPart, FloatTensor
-from hawq_lightning.layers import FakeQuantLayer, WeightReader, find_kind, quantizer_parts
+from hawq_lightning.layers import FakeQuantLayer, WeightReader, find_kind, made_by_hook, quantizer_parts
 
 Owned = set[tuple[int, str]]
 """Id of a module and name of a parameter of its own, for each weight whose codes are stored."""
@@ -40,6 +40,8 @@ def rest_of(
         f"{n}.parametrizations.{name}.".lstrip(".") for n, m in modules.items() if hasattr(m, "parametrizations")
         for name in m.parametrizations if (id(m), name) in owned
     )  # fmt: skip
+    by_id = {id(m): m for m in modules.values()}
+    owned = owned | {(i, part) for i, name in owned if i in by_id for part in made_by_hook(by_id[i], name)}
     groups: dict[int, tuple[list[str], object]] = {}
     for raw, value in model.state_dict(keep_vars=True).items():
         key = plain(raw)

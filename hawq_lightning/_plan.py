@@ -21,7 +21,7 @@ from hawq_lightning._plan_site import (
     read_site,
     reconciled,
 )
-from hawq_lightning._site_table import Layer, Site
+from hawq_lightning._site_table import ActivationProduct, Layer, Site
 from hawq_lightning._types import JsonObject, Options
 
 __all__ = [
@@ -54,6 +54,7 @@ class Plan:
         fingerprint: of the weights and data that the traces were measured on.
         quantizer: registered name of the quantizer; its Omega is what was weighed.
         quantizer_options: keywords of that quantizer.
+        products: of attention, with their activation sites and MACs: BOPs, too.
     """
 
     sites: tuple[PlanSite, ...]
@@ -65,6 +66,7 @@ class Plan:
     fingerprint: str = ""
     quantizer: str = "uniform"
     quantizer_options: Options = field(default_factory=dict)
+    products: tuple[ActivationProduct, ...] = ()
 
     @property
     def bits(self) -> dict[str, int]:
@@ -98,6 +100,9 @@ class Plan:
         body = {f.name: getattr(self, f.name) for f in fields(self)}
         body["sites"] = [_plain(asdict(s)) for s in self.sites]
         body["layers"] = [_plain(asdict(layer)) for layer in self.layers]
+        body["products"] = [_plain(asdict(product)) for product in self.products]
+        if not self.products:
+            del body["products"]
         numbers: JsonObject = without_infinity(body)  # the error of a single batch is infinite: not known
         return {"format": FORMAT, "version": VERSION} | numbers
 
@@ -126,6 +131,7 @@ class Plan:
                 settings=with_infinity(dict(data.get("settings", {}))),
                 fingerprint=str(data.get("fingerprint", "")),
                 quantizer=str(data.get("quantizer", "uniform")),  # version 1 knew no other
+                products=tuple(ActivationProduct.from_dict(p) for p in data.get("products", [])),
                 quantizer_options={str(k): v for k, v in data.get("quantizer_options", {}).items()},
             )
         except HawqError:

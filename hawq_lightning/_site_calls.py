@@ -10,12 +10,14 @@ from torch import nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
+from hawq_lightning._attention_calls import AttentionCalls
 from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import Trained, graph_alone, graph_behind, nodes_of, tensors_of, trainable, walk
 from hawq_lightning._product_counter import ProductCounter
+from hawq_lightning._reads import Read, version_of
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.layers import WeightReader
 
@@ -24,34 +26,6 @@ BY_FUNCTION_ONLY = "a function reads its weight; the layer itself is not called"
 WITHOUT_GRADIENTS = "run without gradients, as teachers are"
 NO_GRADIENT = "no gradient of the loss comes by it, as with teachers whose outputs are detached"
 FROZEN = "frozen, and nothing trained follows it, as with teachers and perceptual losses"
-Key = tuple[int, int, int]  # pass, id and version of a tensor
-
-
-def version_of(x: torch.Tensor) -> int:
-    """How often a tensor was changed in place; tensors made in inference mode do not count."""
-    return 0 if x.is_inference() else x._version
-
-
-@dataclass(frozen=True)
-class Read:
-    """A tensor that a layer of the network reads.
-
-    Attributes:
-        layer: its name.
-        key: of the tensor.
-        shape: of the tensor.
-        images: of the pass.
-    """
-
-    layer: str
-    key: Key
-    shape: tuple[int, ...]
-    images: int
-
-    @property
-    def numel(self) -> int:
-        """Elements, of all images."""
-        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -91,6 +65,7 @@ class SiteCalls:
         depths: of the layers.
         left: layer that was not found to be of the network -> why.
         read_by_function: layers whose weight a function reads.
+        attention: modules whose attention is looked at, by name.
     """
 
     model: nn.Module
@@ -105,6 +80,7 @@ class SiteCalls:
     depths: LayerDepths = field(default_factory=LayerDepths)
     left: dict[str, str] = field(default_factory=dict)
     read_by_function: set[str] = field(default_factory=set)
+    attention: AttentionCalls = field(default_factory=AttentionCalls)
     _passes: int = 0
     _all_macs: dict[str, int] = field(default_factory=dict)
 
@@ -132,6 +108,7 @@ class SiteCalls:
         calls, outputs, result, counter = graph_alone(lambda: self._record(run, named))
         self._passes += 1
         graph = graph_behind(result)
+        self.attention.pass_ended(graph, self._passes, images)
         mine = [c for c in calls if c.layer in self.layers]
         chosen = self._of_network(graph, mine, outputs)
         before = self.found
@@ -190,6 +167,7 @@ class SiteCalls:
         counter, functions = ProductCounter(), FunctionReads(self.model, self.every_layer)
         handles = [handle for n, reader in self.every_layer.items() for handle in record_calls_of(n, reader)]
         handles += self._enclosing(inside, outputs)
+        handles += self.attention.watch()
         modules = {n: reader.module for n, reader in self.layers.items()}
         try:
             with (

@@ -60,6 +60,29 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ActivationProduct:
+    """A product of two activations, which has no weight: attention's scores, or its weighted values.
+
+    Attributes:
+        name: ``<module>:scores`` or ``<module>:values``.
+        left: activation site of its first factor; ``None``: it stays float.
+        right: of its second.
+        macs: multiply-accumulates of one image.
+    """
+
+    name: str
+    left: str | None
+    right: str | None
+    macs: int
+
+    @classmethod
+    def from_dict(cls, raw: JsonObject) -> ActivationProduct:
+        """Read back ``dataclasses.asdict``."""
+        left, right = (None if (site := raw.get(side)) is None else str(site) for side in ("left", "right"))
+        return cls(str(raw["name"]), left, right, int(raw["macs"]))
+
+
+@dataclass(frozen=True)
 class FloatPart:
     """A module, or an operation inside one, that stays float, and why."""
 
@@ -93,7 +116,7 @@ class SiteTable:
 
     ``layers`` are in the order in which the forward pass first calls them; ``last`` names the one with most layers in a
     row before it, where a pass has shown that. ``floats`` are modules, ``float_tensors`` the tensors of the state dict
-    that are no site's weight; ``None``: not known.
+    that are no site's weight; ``None``: not known. ``products`` are those of attention whose factors are sites.
     """
 
     sites: tuple[Site, ...]
@@ -102,6 +125,7 @@ class SiteTable:
     traced: bool = True
     last: str = ""
     float_tensors: tuple[FloatTensor, ...] | None = None
+    products: tuple[ActivationProduct, ...] = ()
     _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +147,12 @@ class SiteTable:
     def first_to_last(self) -> tuple[Layer, ...]:
         """The layers, the network's last one at the end, though auxiliary heads may be called after it."""
         return tuple(sorted(self.layers, key=lambda x: x.name == self.last))
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """Layer, or operand of attention -> the activation site that it reads."""
+        of_layers = {x.name: x.activation for x in self.layers if x.activation is not None}
+        return of_layers | {n: s.name for s in self.activations for n in s.layers if n not in of_layers}
 
     @property
     def weights(self) -> tuple[Site, ...]:
@@ -149,15 +179,16 @@ class SiteTable:
 
     @property
     def macs_share(self) -> float | None:
-        """Share of the multiply-accumulates that read a weight site; ``None``: not known."""
-        quantized = sum(layer.macs for layer in self.layers)
+        """Share of the multiply-accumulates that read a weight site, or two activation sites; ``None``: not known."""
+        quantized = sum(x.macs for x in self.layers) + sum(x.macs for x in self.products)
         total = quantized + sum(f.macs for f in self.floats)
         return quantized / total if self.traced and total else None
 
     def rows(self) -> list[JsonObject]:
         """One dict a line, sites first, then what stays float; shares are of the listed bytes and MACs."""
         total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
-        total_macs = sum(layer.macs for layer in self.layers) + sum(f.macs for f in self.floats) or 1
+        total_macs = sum(p.macs for p in self.products) + sum(f.macs for f in self.floats)
+        total_macs = total_macs + sum(layer.macs for layer in self.layers) or 1
         macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
         out: list[JsonObject] = []
         for s in self.sites:

@@ -8,24 +8,28 @@ works.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import AttentionCalls, attention_operands
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._loss_graph import Trained
-from hawq_lightning._site_calls import BY_FUNCTION_ONLY, Key, Read, SiteCalls
+from hawq_lightning._patterns import Patterns, as_list, matches, named_modules
+from hawq_lightning._reads import Key, Read
+from hawq_lightning._site_calls import BY_FUNCTION_ONLY, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
 from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
+    AttentionQuantizers,
     WeightReader,
     find_kind,
     kind_of,
@@ -37,10 +41,8 @@ from hawq_lightning.layers import (
 )
 
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module")  # parts of names that torch.compile and FSDP add
 MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
-Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-Patterns = Pattern | Sequence[Pattern] | None
+Attention = bool | Literal["prepared"]
 _Node = str | Key  # of the graph of layers and tensors
 
 
@@ -66,7 +68,9 @@ def quantizable_layers(
     floats: list[FloatPart] = []
     candidates: dict[str, WeightReader] = {}
     held: set[nn.Module] = set()  # parts of a layer: quantizers, and children whose weights it reads past their call
-    for name, module in _named_modules(model):
+    for name, module in named_modules(model):
+        if isinstance(module, AttentionQuantizers):
+            held |= set(module.modules())
         if module in held:
             continue
         parameters = [p for n, p in module.named_parameters(recurse=False)]
@@ -82,15 +86,17 @@ def quantizable_layers(
             size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
             floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
     for patterns in (include, exclude):
-        for pattern in _as_list(patterns):
-            if not any(_matches(pattern, n, x.module) for n, x in candidates.items()):
+        for pattern in as_list(patterns):
+            if not any(matches(pattern, n, x.module) for n, x in candidates.items()) and not (
+                attention_operands(model, pattern)
+            ):
                 text = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
                 hint = nearest(text, [*candidates, *{type(x.module).__name__ for x in candidates.values()}])
                 raise HawqError(f"The pattern {text!r} matches no quantizable layer.{hint}")
     for name, reader in candidates.items():
         module = reader.module
-        included = not _as_list(include) or any(_matches(p, name, module) for p in _as_list(include))
-        excluded = any(_matches(p, name, module) for p in _as_list(exclude))
+        included = not as_list(include) or any(matches(p, name, module) for p in as_list(include))
+        excluded = any(matches(p, name, module) for p in as_list(exclude))
         if isinstance(reader.weight, nn.UninitializedParameter):
             floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
         elif not reader.weight.is_floating_point():
@@ -111,6 +117,7 @@ def find_sites(
     *,
     later: Iterable[tuple[Callable[[], object], int]] = (),
     trained: Trained | None = None,
+    attention: Attention = False,
 ) -> SiteTable:
     """Find all sites of ``model`` by one real forward pass ``run()`` over ``images`` images.
 
@@ -125,6 +132,8 @@ def find_sites(
         exclude: patterns.
         later: further passes with their numbers of images, for layers that the first does not use.
         trained: the parameters that training moves; those that want gradients when not given.
+        attention: queries, keys, probabilities and values of attention are sites as well; ``prepared``: of modules that
+            have quantizers for them.
 
     Raises:
         HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
@@ -135,8 +144,12 @@ def find_sites(
     if run is None:
         table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
         return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
-    named = dict(_named_modules(model))
-    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(_as_list(include)))
+    named = dict(named_modules(model))
+    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(as_list(include)))
+    if attention:
+        operands = attention_operands(model, include, exclude, prepared=attention == "prepared")
+        modules = {x.name.rpartition(":")[0]: x.module for x in operands.values()}
+        calls.attention = AttentionCalls(modules, operands)
     calls.run(run, images, named)
     for another, count in islice(later, MOST_PASSES):
         if not calls.left.keys() - calls.read_by_function:
@@ -154,10 +167,14 @@ def find_sites(
     if not layers:
         raise HawqError("Nothing can be quantized: a function reads the weight of every layer that is called.")
     floats = [replace(f, macs=calls.macs_of(f.name)) for f in floats]
-    floats += _functional(calls.other_macs, floats)
     ordered = {name: layers[name] for name in calls.macs if name in layers}
     reads = [r for r in calls.reads if r.layer in layers]
+    reads += calls.attention.reads(_of_network(calls.attention.found, calls.every_layer, ordered))
     table = _assemble(ordered, {n: calls.macs[n] for n in ordered}, reads, calls.norms, floats, traced=True)
+    products = calls.attention.products(table.reads)
+    left = calls.other_macs - sum(p.macs for p in products)
+    floats = [*table.floats, *_functional(left, floats)]
+    table = replace(table, products=products, floats=tuple(floats))
     rest = float_tensors(model, ordered.values(), floats)
     return replace(table, last=calls.depths.last(ordered), float_tensors=rest)
 
@@ -169,6 +186,7 @@ def sites(
     forward: Callable[[nn.Module, Batch], Outputs] = default_forward,
     include: Patterns = None,
     exclude: Patterns = None,
+    attention: bool = False,
 ) -> SiteTable:
     """Every site of a model, and what is *not* quantized, with shares of bytes and MACs.
 
@@ -178,6 +196,7 @@ def sites(
         forward: how to run the model on the batch.
         include: glob on layer names, layer type, or ``f(name, module) -> bool``; a list means any of them.
         exclude: the same forms; wins over ``include``.
+        attention: queries, keys, probabilities and values of attention are sites as well.
 
     Raises:
         HawqError: no quantizable layer, or a pattern that matches none.
@@ -188,31 +207,24 @@ def sites(
     model.eval()
     try:
         return find_sites(
-            model, lambda: forward(model, fresh_copy(example_batch)), batch_images(example_batch), include, exclude
-        )
+            model, lambda: forward(model, fresh_copy(example_batch)), batch_images(example_batch), include, exclude,
+            attention=attention,
+        )  # fmt: skip
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    # a compiled or sharded wrapper is the same module under a longer name
-    for name, module in model.named_modules():
-        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
-
-
-def _as_list(patterns: Patterns) -> list[Pattern]:
-    if patterns is None:
-        return []
-    return list(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [patterns]
-
-
-def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
-    if isinstance(pattern, str):
-        return fnmatch.fnmatchcase(name, pattern) or pattern == layer_type(module).__name__
-    if isinstance(pattern, type):
-        return issubclass(layer_type(module), pattern)
-    return bool(pattern(name, module))
+def _of_network(modules: Iterable[str], every: Iterable[str], layers: Iterable[str]) -> set[str]:
+    """Modules of attention that belong to the network, as their layers do, or those of the module around."""
+    every, layers, out = [*every], {*layers}, set()
+    for module in modules:
+        around = module
+        while not (near := [n for n in every if n == around or n.startswith(f"{around}." if around else "")]):
+            around = around.rpartition(".")[0]
+        if not layers.isdisjoint(near):
+            out.add(module)
+    return out
 
 
 def _beside_weights(name: str, module: nn.Module, readers: Iterable[WeightReader]) -> list[FloatPart]:
@@ -256,7 +268,9 @@ def _assemble(
         names = (first.name, *(x.name for x in others))
         table.append(Site(first.site, "weight", names, shape, _product(shape), shape[first.channel_axis]))
     activation_of: dict[str, str] = {}
-    for names_of_readers, tensors in _components([r for r in reads if layers[r.layer].read.reads_activation]):
+    for names_of_readers, tensors in _components(
+        [r for r in reads if r.layer not in layers or layers[r.layer].read.reads_activation]
+    ):
         name = site_name(names_of_readers[0], "input")
         tensors = [t for t in tensors if t.key[0] == tensors[0].key[0]]  # of one pass
         per_image = max(1, sum(t.numel for t in tensors) // tensors[0].images)  # few of many tokens, for an expert

@@ -22,8 +22,9 @@ def stays_float(table: SiteTable) -> str:
     weights = [(t.name, t.bytes, t.reason) for t in table.float_tensors or () if not t.small]
     quantized = sum(4 * s.numel for s in table.weights)
     parts = _part(weights, quantized, "bytes of its weights", binary_size)
+    quantized_macs = sum(x.macs for x in table.layers) + sum(x.macs for x in table.products)
     macs = [(f.name or f.type, f.macs, f.reason) for f in table.floats]
-    parts += _part(macs, sum(x.macs for x in table.layers), "multiply-accumulates", "{:,}".format)
+    parts += _part(macs, quantized_macs, "multiply-accumulates", "{:,}".format)
     if not parts:
         return ""
     return f"Much of the network stays float: {'; '.join(parts)}."

@@ -6,13 +6,13 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning.quantization import quantized_layers
+from hawq_lightning.quantization import quantized_reads
 from hawq_lightning.selection import recost
 
 
 def agrees(plan: Plan, module: torch.nn.Module) -> bool:
     """Whether a model's quantizers have a plan's bits."""
-    layers = quantized_layers(module)
+    layers = quantized_reads(module)
     return all(n in layers and layers[n].quantizer_of(s.kind).bits == s.bits for s in plan.sites for n in s.layers)
 
 

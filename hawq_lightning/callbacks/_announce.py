@@ -14,23 +14,16 @@ from hawq_lightning._stays_float import stays_float
 from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, kinds_in_noise
 
 
-def announce(trainer: Trainer, sensitivity: Sensitivity, plan: Plan) -> None:
+def announce(trainer: Trainer, sensitivity: Sensitivity | None, plan: Plan) -> None:
     """Say what was measured and chosen, and log it.
 
     Args:
         trainer: whose loggers get the numbers.
-        sensitivity: the traces.
+        sensitivity: the traces; ``None``: none were measured.
         plan: chosen by them.
     """
-    _, floored = guarded_mean_traces(sensitivity)
-    loud = len(kinds_in_noise(sensitivity))  # the first of the sentences
-    for note in floored[:loud]:
-        rank_zero_warn(
-            f"HAWQ: {note} Traces mean something near a minimum: load trained weights, or give "
-            "start_epoch=<epochs>; if the network is trained, measure more probes or images."
-        )
-    for note in (*sensitivity.notes, *floored[loud:]):
-        rank_zero_info(f"HAWQ: {note}")
+    if sensitivity is not None:
+        _announce_traces(sensitivity)
     rank_zero_info(describe(plan))
     values: dict[str, float] = {}
     for s in plan.sites:
@@ -41,6 +34,18 @@ def announce(trainer: Trainer, sensitivity: Sensitivity, plan: Plan) -> None:
     values |= {f"hawq/{k}": v for k, v in plan.costs.items()}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
+
+
+def _announce_traces(sensitivity: Sensitivity) -> None:
+    _, floored = guarded_mean_traces(sensitivity)
+    loud = len(kinds_in_noise(sensitivity))  # the first of the sentences
+    for note in floored[:loud]:
+        rank_zero_warn(
+            f"HAWQ: {note} Traces mean something near a minimum: load trained weights, or give "
+            "start_epoch=<epochs>; if the network is trained, measure more probes or images."
+        )
+    for note in (*sensitivity.notes, *floored[loud:]):
+        rank_zero_info(f"HAWQ: {note}")
 
 
 def warn_of_float(table: SiteTable) -> None:
@@ -57,4 +62,6 @@ def describe(plan: Plan) -> str:
     spread = ", ".join(f"{n} at {b} bit" for b, n in sorted(counts.items()))
     size = plan.costs.get("weight_bytes", 0.0)
     of_what = compression_text(plan.costs)
-    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {of_what}; Omega {plan.omega:.3g}."
+    known = any(s.omega is not None for s in plan.sites)
+    predicted = f"Omega {plan.omega:.3g}" if known else "Omega not known"
+    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {of_what}; {predicted}."

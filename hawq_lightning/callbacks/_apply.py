@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._errors import HawqError, some
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import Patterns
 from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.callbacks._adopted import agrees, consistent, with_sizes
 from hawq_lightning.callbacks._companion import Companion
@@ -36,6 +36,7 @@ from hawq_lightning.quantization import (
     check_plan,
     enable,
     enabled_bits,
+    expect_attention,
     plan_of,
     prepare,
     prepare_alike,
@@ -133,7 +134,10 @@ class ApplyPlan(Callback):
             self._handoff.restore(pl_module)
 
     def _prepare(self, pl_module: LightningModule) -> None:
-        prepare(pl_module, self.quantizer_config.include, self.excluded(pl_module), self.quantizer)
+        config = self.quantizer_config
+        attention = config.attention or (self.given_plan is not None and bool(self.given_plan.products))
+        prepare(pl_module, config.include, self.excluded(pl_module), self.quantizer, attention)
+        expect_attention(pl_module)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._prepare(pl_module)

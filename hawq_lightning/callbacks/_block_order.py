@@ -17,7 +17,14 @@ from hawq_lightning._types import Batch
 from hawq_lightning.callbacks._apply import quantizing_callback
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._schedule_time import ScheduleTime, training_share
-from hawq_lightning.quantization import QuantizedWeight, Quantizer, enabled_bits, quantized_layers, quantizers
+from hawq_lightning.quantization import (
+    QuantizedOperand,
+    QuantizedWeight,
+    Quantizer,
+    enabled_bits,
+    quantized_reads,
+    quantizers,
+)
 
 Order = Literal["omega", "omega_ascending"]
 
@@ -122,12 +129,12 @@ class BlockwiseOrder(Companion):
                 f"BlockwiseOrder({self.by!r}) sorts by Omega, which the plan lacks for {', '.join(missing[:3])}: let "
                 "HAWQ measure, or give a plan that it measured."
             )
-        layers = quantized_layers(pl_module)
+        layers = quantized_reads(pl_module)
         ranked = sorted(plan.sites, key=lambda s: (s.omega or 0.0, s.name), reverse=self.by == "omega")
         count = min(self.stages or len(ranked), len(ranked))
         bounds = [round(i * len(ranked) / count) for i in range(count + 1)]
         return [[q for s in ranked[a:b] for q in _quantizers_of(s, layers)] for a, b in itertools.pairwise(bounds)]
 
 
-def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedWeight]) -> list[Quantizer]:
+def _quantizers_of(site: PlanSite, layers: Mapping[str, QuantizedWeight | QuantizedOperand]) -> list[Quantizer]:
     return [layers[name].quantizer_of(site.kind) for name in site.layers if name in layers]

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._sites import WRAPPERS, quantizable_layers
+from hawq_lightning._patterns import WRAPPERS
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Options, StateDict
-from hawq_lightning.quantization import prepare, quantizer_named, trained_quantizers
+from hawq_lightning.quantization import prepare, prepare_attention_of, quantizer_named, trained_quantizers
 
 Module = TypeVar("Module", bound=LightningModule)
 _SWAPPING = threading.RLock()
@@ -87,6 +88,7 @@ def _prepare_layers(
         spec = quantizer_named(quantizer, _options(callbacks, quantizer))
         if chosen := {id(modules[n]) for n in names if n in modules}:
             prepare(module, include=lambda name, layer, chosen=chosen: id(layer) in chosen, quantizer=spec)
+    prepare_attention_of(module, state_dict)
 
 
 def _options(callbacks: StateDict, quantizer: str) -> Options:

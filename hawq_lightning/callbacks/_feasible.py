@@ -14,9 +14,10 @@ from hawq_lightning._batches import batch_images, fresh_copy
 from hawq_lightning._config import QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._loss_graph import Trained
+from hawq_lightning._patterns import Pattern, Patterns
 from hawq_lightning._plan import Plan
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import Pattern, Patterns, find_sites
+from hawq_lightning._sites import find_sites
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.export import packed_overhead
 from hawq_lightning.quantization import first_order_term, network_inputs, quantizer_of
@@ -79,7 +80,15 @@ def preview(
 
         def find() -> SiteTable:
             passes = ((partial(loss_fn, module, b), size_of(b)) for b in chain((batch,), later))
-            return find_sites(module, *next(passes), quantizer.include, exclude, later=passes, trained=trained)
+            return find_sites(
+                module,
+                *next(passes),
+                quantizer.include,
+                exclude,
+                later=passes,
+                trained=trained,
+                attention="prepared" if quantizer.attention else False,
+            )
 
         table = find()
         if settle_draws(module, loss_fn, table, chain((batch,), later)):

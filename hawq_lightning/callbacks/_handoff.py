@@ -13,7 +13,7 @@ import torch
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.quantization import quantized_layers, quantizers_in
+from hawq_lightning.quantization import quantized_layers, quantized_operands, quantizers_in
 
 
 class Handoff:
@@ -34,6 +34,11 @@ class Handoff:
             for layer in quantized_layers(module).values()
             for part, quantizer in quantizers_in(layer.module).items()
             for key, value in quantizer.state_dict().items()
+        }
+        buffers |= {
+            f"{operand.prefix}{operand.operand}.{key}": value.detach().cpu()
+            for operand in quantized_operands(module).values()
+            for key, value in operand.input_quantizer.state_dict().items()
         }
         torch.save({"plan": plan.to_dict(), "buffers": buffers, "weights": weights_hash(module)}, self.path)
 

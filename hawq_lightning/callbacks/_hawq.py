@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, whole, with_shorthands
 from hawq_lightning._errors import HawqError
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import Patterns, quantizable_layers
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import BatchSizeFn, Budget, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
@@ -83,6 +84,7 @@ class HAWQ(HasResults, ApplyPlan):
             quantizer=self.quantizer_config, measure=measure, select=select, sensitivity=sensitivity, dirpath=dirpath,
             progress=progress,
         )  # fmt: skip
+        self.measure_callback.only_needed = True
         self.results = self.measure_callback.results
         self.measure_config, self.progress = self.measure_callback.measure, progress
         self._freeze = FreezeSchedule(batchnorm=self.start_epoch) if self.quantizer.freezes_norms else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._stays_float import stays_float
-from hawq_lightning._types import Batch, LossFn
+from hawq_lightning._types import Batch, JsonObject, LossFn
 from hawq_lightning.callbacks._announce import announce, warn_of_float
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
@@ -35,6 +36,7 @@ from hawq_lightning.callbacks._trainer import (
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
 from hawq_lightning.selection import (
+    SCORES,
     SELECTORS,
     Problem,
     StablePlan,
@@ -70,6 +72,7 @@ class MeasureTraces(HasResults, Callback):
             whatever cannot be measured, or a budget that no plan meets.
     """
 
+    only_needed = False  # HAWQ measures no traces for selectors that read none
     stability_draws = 40  # bootstraps over images behind each site's ``stability``
 
     def __init__(
@@ -172,26 +175,31 @@ class MeasureTraces(HasResults, Callback):
                 stable = StablePlan(
                     table, weigh, self.select.budget, self.select.selector, overhead, constraints, self._question
                 )
-                sensitivity = self.given or measure(
-                    pl_module, batches, loss_fn, config=config, sites=table, progress=show,
-                    shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                    stop=stable if config.stop_when == "stable_plan" else None,
-                )  # fmt: skip
-                if self.given is None:
+                sensitivity = self.given
+                if sensitivity is None and not self.without_traces:
+                    sensitivity = measure(
+                        pl_module, batches, loss_fn, config=config, sites=table, progress=show,
+                        shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
+                        stop=stable if config.stop_when == "stable_plan" else None,
+                    )  # fmt: skip
                     traces.store(sensitivity)
-            # as the file tells it: a run that takes it from there chooses by the same digits
-            sensitivity = self.results.sensitivity = Sensitivity.from_dict(sensitivity.to_dict())
-            check_covers(sensitivity, table)
-            if trainer.is_global_zero:
-                sensitivity.save(folder / "sensitivity.json")
-            traces.forget_partial(sensitivity.fingerprint)
+            if sensitivity is not None:
+                # as the file tells it: a run that takes it from there chooses by the same digits
+                sensitivity = self.results.sensitivity = Sensitivity.from_dict(sensitivity.to_dict())
+                check_covers(sensitivity, table)
+                if trainer.is_global_zero:
+                    sensitivity.save(folder / "sensitivity.json")
+                traces.forget_partial(sensitivity.fingerprint)
             choices = self.results.candidates = weigh(sensitivity, progress=show)
             problem = Problem(table, choices, sensitivity, overhead, **constraints)
             plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, problem)
             if trainer.is_global_zero:
                 plan.save(folder / "plan.json")
-            self._draw_frontier(problem, folder if trainer.is_global_zero else None)
-            warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
+            if sensitivity is None:
+                self.results.no_traces()
+            else:
+                self._draw_frontier(problem, folder if trainer.is_global_zero else None)
+                warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
                 losses = self.results.loss_per_site = loss_per_site(
                     pl_module, batches, loss_fn, table, choices, quantizer=quantizer, progress=show
@@ -214,13 +222,19 @@ class MeasureTraces(HasResults, Callback):
         chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
         if "bootstrap" in self._selector.offers and self.stability_draws:
             chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
-        floored = list(guarded_mean_traces(self.sensitivity)[1])
-        settings = {
-            **chosen.settings, **self.sensitivity.settings, "seed": self.measure.seed, "lifted": floored,
-        }  # fmt: skip
+        sensitivity = self.results.sensitivity
+        if sensitivity is None:
+            chosen = _without_omega(chosen)
+            of_traces: JsonObject = {"traces": "none were measured: the selector reads none"}
+        else:
+            floored = list(guarded_mean_traces(sensitivity)[1])
+            of_traces = {**sensitivity.settings, "lifted": floored}
+        settings = {**chosen.settings, **of_traces, "seed": self.measure.seed}
         if sentence := stays_float(self.sites):
             settings["stays_float"] = sentence
-        chosen = self._with_quantizer(chosen).replace(settings=settings, fingerprint=self.sensitivity.fingerprint)
+        chosen = self._with_quantizer(chosen).replace(
+            settings=settings, fingerprint="" if sensitivity is None else sensitivity.fingerprint
+        )
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
 
     def _select(
@@ -242,7 +256,8 @@ class MeasureTraces(HasResults, Callback):
             return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
         if "loss" in self._selector.needs:
             quantizer = quantizer_of(self.quantizer)
-            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer) as measure_loss:
+            attention = self.quantizer.attention
+            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer, attention=attention) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
         return pick()
 
@@ -261,12 +276,25 @@ class MeasureTraces(HasResults, Callback):
             frontier.to_csv(folder / "frontier.csv")
 
     @property
+    def without_traces(self) -> bool:
+        """Whether no traces are measured, since nothing reads them."""
+        reads_none = "without_traces" in self._selector.offers and "traces" not in SCORES[self.select.score].needs
+        reads_none = reads_none and not self.measure.loss_per_site
+        return self.only_needed and reads_none and self.given is None
+
+    @property
     def _question(self) -> str:
         """What the candidates depend on beside budget and constraints; it goes into fingerprints, so its form stays."""
         q = self.quantizer
         widths = check_bits(q.weight_bits, "weight")
         others = None if q.activation_bits is None else check_bits(q.activation_bits, "activation")
-        return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}"
+        attention = " attention" if q.attention else ""
+        return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}{attention}"
+
+
+def _without_omega(plan: Plan) -> Plan:
+    """A plan that no traces led to: what stands for Ω in it is the perturbation alone."""
+    return plan.replace(sites=tuple(replace(s, omega=None) for s in plan.sites))
 
 
 def _csv(rows: Sequence[Mapping[str, object]]) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hawq_lightning._errors import some
 from hawq_lightning.callbacks._trainer import is_sharded, optimized
-from hawq_lightning.quantization import quantized_layers
+from hawq_lightning.quantization import QuantizedWeight, quantized_reads
 
 
 def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -22,23 +22,24 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
     held = {id(p) for p in optimized(trainer)}
     added: dict[str, None] = {}  # in order, each layer once
     alone: dict[str, None] = {}
-    for name, layer in quantized_layers(pl_module).items():
+    for name, layer in quantized_reads(pl_module).items():
         mine = {id(p) for p in layer.module.parameters()}
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            for step in quantizer.parameters():
-                if not step.requires_grad or id(step) in held:
-                    continue
-                group = next(
-                    (g for o in trainer.optimizers if not hasattr(o, "consolidate_state_dict") for g in o.param_groups
-                     if not mine.isdisjoint(map(id, g["params"]))),
-                    None,
-                )  # fmt: skip
-                if group is not None:
-                    group["params"].append(step)
-                    held.add(id(step))
-                    added[name] = None
-                elif layer.weight.requires_grad and not mine.isdisjoint(held):
-                    alone[name] = None
+        weight = layer if isinstance(layer, QuantizedWeight) else None
+        steps = [*(() if weight is None else weight.weight_quantizer.parameters()), *layer.input_quantizer.parameters()]
+        for step in steps:
+            if not step.requires_grad or id(step) in held:
+                continue
+            group = next(
+                (g for o in trainer.optimizers if not hasattr(o, "consolidate_state_dict") for g in o.param_groups
+                 if not mine.isdisjoint(map(id, g["params"]))),
+                None,
+            )  # fmt: skip
+            if group is not None:
+                group["params"].append(step)
+                held.add(id(step))
+                added[name] = None
+            elif (weight is None or weight.weight.requires_grad) and not mine.isdisjoint(held):
+                alone[name] = None
     if added:
         rank_zero_info(
             f"HAWQ: no optimizer held the learned steps of {some([*added])}: they were added to the group that holds "

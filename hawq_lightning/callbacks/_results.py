@@ -26,6 +26,7 @@ class Results:
         sensitivity: their traces.
         frontier: of Omega and size.
         no_frontier: why there is none.
+        no_sensitivity: why there is none.
         candidates: site -> bit-widths that were weighed.
         loss_per_site: predicted and measured loss changes.
     """
@@ -34,8 +35,15 @@ class Results:
     sensitivity: Sensitivity | None = None
     frontier: Frontier | None = None
     no_frontier: str = _WHEN
+    no_sensitivity: str = _WHEN
     candidates: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     loss_per_site: list[JsonObject] = field(default_factory=list)
+
+    def no_traces(self) -> None:
+        """None were measured."""
+        reason = "no traces were measured, since the selector reads none: MeasureTraces measures them all the same."
+        self.sensitivity, self.frontier = None, None
+        self.no_sensitivity = self.no_frontier = reason
 
 
 class HasResults:
@@ -56,7 +64,7 @@ class HasResults:
     @property
     def sensitivity(self) -> Sensitivity:
         """The traces that were measured or given."""
-        return there(self.results.sensitivity, "sensitivity")
+        return there(self.results.sensitivity, "sensitivity", self.results.no_sensitivity)
 
     @property
     def frontier(self) -> Frontier:

@@ -38,6 +38,9 @@ def dry_run(cfg: DictConfig) -> None:
     print()
     for line in (*budget_ranges(problem), range_of(problem, _WHOLE)):
         print(line)
+    if callback.measure_callback.without_traces:
+        print(f"traces: none, which the selector {callback.measure_callback.select.selector!r} does not read")
+        return
     start = time.perf_counter()
     trial = measure(task, [batch], _loss, config=replace(config, rtol=_TRIAL_ERROR), sites=table, progress=False)
     seconds = estimate_seconds(trial, seconds_since(start), config.images, config.rtol)

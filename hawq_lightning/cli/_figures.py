@@ -25,7 +25,8 @@ class PaperFigures(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, on the first process; without new traces (a plan was given) there is nothing to draw."""
-        if not self.hawq.measure_callback.has_plan or not trainer.is_global_zero:
+        measured = self.hawq.measure_callback.has_plan and self.hawq.has_sensitivity
+        if not measured or not trainer.is_global_zero:
             return
         from hawq_lightning.report import paper_figures
 

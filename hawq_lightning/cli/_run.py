@@ -100,6 +100,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = make_data(cfg), make_task(cfg)
     hawq = make_callback(cfg)
+    hawq.measure_callback.only_needed = bool(cfg.epochs)  # without a training the traces are what is wanted
     checkpoint = cfg.ckpt_path
     record = progress.unfinished() if resume else None
     if record is None:

@@ -18,11 +18,11 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._float_rest import plain
 from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
-from hawq_lightning.export._enabled import check_enabled, quantized_by_name
+from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_name, quantizers_of
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
-from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations
-from hawq_lightning.quantization import QuantizedWeight, plan_of, quantized_layers
+from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight
+from hawq_lightning.quantization import QuantizedOperand, QuantizedWeight, plan_of, quantized_layers, quantized_operands
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -78,6 +78,12 @@ class QuantizeActivation(nn.Module):
         return run(x, self.scale, self.zero, self.top)
 
 
+class FloatOperand(nn.Identity):
+    """In the place of a quantizer of attention that was never switched on."""
+
+    bits = 0
+
+
 @dataclass(frozen=True)
 class Deployed:
     """A network ready for export.
@@ -115,10 +121,10 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
     if plan is not None and not isinstance(plan, Plan):
         raise HawqError(f"The plan must be a Plan (Plan.load reads a file), not {type(plan).__name__}.")
     model = getattr(model, "_orig_mod", model)
-    layers = quantized_by_name(model)
+    layers = quantized_reads_by_name(model)
     if not layers:
         raise HawqError("The model is float; call quantize(model, plan) or load_packed(path, model) before the export.")
-    if not any(m.weight_quantizer.bits or m.input_quantizer.bits for m in layers.values()):
+    if not any(q.bits for m in layers.values() for q in quantizers_of(m)):
         raise HawqError("The model's quantizers were never enabled; call quantize(model, plan) before the export.")
     plan = plan_of(model) if plan is None else _named_for(plan, model)
     if uneven := [s for s in plan.sites if s.code not in ("affine", "midrise")]:
@@ -138,6 +144,8 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
         for layer in quantized_layers(copied).values():
             bake_parametrizations(layer.module)
             _store(layer)
+        for operand in quantized_operands(copied).values():
+            _store_operand(operand)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
             copied(*inputs)
@@ -178,6 +186,14 @@ def _store(layer: QuantizedWeight) -> None:
     setattr(layer.module, layer.input_quantizer_attribute, reads)
 
 
+def _store_operand(operand: QuantizedOperand) -> None:
+    q, holder = operand.input_quantizer, holder_of(operand.module)
+    assert holder is not None
+    on = q.bits > 0
+    stored = QuantizeActivation(float(q.scale), round(float(q.zero_point)), q.bits) if on else FloatOperand()
+    holder[operand.operand] = stored
+
+
 def _named_for(plan: Plan, model: nn.Module) -> Plan:
     rename = renaming(plan.sites[0].layers[0], list(readers_by_name(model)))
 
@@ -189,12 +205,17 @@ def _named_for(plan: Plan, model: nn.Module) -> Plan:
         replace(x, name=rename(x.name), weight=rename(x.weight), activation=renamed(x.activation), norm=renamed(x.norm))
         for x in plan.layers
     )
-    return plan.replace(sites=sites, layers=layers)
+    products = tuple(
+        replace(x, name=rename(x.name), left=renamed(x.left), right=renamed(x.right)) for x in plan.products
+    )
+    return plan.replace(sites=sites, layers=layers, products=products)
 
 
 def _copy(model: nn.Module) -> nn.Module:
     # a LightningModule knows its Trainer, which knows the data: none of that belongs to the network
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        renew_weight(module)  # what a hook made in a forward pass with gradients cannot be copied
     for module in model.modules():
         for name in ("_trainer", "_fabric"):
             if module.__dict__.get(name) is not None:

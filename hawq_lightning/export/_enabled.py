@@ -8,9 +8,22 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._inventory import readers_by_name
-from hawq_lightning.layers import FakeQuantLayer
-from hawq_lightning.quantization import QuantizedWeight, with_quantizers
+from hawq_lightning.export._inventory import operands_by_name, readers_by_name
+from hawq_lightning.layers import FakeQuantLayer, holder_of
+from hawq_lightning.quantization import (
+    QuantizedOperand,
+    QuantizedWeight,
+    Quantizer,
+    WeightQuantizer,
+    with_operand,
+    with_quantizers,
+)
+
+
+def quantized_reads_by_name(model: nn.Module) -> dict[str, QuantizedWeight | QuantizedOperand]:
+    """What stands where plans name layers, under all names: weights of fake-quant layers, and operands of attention."""
+    operands = {n: with_operand(x) for n, x in operands_by_name(model).items() if holder_of(x.module) is not None}
+    return {**quantized_by_name(model), **operands}
 
 
 def quantized_by_name(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -19,7 +32,7 @@ def quantized_by_name(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {n: with_quantizers(x) for n, x in readers.items() if isinstance(x.module, FakeQuantLayer)}
 
 
-def check_enabled(layers: Mapping[str, QuantizedWeight], plan: Plan) -> None:
+def check_enabled(layers: Mapping[str, QuantizedWeight | QuantizedOperand], plan: Plan) -> None:
     """Raise HawqError, naming the site, unless these layers carry exactly ``plan``."""
     planned: set[int] = set()
     for site in plan.reconciled().sites:
@@ -37,7 +50,7 @@ def check_enabled(layers: Mapping[str, QuantizedWeight], plan: Plan) -> None:
                 )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never enabled: call quantize(model, plan) first.")
-            code = layers[name].weight_quantizer.code if site.kind == "weight" else site.code
+            code = quantizer.code if isinstance(quantizer, WeightQuantizer) else site.code
             if quantizer.bits != site.bits or code != site.code:
                 raise HawqError(
                     f"The model carries another plan: {site.name!r} has {quantizer.bits} bits ({code}), "
@@ -46,8 +59,15 @@ def check_enabled(layers: Mapping[str, QuantizedWeight], plan: Plan) -> None:
             if site.kind == "activation" and site.code != "affine":
                 raise HawqError(f"Site {site.name!r}: code format {site.code!r} cannot be packed.")
     for name, layer in layers.items():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        for quantizer in quantizers_of(layer):
             if quantizer.bits and id(quantizer) not in planned:
                 raise HawqError(
                     f"The model carries another plan: {name!r} has an enabled quantizer that the plan has not."
                 )
+
+
+def quantizers_of(layer: QuantizedWeight | QuantizedOperand) -> tuple[Quantizer, ...]:
+    """Of a weight and what it is multiplied with, or of what attention reads."""
+    if isinstance(layer, QuantizedWeight):
+        return layer.weight_quantizer, layer.input_quantizer
+    return (layer.input_quantizer,)

@@ -16,9 +16,9 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._registry import Registry
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.export._deployed import Inputs
-from hawq_lightning.export._enabled import quantized_by_name
+from hawq_lightning.export._enabled import quantized_reads_by_name, quantizers_of
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.quantization import plan_of
+from hawq_lightning.quantization import QuantizedWeight, plan_of
 
 EVEN_STEPS = ("affine", "midrise")
 
@@ -70,15 +70,16 @@ class Exporter:
         """
         for package in self.packages:
             require(package)
-        layers = quantized_by_name(model)
-        if not any(x.weight_quantizer.bits or x.input_quantizer.bits for x in layers.values()):
+        layers = quantized_reads_by_name(model)
+        if not any(q.bits for x in layers.values() for q in quantizers_of(x)):
             raise HawqError("The model has no enabled quantizer; call quantize(model, plan) before the export.")
         for name, layer in layers.items():
-            weight, reads = layer.weight_quantizer, layer.input_quantizer
-            if weight.bits and self.code_formats is not None and weight.code not in self.code_formats:
+            reads, formats = layer.input_quantizer, self.code_formats
+            weight = layer.weight_quantizer if isinstance(layer, QuantizedWeight) else None
+            if weight is not None and weight.bits and formats is not None and weight.code not in formats:
                 raise HawqError(
                     f"Layer {name!r} has codes of format {weight.code!r}, which {self.name!r} cannot express; it has "
-                    f"{', '.join(self.code_formats)}."
+                    f"{', '.join(formats)}."
                 )
             if reads.bits and self.even_steps and not reads.even_steps:
                 raise HawqError(

@@ -15,7 +15,7 @@ from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import PackedFile
 from hawq_lightning.export._safetensors import DTYPES
-from hawq_lightning.layers import WeightReader, find_kind, readers_of
+from hawq_lightning.layers import OperandReader, WeightReader, find_kind, operand_readers, readers_of, split_operand
 from hawq_lightning.quantization import Quantizer
 
 
@@ -28,13 +28,19 @@ def readers_by_name(model: nn.Module) -> dict[str, WeightReader]:
     return readers
 
 
+def operands_by_name(model: nn.Module) -> dict[str, OperandReader]:
+    """Everything that attention may read through quantizers, under all names that its module has."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {x.name: x for name, module in modules for x in operand_readers(plain(name), module)}
+
+
 def weight_of(site: Site | PlanSite, readers: Mapping[str, WeightReader]) -> WeightReader | None:
     """The first reader of a weight site, checked against the site; ``None`` for an activation site.
 
     Raises:
         HawqError: the site is another model's, or its weight has a type that the file cannot hold.
     """
-    if missing := [n for n in site.layers if n not in readers]:
+    if missing := [n for n in site.layers if n not in readers and not split_operand(n)]:
         raise HawqError(f"Site {site.name!r} was made for another model: this one has no layer {missing[0]!r}.")
     if site.kind != "weight":
         return None
@@ -118,7 +124,7 @@ def renaming(first: str, layers: Sequence[str]) -> Renaming:
 
 def check_same(
     file: PackedFile,
-    readers: Mapping[str, WeightReader],
+    readers: Mapping[str, WeightReader | OperandReader],
     targets: Mapping[tuple[str, ...], torch.Tensor],
     stored: Mapping[tuple[str, ...], torch.Tensor],
     rename: Renaming,
@@ -131,9 +137,10 @@ def check_same(
         if len(layers) < len(site.layers):
             unknown.append(site.name)
         elif site.kind == "weight":
-            weights = {x.key: x.weight for x in layers}
+            of_weight = [x for x in layers if isinstance(x, WeightReader)]
+            weights = {x.key: x.weight for x in of_weight}
             shapes, types = {tuple(w.shape) for w in weights.values()}, {DTYPES.get(w.dtype) for w in weights.values()}
-            if shapes != {site.shape} or layers[0].channel_axis != held.axis:
+            if shapes != {site.shape} or of_weight[0].channel_axis != held.axis:
                 reshaped.append(f"{site.name} {list(site.shape)} against {list(shapes.pop())}")
             elif types != {held.dtype}:
                 reshaped.append(f"{site.name} {held.dtype} against {types.pop()}")

@@ -30,16 +30,26 @@ from hawq_lightning.export._contents import (
     ordered,
     site_entry,
 )
-from hawq_lightning.export._enabled import quantized_by_name
-from hawq_lightning.export._inventory import check_same, owned_by, readers_by_name, renaming, rest_of, rest_to_store
+from hawq_lightning.export._enabled import quantized_reads_by_name
+from hawq_lightning.export._inventory import (
+    check_same,
+    operands_by_name,
+    owned_by,
+    readers_by_name,
+    renaming,
+    rest_of,
+    rest_to_store,
+)
 from hawq_lightning.export._packed_size import largest
 from hawq_lightning.export._stored import stored_sites
 from hawq_lightning.layers import bake_parametrizations
 from hawq_lightning.quantization import (
     QuantizedWeight,
     Quantizer,
+    put_attention,
     quantizer_named,
     to_fake_quantized,
+    with_operand,
     with_quantizers,
 )
 
@@ -69,7 +79,7 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
             tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
     rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
     metadata = metadata_of(entries, rest)
-    spec = quantized_by_name(model)[plan.sites[0].layers[0]].spec
+    spec = quantized_reads_by_name(model)[plan.sites[0].layers[0]].spec
     header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec))
     return _safetensors.write(path, ordered(tensors, rest), metadata, header_bytes)
 
@@ -128,14 +138,22 @@ def load_packed(path: str | Path, model: Model) -> Model:
         for keys, tensor in rest_of(model, owned_by(renamed, readers))
         if rename.inside(keys)
     }
-    rest = {rename.keys(keys): tensor for keys, tensor in file.rest.items() if rename.keys(keys)}
-    check_same(file, readers, targets, rest, rename)
-    layers = {n: with_quantizers(readers[n]) for site in renamed for n in site.layers}
+    served = {f"{layer.site}_{end}" for layer in readers.values() for end in ("orig", "mask", "u", "v", "g")}
+    rest = {
+        names: tensor
+        for keys, tensor in file.rest.items()
+        if (names := rename.keys(keys)) and (names in targets or served.isdisjoint(names))
+    }
+    operands = operands_by_name(model)
+    check_same(file, {**readers, **operands}, targets, rest, rename)
+    named = [n for site in renamed for n in site.layers]
+    layers = {n: with_quantizers(readers[n]) for n in named if n in readers}
+    reads = {n: with_operand(operands[n]) for n in named if n in operands}
     # one for a module, which may have several weights; the codes as they are: nothing of what learned them is left
     quantizers = {id(layer.module): "uniform" for layer in layers.values()}
     quantizers |= {
         id(layers[n].module): s.quantizer for s, site in zip(file.sites, renamed) if not s.storage.plain
-        for n in site.layers
+        for n in site.layers if n in layers
     }  # fmt: skip
     with torch.no_grad():
         for module in list(model.modules()):
@@ -144,9 +162,13 @@ def load_packed(path: str | Path, model: Model) -> Model:
         for layer in layers.values():
             bake_parametrizations(layer.module)  # codes have taken the place of what they were computed from
             to_fake_quantized(layer.module, quantizers[id(layer.module)])
+        of_operand = {n: s.quantizer for s, site in zip(file.sites, renamed) for n in site.layers if n in reads}
+        for name, operand in reads.items():
+            put_attention(operand.module, quantizer_named(of_operand[name]))
         for stored, site in zip(file.sites, renamed):
             for name in site.layers:
-                layers[name].quantizer_of(site.kind).from_storage(site.bits, site.code, stored.storage)
+                quantized = reads[name] if name in reads else layers[name]
+                quantized.quantizer_of(site.kind).from_storage(site.bits, site.code, stored.storage)
                 if stored.codes is not None:
                     layers[name].weight.copy_(_levels(layers[name], stored.codes))
         # after the weights: one that something else reads as well (a tied embedding) comes back exactly

@@ -11,11 +11,11 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import StoredSite
-from hawq_lightning.export._enabled import check_enabled, quantized_by_name
+from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_name
 from hawq_lightning.export._inventory import weight_of
 from hawq_lightning.export._safetensors import DTYPES
 from hawq_lightning.layers import WeightReader
-from hawq_lightning.quantization import QuantizedWeight, Storage
+from hawq_lightning.quantization import QuantizedOperand, QuantizedWeight, Storage
 
 
 def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
@@ -28,12 +28,13 @@ def stored_sites(model: nn.Module, plan: Plan) -> Iterator[StoredSite]:
     Raises:
         HawqError: the model is float, carries another plan, or a weight is not finite or not on its quantizer's grid.
     """
-    layers = quantized_by_name(model)
+    layers = quantized_reads_by_name(model)
     check_enabled(layers, plan)
+    weights = {n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)}
     for site in plan.sites:
-        weight_of(site, layers)
-        layer = layers[site.layers[0]]
-        yield _stored_weight(site, layer) if site.kind == "weight" else _stored_activation(site, layer)
+        weight_of(site, weights)
+        name = site.layers[0]
+        yield _stored_weight(site, weights[name]) if site.kind == "weight" else _stored_activation(site, layers[name])
 
 
 def _stored_weight(site: PlanSite, layer: QuantizedWeight) -> StoredSite:
@@ -50,9 +51,9 @@ def _stored_weight(site: PlanSite, layer: QuantizedWeight) -> StoredSite:
     return stored_site(site, quantizer.bits, quantizer.code, quantizer.storage(), quantizer.name, layer, codes)
 
 
-def _stored_activation(site: PlanSite, layer: QuantizedWeight) -> StoredSite:
+def _stored_activation(site: PlanSite, layer: QuantizedWeight | QuantizedOperand) -> StoredSite:
     quantizer = layer.input_quantizer
-    return stored_site(site, quantizer.bits, site.code, quantizer.storage(), layer.weight_quantizer.name)
+    return stored_site(site, quantizer.bits, site.code, quantizer.storage(), layer.spec.name)
 
 
 def stored_site(

@@ -2,6 +2,16 @@
 
 from hawq_lightning.layers._adopted import fake_quant_class
 from hawq_lightning.layers._attention import AttentionKind
+from hawq_lightning.layers._attention_products import (
+    HOLDER,
+    OPERANDS,
+    AttentionProducts,
+    AttentionQuantizers,
+    drop_holder,
+    holder_of,
+    holder_values,
+    put_holder,
+)
 from hawq_lightning.layers._computed import bake_parametrizations
 from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
 from hawq_lightning.layers._conv_gradients import by_kernel
@@ -20,6 +30,7 @@ from hawq_lightning.layers._fake_quant import (
 from hawq_lightning.layers._float_modules import ATTENTION, RECURRENT, why_float
 from hawq_lightning.layers._function_linear import FunctionLinearKind
 from hawq_lightning.layers._gradients import row_dots
+from hawq_lightning.layers._hooked import made_by_hook, renew_weight
 from hawq_lightning.layers._kind import (
     LAYER_KINDS,
     LayerCall,
@@ -35,6 +46,14 @@ from hawq_lightning.layers._kind import (
     weight_of,
 )
 from hawq_lightning.layers._linear import LinearKind, MatrixGradients
+from hawq_lightning.layers._operands import (
+    OperandReader,
+    makes_attention,
+    on_product,
+    operand_name,
+    operand_readers,
+    split_operand,
+)
 from hawq_lightning.layers._other_linear import QOtherLinear
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
 from hawq_lightning.layers._read_inside import ReadInsideKind
@@ -45,10 +64,14 @@ from hawq_lightning.layers._same_padding import SamePaddingKind
 
 __all__ = [
     "ATTENTION",
+    "HOLDER",
     "LAYER_KINDS",
+    "OPERANDS",
     "RECURRENT",
     "ActivationQ",
     "AttentionKind",
+    "AttentionProducts",
+    "AttentionQuantizers",
     "ConvKind",
     "ConvTransposeKind",
     "EmbeddingBagKind",
@@ -60,6 +83,7 @@ __all__ = [
     "LayerKind",
     "LinearKind",
     "MatrixGradients",
+    "OperandReader",
     "QOtherLinear",
     "ReadInsideKind",
     "RecurrentKind",
@@ -72,14 +96,23 @@ __all__ = [
     "by_kernel",
     "channel_axis_of",
     "deterministic",
+    "drop_holder",
     "fake_quant_class",
     "find_kind",
+    "holder_of",
+    "holder_values",
     "inner_products",
     "input_quantizer_attribute",
     "kind_of",
     "kinds",
     "layer_type",
+    "made_by_hook",
+    "makes_attention",
     "must_be_called",
+    "on_product",
+    "operand_name",
+    "operand_readers",
+    "put_holder",
     "quantizer_attribute",
     "quantizer_parts",
     "quantizers_by_attribute",
@@ -87,7 +120,9 @@ __all__ = [
     "recompute_in_backward",
     "recorded",
     "register_layer",
+    "renew_weight",
     "row_dots",
+    "split_operand",
     "type_names",
     "visited",
     "weight_of",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.layers._attention_products import attention_is_on, is_on
 from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ, quantizers_by_attribute
 from hawq_lightning.layers._kind import WeightRead, register_layer
 from hawq_lightning.layers._linear import MatrixGradients
@@ -41,7 +42,7 @@ class QMultiheadAttention(FakeQuantLayer[WeightQ, ActivationQ], nn.MultiheadAtte
 
     def forward(self, *args: Any, **kwargs: Any) -> Output:
         """As ``nn.MultiheadAttention``; its fused kernels only while every quantizer is off."""
-        if not any(map(_is_on, quantizers_by_attribute(self).values())):
+        if not any(map(is_on, quantizers_by_attribute(self).values())) and not attention_is_on(self):
             return nn.MultiheadAttention.forward(self, *args, **kwargs)
         return _attend(self, *args, **kwargs)
 
@@ -73,11 +74,6 @@ class AttentionKind(InnerProductsKind, MatrixGradients):
 
 def _of(module: nn.Module) -> nn.MultiheadAttention:
     return cast(nn.MultiheadAttention, module)
-
-
-def _is_on(quantizer: Any) -> bool:
-    """Also of what stands in its place in a deployed network, which is always on."""
-    return bool(getattr(quantizer, "bits", True)) and not getattr(quantizer, "fake_quant_disabled", False)
 
 
 def _product(module: nn.MultiheadAttention) -> _Product:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hawq_lightning.layers._adopted import fake_quant_class, is_parametrized
 from hawq_lightning.layers._fake_quant import FakeQuantLayer
+from hawq_lightning.layers._hooked import bake_hooks
 
 
 def parametrized_class(module: nn.Module) -> type[nn.Module] | None:
@@ -41,7 +42,8 @@ def put_computed(holder: nn.Module, name: str, weight: torch.Tensor) -> Callable
 
 
 def bake_parametrizations(module: nn.Module) -> None:
-    """Make parameters of what a module's parametrizations compute now, in place; others stay as they are."""
+    """Make parameters of what a module's parametrizations and hooks compute now, in place; others stay as they are."""
+    bake_hooks(module)
     made = parametrized_class(module)
     if made is None:
         return

@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import attention_operands
 from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._site_table import Site
-from hawq_lightning._sites import Patterns, quantizable_layers, site_name
+from hawq_lightning._sites import quantizable_layers, site_name
 from hawq_lightning._types import Model
 from hawq_lightning._values import check_has_values
-from hawq_lightning.layers import FakeQuantLayer
+from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, renew_weight, split_operand
+from hawq_lightning.quantization._attention import (
+    QuantizedOperand,
+    drop_attention,
+    prepare_attention,
+    put_attention,
+    quantized_operands,
+    with_operand,
+)
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._hooked import renew_weight
 from hawq_lightning.quantization._modules import QuantizedWeight, to_fake_quantized, to_float, with_quantizers
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
@@ -29,11 +39,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {n: with_quantizers(x) for n, x in readers.items() if isinstance(x.module, FakeQuantLayer)}
 
 
+def quantized_reads(model: nn.Module) -> dict[str, QuantizedWeight | QuantizedOperand]:
+    """Name -> what stands where plans name layers: weights of fake-quant layers, and operands of attention."""
+    return {**quantized_layers(model), **quantized_operands(model)}
+
+
 def prepare(
     model: nn.Module,
     include: Patterns = None,
     exclude: Patterns = None,
     quantizer: str | QuantizerSpec | None = None,
+    attention: bool = False,
 ) -> dict[str, QuantizedWeight]:
     """Turn every quantizable layer into its fake-quant class, quantizers off; may be called again.
 
@@ -42,6 +58,7 @@ def prepare(
         include: see :func:`hawq_lightning.sites`.
         exclude: the same forms; wins over ``include``.
         quantizer: registered name; ``None``: ``uniform``, and fake-quant layers stay as they are.
+        attention: also give modules whose forward makes attention quantizers for what that reads.
 
     Returns:
         layer name -> weight with its quantizers.
@@ -52,6 +69,8 @@ def prepare(
     readers = quantizable_layers(model, include, exclude)[0]
     for reader in readers.values():
         to_fake_quantized(reader.module, quantizer)
+    if attention:
+        prepare_attention(model, include, exclude, quantizer)
     return {name: with_quantizers(reader) for name, reader in readers.items()}
 
 
@@ -66,6 +85,7 @@ def unquantize(model: Model) -> Model:
     """
     for layer in quantized_layers(model).values():
         to_float(layer.module)
+    drop_attention(model)
     return model
 
 
@@ -76,17 +96,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         HawqError: it was made for another model (says which sites differ), a code format that its quantizer lacks, or
             an activation without a grid for its bits.
     """
-    layers, _ = quantizable_layers(model)
+    weights_of, _ = quantizable_layers(model)
+    layers: dict[str, WeightReader | OperandReader] = {**weights_of, **_operands_of(model, plan)}
     have: dict[str, Site] = {}
     for s in plan.sites:
         names = [n for n in s.layers if n in layers]
         if len(names) == len(s.layers) and s.layers:
-            shape = tuple(layers[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape
+            shape = tuple(weights_of[s.layers[0]].weight.shape) if s.kind == "weight" else s.shape
             have[s.name] = Site(s.name, s.kind, s.layers, shape, s.numel)
     if len(have) != len(plan.sites):
         planned = {n for s in plan.sites for n in s.layers}
-        for name in sorted(set(layers) - planned):
-            reader = layers[name]
+        for name in sorted(set(weights_of) - planned):
+            reader = weights_of[name]
             have[reader.site] = Site(reader.site, "weight", (name,), tuple(reader.weight.shape), 0)
     plan.check_fits(have)
     if missing := [(s.name, n) for s in plan.sites for n in s.layers if n not in layers]:
@@ -150,9 +171,14 @@ def enable(model: nn.Module, plan: Plan) -> None:
     planned = {name for s in plan.sites for name in s.layers}
     # planned layers only: a layer that was left out gets no buffers, so that checkpoints fit a new model
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
-    layers = {n: with_quantizers(x) for n, x in quantizable_layers(model)[0].items() if n in planned}
-    for layer in layers.values():
-        to_fake_quantized(layer.module, spec)
+    layers: dict[str, QuantizedWeight | QuantizedOperand] = {}
+    for name, weight in quantizable_layers(model)[0].items():
+        if name in planned:
+            to_fake_quantized(weight.module, spec)
+            layers[name] = with_quantizers(weight)
+    for name, operand in _operands_of(model, plan).items():
+        put_attention(operand.module, spec)
+        layers[name] = with_operand(operand)
     norms = norms_to_fold(model, plan.layers)
     disable(model)
     try:
@@ -165,11 +191,16 @@ def enable(model: nn.Module, plan: Plan) -> None:
         raise
 
 
+def _operands_of(model: nn.Module, plan: Plan) -> dict[str, OperandReader]:
+    names = {n for s in plan.sites for n in s.layers if split_operand(n)}
+    return {n: x for n, x in attention_operands(model).items() if n in names} if names else {}
+
+
 def tie_scales(model: nn.Module, plan: Plan) -> None:
     """Let the layers of one site have one grid, where training moves grids, and weights know the BatchNorm behind."""
-    layers = quantized_layers(model)
+    reads, layers = quantized_reads(model), quantized_layers(model)
     for s in plan.sites:
-        first, *others = (layers[name].quantizer_of(s.kind) for name in s.layers if name in layers)
+        first, *others = (reads[name].quantizer_of(s.kind) for name in s.layers if name in reads)
         for quantizer in others:
             if quantizer.has_dynamic_range and quantizer is not first and type(quantizer) is type(first):
                 quantizer.tie_to(first)
@@ -179,12 +210,13 @@ def tie_scales(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def enable_site(layer: QuantizedWeight, site: PlanSite, norm: nn.Module | None = None) -> None:
+def enable_site(layer: QuantizedWeight | QuantizedOperand, site: PlanSite, norm: nn.Module | None = None) -> None:
     """Switch on one quantizer of one layer; ``norm`` is the BatchNorm that it can take in."""
     if site.kind == "activation":
         assert site.scale is not None and site.zero_point is not None
         layer.input_quantizer.enable(site.bits, site.scale, site.zero_point)
         return
+    assert isinstance(layer, QuantizedWeight)
     layer.weight_quantizer.fold(norm)
     renew_weight(layer.module)
     try:
@@ -264,7 +296,8 @@ def enabled_bits(model: nn.Module) -> dict[str, int]:
         if layer.read.reads_activation:
             parts = {**parts, site_name(name, "input"): layer.input_quantizer}
         out |= {part: q.bits for part, q in parts.items() if q.bits}
-    return out
+    operands = quantized_operands(model).items()
+    return out | {site_name(n, "input"): q.bits for n, x in operands if (q := x.input_quantizer).bits}
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -286,23 +319,20 @@ def plan_of(model: nn.Module) -> Plan:
         if w.bits and sharing[0] == name:
             sites["weight"].append(PlanSite(layer.site, "weight", sharing, shape, layer.weight.numel(), w.bits, w.code))
         if a.bits and layer.read.reads_activation:
-            sites["activation"].append(
-                PlanSite(
-                    site_name(name, "input"),
-                    "activation",
-                    (name,),
-                    (),
-                    0,
-                    a.bits,
-                    "affine",
-                    float(a.scale),
-                    round(float(a.zero_point)),
-                )
-            )
+            sites["activation"].append(_activation_site(name, a))
+    operands = quantized_operands(model)
+    sites["activation"] += [_activation_site(n, q) for n, x in operands.items() if (q := x.input_quantizer).bits]
     if not sites["weight"] and not sites["activation"]:
         raise HawqError("No quantizer of this model is enabled.")
-    spec = next(x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
+    on = (x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
+    spec = next(chain(on, (x.spec for x in operands.values())))
     return Plan(
         sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=spec.name,
         quantizer_options=dict(spec.options),
     )  # fmt: skip
+
+
+def _activation_site(name: str, quantizer: Quantizer) -> PlanSite:
+    scale, zero_point = float(quantizer.scale), round(float(quantizer.zero_point))
+    site = site_name(name, "input")
+    return PlanSite(site, "activation", (name,), (), 0, quantizer.bits, "affine", scale, zero_point)

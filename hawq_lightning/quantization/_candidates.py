@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
+from hawq_lightning._attention_calls import operands_of
 from hawq_lightning._batches import batch_images, plain_tensor
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import CodeFormat, QuantizerConfig, check_bits
@@ -21,6 +22,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
@@ -29,6 +31,7 @@ from hawq_lightning.sensitivity import (
     InputHooks,
     OnDevice,
     Sensitivity,
+    SiteTrace,
     guarded_mean_traces,
     isolated_eval,
     on_device,
@@ -95,7 +98,7 @@ def weight_candidates(
 def candidates(
     model: nn.Module,
     batches: Iterable[Batch],
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity | None,
     sites: SiteTable,
     loss_fn: LossFn,
     *,
@@ -110,7 +113,7 @@ def candidates(
     Args:
         model: left as it was.
         batches: those that the traces were measured on: activations' Omega pairs trace and perturbation by sample.
-        sensitivity: traces of ``sites``.
+        sensitivity: traces of ``sites``; ``None``: none were measured, and Omega is the perturbation alone.
         sites: table from :func:`hawq_lightning.sites`.
         loss_fn: runs the model on a batch.
         config: quantizer, widths, code formats.
@@ -127,6 +130,7 @@ def candidates(
     """
     config = _overridden(config or QuantizerConfig(), overrides)
     spec = quantizer_named(config.name, config.options) if quantizer is None else quantizer_named(quantizer)
+    sensitivity = sensitivity or _ones(sites)
     mean_traces, _ = guarded_mean_traces(sensitivity)
     by_site = _of_weights(model, sites, mean_traces, config, spec, progress)
     if config.activation_bits is not None and sites.activations:
@@ -144,6 +148,11 @@ def candidates(
                 for bits, (step, zero) in steps[site.name].items()
             )
     return Candidates.of(by_site, sites, spec.name, spec.options)
+
+
+def _ones(sites: SiteTable) -> Sensitivity:
+    """Mean traces of one."""
+    return Sensitivity(tuple(SiteTrace(s.name, s.kind, float(s.numel), 0.0, 0.0, s.numel, 1.0) for s in sites))
 
 
 def _overridden(config: QuantizerConfig, overrides: Mapping[str, object]) -> QuantizerConfig:
@@ -205,8 +214,11 @@ class _Runs:
         self.model, self.batches, self._progress = model, batches, progress
         self.loss_fn = repeatable(model, loss_fn)
         layers, _ = quantizable_layers(model)
-        self._readers = {x.name: layers[x.name] for x in sites.layers}
-        self._site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
+        self._readers: dict[str, nn.Module | WeightReader | OperandReader] = {
+            **{x.name: layers[x.name] for x in sites.layers},
+            **operands_of(model, sites),
+        }
+        self._site_of = sites.reads
 
     def all(self, what: str, visitor: Callable[[int], _Look]) -> None:
         """Every batch once.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.layers import FakeQuantLayer, WeightReader, layer_type
+from hawq_lightning.layers import FakeQuantLayer, WeightReader, holder_of, layer_type
+from hawq_lightning.quantization._attention import put_attention, spec_of_attention
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
+from hawq_lightning.quantization._quantizer import Quantizer
 
 _CHECKS = 16  # batches after which weights are looked at no longer at every one
 _VALUES = 64  # of a weight, to see whether it moves
@@ -131,6 +134,9 @@ def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
                 learns = any(p.requires_grad for p in layer.parameters(recurse=False))
                 for quantizer in quantizers_in(to_fake_quantized(layer, spec_of(alike))).values():
                     quantizer.requires_grad_(learns)
+        for inner, alike in _attention_of(module, source):
+            if holder_of(inner) is None:
+                put_attention(inner, spec_of_attention(alike)).requires_grad_(False)
 
 
 def form_of(module: nn.Module) -> _Form:
@@ -142,6 +148,12 @@ def form_of(module: nn.Module) -> _Form:
 def _layers_of(module: nn.Module, source: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     mine, theirs = quantizable_layers(module)[0], quantizable_layers(source)[0]
     return [*dict.fromkeys((mine[n].module, theirs[n].module) for n in mine)]
+
+
+def _attention_of(module: nn.Module, source: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules whose counterparts in ``source`` have quantizers of attention, with these."""
+    theirs = {n: m for n, m in source.named_modules() if holder_of(m) is not None}
+    return [(module.get_submodule(n), m) for n, m in theirs.items()]
 
 
 def _is_on(layer: nn.Module) -> bool:
@@ -188,11 +200,21 @@ def _take(pair: _Pair, everything: bool) -> None:
             continue
         if everything:
             to_fake_quantized(layer, spec_of(alike))
-        theirs = quantizers_in(alike)
-        for name, quantizer in quantizers_in(layer).items():
-            if everything:
-                quantizer.load_state_dict(theirs[name].state_dict())
-            else:
-                quantizer.num_bits.copy_(theirs[name].num_bits)
-                quantizer.zero_point.copy_(theirs[name].zero_point)
-                quantizer.refresh()
+        _take_state(quantizers_in(layer), quantizers_in(alike), everything)
+    for module, alike in _attention_of(pair.copy, source):
+        put_attention(module, spec_of_attention(alike))
+        _take_state(_of_attention(module), _of_attention(alike), everything)
+
+
+def _take_state(mine: Mapping[str, Quantizer], theirs: Mapping[str, Quantizer], everything: bool) -> None:
+    for name, quantizer in mine.items():
+        if everything:
+            quantizer.load_state_dict(theirs[name].state_dict())
+        else:
+            quantizer.num_bits.copy_(theirs[name].num_bits)
+            quantizer.zero_point.copy_(theirs[name].zero_point)
+            quantizer.refresh()
+
+
+def _of_attention(module: nn.Module) -> dict[str, Quantizer]:
+    return quantizers_in(cast(nn.Module, holder_of(module)))

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from hawq_lightning._batchnorm import is_norm
+from hawq_lightning._patterns import WRAPPERS
 from hawq_lightning._site_table import Layer
-from hawq_lightning._sites import WRAPPERS
 
 
 def norms_to_fold(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:

@@ -7,10 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import operands_of
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, LossFn
+from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.sensitivity import InputHooks
 
 
@@ -24,8 +26,11 @@ def network_inputs(model: nn.Module, batch: Batch, loss_fn: LossFn, sites: SiteT
         sites: of the model.
     """
     layers, _ = quantizable_layers(model)
-    readers = {x.name: layers[x.name] for x in sites.layers}
-    site_of = {x.name: x.activation for x in sites.layers if x.activation is not None}
+    readers: dict[str, nn.Module | WeightReader | OperandReader] = {
+        **{x.name: layers[x.name] for x in sites.layers},
+        **operands_of(model, sites),
+    }
+    site_of = sites.reads
     inputs: set[str] = set()
 
     depths = LayerDepths()

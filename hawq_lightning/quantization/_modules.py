@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from hawq_lightning.layers import (
+    HOLDER,
     FakeQuantLayer,
     WeightReader,
     fake_quant_class,
+    holder_of,
     input_quantizer_attribute,
     kind_of,
+    layer_type,
     must_be_called,
     quantizer_attribute,
     weight_of,
@@ -124,13 +127,13 @@ def to_float(layer: nn.Module) -> nn.Module:
 @contextmanager
 def float_classes(model: nn.Module) -> Iterator[None]:
     """The float network for a while, in classes and children as well: what code sees that asks for exact types."""
-    layers = [m for m in model.modules() if isinstance(m, FakeQuantLayer)]
+    layers = [m for m in model.modules() if isinstance(m, FakeQuantLayer) or holder_of(m) is not None]
     kept = [(layer, type(layer), layer._modules) for layer in layers]
     try:
         for layer in layers:
-            hidden = quantizers_in(layer)
+            hidden = {*quantizers_in(layer), HOLDER}
             layer.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k not in hidden}
-            layer.__class__ = layer.float_type  # type: ignore[assignment]
+            layer.__class__ = layer_type(layer)
         yield
     finally:
         for layer, made, modules in kept:

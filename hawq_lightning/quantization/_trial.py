@@ -14,6 +14,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.layers import holder_of, put_holder, renew_weight
 from hawq_lightning.quantization._apply import (
     check_plan,
     disable,
@@ -22,8 +23,8 @@ from hawq_lightning.quantization._apply import (
     quantized_layers,
     quantizers,
 )
+from hawq_lightning.quantization._attention import QuantizedOperand, drop_attention, quantized_operands
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._hooked import renew_weight
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import EffectiveWeights, isolated_eval, on_device, repeatable
@@ -31,27 +32,32 @@ from hawq_lightning.sensitivity import EffectiveWeights, isolated_eval, on_devic
 
 @contextmanager
 def temporarily_quantized(
-    model: nn.Module, quantizer: str | QuantizerSpec | None = None
-) -> Iterator[dict[str, QuantizedWeight]]:
+    model: nn.Module, quantizer: str | QuantizerSpec | None = None, attention: bool = False
+) -> Iterator[dict[str, QuantizedWeight | QuantizedOperand]]:
     """Inside, every quantizable layer is a fake-quant layer with its quantizers off; afterwards all is as it was.
 
     Args:
         model: float, or with quantizers in any state.
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float layer.
+        attention: modules whose forward makes attention have quantizers for what that reads, too.
     """
+    holders = {m: h for m in model.modules() if (h := holder_of(m)) is not None}
     modules = {id(x.module): x.module for x in quantized_layers(model).values()}
     before = {key: (quantizers_in(m), m.quantizer_options) for key, m in modules.items()}
     states = [(q, [(t, t.detach().clone()) for t in q._tensors()], _plain(q)) for q in quantizers(model)]
-    layers = prepare(model, quantizer=quantizer)
+    layers = prepare(model, quantizer=quantizer, attention=attention)
     disable(model)
     for q in quantizers(model):
         q.fake_quant_disabled = False
     try:
-        yield layers
+        yield {**layers, **quantized_operands(model)}
     finally:
+        drop_attention(model)
         for layer in layers.values():
             if id(layer.module) not in before:
                 to_float(layer.module)
+        for module, holder in holders.items():
+            put_holder(module, holder)
         for key, (held, options) in before.items():
             modules[key]._modules.update(held)
             modules[key].quantizer_options = options
@@ -93,7 +99,7 @@ def loss_per_site(
     trials = [(s, c) for s in sites for c in candidates.get(s.name, ())]
     rows: list[dict[str, str | float]] = []
     with (
-        temporarily_quantized(model, quantizer) as layers,
+        temporarily_quantized(model, quantizer, bool(sites.products)) as layers,
         isolated_eval(model),
         progress_bar("Loss change, site by site", len(trials), progress) as advance,
     ):
@@ -119,6 +125,7 @@ def loss_of_plan(
     loss_fn: LossFn,
     batch_size_fn: BatchSizeFn = batch_images,
     quantizer: str | QuantizerSpec | None = None,
+    attention: bool = False,
 ) -> Iterator[Callable[[Plan], float]]:
     """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
 
@@ -130,6 +137,7 @@ def loss_of_plan(
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batch_size_fn: number of samples in a batch.
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        attention: plans have sites of attention.
     """
     mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
     enabled: dict[str, PlanSite] = {}
@@ -146,7 +154,7 @@ def loss_of_plan(
                 enabled[site.name] = site
         return mean_loss()
 
-    with temporarily_quantized(model, quantizer) as layers, isolated_eval(model):
+    with temporarily_quantized(model, quantizer, attention) as layers, isolated_eval(model):
         yield loss_of
 
 

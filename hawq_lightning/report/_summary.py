@@ -207,7 +207,7 @@ def _costs(run: Run, measured: bool = True) -> dict[str, float]:
         if "act_bits" in cost and "act_bytes" not in cost:
             cost["act_bytes"] = cost["act_bits"] / 8
         if run.plan.layers and all(x.macs for x in run.plan.layers) and "bops_8bit" not in cost:
-            cost["bops_8bit"] = 64 * sum(x.macs for x in run.plan.layers)
+            cost["bops_8bit"] = 64 * (sum(x.macs for x in run.plan.layers) + sum(p.macs for p in run.plan.products))
     if measured and run.packed_bytes:
         cost["file_bytes"] = run.packed_bytes
     return cost

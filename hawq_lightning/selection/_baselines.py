@@ -21,7 +21,7 @@ from hawq_lightning.selection._request import Request, infeasible
 from hawq_lightning.selection._selectors import best_uniform, manual, register_selector
 
 
-@register_selector("direct", offers=("preview",))
+@register_selector("direct", offers=("preview", "without_traces"))
 def direct(request: Request) -> list[int]:
     """The paper's Direct rows: first and last layer at 8 bits (or their most), the rest equal."""
     problem = request.problem
@@ -33,13 +33,13 @@ def direct(request: Request) -> list[int]:
     return best_uniform(request, {g: len(problem.groups[g].bits) - 1 for g in ends}, "direct")
 
 
-@register_selector("l2")
+@register_selector("l2", offers=("without_traces",))
 def l2(request: Request) -> list[int]:
     """Table 3b's ablation: least total ``||ΔW||^2``, no Hessian."""
     return request.argmin(_scores(request.problem, {}))
 
 
-@register_selector("top_eigenvalue", needs=("budget", "eigenvalues"))
+@register_selector("top_eigenvalue", needs=("budget", "eigenvalues"), offers=("without_traces",))
 def top_eigenvalue(request: Request) -> list[int]:
     """Table 5's ablation: least total ``λ₁ ||ΔW||^2``."""
     return request.argmin(_scores(request.problem, _eigenvalues(request, "top_eigenvalue")))
@@ -98,7 +98,7 @@ def max_perturbation(request: Request) -> list[int]:
     raise HawqError(infeasible(request, order))
 
 
-@register_selector("random")
+@register_selector("random", offers=("without_traces",))
 def random_plan(request: Request) -> list[int]:
     """A random plan at the budget: from the cheapest plan, random steps up for as long as any fits."""
     problem, limits = request.problem, request.upper_limits
@@ -116,7 +116,7 @@ def random_plan(request: Request) -> list[int]:
     return choice
 
 
-@register_selector("accuracy", needs=("budget", "loss"))
+@register_selector("accuracy", needs=("budget", "loss"), offers=("without_traces",))
 def accuracy(request: Request) -> list[int]:
     """Greedy by measured loss: the search that traces replace (the kind of rival in the paper's Table 4).
 

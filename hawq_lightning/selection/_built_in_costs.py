@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from hawq_lightning._code_formats import CODE_FORMATS
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import Layer, Site
@@ -86,6 +88,28 @@ class BitOperations(LayerCost):
     title, unit, forms, shown_as = "bit operations", BIT_OPERATIONS, ("x", "%"), "%"
     examples = ('"50%"', '"20x"', '"1.5G"')
 
+    def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
+        """One row; products of attention couple the two activations that they read."""
+        (row,) = super().rows(problem)
+        unary, pairs = [*row.unary], dict(row.pairs)
+        for product in problem.products:
+            left, right = (_group_of(problem, site) for site in (product.left, product.right))
+            x, y = (_FLOAT if g is None else np.asarray(problem.groups[g].bits, float) for g in (left, right))
+            table = product.macs * np.outer(x, y)
+            if left is not None and left == right:
+                unary[left] = unary[left] + np.diagonal(table)
+            elif left is not None and len(y) == 1:
+                unary[left] = unary[left] + table[:, 0]
+            elif right is not None and len(x) == 1:
+                unary[right] = unary[right] + table[0]
+            elif left is not None and right is not None:
+                first, second, of_both = (left, right, table) if left < right else (right, left, table.T)
+                pairs[first, second] = pairs.get((first, second), 0) + of_both
+        return (LinearCost(row.constant, tuple(unary), pairs),)
+
+    def _total(self, problem: Problem, bits: int) -> float:
+        return super()._total(problem, bits) + sum(p.macs for p in problem.products) * bits * bits
+
     def of(self, problem: Problem, layer: Layer, weight_bits: int, activation_bits: int) -> float:
         """Of one image."""
         return layer.macs * weight_bits * activation_bits
@@ -97,7 +121,7 @@ class BitOperations(LayerCost):
 
     def figures(self, problem: Problem, cost: float) -> dict[str, float]:
         """MACs, and BOPs at 8 bits and float32."""
-        macs = float(sum(x.macs for x in problem.layers))
+        macs = float(sum(x.macs for x in problem.layers) + sum(p.macs for p in problem.products))
         return {"macs": macs, "bops_8bit": 64 * macs, "bops_float": 1024 * macs}
 
 
@@ -182,6 +206,14 @@ class Latency(LayerCost):
             HawqError: always.
         """
         raise HawqError(f"{self.name} has no float32 value to be times smaller than; give an absolute figure.")
+
+
+_FLOAT = np.array([float(FLOAT_BITS)])
+
+
+def _group_of(problem: Problem, site: str | None) -> int | None:
+    """The group of an activation site; ``None``: it stays float."""
+    return problem.group_of[problem.index[site]] if site in problem.index else None
 
 
 def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:

@@ -72,6 +72,7 @@ def _block(problem: Problem, part: list[int], row: LinearCost, omega: Sequence[F
     for bits in itertools.product(*(range(len(problem.groups[a].bits)) for a in acts)):
         at = dict(zip(acts, bits))
         start = math.fsum(float(row.unary[a][k]) for a, k in at.items())
+        start += math.fsum(float(t[at[i], at[a]]) for (i, a), t in row.pairs.items() if i in at and a in inside)
         shift = math.fsum(float(omega[a][k]) for a, k in at.items())
         blocks = []
         for w in weights:
@@ -84,6 +85,9 @@ def _block(problem: Problem, part: list[int], row: LinearCost, omega: Sequence[F
                     score[~allowed[:, at[a]]] = math.inf
             blocks.append(Block((w,), np.arange(len(cost))[:, None], cost, score))
         if not math.isfinite(start + shift) or not all(np.isfinite(b.cost + b.omega).any() for b in blocks):
+            continue
+        if not weights:  # factors of attention, which only other activations are multiplied with
+            joint.append(Block(tuple(part), np.array([bits]), np.array([start]), np.array([shift])))
             continue
         front = sweep(blocks, len(problem.groups), start=start, max_points=problem.max_points)
         if front.factor > 1:

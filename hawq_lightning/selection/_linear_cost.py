@@ -16,7 +16,8 @@ class LinearCost:
     Attributes:
         constant: what every plan pays.
         unary: by group, ``[bits of the group]``.
-        pairs: (weight group, activation group) -> ``[weight bits, activation bits]``; both groups have a choice.
+        pairs: (weight group, activation group) -> ``[weight bits, activation bits]``, or two activation groups that
+            attention multiplies; both groups have a choice.
     """
 
     constant: float

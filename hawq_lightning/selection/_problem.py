@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate
-from hawq_lightning._site_table import Layer, Site, SiteTable
+from hawq_lightning._site_table import ActivationProduct, Layer, Site, SiteTable
 from hawq_lightning.selection._arrays import parts_from_arrays
 from hawq_lightning.selection._checks import best_by_bits, check_sites, cost_table
 from hawq_lightning.selection._constraints import Pairs, Ties
@@ -110,6 +110,11 @@ class Problem:
     def layers(self) -> tuple[Layer, ...]:
         """What ties weights to activations, with multiply-accumulates."""
         return self.table.layers if isinstance(self.table, SiteTable) else ()
+
+    @cached_property
+    def products(self) -> tuple[ActivationProduct, ...]:
+        """Of attention, with multiply-accumulates."""
+        return self.table.products if isinstance(self.table, SiteTable) else ()
 
     @cached_property
     def first_to_last(self) -> tuple[Layer, ...]:

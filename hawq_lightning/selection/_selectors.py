@@ -23,7 +23,7 @@ from hawq_lightning.selection._request import Request
 
 Choose = Callable[[Request], list[int]]
 Need = Literal["budget", "bits", "budget or bits", "traces", "eigenvalues", "loss"]
-Offer = Literal["stable_plan", "bootstrap", "preview"]
+Offer = Literal["stable_plan", "bootstrap", "preview", "without_traces"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Selector:
             Hessian), ``loss`` (of plans, measured): who asks the selector measures these for it.
         offers: ``stable_plan``: measuring may stop when its plan no longer changes; ``bootstrap``: it is repeated under
             redrawn traces; ``preview``: it chooses the same whatever the scores are, so it is tried before anything is
-            measured.
+            measured; ``without_traces``: it reads neither Ω nor traces, so that ``HAWQ`` measures none for it.
     """
 
     name: str
@@ -99,13 +99,13 @@ def monotone(request: Request) -> list[int]:
     return request.argmin(order=trace_order(request.problem))
 
 
-@register_selector("uniform", offers=("preview",))
+@register_selector("uniform", offers=("preview", "without_traces"))
 def uniform(request: Request) -> list[int]:
     """The same weight bits everywhere and the same activation bits everywhere; of those that fit, least Ω."""
     return best_uniform(request, {}, "uniform")
 
 
-@register_selector("manual", needs=("bits",), offers=("preview",))
+@register_selector("manual", needs=("bits",), offers=("preview", "without_traces"))
 def manual(request: Request) -> list[int]:
     """Bits given by hand: a mapping site -> bits (globs allowed), a plan file, or a JSON file of such a mapping."""
     given = request.bits

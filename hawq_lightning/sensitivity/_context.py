@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import operands_of
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.layers import WeightReader, as_reader
+from hawq_lightning.layers import OperandReader, WeightReader, as_reader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, ReplacedOutputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture, not_recording
 from hawq_lightning.sensitivity._input_hooks import InputHooks
@@ -87,6 +89,7 @@ class MeasureContext:
         l1_curvature: what losses count as that have slope and no curvature: ``zero`` or ``fisher``.
         precision: of forward and backward passes: ``float32`` or ``bf16``.
         diagnostics: what is noticed meanwhile.
+        operands: of attention, those that are sites of ``table``.
     """
 
     model: nn.Module
@@ -96,6 +99,14 @@ class MeasureContext:
     l1_curvature: str = "zero"
     precision: str = "float32"
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    operands: Mapping[str, OperandReader] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, table: SiteTable, loss_fn: LossFn, l1_curvature: str = "zero") -> MeasureContext:
+        """For all sites of a table; the model's readers are looked up by their names."""
+        layers, operands = quantizable_layers(model)[0], operands_of(model, table)
+        on_table = {x.name: layers[x.name] for x in table.layers}
+        return cls(model, on_table, table, loss_fn, l1_curvature, operands=operands)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The checked loss of a batch, in the precision of the measurement.
@@ -136,7 +147,7 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
     cut: frozenset[int] = frozenset()
     parts, stepped = context.diagnostics.loss_parts, set[str]()
     while True:  # again with the boundary further in front, or cut, where an output on it also feeds another
-        network = GradCapture(context.layers, context.table, context.diagnostics.overwritten)
+        network = GradCapture(context.layers, context.table, context.diagnostics.overwritten, context.operands)
         network.per_sample = per_sample
         states = RandomStates()
         # layers see their outputs before the boundary does: the hooks entered last come first

@@ -11,7 +11,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import find_sites, quantizable_layers
+from hawq_lightning._sites import find_sites
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
@@ -62,8 +62,7 @@ def trace_history(
     with isolated_eval(model, seed):
         loss_fn = repeatable(model, loss_fn)
         table = sites or find_sites(model, lambda: loss_fn(model, data.batches[0]), data.samples[0])
-        layers, _ = quantizable_layers(model)
-        context = MeasureContext(model, {x.name: layers[x.name] for x in table.layers}, table, loss_fn)
+        context = MeasureContext.of(model, table, loss_fn)
         check_float(context)
         per_sample = samples_apart(context, data.batches[0], data.samples[0], batch_size_fn)
         pilot = Pilot(data.batches[0], data.samples[0], per_sample, batch_size_fn)

@@ -18,7 +18,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning._sites import find_sites, quantizable_layers
+from hawq_lightning._sites import find_sites
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, check_weights
@@ -101,14 +101,12 @@ def top_eigenpairs(
         loss_fn = repeatable(model, loss_fn)
         first, samples = data.batches[0], data.samples[0]
         table = sites or find_sites(model, lambda: loss_fn(model, first), samples)
-        every_layer, _ = quantizable_layers(model)
-        layers = {x.name: every_layer[x.name] for x in table.layers}
-        check_weights(layers)
+        context = MeasureContext.of(model, table, loss_fn)
+        check_weights(context.layers)
         names = [s.name for s in table]
         requested = names if only is None else list(only)
         for name in requested:
             choice("site", name, names)
-        context = MeasureContext(model, layers, table, loss_fn)
         check_float(context)
         separable, show = samples_apart(context, first, samples, batch_images), progress and data.shard.rank == 0
         search = _Search(context, data, separable, kind, rtol, max_steps, seed, show)

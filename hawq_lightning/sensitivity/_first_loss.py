@@ -6,7 +6,7 @@ from hawq_lightning._errors import HawqError, some
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._sites import READ_BY_FUNCTION
 from hawq_lightning._types import Batch
-from hawq_lightning.layers import FakeQuantLayer, layer_type
+from hawq_lightning.layers import FakeQuantLayer, holder_values, layer_type
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 
@@ -30,6 +30,12 @@ def check_float(context: MeasureContext) -> None:
                     f"Layer {name!r} is quantized, and traces are those of a float network: measure inside of "
                     "hawq_lightning.quantization.fake_quant_disabled(model), or call unquantize(model) first."
                 )
+    for name, operand in context.operands.items():
+        if any(q.bits and not q.fake_quant_disabled for q in holder_values(operand.module)):
+            raise HawqError(
+                f"What {name!r} reads is quantized, and traces are those of a float network: measure inside of "
+                "hawq_lightning.quantization.fake_quant_disabled(model), or call unquantize(model) first."
+            )
 
 
 def check_first_loss(context: MeasureContext, batch: Batch) -> float:
@@ -45,7 +51,11 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
     """
     warn_once = context.diagnostics.warn_once
     weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items() if not m.recomputed}
-    for _, w in weights.values():
+    wanted = [w for _, w in weights.values()]
+    wanted += [
+        p for m in context.layers.values() if m.recomputed for p in m.module.parameters() if p.is_floating_point()
+    ]
+    for w in wanted:
         w.requires_grad_(True)
     try:
         with Outputs(context.model) as outputs, FunctionReads(context.model, context.layers) as functions:
@@ -53,7 +63,7 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
         penalised = [weights[id(w)][0] for w in read_by(loss, outputs) if id(w) in weights]
         value = float(loss.detach())
     finally:
-        for _, w in weights.values():
+        for w in wanted:
             w.requires_grad_(False)
     read = [n for n in functions.layers() if n not in penalised]
     if read and not context.table.traced:

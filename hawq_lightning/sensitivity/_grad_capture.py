@@ -13,7 +13,7 @@ from torch import nn
 from hawq_lightning._batches import plain_tensor
 from hawq_lightning._loss_graph import edge_of, graph_behind
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.layers import LayerCall, WeightReader, as_reader, inner_products, row_dots
+from hawq_lightning.layers import LayerCall, OperandReader, WeightReader, as_reader, inner_products, row_dots
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 from hawq_lightning.sensitivity._views import without_base
 
@@ -62,12 +62,19 @@ class GradCapture:
         layers: layer name -> reader of a weight, or the module if it reads a single one.
         table: their sites.
         keep_copies: layers whose input is overwritten later, and activation sites that are to be differentiated twice.
+        operands: of attention, that are sites of ``table``.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module | WeightReader], table: SiteTable, keep_copies: set[str]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module | WeightReader],
+        table: SiteTable,
+        keep_copies: set[str],
+        operands: Mapping[str, OperandReader] | None = None,
+    ) -> None:
         self._layers = {name: as_reader(layer) for name, layer in layers.items()}
         self._table, self._keep = table, keep_copies
-        self._reads_of = {x.name: x.activation for x in table.layers if x.activation is not None}
+        self._reads_of = table.reads
         self._weight_of = {x.name: x.weight for x in table.layers}
         self._calls: dict[str, list[CallRecord]] = {}
         self._reads: dict[str, list[CallRecord]] = {}
@@ -81,7 +88,7 @@ class GradCapture:
         self.samples = 1
         self.outside = torch.zeros(0, dtype=torch.bool)  # samples that nothing may reach, while leaks are looked for
         self._handles: list[Any] = []
-        self._reader = InputHooks(layers, self._reads_of, self._alias)
+        self._reader = InputHooks({**layers, **(operands or {})}, self._reads_of, self._alias)
 
     def __enter__(self) -> GradCapture:
         self._reader.__enter__()

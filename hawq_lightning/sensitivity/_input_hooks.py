@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawq_lightning._site_calls import version_of
-from hawq_lightning.layers import WeightReader, as_reader
+from hawq_lightning._reads import version_of
+from hawq_lightning.layers import OperandReader, WeightReader, as_reader
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -23,13 +23,14 @@ class InputHooks:
     that was changed in place counts as another one.
 
     Args:
-        layers: layer name -> reader of a weight, or the module if it reads a single one.
-        site_of: layer name -> activation site name.
+        layers: layer name -> reader of a weight, or the module if it reads a single one; operand of
+            attention -> its reader.
+        site_of: name of either -> activation site name.
         visit: called once for every tensor; what it returns is what the layers read.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module | WeightReader], site_of: Mapping[str, str], visit: Replace
+        self, layers: Mapping[str, nn.Module | WeightReader | OperandReader], site_of: Mapping[str, str], visit: Replace
     ) -> None:
         self._layers, self._site_of, self._visit = layers, site_of, visit
         self._seen: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
@@ -38,7 +39,8 @@ class InputHooks:
     def __enter__(self) -> InputHooks:
         for name, layer in self._layers.items():
             if name in self._site_of:
-                self._handles.append(as_reader(layer).on_read(self._visit_once(self._site_of[name])))
+                reader = layer if isinstance(layer, OperandReader) else as_reader(layer)
+                self._handles.append(reader.on_read(self._visit_once(self._site_of[name])))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -69,13 +69,20 @@ class RandomStates:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
+def _seed_torch(seed: int) -> None:
+    """``torch.manual_seed`` for devices in use alone: for others it queues seeds, which nothing would take back."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def random_states_kept(seed: int | None = None) -> Iterator[None]:
     """Put back torch's, NumPy's and Python's random states; inside they start from ``seed`` when given."""
     states = RandomStates()
     try:
         if seed is not None:
-            torch.manual_seed(seed)
+            _seed_torch(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
         yield

@@ -93,6 +93,7 @@ def _weight_is_tried(reader: WeightReader) -> bool:
 def layer_names(context: MeasureContext, sites: Collection[str], most: int = 4) -> str:
     """The layers of some sites, for a sentence; the first ``most`` of them by name."""
     layers = [x.name for x in context.table.layers if x.weight in sites or x.activation in sites]
+    layers += [n for s in context.table.activations if s.name in sites for n in s.layers if n in context.operands]
     return some(layers, most, "layers")
 
 

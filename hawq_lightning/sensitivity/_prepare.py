@@ -91,8 +91,7 @@ def first_look(
         table = sites or find()
         if sites is None and settle_draws(model, loss_fn, table, chain((part,), data.batches[1:])):
             table = find()
-        on_table = {x.name: layers[x.name] for x in table.layers}
-        context = MeasureContext(model, on_table, table, loss_fn, settings.config.l1_curvature)
+        context = MeasureContext.of(model, table, loss_fn, settings.config.l1_curvature)
         check_float(context)
         note_float_layers(context)
         key = fingerprint(context, data.batches, data.samples, part, settings.text(), settings.config.seed)

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from hawq_lightning._config import Distribution, L1Curvature, MeasureConfig, Precision, Sampling
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._sites import Patterns
+from hawq_lightning._patterns import Patterns
 from hawq_lightning._types import BatchSizeFn
 from hawq_lightning.sensitivity._result import Sensitivity
 

@@ -160,7 +160,7 @@ def public_modules():
 
 @pytest.mark.parametrize("thing", list(documented_callables()))
 def test_every_argument_is_described(thing):
-    described = re.findall(r"^\s*((?:\*{0,2}\w+(?:, )?)+):", inspect.getdoc(thing), re.M)
+    described = re.findall(r"^\s*((?:\*{0,2}\w+, )*\*{0,2}\w+):", inspect.getdoc(thing), re.M)
     names = {name.strip("* ") for line in described for name in line.split(",")}
     missing = [p for p in inspect.signature(thing).parameters if p not in names and not p.startswith("_")]
     assert not missing, f"{thing.__qualname__} does not describe {missing}"

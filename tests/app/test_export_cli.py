@@ -266,6 +266,7 @@ def test_files_that_are_no_network_cannot_be_measured(tmp_path):
         measure_file(tmp_path / "a.onnx", (3, 8, 8))
 
 
+@pytest.mark.stress
 def test_a_detector_is_exported_without_its_surroundings(tmp_path):
     pytest.importorskip("torchvision")
     from hawq_lightning.models import retinanet_resnet18

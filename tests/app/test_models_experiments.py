@@ -114,6 +114,7 @@ def test_resnet50_imagenet(tmp_path, folders, weights):
     assert {s.bits for s in plan.activations} == {4, 8}
 
 
+@pytest.mark.stress
 def test_squeezenext_imagenet(tmp_path, folders, weights):
     file = weights("squeezenext", lambda: squeezenext(3), pictures(folders, 64))
     cfg = configure("squeezenext_imagenet", tmp_path, folders["images"], file, *SMALL, *CLASSIFIER)
@@ -147,6 +148,7 @@ def batch():
     return [torch.rand(3, 64, 80), torch.rand(3, 80, 64)], [target, target]
 
 
+@pytest.mark.stress
 def test_retinanet_coco(tmp_path, folders, weights, batch):
     make = lambda: retinanet_resnet50(3, min_size=64, max_size=96, frozen_norm=False)  # noqa: E731
     file = weights("retinanet_resnet50", make, batch)

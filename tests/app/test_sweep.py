@@ -110,7 +110,9 @@ def undisturbed(tmp_path_factory):
     return run(settings(folder, "float_epochs=3", "epochs=2"))
 
 
-@pytest.mark.parametrize(("callback", "epoch"), [(KeepRandomStates, 2), (Recorder, 1)])
+@pytest.mark.parametrize(
+    ("callback", "epoch"), [(Recorder, 1), pytest.param(KeepRandomStates, 2, marks=pytest.mark.stress)]
+)
 def test_a_run_cut_short_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, undisturbed, callback, epoch):
     def stop(self, trainer, pl_module):
         if trainer.current_epoch == epoch:

@@ -7,7 +7,7 @@ import pytest
 from tests.oracle.generated import ESTIMATORS, make_case, run, run_case
 
 SEEDS = 40
-QUICK = 40  # in every test run
+QUICK = 16  # in every test run
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -47,7 +47,7 @@ def test_all_output_columns_give_the_dense_trace(name):
 def test_random_probes_agree_within_their_standard_errors(name):
     net, batch, loss_fn, table, truth = prepare(name)
     found = measure(
-        net, [batch], loss_fn, sites=table, rtol=0.02, max_probes=400, seed=3, l1_curvature="zero", progress=False
+        net, [batch], loss_fn, sites=table, rtol=0.05, max_probes=100, seed=3, l1_curvature="zero", progress=False
     )
     for r in found:
         assert abs(r.trace - truth[r.name]) <= 4.5 * r.stderr + 1e-8 * abs(truth[r.name]), (r, truth[r.name])

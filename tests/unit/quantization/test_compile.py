@@ -53,7 +53,7 @@ def check(backend, quantizer="uniform", tolerance=0.0):
     assert quantized_layers(compiled).keys() == quantized_layers(model).keys()
 
 
-@pytest.mark.parametrize("quantizer", ["uniform", "lsq"])
+@pytest.mark.parametrize("quantizer", ["uniform", pytest.param("lsq", marks=pytest.mark.stress)])
 def test_compiled_and_eager_agree(quantizer):
     check("aot_eager", quantizer, tolerance=1e-6)
 

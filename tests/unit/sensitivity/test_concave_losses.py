@@ -34,15 +34,17 @@ def _share(model, loss) -> float:
     return concave / whole
 
 
-@pytest.mark.parametrize("draw", ["all", "curvature"])
-def test_thinned_traces_are_unbiased_and_their_intervals_cover(draw):
+@pytest.mark.parametrize(
+    ("draw", "seeds"), [("all", 8), *(pytest.param(d, 24, marks=pytest.mark.stress) for d in ("all", "curvature"))]
+)
+def test_thinned_traces_are_unbiased_and_their_intervals_cover(draw, seeds):
     model = build(ConvNet)
     assert 0 < _share(model, rare) <= 0.05
     exact = measure(model, _batches(), rare, estimator="exact")
     truth = {s.name: s.trace for s in exact}
     sums: dict[str, list[float]] = {n: [] for n in truth}
     inside = total = 0
-    for seed in range(24):
+    for seed in range(seeds):
         found = measure(model, _batches(), rare, rtol=0.25, seed=seed, sampling=draw, max_probes=200)
         assert found.settings["probes"] % 8 == 0 or draw == "curvature"
         for s in found:

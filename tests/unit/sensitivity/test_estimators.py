@@ -102,12 +102,12 @@ def test_hessian_gives_the_dense_trace_where_gauss_newton_does_not(kind):
     gauss_newton = measure(net, [batch], loss_fn, sites=table, estimator="exact", progress=False)
     assert any(abs(r.trace - truth[r.name]) > 0.02 * abs(truth[r.name]) for r in gauss_newton)
     found = measure(
-        net, [batch], loss_fn, sites=table, estimator="hessian", rtol=0.03, max_probes=800, seed=2, progress=False
+        net, [batch], loss_fn, sites=table, estimator="hessian", rtol=0.06, max_probes=200, seed=2, progress=False
     )
     assert found.settings["estimator"] == "hessian"
     for r in found:
         assert abs(r.trace - truth[r.name]) <= 4.5 * r.stderr + 1e-9 * abs(truth[r.name]), r
-        assert r.stderr <= 0.2 * abs(truth[r.name]) + 0.02 * max(map(abs, truth.values())), r
+        assert r.stderr <= 0.4 * abs(truth[r.name]) + 0.04 * max(map(abs, truth.values())), r
 
 
 @pytest.mark.parametrize("kind", [Smooth, Attention, Serial])
@@ -151,7 +151,7 @@ def test_hard_sigmoid_gates_have_a_second_derivative_here(inplace):
     net = Net(gate).double()
     batch = (torch.randn(4, 4, dtype=torch.float64), torch.arange(4) % 3)
     table = find_sites(net, lambda: loss_fn(net, batch), 4)
-    found = measure(net, [batch], loss_fn, sites=table, estimator="hessian", rtol=0.03, max_probes=800, progress=False)
+    found = measure(net, [batch], loss_fn, sites=table, estimator="hessian", rtol=0.08, max_probes=120, progress=False)
     assert found.settings["estimator"] == "hessian"
     gate[1] = type("Written", (nn.Module,), {"forward": lambda self, x: F.relu6(x + 3) / 6})()
     truth = dense_weight_traces(net, batch, loss_fn, table)
@@ -242,7 +242,7 @@ def linear_loss(m, b):
 def test_auto_takes_the_hessian_where_the_loss_has_no_curvature_in_the_outputs():
     net, batch = build(Smooth), image_batch()
     table = find_sites(net, lambda: linear_loss(net, batch), 4)
-    keywords = {"sites": table, "l1_curvature": "zero", "rtol": 0.1, "max_probes": 400, "progress": False}
+    keywords = {"sites": table, "l1_curvature": "zero", "rtol": 0.1, "max_probes": 100, "progress": False}
     found = measure(net, [batch], linear_loss, **keywords)
     assert found.settings["estimator"] == "hessian"
     assert any("no curvature in its outputs" in n and "'hessian'" in n for n in found.notes)
@@ -434,9 +434,7 @@ def test_memory_that_runs_out_in_the_middle_and_the_other_estimators():
             raise torch.OutOfMemoryError("out of memory")
         return loss_fn(m, b)
 
-    found = measure(
-        net, [batch], sometimes, sites=table, estimator="hessian", rtol=0.05, max_probes=300, progress=False
-    )
+    found = measure(net, [batch], sometimes, sites=table, estimator="hessian", rtol=0.1, max_probes=80, progress=False)
     assert any("2 images at a time" in n for n in found.notes)
     for r in found:
         assert abs(r.trace - truth[r.name]) <= 4.5 * r.stderr + 1e-9 * abs(truth[r.name]), r
