@@ -17,7 +17,7 @@ from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export import EXPORTERS, export
-from hawq_lightning.export.onnx import float_onnx, measure_file
+from hawq_lightning.export.onnx import float_onnx, measure_file, vector_instructions
 from hawq_lightning.quantization import quantize
 
 TASK = "net."  # what a run puts in front of every name
@@ -29,6 +29,7 @@ def speeds(
     first: torch.Tensor,
     path: Path,
     *,
+    integer: Path | None = None,
     threads: int = 1,
     batch_size: int = 32,
     seconds: float = 1.0,
@@ -41,6 +42,7 @@ def speeds(
         plan: of the run.
         first: images as the network takes them.
         path: of the plan's ONNX file.
+        integer: of its file for integer kernels; ``None``: there is none.
         threads: for onnxruntime.
         batch_size: for the throughput.
         seconds: of every measurement.
@@ -56,6 +58,8 @@ def speeds(
         float_onnx(whole, first, unquantized)
         export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
         measured = {"float": measure(unquantized), "uniform 8": measure(eight), "plan": measure(path)}
+        if integer is not None:
+            measured["integer"] = measure(integer)
     version = require("onnxruntime").__version__
     return {
         "speed": {k: asdict(v) for k, v in measured.items()},
@@ -88,7 +92,7 @@ def inner(plan: Plan, net: nn.Module) -> Plan:
 
 
 def show(record: JsonObject, note: str = "") -> None:
-    """Print the table of sizes and speeds, and say so where low bits bring no time."""
+    """Print the table of sizes and speeds, and what the files take of the float network's time."""
     how, rows = record["speed_settings"], record["speed"]
     table = Table(title=f"onnxruntime {how['onnxruntime']} on this machine's CPU, threads={how['threads']}")
     for heading in ("", "file", "gzip", "1 image", f"images/s in {how['batch_size']}s", "memory"):
@@ -103,11 +107,13 @@ def show(record: JsonObject, note: str = "") -> None:
             f"{s['peak_bytes'] / 2**20:,.1f} MiB",
         )
     Console().print(table)
-    ratio = rows["float"]["ms"] / rows["plan"]["ms"]
-    if ratio < 1.05:
+    names = {"plan": "model.onnx", "integer": "model.integer.onnx"}
+    times = [f"{names[k]} {rows['float']['ms'] / rows[k]['ms']:.2f}x" for k in names if k in rows]
+    print(f"Speed of one image, over the float network's: {', '.join(times)}.")
+    if not vector_instructions():
         print(
-            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels "
-            "turn the weights back into float32 before they multiply."
+            "This CPU has no VNNI: sums of 8-bit products may saturate in its integer kernels, which codes of 7 bits "
+            "or fewer cannot; compare the classes."
         )
     if note:
         print(note)

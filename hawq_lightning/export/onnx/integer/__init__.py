@@ -7,6 +7,7 @@ example batches show. Weights' codes, scales (negative ones too) and the plan's 
 """
 
 from hawq_lightning.export.onnx.integer._leftovers import float_weights, still_float
+from hawq_lightning.export.onnx.integer._operators import LAYERS
 from hawq_lightning.export.onnx.integer._rewrite import Rewritten, to_integers
 
-__all__ = ["Rewritten", "float_weights", "still_float", "to_integers"]
+__all__ = ["LAYERS", "Rewritten", "float_weights", "still_float", "to_integers"]
