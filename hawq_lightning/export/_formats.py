@@ -13,7 +13,19 @@ from hawq_lightning._types import Batch
 from hawq_lightning.export._deployed import Deployed, Inputs
 from hawq_lightning.export._exporters import register_exporter
 from hawq_lightning.export._packed import save_packed
-from hawq_lightning.export.onnx import Agreement, Storage, compare, to_onnx, to_program
+from hawq_lightning.export.onnx import (
+    Agreement,
+    Encodings,
+    QonnxAgreement,
+    Storage,
+    Widths,
+    compare,
+    compare_qonnx,
+    to_aimet,
+    to_onnx,
+    to_program,
+    to_qonnx,
+)
 
 
 def _verify_onnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
@@ -65,3 +77,32 @@ def _write_program(
 ) -> torch.export.ExportedProgram:
     assert example_input is not None
     return to_program(model, plan, example_input, path, fold=fold)
+
+
+def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> QonnxAgreement:
+    return compare_qonnx(model, path, batches, images=images)
+
+
+@register_exporter(
+    "qonnx",
+    suffix=".qonnx.onnx",
+    packages=("onnx", "onnxscript"),
+    verify=_verify_qonnx,
+    verify_packages=("qonnx",),
+)
+def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> Widths:
+    assert example_input is not None
+    return to_qonnx(model, plan, example_input, path)
+
+
+@register_exporter(
+    "aimet",
+    suffix=".aimet.onnx",
+    packages=("onnx", "onnxscript"),
+    beside=(".encodings", ".0_6_1.encodings"),
+)
+def _write_aimet(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+) -> Encodings:
+    assert example_input is not None
+    return to_aimet(model, plan, example_input, path, fold=fold)

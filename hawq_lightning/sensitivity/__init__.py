@@ -30,6 +30,7 @@ from hawq_lightning.sensitivity._isolate import (
     noisy_modules,
     random_states_kept,
     release_memory,
+    seed_torch,
 )
 from hawq_lightning.sensitivity._linearity import check_linearity
 from hawq_lightning.sensitivity._loss_hessian import ProbeVectors, factor_probe, factorize_loss_hessian
@@ -123,6 +124,7 @@ __all__ = [
     "repeatable",
     "samples_apart",
     "sampling_design",
+    "seed_torch",
     "settle_draws",
     "to_device",
     "top_eigenpairs",

@@ -51,8 +51,7 @@ class RandomStates:
 
     def __init__(self) -> None:
         self._cpu, self._numpy, self._python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self._cuda = torch.cuda.get_rng_state_all() if used else []
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def moved(self) -> bool:
         """Whether anything was drawn on the CPU since."""
@@ -69,10 +68,10 @@ class RandomStates:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
-def _seed_torch(seed: int) -> None:
+def seed_torch(seed: int) -> None:
     """``torch.manual_seed`` for devices in use alone: for others it queues seeds, which nothing would take back."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
@@ -82,7 +81,7 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
     states = RandomStates()
     try:
         if seed is not None:
-            _seed_torch(seed)
+            seed_torch(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
         yield

@@ -164,6 +164,7 @@ def in_this_process(job):
     return 0
 
 
+@pytest.mark.stress
 def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch):
     design, _ = sweep
     job = design.run("small", "l2", 1)

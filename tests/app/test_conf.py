@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 from importlib.resources import files
+from itertools import zip_longest
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -69,14 +70,25 @@ def test_defaults_compose(name):
     assert (cfg.epochs == 0) == (name == "analyze")
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["=".join(c) for c in CHOICES])
-def test_every_option_composes_and_fits_its_target(group, choice):
-    if group == "logger" and choice in ("wandb", "tensorboard"):
-        pytest.importorskip({"wandb": "wandb", "tensorboard": "tensorboard"}[choice])
-    if group == "launcher":
-        pytest.importorskip(f"hydra_plugins.hydra_{'joblib' if choice == 'joblib' else 'submitit'}_launcher")
+def rows_of_choices():
+    """Every choice once: the first of every group together, then the second of every group and so on."""
+    alone = ("experiment", "debug", "hydra", "launcher")  # these set others, or are fixed in the defaults list
+    columns = [[c for c in CHOICES if c[0] == group] for group in GROUPS if group not in alone]
+    rows = [[c for c in row if c] for row in zip_longest(*columns)]
+    return rows + [[c] for c in CHOICES if c[0] in alone]
+
+
+@pytest.mark.parametrize("row", rows_of_choices(), ids=lambda row: ",".join(map("=".join, row)))
+def test_every_option_composes_and_fits_its_target(row):
+    chosen = dict(row)
+    if chosen.get("logger") in ("wandb", "tensorboard"):
+        pytest.importorskip(chosen["logger"])
+    if "launcher" in chosen:
+        pytest.importorskip(
+            f"hydra_plugins.hydra_{'joblib' if chosen['launcher'] == 'joblib' else 'submitit'}_launcher"
+        )
     # hydra/ is fixed in the defaults list; everything else is chosen
-    cfg = settings("train", [] if group == "hydra" else [f"{group}={choice}"])
+    cfg = settings("train", [f"{group}={choice}" for group, choice in row if group != "hydra"])
     check_targets(cfg)
     OmegaConf.to_container(cfg, resolve=True)
 

@@ -176,7 +176,7 @@ def test_a_dry_run_measures_as_the_run_will(tmp_path, monkeypatch):
 
 
 def test_dry_run_script_leaves_no_folder(tmp_path):
-    done = script("hawq-lightning-analyze", "dry_run=true", "model.depth=8", "measure.rtol=0.3", cwd=tmp_path)
+    done = shell("hawq-lightning-analyze", "dry_run=true", "model.depth=8", "measure.rtol=0.3", cwd=tmp_path)
     assert done.returncode == 0 and "weight_bytes:" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
-from hawq_lightning.sensitivity import OnDevice, random_states_kept, to_device
+from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
 Index = TypeVar("Index")
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
@@ -122,7 +122,7 @@ def _copied_sampler(sampler: Iterable[Index], seed: int) -> Iterator[Index]:
 
 
 def _item(dataset: Dataset[Batch], index: object, seed: int) -> Batch:
-    torch.manual_seed(seed + 7919 * int(index) if isinstance(index, int) else seed)  # transforms: a seed an index
+    seed_torch(seed + 7919 * int(index) if isinstance(index, int) else seed)  # transforms: a seed an index
     return dataset[index]
 
 

@@ -23,7 +23,8 @@ from hawq_lightning._extra import require
 from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
-from hawq_lightning.export.onnx._session import integer_kernels, session
+from hawq_lightning.export.onnx._openvino import refuse_two_bits
+from hawq_lightning.export.onnx._session import check_runtime, integer_kernels, open_session
 from hawq_lightning.export.onnx.integer import LAYERS
 from hawq_lightning.layers import as_reader, find_kind, kind_of
 
@@ -52,9 +53,15 @@ class Speed:
 
 
 def measure_file(
-    path: str | Path, shape: Sequence[int], *, threads: int = 1, batch: int = 32, seconds: float = 1.0
+    path: str | Path,
+    shape: Sequence[int],
+    *,
+    threads: int = 1,
+    batch: int = 32,
+    seconds: float = 1.0,
+    runtime: str = "onnxruntime",
 ) -> Speed:
-    """Run a file with onnxruntime (CPU, default optimizations, an exact file in float kernels) in a fresh process.
+    """Run a file (CPU, default optimizations, an exact file in float kernels) in a fresh process.
 
     Args:
         path: of an ONNX file with one float input.
@@ -62,17 +69,20 @@ def measure_file(
         threads: that onnxruntime may use.
         batch: images a run for the throughput.
         seconds: of measuring, for latency and throughput each.
+        runtime: ``"onnxruntime"`` or ``"openvino"``.
 
     Raises:
-        HawqError: the extra is missing, or onnxruntime cannot run the file.
+        HawqError: the extra is missing, or the runtime cannot run the file.
     """
-    require("onnxruntime")
+    check_runtime(runtime)
+    if runtime == "openvino":
+        refuse_two_bits(path)
     kernels = int(integer_kernels(path))
-    command = [sys.executable, _PROCESS, path, json.dumps(list(shape)), threads, batch, seconds, kernels]
+    command = [sys.executable, _PROCESS, path, json.dumps(list(shape)), threads, batch, seconds, kernels, runtime]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it ended without a word"]
-        raise HawqError(f"onnxruntime cannot run {path}: {lines[-1]}")
+        raise HawqError(f"{runtime} cannot run {path}: {lines[-1]}")
     raw = Path(path).read_bytes()
     return Speed(len(raw), len(gzip.compress(raw, 6)), **json.loads(done.stdout.splitlines()[-1]))
 
@@ -84,8 +94,9 @@ def layer_latencies(
     *,
     weight_bits: Iterable[int] = (),
     threads: int = 1,
+    runtime: str = "onnxruntime",
 ) -> list[dict[str, Any]]:
-    """Milliseconds of every layer of a plan alone, for every width, one image at a time, with onnxruntime here.
+    """Milliseconds of every layer of a plan alone, for every width, one image at a time, on this machine.
 
     Layers are measured between codes, as integer kernels run them in an integer file: there all widths of weights take
     the same time, and what costs time is a layer that reads no grid or has no such kernel.
@@ -95,7 +106,8 @@ def layer_latencies(
         plan: its widths are measured, and all that it weighed.
         inputs: of the model, any number of images.
         weight_bits: more widths.
-        threads: that onnxruntime may use.
+        threads: that the runtime may use.
+        runtime: ``"onnxruntime"`` or ``"openvino"``; for the second all weights are INT8.
 
     Returns:
         rows for :class:`hawq_lightning.selection.LatencyTable`.
@@ -106,6 +118,7 @@ def layer_latencies(
     layers = {
         plain(n): m for n, m in model.named_modules() if (kind := find_kind(m)) is not None and kind.onnx_op is not None
     }
+    check_runtime(runtime)
     shapes = _input_shapes(layers, model, inputs)
     reads = {name: s for s in plan.activations for name in s.layers}
     measured: dict[Any, float] = {}
@@ -123,7 +136,8 @@ def layer_latencies(
                     attributes = tuple(kind_of(layer).onnx_attributes(layer).items())
                     key = (kind_of(layer).onnx_op, attributes, tuple(site.shape), shapes[name], bits, grid)
                     if key not in measured:
-                        measured[key] = _milliseconds(layer, tuple(site.shape), shapes[name], bits, grid, threads)
+                        case = (tuple(site.shape), shapes[name], bits, grid)
+                        measured[key] = _milliseconds(layer, *case, threads, runtime)
                     rows.append(dict(zip(_FIELDS, (name, bits, grid, round(measured[key], 6)))))
     return rows
 
@@ -172,7 +186,13 @@ def _input_shapes(
 
 
 def _milliseconds(
-    layer: nn.Module, shape: tuple[int, ...], reads: tuple[int, ...], bits: int, grid: int | None, threads: int
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    reads: tuple[int, ...],
+    bits: int,
+    grid: int | None,
+    threads: int,
+    runtime: str,
 ) -> float:
     """One layer with random codes, as integer kernels run it: from codes to codes.
 
@@ -217,7 +237,7 @@ def _milliseconds(
         [arrays.from_array(np.asarray(a), n) for n, a in values.items() if n in read],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    run = session(proto.SerializeToString(), threads)
+    run = open_session(runtime, proto.SerializeToString(), threads)
     floats = rng.standard_normal(size, dtype=np.float32)
     feed = {"x": rng.integers(0, 1 << (grid or 8), size).astype(np.uint8) if fused else floats}
     run.run(None, feed)
