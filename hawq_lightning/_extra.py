@@ -10,6 +10,7 @@ from hawq_lightning._errors import HawqError
 _EXTRA_OF = {
     "torchvision": "vision", "pytorchcv": "vision", "faster_coco_eval": "detection",
     "onnx": "export", "onnxscript": "export", "onnxruntime": "export",
+    "qonnx": "qonnx", "torchao": "torchao", "openvino": "openvino",
 }  # fmt: skip
 
 

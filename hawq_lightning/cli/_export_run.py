@@ -16,22 +16,22 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._extra import require
 from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data, make_net, make_task
-from hawq_lightning.cli._onnx import FILE, ONNX, Images, write_onnx
+from hawq_lightning.cli._onnx import FILE, INTEGER, INTEGER_FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
 from hawq_lightning.cli._trusted import check_targets
-from hawq_lightning.export import EXPORTERS, Exporter, check_writable, export, load_packed, network_of
-from hawq_lightning.export.onnx import layer_latencies, write_table
+from hawq_lightning.export import EXPORTERS, Exporter, check_writable, compare, export, load_packed, network_of
+from hawq_lightning.export.onnx import check_runtime, layer_latencies, write_table
 from hawq_lightning.quantization import import_quantizers, unquantize
 from hawq_lightning.report import model_card, write_report
 
-_WRITTEN = ("latency.csv", "export.json")
+_TABLES = ("latency.csv", "latency_openvino.csv")
+_WRITTEN = (*_TABLES, "export.json")
 # 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
 _TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
@@ -48,56 +48,68 @@ def export_run(cfg: DictConfig) -> JsonObject:
             exported.
     """
     _check(cfg)
-    require("onnxruntime")
+    runtimes = ["onnxruntime", *(r for r in _runtimes(cfg) if r != "onnxruntime")]  # all the rest goes by the first
+    for runtime in runtimes:
+        check_runtime(runtime)
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys((ONNX.name, *(cfg.get("formats") or ())))  # all the others go by the first
+    names = dict.fromkeys((ONNX.name, *([INTEGER.name] if cfg.get("integer") else []), *(cfg.get("formats") or ())))
     exporters = [EXPORTERS[name] for name in names]
-    written = (*(f"model{e.suffix}" for e in exporters), *_WRITTEN)
+    written = (*(name for e in exporters for name in e.files("model")), *_WRITTEN)
     place = RunFolder(folder, written)
     place.refuse_strangers()
     for name in written:
         check_writable(folder / name)
     with place.locked():
-        record = _export(cfg, run, folder, exporters)
+        record = _export(cfg, run, folder, exporters, runtimes)
         place.note_files()
     print(f"written: {', '.join(sorted(p.name for p in folder.glob('model.*')))}")
     return record
 
 
-def _export(cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[Exporter]) -> JsonObject:
+def _export(
+    cfg: DictConfig, run: DictConfig, folder: Path, exporters: Sequence[Exporter], runtimes: Sequence[str]
+) -> JsonObject:
     plan = Plan.load(folder / "plan.json")
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     for exporter in exporters:
-        exporter.check(network_of(net))
+        exporter.check(network_of(net), verify=cfg.images != 0)
     batches = _batches(run)
     real = Images(net, batches)
     first = real.first()
     how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, **how)
-    for exporter in exporters[1:]:
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, **how)
+    for runtime in runtimes[1:]:
+        if cfg.images != 0:
+            agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
+            record[f"agreement_{runtime}"] = agreement.to_dict()
+            print(f"{FILE}: {agreement}")
+    for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
         fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
         export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
-        record.setdefault("files", {})[path.name] = path.stat().st_size
+        sizes = record.setdefault("files", {})
+        sizes |= {name: (folder / name).stat().st_size for name in exporter.files("model")}
         if exporter.verify is not None and cfg.images != 0:
             verified = exporter.verify(network_of(net), path, real, cfg.images)
             record.setdefault("verified", {})[path.name] = verified.to_dict()
             print(f"{path.name}: {verified}")
     if cfg.speed:
         whole, note = _float_network(run, folder)
+        fast = folder / INTEGER_FILE if cfg.integer else None
         record |= speeds(
-            network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
-            seconds=cfg.seconds, how=how,
+            network_of(whole), plan, first, folder / FILE, integer=fast, threads=cfg.threads,
+            batch_size=cfg.batch_size, seconds=cfg.seconds, how=how, runtimes=runtimes,
         )  # fmt: skip
         show(record, note)
     if cfg.table:
         inner_plan = inner(plan, net)
-        rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads)
-        if inner_plan is not plan:  # the run reads the table under its own names
-            rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
-        write_table(rows, folder / "latency.csv")
+        for runtime, name in zip(runtimes, _TABLES):
+            rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads, runtime=runtime)
+            if inner_plan is not plan:  # the run reads the table under its own names
+                rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
+            write_table(rows, folder / name)
     write_text(folder / "export.json", json_text(record, indent=1))
     _tell(run, folder)
     return record
@@ -110,6 +122,11 @@ def _check(cfg: DictConfig) -> None:
             raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
     if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
         raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
+
+
+def _runtimes(cfg: DictConfig) -> list[str]:
+    named = cfg.get("runtimes") or ()
+    return [named] if isinstance(named, str) else list(named)
 
 
 def _tell(run: DictConfig, folder: Path) -> None:

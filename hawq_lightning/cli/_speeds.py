@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export import EXPORTERS, export
-from hawq_lightning.export.onnx import float_onnx, measure_file
+from hawq_lightning.export.onnx import float_onnx, measure_file, vector_instructions
 from hawq_lightning.quantization import quantize
 
 TASK = "net."  # what a run puts in front of every name
@@ -29,22 +29,26 @@ def speeds(
     first: torch.Tensor,
     path: Path,
     *,
+    integer: Path | None = None,
     threads: int = 1,
     batch_size: int = 32,
     seconds: float = 1.0,
     how: Mapping[str, object],
+    runtimes: Sequence[str] = ("onnxruntime",),
 ) -> JsonObject:
-    """Measure the three files; ``speed`` and ``speed_settings`` of export.json.
+    """Measure the three files; ``speed`` and ``speed_settings`` of export.json, ``speed_openvino`` of OpenVINO.
 
     Args:
         whole: the float network; it becomes the one of uniform 8 bits.
         plan: of the run.
         first: images as the network takes them.
         path: of the plan's ONNX file.
+        integer: of its file for integer kernels; ``None``: there is none.
         threads: for onnxruntime.
         batch_size: for the throughput.
         seconds: of every measurement.
         how: options of the exporter, see :func:`hawq_lightning.export.to_onnx`.
+        runtimes: that run the files.
 
     Raises:
         HawqError: the extra is missing, or the network cannot be exported.
@@ -55,12 +59,13 @@ def speeds(
         unquantized, eight = (Path(folder) / f"{name}{exporter.suffix}" for name in ("float", "uniform"))
         float_onnx(whole, first, unquantized)
         export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
-        measured = {"float": measure(unquantized), "uniform 8": measure(eight), "plan": measure(path)}
-    version = require("onnxruntime").__version__
-    return {
-        "speed": {k: asdict(v) for k, v in measured.items()},
-        "speed_settings": {"onnxruntime": version, "threads": threads, "batch_size": batch_size},
-    }
+        files = {"float": unquantized, "uniform 8": eight, "plan": path}
+        if integer is not None:
+            files["integer"] = integer
+        measured = {r: {k: asdict(measure(file, runtime=r)) for k, file in files.items()} for r in runtimes}
+    versions = {runtime: require(runtime).__version__.split("-")[0] for runtime in runtimes}
+    named = {("speed" if r == "onnxruntime" else f"speed_{r}"): rows for r, rows in measured.items()}
+    return named | {"speed_settings": {**versions, "threads": threads, "batch_size": batch_size}}
 
 
 def uniform(plan: Plan, bits: int) -> Plan:
@@ -88,9 +93,25 @@ def inner(plan: Plan, net: nn.Module) -> Plan:
 
 
 def show(record: JsonObject, note: str = "") -> None:
-    """Print the table of sizes and speeds, and say so where low bits bring no time."""
-    how, rows = record["speed_settings"], record["speed"]
-    table = Table(title=f"onnxruntime {how['onnxruntime']} on this machine's CPU, threads={how['threads']}")
+    """Print the table of sizes and speeds, and what the files take of the float network's time."""
+    for runtime, key in (("onnxruntime", "speed"), ("openvino", "speed_openvino")):
+        if key in record:
+            _show(record[key], runtime, record["speed_settings"])
+    rows = record["speed"]
+    names = {"plan": "model.onnx", "integer": "model.integer.onnx"}
+    times = [f"{names[k]} {rows['float']['ms'] / rows[k]['ms']:.2f}x" for k in names if k in rows]
+    print(f"Speed of one image, over the float network's: {', '.join(times)}.")
+    if not vector_instructions():
+        print(
+            "This CPU has no VNNI: sums of 8-bit products may saturate in its integer kernels, which codes of 7 bits "
+            "or fewer cannot; compare the classes."
+        )
+    if note:
+        print(note)
+
+
+def _show(rows: JsonObject, runtime: str, how: JsonObject) -> None:
+    table = Table(title=f"{runtime} {how[runtime]} on this machine's CPU, threads={how['threads']}")
     for heading in ("", "file", "gzip", "1 image", f"images/s in {how['batch_size']}s", "memory"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, s in rows.items():
@@ -103,11 +124,3 @@ def show(record: JsonObject, note: str = "") -> None:
             f"{s['peak_bytes'] / 2**20:,.1f} MiB",
         )
     Console().print(table)
-    ratio = rows["float"]["ms"] / rows["plan"]["ms"]
-    if ratio < 1.05:
-        print(
-            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels "
-            "turn the weights back into float32 before they multiply."
-        )
-    if note:
-        print(note)

@@ -1,4 +1,4 @@
-"""What leaves the workshop: the packed file, ONNX, a torch.export program."""
+"""What leaves the workshop: the packed file, ONNX and its kin, a torch.export program, torchao."""
 
 from hawq_lightning.export import _formats  # noqa: F401  the exporters register themselves
 from hawq_lightning.export._bits import pack, unpack
@@ -11,7 +11,8 @@ from hawq_lightning.export._network import DetectorNetwork, network_of
 from hawq_lightning.export._packed import load_packed, read_packed, save_packed
 from hawq_lightning.export._packed_size import packed_overhead
 from hawq_lightning.export._stored import stored_sites
-from hawq_lightning.export.onnx import Agreement, compare, to_onnx, to_program
+from hawq_lightning.export._torchao import TorchaoNetwork, to_torchao
+from hawq_lightning.export.onnx import Agreement, compare, to_aimet, to_onnx, to_program, to_qonnx
 
 __all__ = [
     "EXPORTERS",
@@ -22,6 +23,7 @@ __all__ = [
     "Folding",
     "PackedFile",
     "StoredSite",
+    "TorchaoNetwork",
     "Verification",
     "check_writable",
     "compare",
@@ -38,7 +40,10 @@ __all__ = [
     "save_packed",
     "stored_layers",
     "stored_sites",
+    "to_aimet",
     "to_onnx",
     "to_program",
+    "to_qonnx",
+    "to_torchao",
     "unpack",
 ]

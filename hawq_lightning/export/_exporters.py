@@ -51,6 +51,8 @@ class Exporter:
         even_steps: whether activations have to lie on an even grid as well.
         needs_example: whether ``write`` follows a forward pass and needs an example input.
         verify: ``verify(model, path, batches, images) -> Verification``: runs the file on images; ``None``: none.
+        verify_packages: that ``verify`` needs besides.
+        beside: suffixes of files that are written beside the first: ``.encodings`` for ``model.encodings``.
     """
 
     name: str
@@ -61,14 +63,25 @@ class Exporter:
     even_steps: bool = True
     needs_example: bool = True
     verify: Verify | None = None
+    verify_packages: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
-    def check(self, model: nn.Module) -> None:
+    def files(self, stem: str) -> tuple[str, ...]:
+        """Names of all files that it writes for ``stem``, such as ``model``; the first is the one to read."""
+        first = f"{stem}{self.suffix}"
+        return first, *(str(Path(first).with_suffix(suffix)) for suffix in self.beside)
+
+    def check(self, model: nn.Module, *, verify: bool = False) -> None:
         """Refuse, before anything is written, what the format lacks.
+
+        Args:
+            model: to be written.
+            verify: whether the file will be run as well.
 
         Raises:
             HawqError: a package is missing, the model is float, or a layer has levels that the format cannot express.
         """
-        for package in self.packages:
+        for package in (*self.packages, *(self.verify_packages if verify else ())):
             require(package)
         layers = quantized_reads_by_name(model)
         if not any(q.bits for x in layers.values() for q in quantizers_of(x)):
@@ -100,6 +113,8 @@ def register_exporter(
     even_steps: bool = True,
     needs_example: bool = True,
     verify: Verify | None = None,
+    verify_packages: Iterable[str] = (),
+    beside: Iterable[str] = (),
 ) -> Callable[[Written], Written]:
     """Function decorator: make a writer of files known by name.
 
@@ -111,6 +126,8 @@ def register_exporter(
         even_steps: whether activations have to lie on an even grid as well.
         needs_example: whether the writer follows a forward pass and needs an example input.
         verify: ``verify(model, path, batches, images)`` runs the file on so many images and says how well it agrees.
+        verify_packages: that ``verify`` needs besides.
+        beside: suffixes of files that the writer puts beside the first: ``.encodings`` for ``model.encodings``.
 
     Raises:
         HawqError: a malformed name or suffix, or another exporter has one of them.
@@ -122,7 +139,10 @@ def register_exporter(
 
     def add(write: Written) -> Written:
         formats = None if code_formats is None else tuple(code_formats)
-        entry = Exporter(name, suffix, write, tuple(packages), formats, even_steps, needs_example, verify)
+        entry = Exporter(
+            name, suffix, write, tuple(packages), formats, even_steps, needs_example, verify,
+            tuple(verify_packages), tuple(beside),
+        )  # fmt: skip
         EXPORTERS.add(name, entry)
         return write
 
@@ -144,7 +164,7 @@ def export(
         model: with fake-quant layers, enabled.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         path: of the file; missing folders are made, an old file is replaced atomically.
-        format: registered name: ``packed``, ``onnx``, ``program``, or a user's own.
+        format: registered name: ``packed``, ``onnx``, ``program``, ``qonnx``, ``aimet``, or a user's own.
         example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs, where the format follows
             a forward pass.
         options: of the exporter, such as ``fold``.

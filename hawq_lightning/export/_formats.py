@@ -13,7 +13,19 @@ from hawq_lightning._types import Batch
 from hawq_lightning.export._deployed import Deployed, Inputs
 from hawq_lightning.export._exporters import register_exporter
 from hawq_lightning.export._packed import save_packed
-from hawq_lightning.export.onnx import Agreement, Storage, compare, to_onnx, to_program
+from hawq_lightning.export.onnx import (
+    Agreement,
+    Encodings,
+    QonnxAgreement,
+    Storage,
+    Widths,
+    compare,
+    compare_qonnx,
+    to_aimet,
+    to_onnx,
+    to_program,
+    to_qonnx,
+)
 
 
 def _verify_onnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
@@ -36,14 +48,69 @@ def _write_onnx(
     fold: bool = True,
     exact: bool = True,
     storage: Storage = "lookup",
+    free_batch: bool = True,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage)
+    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch)
+
+
+@register_exporter(
+    "onnx_integer", suffix=".integer.onnx", packages=("onnx", "onnxscript", "onnxruntime"), verify=_verify_onnx
+)
+def _write_integer_onnx(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    storage: Storage = "lookup",
+    calibration: Iterable[Inputs] | None = None,
+) -> Deployed:
+    assert example_input is not None
+    return to_onnx(model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration)
 
 
 @register_exporter("program", suffix=".pt2")
 def _write_program(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> torch.export.ExportedProgram:
     assert example_input is not None
-    return to_program(model, plan, example_input, path, fold=fold)
+    return to_program(model, plan, example_input, path, fold=fold, free_batch=free_batch)
+
+
+def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> QonnxAgreement:
+    return compare_qonnx(model, path, batches, images=images)
+
+
+@register_exporter(
+    "qonnx",
+    suffix=".qonnx.onnx",
+    packages=("onnx", "onnxscript"),
+    verify=_verify_qonnx,
+    verify_packages=("qonnx",),
+)
+def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> Widths:
+    assert example_input is not None
+    return to_qonnx(model, plan, example_input, path)
+
+
+@register_exporter(
+    "aimet",
+    suffix=".aimet.onnx",
+    packages=("onnx", "onnxscript"),
+    beside=(".encodings", ".0_6_1.encodings"),
+)
+def _write_aimet(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+) -> Encodings:
+    assert example_input is not None
+    return to_aimet(model, plan, example_input, path, fold=fold)

@@ -1,24 +1,36 @@
-"""ONNX files: writing them, comparing them with the network, and how fast they run."""
+"""ONNX files and what goes by their graph: writing them, comparing them with the network, and how fast they run."""
 
+from hawq_lightning.export.onnx._aimet import Encodings, to_aimet
 from hawq_lightning.export.onnx._compare import Agreement, compare
 from hawq_lightning.export.onnx._detections import OnnxDetector, detections
 from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
-from hawq_lightning.export.onnx._session import integer_kernels, session
-from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
+from hawq_lightning.export.onnx._qonnx import QonnxAgreement, Widths, compare_qonnx, to_qonnx
+from hawq_lightning.export.onnx._session import RUNTIMES, check_runtime, integer_kernels, open_session, session
+from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, vector_instructions, write_table
 from hawq_lightning.export.onnx._storage import Storage
 
 __all__ = [
+    "RUNTIMES",
     "Agreement",
+    "Encodings",
     "OnnxDetector",
+    "QonnxAgreement",
     "Storage",
+    "Widths",
+    "check_runtime",
     "compare",
+    "compare_qonnx",
     "detections",
     "float_onnx",
     "integer_kernels",
     "layer_latencies",
     "measure_file",
+    "open_session",
     "session",
+    "to_aimet",
     "to_onnx",
     "to_program",
+    "to_qonnx",
+    "vector_instructions",
     "write_table",
 ]

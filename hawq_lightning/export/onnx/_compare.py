@@ -15,7 +15,7 @@ from torch import nn
 from hawq_lightning._batches import default_forward
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
-from hawq_lightning.export.onnx._session import integer_kernels, session
+from hawq_lightning.export.onnx._session import integer_kernels, open_session, session
 from hawq_lightning.layers import WeightReader, kinds
 from hawq_lightning.quantization import QuantizedWeight, quantizable_layers, quantized_layers
 
@@ -42,6 +42,7 @@ class Agreement:
         codes: layer input -> activation codes compared.
         classes: whether the output is class logits; otherwise ``same`` says nothing.
         outputs: output -> greatest and mean absolute difference.
+        runtime: that ran the file.
     """
 
     images: int
@@ -52,6 +53,7 @@ class Agreement:
     codes: Mapping[str, int]
     classes: bool = True
     outputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    runtime: str = "onnxruntime"
 
     @property
     def share(self) -> float:
@@ -76,21 +78,28 @@ class Agreement:
 
     def __str__(self) -> str:
         flipped, codes = sum(self.flipped.values()), sum(self.codes.values())
-        images = f"onnxruntime on {self.images} images"
+        images = f"{self.runtime} on {self.images} images"
         if self.classes:
-            images = f"onnxruntime agrees on {self.same} of {self.images} images ({self.share:.2%})"
+            images = f"{self.runtime} agrees on {self.same} of {self.images} images ({self.share:.2%})"
         moved = f"outputs differ by at most {self.difference:.2g}"
         if len(self.outputs) > 1:
             each = (f"{k} by {mean:.2g} on average, {most:.2g} at most" for k, (most, mean) in self.outputs.items())
             moved = f"outputs differ: {', '.join(each)}"
-        return f"{images}, {moved}, {flipped:,} of {codes:,} activation codes flipped"
+        counted = f", {flipped:,} of {codes:,} activation codes flipped" if self.codes else ""
+        return f"{images}, {moved}{counted}"
 
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, path: str | Path, batches: Iterable[Any], *, images: int | None = None, codes: bool = True
+    model: nn.Module,
+    path: str | Path,
+    batches: Iterable[Any],
+    *,
+    images: int | None = None,
+    codes: bool = True,
+    runtime: str = "onnxruntime",
 ) -> Agreement:
-    """Run the file with onnxruntime (CPU) and the quantized model on the same images.
+    """Run the file with onnxruntime or OpenVINO (CPU) and the quantized model on the same images.
 
     Optimizations are onnxruntime's default ones; an exact file runs without integer kernels (see :func:`session`).
 
@@ -99,14 +108,16 @@ def compare(
         path: written by :func:`to_onnx`.
         batches: tensors, or batches with the images first.
         images: stop after so many.
-        codes: also count the activation codes that differ.
+        codes: also count the activation codes that differ; of onnxruntime only.
+        runtime: ``"onnxruntime"`` or ``"openvino"``.
 
     Raises:
         HawqError: no batches, images of another size than the file's, a file of another network, the extra is missing,
             or onnxruntime cannot run the file.
     """
     integers = integer_kernels(path)
-    whole = session(path, integers=integers)
+    whole = open_session(runtime, path, integers=integers)
+    codes = codes and runtime == "onnxruntime"
     layers = quantized_layers(model)
     inside, reads, stored = _with_codes(path, quantizable_layers(model)[0], integers) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}
@@ -155,7 +166,9 @@ def compare(
         raise HawqError("There are no images to compare on.")
     same = count - len({d.image for d in different})
     apart = {n: (float(m), float(t / max(1, v))) for n, m, t, v in zip(names, most, total, values)}
-    return Agreement(count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart)
+    return Agreement(
+        count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart, runtime
+    )
 
 
 def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
@@ -189,7 +202,8 @@ def _with_codes(
             grid = made.get(grid.input[0])
         if weight is None:
             continue
-        name = layer_of.get(weight.input[0], weight.input[0])
+        codes_of = weight.input[0].split("//")[0]  # what follows tells codes apart that an integer file had to change
+        name = layer_of.get(codes_of, codes_of)
         call, calls[name] = calls[name], calls[name] + 1
         if grid is not None and grid.op_type == "DequantizeLinear":
             reads.setdefault(grid.input[0], (name, call))

@@ -9,9 +9,10 @@ import torch
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
+from hawq_lightning.export.onnx._openvino import OpenVinoSession
 
 FORM = "hawq_lightning.form"
-EXACT, ROUNDED = "exact", "rounded"
+EXACT, ROUNDED, INTEGER = "exact", "rounded", "integer"
 FLOAT_KERNELS = "session.disable_quant_qdq"
 """The entry of a session's configuration, ``"1"``, that keeps quantized layers in float kernels."""
 
@@ -58,3 +59,27 @@ def integer_kernels(path: str | Path) -> bool:
     except Exception as error:
         raise HawqError(f"onnxruntime cannot run {path}: it is no ONNX file.") from error
     return not any(p.key == FORM and p.value == EXACT for p in proto.metadata_props)
+
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def open_session(runtime: str, path: str | Path | bytes, threads: int | None = None, integers: bool = True) -> Any:
+    """A session of a runtime, by its package's name; see :func:`session`.
+
+    Raises:
+        HawqError: no such runtime, its extra is missing, or it refuses the file.
+    """
+    check_runtime(runtime)
+    return session(path, threads, integers=integers) if runtime == "onnxruntime" else OpenVinoSession(path, threads)
+
+
+def check_runtime(runtime: str) -> None:
+    """Refuse what is no runtime, or is not installed.
+
+    Raises:
+        HawqError: it is not.
+    """
+    if runtime not in RUNTIMES:
+        raise HawqError(f"There is no runtime {runtime!r}; there are {' and '.join(RUNTIMES)}.")
+    require(runtime)

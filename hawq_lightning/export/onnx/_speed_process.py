@@ -1,6 +1,6 @@
 """Runs one ONNX file in a process of its own and prints its speed and peak memory as JSON; imports little on purpose.
 
-python _speed_process.py FILE SHAPE THREADS BATCH SECONDS INTEGER_KERNELS
+python _speed_process.py FILE SHAPE THREADS BATCH SECONDS INTEGER_KERNELS RUNTIME
 """
 
 import json
@@ -12,30 +12,49 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 
 def main() -> None:
     """Latency of one image, throughput of a batch, memory beyond what the bare process takes."""
-    path, shape, threads, batch, seconds, integers = sys.argv[1:]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = int(threads)
-    options.log_severity_level = 3
-    if integers == "0":
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    before = peak_bytes()
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    path, shape, threads, batch, seconds, integers, runtime = sys.argv[1:]
+    load = with_openvino if runtime == "openvino" else with_onnxruntime
+    before, run = load(path, int(threads), integers == "1")
     rng = np.random.default_rng(0)
 
     def images(count: int) -> Any:
         return rng.standard_normal((count, *json.loads(shape)), dtype=np.float32)
 
     one, many = images(1), images(int(batch))
-    latency = median_ms(lambda: session.run(None, {name: one}), float(seconds))
-    whole = median_ms(lambda: session.run(None, {name: many}), float(seconds))
+    latency = median_ms(lambda: run(one), float(seconds))
+    whole = median_ms(lambda: run(many), float(seconds))
     peak = peak_bytes() - before
     print(json.dumps({"ms": latency, "images_per_second": 1000 * int(batch) / whole, "peak_bytes": peak}))
+
+
+def with_onnxruntime(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object]]:
+    """Memory before loading, and a function that runs the file."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    before = peak_bytes()
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return before, lambda images: session.run(None, {name: images})
+
+
+def with_openvino(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object]]:
+    """The same; what integer kernels leave is computed in float32, and which they take is OpenVINO's choice."""
+    import openvino
+
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    before = peak_bytes()
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", hints)
+    return before, lambda images: compiled([images])
 
 
 def peak_bytes() -> int:

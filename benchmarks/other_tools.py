@@ -1,0 +1,235 @@
+"""The exported files in the tools that they are for: trained ResNet20, real images, one tool a run.
+
+    python benchmarks/other_tools.py qonnx --weights resnet20_cifar10.pt --root cifar10 [--images 40]
+
+Each tool wants an environment of its own, so a run measures one of them and keeps its figures in
+benchmarks/results/other_tools.json; other_tools.md is written anew from all of them. Weights have 4, 5, 6 and 8 bits in
+turn, activations 8 over the range of 256 training images; nothing is fine-tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hawq_lightning import Plan, PlanSite, SiteTable, quantize, sites
+from hawq_lightning.export import compare, export, to_torchao
+from hawq_lightning.export.onnx import compare_qonnx, float_onnx, open_session
+from hawq_lightning.models import resnet20
+
+RESULTS = Path(__file__).parent / "results" / "other_tools.json"
+WIDTHS = (4, 5, 6, 8)
+Row = dict[str, object]
+
+
+def images(root: Path, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of a fixed random order, normalised, and their classes."""
+    from torchvision import datasets, transforms
+
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    data = datasets.ImageFolder(str(root / split), transforms.Compose([transforms.ToTensor(), normalise]))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return torch.stack([data[i][0] for i in order]), torch.tensor([data[i][1] for i in order])
+
+
+def in_turn(net: nn.Module, table: SiteTable, x: torch.Tensor, widths: tuple[int, ...], code: str) -> Plan:
+    """Widths of the weights in turn, activations over the range of ``x``."""
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            low[name] = min(low.get(name, 0.0), float(args[0].min()))
+            high[name] = max(high.get(name, 0.0), float(args[0].max()))
+
+        return note
+
+    handles = [net.get_submodule(n).register_forward_pre_hook(hook(n)) for s in table for n in s.layers]
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    chosen = [
+        PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, code)
+        for s, bits in zip(table.weights, cycle(widths))
+    ]
+    for s in table.activations:
+        bottom, top = min(low[n] for n in s.layers), max(high[n] for n in s.layers)
+        step = max(top - bottom, 1e-6) / 255
+        chosen.append(PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 8, "affine", step, round(-bottom / step)))
+    return Plan(tuple(chosen), table.layers)
+
+
+def trained(weights: Path, x: torch.Tensor, widths: tuple[int, ...] = WIDTHS, code: str = "affine"):
+    net = resnet20(weights=weights).eval()
+    plan = in_turn(net, sites(net, x[:2]), x, widths, code)
+    return quantize(net, plan), plan
+
+
+def qonnx(args: argparse.Namespace, folder: Path) -> list[Row]:
+    x, _ = images(args.root, "train", 256)
+    pictures, _ = images(args.root, "val", args.images or 40)
+    rows: list[Row] = []
+    for code, widths in (("affine", WIDTHS), ("midrise", (1, 2, 4, 7))):
+        net, plan = trained(args.weights, x, widths, code)
+        path = folder / "model.qonnx.onnx"
+        declared = export(net, plan, path, "qonnx", example_input=x[:2])
+        found = compare_qonnx(net, path, [pictures])
+        macs = {y.name: y.macs for y in plan.layers}
+        rows.append({
+            "plan": f"{code}, {'/'.join(map(str, widths))} bits", "bytes": path.stat().st_size,
+            "same class": f"{found.same} of {found.images}", "largest difference": f"{found.difference:.2g}",
+            "BOPs, qonnx": f"{found.bops:,}",
+            "BOPs, declared widths": f"{sum(n * declared.weights[k] * declared.reads[k] for k, n in macs.items()):,}",
+            "BOPs, plan": f"{sum(y.macs * plan[y.weight].bits * plan[y.activation].bits for y in plan.layers):,}",
+            "wider than the plan": f"{len(declared.wider)} of {len(plan.sites)} sites",
+        })  # fmt: skip
+    return rows
+
+
+def aimet(args: argparse.Namespace, folder: Path) -> list[Row]:
+    import onnx
+    from aimet_onnx.quantsim import QuantizationSimModel, load_encodings_to_sim
+
+    x, _ = images(args.root, "train", 256)
+    pictures, _ = images(args.root, "val", args.images or 64)
+    rows: list[Row] = []
+    net, plan = trained(args.weights, x)
+    with torch.no_grad():
+        expected = net(pictures).numpy()
+    for fold in (True, False):
+        written = export(net, plan, folder / "m.aimet.onnx", "aimet", example_input=x[:2], fold=fold)
+        for form in ("m.aimet.encodings", "m.aimet.0_6_1.encodings"):
+            simulator = QuantizationSimModel(onnx.load(str(folder / "m.aimet.onnx")))
+            load_encodings_to_sim(simulator, str(folder / form), strict=False)
+            run = simulator.session.run
+            actual = np.concatenate([run(None, {"input": image[None].numpy()})[0] for image in pictures])
+            rows.append({
+                "file": form, "BatchNorm": "folded" if fold else "as it is",
+                "encodings": f"{len(written.weights)} + {len(written.activations)}",
+                "bits": "/".join(map(str, sorted(set(written.weights.values())))),
+                "codes clamped": sum(written.clamped.values()),
+                "same class": f"{int((expected.argmax(1) == actual.argmax(1)).sum())} of {len(pictures)}",
+                "largest difference": f"{np.abs(expected - actual).max():.2g}",
+            })  # fmt: skip
+    return rows
+
+
+def torchao(args: argparse.Namespace, folder: Path) -> list[Row]:
+    rows: list[Row] = []
+    torch.set_num_threads(1)
+    for width, reads in ((512, 64), (1024, 64), (2048, 64), (1024, 1)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)).eval()
+        x = torch.randn(reads + 1, width)
+        whole = copy.deepcopy(net)
+        quantize(net, plan := in_turn(net, sites(net, x), x, WIDTHS, "affine"))
+        made = to_torchao(net, plan, x)
+        layers = [(made.model[i], net[i]) for i in (0, 2)]
+        equal = all(torch.equal(a.weight.dequantize(), b.quantized_weight) for a, b in layers)
+        x = x[:reads]
+        with torch.no_grad():
+            apart = (made.model(x) - net(x)).abs().max() / net(x).abs().max()
+            runs = [whole, made.model, torch.compile(whole), torch.compile(made.model)]
+            times = interleaved([partial(f, x) for f in runs])
+        rows.append({
+            "network": f"2 x Linear({width}, {width}), {reads} rows", "weights bit-equal": "yes" if equal else "NO",
+            "difference / largest output": f"{float(apart):.2g}", "float, ms": f"{times[0]:.3f}",
+            "torchao, x of float": f"{times[0] / times[1]:.2f}",
+            "compiled, x of float compiled": f"{times[2] / times[3]:.2f}",
+        })  # fmt: skip
+    return rows
+
+
+def interleaved(runs: list[Callable[[], object]], rounds: int = 40) -> list[float]:
+    """Median milliseconds of CPU time of each, all in turn."""
+    times: list[list[float]] = [[] for _ in runs]
+    for i in range(rounds + 3):
+        for run, taken in zip(runs, times):
+            start = time.process_time()
+            run()
+            if i >= 3:
+                taken.append(1000 * (time.process_time() - start))
+    return [statistics.median(t) for t in times]
+
+
+def openvino(args: argparse.Namespace, folder: Path) -> list[Row]:
+    x, _ = images(args.root, "train", 256)
+    pictures, classes = images(args.root, "val", args.images or 5000)
+    net, plan = trained(args.weights, x, (8,))
+    floats = resnet20(weights=args.weights).eval()
+    float_onnx(floats, x[:2], folder / "float.onnx")
+    export(net, plan, folder / "model.onnx", example_input=x[:2])
+    rows: list[Row] = []
+    feeds = {n: {"input": pictures[:n].numpy()} for n in (1, 32)}
+    for runtime in ("openvino", "onnxruntime"):
+        integers = runtime == "openvino"
+        runs = {n: open_session(runtime, folder / n, 1, integers) for n in ("float.onnx", "model.onnx")}
+        agreement = compare(net, folder / "model.onnx", pictures.split(100), codes=False, runtime=runtime)
+        logits = np.concatenate([runs["model.onnx"].run(None, {"input": b.numpy()})[0] for b in pictures.split(100)])
+        row: Row = {"runtime": runtime, "same class": f"{agreement.same} of {agreement.images}",
+                    "accuracy": f"{100 * (logits.argmax(1) == classes.numpy()).mean():.2f}"}  # fmt: skip
+        for n, feed in feeds.items():
+            times = interleaved([partial(run.run, None, feed) for run in runs.values()], 200 if n == 1 else 30)
+            row |= {f"float, ms, {n}": f"{times[0]:.2f}", f"x of its float, {n}": f"{times[0] / times[1]:.2f}"}
+        rows.append(row)
+    return rows
+
+
+TOOLS: dict[str, tuple[Callable[[argparse.Namespace, Path], list[Row]], str]] = {
+    "openvino": (openvino, "## OpenVINO (f32 hint, one thread) and the exact file of 8 bits everywhere,"),
+    "qonnx": (qonnx, "## QONNX, run and counted by qonnx"),
+    "aimet": (aimet, "## AIMET encodings, loaded by AIMET-ONNX's simulator"),
+    "torchao": (torchao, "## torchao, linear layers alone, one thread"),
+}
+
+
+def table(rows: list[Row]) -> list[str]:
+    heads = list(rows[0])
+    body = [[str(v) for v in row.values()] for row in rows]
+    return [f"| {' | '.join(r)} |" for r in (heads, ["---"] * len(heads), *body)]
+
+
+def version(tool: str) -> str:
+    from importlib.metadata import version as of
+
+    return of({"aimet": "aimet-onnx"}.get(tool, tool))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tool", choices=sorted(TOOLS))
+    parser.add_argument("--weights", type=Path, help="of ResNet20, a state dict")
+    parser.add_argument("--root", type=Path, help="folder of CIFAR-10 with train/ and val/")
+    parser.add_argument("--images", type=int, help="compared")
+    args = parser.parse_args()
+    kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = TOOLS[args.tool][0](args, Path(folder))
+    kept[args.tool] = {"version": version(args.tool), "torch": torch.__version__, "rows": rows}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    lines = ["# The exported files in the tools that they are for", "",
+             "Made by `benchmarks/other_tools.py`, one run a tool. Trained ResNet20, CIFAR-10 (`val`), weights of "
+             f"{', '.join(map(str, WIDTHS))} bits in turn unless told, 8-bit activations, not fine-tuned.", "",
+    ]  # fmt: skip
+    for tool, (_, title) in TOOLS.items():
+        if tool in kept:
+            lines += [f"{title} {kept[tool]['version']}", "", *table(kept[tool]["rows"]), ""]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines), "utf-8")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
