@@ -20,7 +20,7 @@ from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data, make_net, make_task
-from hawq_lightning.cli._onnx import FILE, ONNX, Images, write_onnx
+from hawq_lightning.cli._onnx import FILE, INTEGER, INTEGER_FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
 from hawq_lightning.cli._speeds import TASK, inner, show, speeds
@@ -54,7 +54,7 @@ def export_run(cfg: DictConfig) -> JsonObject:
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys((ONNX.name, *(cfg.get("formats") or ())))  # all the others go by the first
+    names = dict.fromkeys((ONNX.name, *([INTEGER.name] if cfg.integer else []), *(cfg.get("formats") or ())))
     exporters = [EXPORTERS[name] for name in names]
     written = (*(name for e in exporters for name in e.files("model")), *_WRITTEN)
     place = RunFolder(folder, written)
@@ -79,13 +79,13 @@ def _export(
     real = Images(net, batches)
     first = real.first()
     how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, **how)
+    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, **how)
     for runtime in runtimes[1:]:
         if cfg.images != 0:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
             record[f"agreement_{runtime}"] = agreement.to_dict()
             print(f"{FILE}: {agreement}")
-    for exporter in exporters[1:]:
+    for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
         offered = {"fold": cfg.fold, "batches": _some(real)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
@@ -98,9 +98,10 @@ def _export(
             print(f"{path.name}: {verified}")
     if cfg.speed:
         whole, note = _float_network(run, folder)
+        fast = folder / INTEGER_FILE if cfg.integer else None
         record |= speeds(
-            network_of(whole), plan, first, folder / FILE, threads=cfg.threads, batch_size=cfg.batch_size,
-            seconds=cfg.seconds, how=how, runtimes=runtimes,
+            network_of(whole), plan, first, folder / FILE, integer=fast, threads=cfg.threads,
+            batch_size=cfg.batch_size, seconds=cfg.seconds, how=how, runtimes=runtimes,
         )  # fmt: skip
         show(record, note)
     if cfg.table:

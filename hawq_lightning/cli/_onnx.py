@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import EXPORTERS, Deployed, export, network_of
 from hawq_lightning.quantization import unquantize
 
-ONNX = EXPORTERS["onnx"]
-FILE = f"model{ONNX.suffix}"
+ONNX, INTEGER = EXPORTERS["onnx"], EXPORTERS["onnx_integer"]
+FILE, INTEGER_FILE = f"model{ONNX.suffix}", f"model{INTEGER.suffix}"
+_CALIBRATION = 256  # images that the integer file's additional grids are made on
 
 
 class Images:
@@ -68,6 +69,7 @@ def write_onnx(
     images: int | None = None,
     seconds: float = 0.0,
     score: bool = False,
+    integer: bool = True,
     **how: object,
 ) -> JsonObject:
     """Write ``model.onnx`` and ``export.json``, and print one line.
@@ -80,6 +82,7 @@ def write_onnx(
         images: compare on so many at most; 0 for none.
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
+        integer: also write ``model.integer.onnx``, for integer kernels.
         how: options of the exporter: ``fold``, ``exact``, ``storage``.
 
     Returns:
@@ -106,15 +109,50 @@ def write_onnx(
         if real.left_out:
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
+    if integer:
+        record["integer"] = _write_integer(folder / INTEGER_FILE, inner, plan, real, images, how)
     if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
         whole = unquantize(copy.deepcopy(net)).cpu().eval()
-        record |= speeds(network_of(whole), plan, real.first().cpu(), path, seconds=seconds, how=how)
+        fast = folder / INTEGER_FILE if integer else None
+        record |= speeds(network_of(whole), plan, real.first().cpu(), path, integer=fast, seconds=seconds, how=how)
         show(record)
     write_text(folder / "export.json", json_text(record, indent=1))
     return record
+
+
+def _write_integer(
+    path: Path, net: nn.Module, plan: Plan, real: Images, images: int | None, how: Mapping[str, object]
+) -> JsonObject:
+    options = {k: v for k, v in how.items() if k == "fold" or (k, v) == ("storage", "int8")}
+    first = real.first()
+    deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(real), **options)
+    assert isinstance(deployed, Deployed)
+    record: JsonObject = {
+        "bytes": path.stat().st_size,
+        "grids": deployed.grids,
+        "still_float": dict(deployed.still_float),
+    }
+    text = f"{path.name}: {record['bytes']:,} bytes"
+    if images != 0 and INTEGER.verify is not None:
+        agreement = INTEGER.verify(net, path, real, images)
+        record["agreement"] = agreement.to_dict()
+        text += f"; {agreement}"
+    if left := record["still_float"]:
+        text += f"; {len(left)} products stay float ({next(iter(left.values()))})"
+    print(text)
+    return record
+
+
+def _some(real: Images) -> Iterator[torch.Tensor]:
+    count = 0
+    for x in real:
+        if count >= _CALIBRATION:
+            break
+        yield x
+        count += len(x)
 
 
 @torch.no_grad()

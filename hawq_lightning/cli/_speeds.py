@@ -17,7 +17,7 @@ from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._types import JsonObject
 from hawq_lightning.export import EXPORTERS, export
-from hawq_lightning.export.onnx import float_onnx, measure_file
+from hawq_lightning.export.onnx import float_onnx, measure_file, vector_instructions
 from hawq_lightning.quantization import quantize
 
 TASK = "net."  # what a run puts in front of every name
@@ -29,6 +29,7 @@ def speeds(
     first: torch.Tensor,
     path: Path,
     *,
+    integer: Path | None = None,
     threads: int = 1,
     batch_size: int = 32,
     seconds: float = 1.0,
@@ -42,6 +43,7 @@ def speeds(
         plan: of the run.
         first: images as the network takes them.
         path: of the plan's ONNX file.
+        integer: of its file for integer kernels; ``None``: there is none.
         threads: for onnxruntime.
         batch_size: for the throughput.
         seconds: of every measurement.
@@ -58,6 +60,8 @@ def speeds(
         float_onnx(whole, first, unquantized)
         export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
         files = {"float": unquantized, "uniform 8": eight, "plan": path}
+        if integer is not None:
+            files["integer"] = integer
         measured = {r: {k: asdict(measure(file, runtime=r)) for k, file in files.items()} for r in runtimes}
     versions = {runtime: require(runtime).__version__.split("-")[0] for runtime in runtimes}
     named = {("speed" if r == "onnxruntime" else f"speed_{r}"): rows for r, rows in measured.items()}
@@ -89,16 +93,18 @@ def inner(plan: Plan, net: nn.Module) -> Plan:
 
 
 def show(record: JsonObject, note: str = "") -> None:
-    """Print the table of sizes and speeds, and say so where low bits bring no time."""
+    """Print the table of sizes and speeds, and what the files take of the float network's time."""
     for runtime, key in (("onnxruntime", "speed"), ("openvino", "speed_openvino")):
         if key in record:
             _show(record[key], runtime, record["speed_settings"])
     rows = record["speed"]
-    ratio = rows["float"]["ms"] / rows["plan"]["ms"]
-    if ratio < 1.05:
+    names = {"plan": "model.onnx", "integer": "model.integer.onnx"}
+    times = [f"{names[k]} {rows['float']['ms'] / rows[k]['ms']:.2f}x" for k in names if k in rows]
+    print(f"Speed of one image, over the float network's: {', '.join(times)}.")
+    if not vector_instructions():
         print(
-            f"Low bits save size here, not time: {ratio:.2f}x the float network's speed. onnxruntime's CPU kernels "
-            "turn the weights back into float32 before they multiply."
+            "This CPU has no VNNI: sums of 8-bit products may saturate in its integer kernels, which codes of 7 bits "
+            "or fewer cannot; compare the classes."
         )
     if note:
         print(note)

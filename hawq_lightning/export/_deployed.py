@@ -7,8 +7,8 @@ for bit, with folding up to float rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,12 +93,16 @@ class Deployed:
         plan: the plan that it carries, with the model's own names.
         inputs: example inputs of at least two images.
         folding: which BatchNorm went where, and which stayed and why.
+        grids: how many grids an integer file has beside the plan's.
+        still_float: products that an integer file computes in float -> why.
     """
 
     model: nn.Module
     plan: Plan
     inputs: tuple[torch.Tensor, ...]
     folding: Folding
+    grids: int = 0
+    still_float: Mapping[str, str] = field(default_factory=dict)
 
 
 def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> Deployed:

@@ -61,6 +61,24 @@ def _write_onnx(
     return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage)
 
 
+@register_exporter(
+    "onnx_integer", suffix=".integer.onnx", packages=("onnx", "onnxscript", "onnxruntime"), verify=_verify_onnx
+)
+def _write_integer_onnx(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    storage: Storage = "lookup",
+    calibration: Iterable[Inputs] | None = None,
+) -> Deployed:
+    assert example_input is not None
+    return to_onnx(model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration)
+
+
 @register_exporter("program", suffix=".pt2")
 def _write_program(
     model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True

@@ -9,7 +9,6 @@ from hawq_lightning.report._run import Run, finite
 
 SPEED_COLUMNS = ("network", "file", "gzip", "one image", "images a second", "memory")
 _LOOSE = 0.998  # share of images that should keep their class
-_FASTER = 1.05  # times; less is no benefit
 
 
 def sentences(run: Run) -> list[str]:
@@ -33,6 +32,7 @@ def sentences(run: Run) -> list[str]:
     agreement = record.get("agreement")
     if isinstance(agreement, Mapping):
         lines += _agreement(agreement)
+    lines += _integer(record.get("integer"))
     score = record.get("map")
     if isinstance(score, Mapping) and all(finite(score.get(k)) is not None for k in ("onnx", "network", "images")):
         lines.append(
@@ -41,13 +41,24 @@ def sentences(run: Run) -> list[str]:
         )
     speed = _speeds(run)
     if "float" in speed and "plan" in speed:
-        ratio = speed["float"]["ms"] / speed["plan"]["ms"]
-        lines.append(
-            f"One image takes {ratio:.2f} times less time than in float."
-            if ratio > _FASTER
-            else f"Low bits save size here, not time: this CPU runs the plan at {ratio:.2f} times the float network's "
-            "speed, since its kernels turn the weights back into float32 before they multiply."
-        )
+        files = {"integer": "model.integer.onnx", "plan": "model.onnx"}
+        times = [f"{files[k]} {speed['float']['ms'] / speed[k]['ms']:.2f} times" for k in files if k in speed]
+        lines.append(f"Speed of one image over the float network's, on this CPU: {', '.join(times)}.")
+    return lines
+
+
+def _integer(record: object) -> list[str]:
+    """Of the file for integer kernels."""
+    if not isinstance(record, Mapping) or (size := finite(record.get("bytes"))) is None:
+        return []
+    lines = [f"model.integer.onnx, the fast one, takes {text.size(size)} ({size:,.0f} bytes)."]
+    agreement = record.get("agreement")
+    found = agreement if isinstance(agreement, Mapping) else {}
+    images, same = finite(found.get("images")), finite(found.get("same_top1"))
+    if images and same is not None:
+        lines.append(f"It gives the same class on {same:,.0f} of {images:,.0f} images ({same / images:.2%}).")
+    if isinstance(left := record.get("still_float"), Mapping) and left:
+        lines.append(f"{len(left)} of its products stay float: {'; '.join(sorted(set(map(str, left.values())))[:2])}.")
     return lines
 
 

@@ -46,7 +46,7 @@ def test_page_and_card_tell_about_the_onnx_file(tmp_path):
         assert "2.0 KiB (2,048 bytes)" in text and "7 BatchNorms" in text and "bn9: something else reads it" in text
         assert "998 of 1,000 images (99.80%); on all of the other 2" in text and "at most 0.12" in text
         assert "30 of 10,000 activation codes flipped (0.30%)" in text
-        assert "0.50 times the float network's speed" in text and "1.32.0" in text
+        assert "the float network's, on this CPU: model.onnx 0.50 times." in text and "1.32.0" in text
         assert "0.5 ms" in text and "3,000" in text and "3.0 MiB" in text
     assert "| plan | 2.0 KiB | 1.0 KiB | 1 ms | 3,000 | 3.0 MiB |" in card
     assert not any("model.onnx" in d for d in doubts(read_run(tmp_path)))

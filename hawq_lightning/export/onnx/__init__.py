@@ -6,7 +6,7 @@ from hawq_lightning.export.onnx._detections import OnnxDetector, detections
 from hawq_lightning.export.onnx._export import float_onnx, to_onnx, to_program
 from hawq_lightning.export.onnx._qonnx import QonnxAgreement, Widths, compare_qonnx, to_qonnx
 from hawq_lightning.export.onnx._session import RUNTIMES, check_runtime, integer_kernels, open_session, session
-from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, write_table
+from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, vector_instructions, write_table
 from hawq_lightning.export.onnx._storage import Storage
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "to_onnx",
     "to_program",
     "to_qonnx",
+    "vector_instructions",
     "write_table",
 ]

@@ -202,7 +202,8 @@ def _with_codes(
             grid = made.get(grid.input[0])
         if weight is None:
             continue
-        name = layer_of.get(weight.input[0], weight.input[0])
+        codes_of = weight.input[0].split("//")[0]  # what follows tells codes apart that an integer file had to change
+        name = layer_of.get(codes_of, codes_of)
         call, calls[name] = calls[name], calls[name] + 1
         if grid is not None and grid.op_type == "DequantizeLinear":
             reads.setdefault(grid.input[0], (name, call))

@@ -14,7 +14,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from hawq_lightning._version import __version__
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export.onnx._session import EXACT, FORM, ROUNDED
+from hawq_lightning.export.onnx._session import EXACT, FORM, INTEGER, ROUNDED
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
+from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
 
 OPSET = 21
 _UINT8_TOP = 255
@@ -44,7 +46,9 @@ def to_onnx(
     *,
     fold: bool = True,
     exact: bool = True,
+    integer: bool = False,
     storage: Storage = "lookup",
+    calibration: Iterable[Inputs] | None = None,
 ) -> Deployed:
     """Write a quantized model as an ONNX file with a free batch size; the model stays as it is.
 
@@ -56,12 +60,18 @@ def to_onnx(
         fold: fold BatchNorm into scales and biases.
         exact: add biases by nodes of their own, so that onnxruntime leaves them float. Without it some layers run in
             integer kernels, with biases rounded to INT32: faster, but every image's activations move.
+        integer: rewrite the graph so that onnxruntime (and OpenVINO) compute in integer kernels: biases are INT32, and
+            tensors at sums and pools get grids of 8 bits that the plan lacks. Two to three times faster than float on
+            CPUs with VNNI; a few classes in a thousand differ. ``exact`` says nothing then.
         storage: of the weights' codes: ``"lookup"``, packed bytes that every runtime unpacks when it loads;
             ``"int8"``, a byte a code; ``"native"``, INT2 and INT4, for onnxruntime 1.28 or later. The outputs are the
-            same.
+            same. An integer file cannot have ``"native"``.
+        calibration: inputs of the model, for the ranges of an integer file's additional grids; ``None``: the example
+            input. Some hundred images do.
 
     Returns:
-        the deployed network that the file holds, and what became of every BatchNorm.
+        the deployed network that the file holds, what became of every BatchNorm, and what of an integer file stays
+        float.
 
     Raises:
         HawqError: the model is float, was never enabled or carries another plan; an operation that cannot be exported;
@@ -69,15 +79,28 @@ def to_onnx(
     """
     require("onnx")
     require("onnxscript")
-    check_storage(storage)
+    check_storage(storage, integer)
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold)
     proto = _translate(deployed.model, deployed.inputs)
     _strip(proto)
-    store_weights(proto, storage, exact=exact)
-    _describe(proto, deployed, EXACT if exact else ROUNDED)
+    if integer:
+        batches = (deployed.inputs,) if calibration is None else map(at_least_two, calibration)
+        deployed = _integers(proto, deployed, batches, storage)
+    else:
+        store_weights(proto, storage, exact=exact)
+    _describe(proto, deployed, INTEGER if integer else EXACT if exact else ROUNDED)
     _write(proto, Path(path))
     return deployed
+
+
+def _integers(
+    proto: Any, deployed: Deployed, batches: Iterable[tuple[torch.Tensor, ...]], storage: Storage
+) -> Deployed:
+    rewritten = to_integers(proto, batches)
+    store_weights(proto, storage, exact=False)
+    float_weights(proto, set(rewritten.codes))
+    return replace(deployed, grids=rewritten.grids, still_float=still_float(proto))
 
 
 def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> None:
@@ -215,7 +238,7 @@ def _describe(proto: Any, deployed: Deployed, form: str) -> None:
         "hawq_lightning.fingerprint": plan.fingerprint,
         "hawq_lightning.folded": {k: list(v) for k, v in deployed.folding.folded.items()},
         "hawq_lightning.not_folded": dict(deployed.folding.kept),
-    }
+    } | ({"hawq_lightning.still_float": dict(deployed.still_float)} if form == INTEGER else {})
     for key, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)

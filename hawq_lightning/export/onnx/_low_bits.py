@@ -59,8 +59,9 @@ def pack_low_bit_weights(proto: Any) -> dict[str, str]:
 
 
 def weights(proto: Any) -> Iterator[Any]:
-    """The initializers that a DequantizeLinear reads as codes, each once."""
-    stored = {t.name: t for t in proto.graph.initializer}
+    """The initializers that a DequantizeLinear reads as codes, each once; INT32 ones are biases."""
+    biases = require("onnx").TensorProto.INT32
+    stored = {t.name: t for t in proto.graph.initializer if t.data_type != biases}
     seen = set()
     for node in proto.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored and node.input[0] not in seen:

@@ -12,7 +12,7 @@ from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._openvino import OpenVinoSession
 
 FORM = "hawq_lightning.form"
-EXACT, ROUNDED = "exact", "rounded"
+EXACT, ROUNDED, INTEGER = "exact", "rounded", "integer"
 FLOAT_KERNELS = "session.disable_quant_qdq"
 """The entry of a session's configuration, ``"1"``, that keeps quantized layers in float kernels."""
 

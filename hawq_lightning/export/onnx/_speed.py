@@ -23,10 +23,9 @@ from hawq_lightning._extra import require
 from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
-from hawq_lightning.export.onnx._low_bits import pack_low_bit_weights
 from hawq_lightning.export.onnx._openvino import refuse_two_bits
 from hawq_lightning.export.onnx._session import check_runtime, integer_kernels, open_session
-from hawq_lightning.export.onnx._zero_points import add_zero_points
+from hawq_lightning.export.onnx.integer import LAYERS
 from hawq_lightning.layers import as_reader, find_kind, kind_of
 
 _PROCESS = Path(__file__).with_name("_speed_process.py")
@@ -99,6 +98,9 @@ def layer_latencies(
 ) -> list[dict[str, Any]]:
     """Milliseconds of every layer of a plan alone, for every width, one image at a time, on this machine.
 
+    Layers are measured between codes, as integer kernels run them in an integer file: there all widths of weights take
+    the same time, and what costs time is a layer that reads no grid or has no such kernel.
+
     Args:
         model: float or with fake-quant layers; only the layers' shapes matter.
         plan: its widths are measured, and all that it weighed.
@@ -138,6 +140,15 @@ def layer_latencies(
                         measured[key] = _milliseconds(layer, *case, threads, runtime)
                     rows.append(dict(zip(_FIELDS, (name, bits, grid, round(measured[key], 6)))))
     return rows
+
+
+def vector_instructions() -> bool:
+    """Whether this CPU sums products of 8-bit integers without saturating: x86 with VNNI, or anything else."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return "avx2" not in flags or "vnni" in flags
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -183,42 +194,52 @@ def _milliseconds(
     threads: int,
     runtime: str,
 ) -> float:
-    """One layer between a QuantizeLinear (none where ``grid`` is) and its float output, with random codes."""
+    """One layer with random codes, as integer kernels run it: from codes to codes.
+
+    Without a grid, or where there is no such kernel, from floats to floats with weights that are float.
+    """
     onnx = require("onnx")
     helper, arrays = onnx.helper, onnx.numpy_helper
     rng = np.random.default_rng(0)
     half = 1 << (bits - 1)
-    codes = np.asarray(rng.integers(-half, half, shape), np.int8) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1
+    codes = np.asarray(rng.integers(-half, half, shape) if bits > 1 else 2 * rng.integers(0, 2, shape) - 1, np.int8)
     kind = kind_of(layer)
     axis, size = as_reader(layer).channel_axis, kind.onnx_input_shape(reads)
-    byte = {} if grid is None else {"zero": 0, "top": (1 << grid) - 1}
-    values = [
-        arrays.from_array(np.asarray(codes, np.int8), "codes"),
-        arrays.from_array(np.full(shape[axis], 0.01, np.float32), "scale"),
-        arrays.from_array(np.float32(4 / 2 ** (grid or 0)), "step"),
-        *(arrays.from_array(np.uint8(v), n) for n, v in byte.items()),
-    ]
-    nodes = [helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=axis)]
-    if grid is not None:
-        nodes.append(helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]))
-        if grid < 8:
-            nodes.append(helper.make_node("Clip", ["q", "zero", "top"], ["clipped"]))
-        nodes.append(helper.make_node("DequantizeLinear", [nodes[-1].output[0], "step", "zero"], ["read"]))
-    operands = ["x" if grid is None else "read", "weight"]
-    nodes.append(helper.make_node(kind.onnx_op, operands, ["y"], **kind.onnx_attributes(layer)))
+    fused = grid is not None and kind.onnx_op in LAYERS
+    values = {
+        "codes": codes,
+        "scale": np.full(shape[axis], 0.01, np.float32),
+        "none": np.zeros(shape[axis], np.int8),
+        "step": np.float32(4 / 2 ** (grid or 0)),
+        "zero": np.uint8(0),
+        "top": np.uint8((1 << (grid or 8)) - 1),
+        "weight": codes.astype(np.float32) * np.float32(0.01),
+    }
+    make, attributes = helper.make_node, kind.onnx_attributes(layer)
+    if fused:
+        narrow = grid is not None and grid < 8
+        nodes = [make("Clip", ["x", "zero", "top"], ["clipped"])] if narrow else []
+        nodes += [
+            make("DequantizeLinear", ["clipped" if narrow else "x", "step", "zero"], ["read"]),
+            make("DequantizeLinear", ["codes", "scale", "none"], ["weights"], axis=axis),
+            make(kind.onnx_op, ["read", "weights"], ["result"], **attributes),
+            make("QuantizeLinear", ["result", "step", "zero"], ["y"]),
+        ]
+    else:
+        nodes = [make(kind.onnx_op, ["x", "weight"], ["y"], **attributes)]
+    read = {name for node in nodes for name in node.input}
+    element = onnx.TensorProto.UINT8 if fused else onnx.TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, size)],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
-        values,
+        [helper.make_tensor_value_info("x", element, size)],
+        [helper.make_tensor_value_info("y", element, None)],
+        [arrays.from_array(np.asarray(a), n) for n, a in values.items() if n in read],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    if runtime == "onnxruntime":  # OpenVINO has no integer kernels for narrower types
-        pack_low_bit_weights(proto)
-    add_zero_points(proto)
     run = open_session(runtime, proto.SerializeToString(), threads)
-    feed = {"x": rng.standard_normal(size, dtype=np.float32)}
+    floats = rng.standard_normal(size, dtype=np.float32)
+    feed = {"x": rng.integers(0, 1 << (grid or 8), size).astype(np.uint8) if fused else floats}
     run.run(None, feed)
     times: list[float] = []
     start = time.perf_counter()

@@ -15,10 +15,12 @@ Storage = Literal["lookup", "int8", "native"]
 """``lookup``: packed bytes and a table, read by every runtime. ``int8``: a byte a code. ``native``: INT2 and INT4."""
 
 
-def check_storage(storage: str) -> None:
-    """Raise HawqError for a name that is none."""
+def check_storage(storage: str, integer: bool = False) -> None:
+    """Raise HawqError for a name that is none, or a storage that integer kernels do not read."""
     if storage not in get_args(Storage):
         raise HawqError(f"storage={storage!r} is none of {', '.join(get_args(Storage))}.")
+    if integer and storage == "native":
+        raise HawqError("Integer kernels read INT8 only: an integer file has storage='lookup' or storage='int8'.")
 
 
 def store_weights(proto: Any, storage: Storage, *, exact: bool) -> None:
