@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -151,6 +151,8 @@ class SiteCalls:
             def record(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
                 macs, x = reader.macs(x, output), given.pop(name, x)
                 product = _in_graph(output)
+                if reader.kind.by_contents:
+                    counter.follow(name, product)
                 self.depths.passed(name, x, product)
                 nodes = nodes_of(product)
                 calls.append(
@@ -178,6 +180,7 @@ class SiteCalls:
         finally:
             for handle in handles:
                 handle.remove()
+        calls = [_with_macs(c, counter, calls) if self.every_layer[c.layer].kind.by_contents else c for c in calls]
         self.norms = {**norms, **self.norms}
         self.read_by_function |= {*functions.layers(any(c.with_gradients for c in calls if c.layer in self.layers))}
         return calls, outputs, results[-1], counter
@@ -258,6 +261,11 @@ class _Frozen:
         if any(not self._before.isdisjoint(c.nodes) for c in live):
             return True
         return all(not self._joint.isdisjoint(c.nodes) for c in calls if c.with_gradients)
+
+
+def _with_macs(call: _Call, counter: ProductCounter, calls: Sequence[_Call]) -> _Call:
+    """With its share of the products that a forward makes with the weight after it was read."""
+    return replace(call, macs=counter.macs_of(call.layer) // sum(c.layer == call.layer for c in calls))
 
 
 def _by_layer(calls: Iterable[_Call]) -> dict[str, list[_Call]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import FunctionType, MethodType
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from hawq_lightning._plan import Plan
@@ -21,7 +23,7 @@ class FollowedCopies:
     """Averages and targets of the network, inside of the module or held beside it, quantized as the network is."""
 
     def __init__(self) -> None:
-        self._copies = NetworkCopies()
+        self._copies, self._globals = NetworkCopies(), NetworkCopies(tell=_warn)
         self._plan: Plan | None = None
 
     def follow(self, trainer: Trainer, pl_module: LightningModule, plan: Plan | None, thorough: bool = True) -> None:
@@ -37,8 +39,27 @@ class FollowedCopies:
             return
         if plan is not self._plan:
             self._plan = plan
-            self._copies.find(pl_module, plan, modules_beside(trainer, pl_module))
+            beside = modules_beside(trainer, pl_module)
+            self._copies.find(pl_module, plan, beside)
+            known = {id(m) for root in (pl_module, *beside) for m in root.modules()}
+            self._globals.find(pl_module, plan, [m for m in _global_modules(pl_module) if id(m) not in known])
         self._copies.follow(thorough)
+        self._globals.follow()
+
+
+def _warn(copy: nn.Module) -> None:
+    rank_zero_warn(
+        f"HAWQ: a global variable holds a copy of the network ({type(copy).__name__}) that follows its weights, and "
+        "stays float: hold it as an attribute of the LightningModule or of a callback, so that it is quantized as well."
+    )
+
+
+def _global_modules(pl_module: LightningModule) -> list[nn.Module]:
+    """Modules in global variables, also in lists and dicts, of the files that the module's classes come from."""
+    names = {t.__module__ for t in type(pl_module).__mro__ if not issubclass(LightningModule, t)}
+    values = [v for name in sorted(names) if name in sys.modules for v in [*vars(sys.modules[name]).values()]]
+    values += [p for v in values if isinstance(v, (list, tuple, dict)) for p in _parts(v)]
+    return [v for v in values if isinstance(v, nn.Module)]
 
 
 def modules_beside(trainer: Trainer, pl_module: LightningModule) -> list[nn.Module]:

@@ -54,7 +54,7 @@ def export_run(cfg: DictConfig) -> JsonObject:
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys((ONNX.name, *([INTEGER.name] if cfg.integer else []), *(cfg.get("formats") or ())))
+    names = dict.fromkeys((ONNX.name, *([INTEGER.name] if cfg.get("integer") else []), *(cfg.get("formats") or ())))
     exporters = [EXPORTERS[name] for name in names]
     written = (*(name for e in exporters for name in e.files("model")), *_WRITTEN)
     place = RunFolder(folder, written)

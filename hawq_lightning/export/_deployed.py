@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._float_rest import plain
@@ -105,7 +106,9 @@ class Deployed:
     still_float: Mapping[str, str] = field(default_factory=dict)
 
 
-def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> Deployed:
+def deploy(
+    model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True, free_batch: bool = True
+) -> Deployed:
     """Copy a quantized model into its deployed form.
 
     Args:
@@ -114,6 +117,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
             (``net.`` in front of every name) will do too.
         example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs.
         fold: fold BatchNorm into scales and biases.
+        free_batch: the first axis of the example may be doubled.
 
     Raises:
         HawqError: the model is float, was never enabled, carries another plan, or cannot run on the example.
@@ -139,7 +143,7 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
         )
     check_enabled(layers, plan)
     copied = _copy(model)
-    inputs = at_least_two(example_input)
+    inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():
         for layer in quantized_layers(copied).values():
             bake_parametrizations(layer.module)
@@ -148,11 +152,16 @@ def deploy(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: 
             _store_operand(operand)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
-            copied(*inputs)
+            given = copied(*inputs)
         except HawqError:
             raise
         except Exception as error:
             raise HawqError(f"The model does not run on the example input: {first_line(error)}") from error
+        if any(map(_is_nan, tree_leaves(given))) and not any(map(_is_nan, tree_leaves(_on_cpu(model)(*inputs)))):
+            raise HawqError(
+                "The model does not run on the example input without its float weights: a function reads one that is "
+                "stored as codes. Leave that layer out (exclude=), or let a forward pass find the sites."
+            )
         folding = fold_batch_norm(copied, inputs) if fold else Folding()
     return Deployed(copied, plan, inputs, folding)
 
@@ -211,6 +220,14 @@ def _named_for(plan: Plan, model: nn.Module) -> Plan:
     return plan.replace(sites=sites, layers=layers, products=products)
 
 
+def _is_nan(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any())
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    return _copy(model).to("cpu").float().eval()
+
+
 def _copy(model: nn.Module) -> nn.Module:
     # a LightningModule knows its Trainer, which knows the data: none of that belongs to the network
     memo: dict[int, Any] = {}
@@ -225,6 +242,15 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:
     """Two images or more: with a single one, tracing would take the batch for a constant."""
+    return tuple(x if len(x) > 1 else torch.cat([x, x]) for x in checked(example))
+
+
+def checked(example: Inputs) -> tuple[torch.Tensor, ...]:
+    """Inputs on the CPU, of float32 where they are of real numbers.
+
+    Raises:
+        HawqError: they are no tensors.
+    """
     inputs = example if isinstance(example, tuple) else (example,)
     for x in inputs:
         if not isinstance(x, torch.Tensor) or x.ndim == 0 or not len(x):
@@ -232,8 +258,7 @@ def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:
                 "The example input must be a tensor [N, ...] or a tuple of such, "
                 f"not {type(x).__name__}{'' if not isinstance(x, torch.Tensor) else f' of shape {list(x.shape)}'}."
             )
-    held = (x.detach().to("cpu", torch.float32) if x.is_floating_point() else x.detach().cpu() for x in inputs)
-    return tuple(x if len(x) > 1 else torch.cat([x, x]) for x in held)
+    return tuple(x.detach().to("cpu", torch.float32) if x.is_floating_point() else x.detach().cpu() for x in inputs)
 
 
 def first_line(error: BaseException) -> str:

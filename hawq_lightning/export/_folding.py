@@ -78,8 +78,8 @@ def _by_batch(norm: nn.Module) -> str | None:
 def _absorb(layer: Any, norm: Any) -> None:
     factor, offset = affine(norm)
     reader = as_reader(layer)
-    if reader.weight.is_meta:  # there are codes in its place
-        stored = getattr(layer, reader.quantizer_attribute)
+    stored = getattr(layer, reader.quantizer_attribute, None)
+    if stored is not None and isinstance(getattr(stored, "codes", None), torch.Tensor):  # in the weight's place
         stored.scale.copy_((stored.scale.double() * factor).float())
     else:  # a layer without codes; its weight may be tied, so it gets its own
         shape = [1] * reader.weight.ndim

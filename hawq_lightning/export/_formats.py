@@ -56,9 +56,10 @@ def _write_onnx(
     fold: bool = True,
     exact: bool = True,
     storage: Storage = "lookup",
+    free_batch: bool = True,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage)
+    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch)
 
 
 @register_exporter(
@@ -81,10 +82,17 @@ def _write_integer_onnx(
 
 @register_exporter("program", suffix=".pt2")
 def _write_program(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> torch.export.ExportedProgram:
     assert example_input is not None
-    return to_program(model, plan, example_input, path, fold=fold)
+    return to_program(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> QonnxAgreement:

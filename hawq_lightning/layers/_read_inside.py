@@ -55,7 +55,7 @@ class ReadInsideKind(InnerProductsKind):
         return {name: WeightRead(axis, reads_activation=False) for name, axis in _axes(module).items()}
 
     def macs(self, module: nn.Module, parameter: str, x: torch.Tensor, output: torch.Tensor) -> int:
-        """Not seen; they count among the products outside of layers."""
+        """None when it is read: what the forward multiplies with it is counted as it comes."""
         return 0
 
     def weight_gradients(self, calls: Sequence[LayerCall], per_sample: bool) -> Pairs:

@@ -6,6 +6,7 @@ that another module holds, or by a function in the place of a module's call: its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -102,11 +103,13 @@ class WeightReader:
     def drop_weight(self) -> None:
         """Free the weight, here alone: codes have taken its place.
 
-        What asks for its type or shape (``x.to(self.proj.weight.dtype)``) is answered by a tensor without memory.
+        What asks for its type, shape or device (``torch.eye(8, device=self.proj.weight.device)``) is answered by a
+        tensor that takes the memory of one number, which is none: what reads it after all gives NaN.
         """
         holder, name = self.holder
         if not self.kind.known_by_tensor:
-            nothing = torch.empty_like(self.weight, device="meta", requires_grad=False)
+            weight = self.weight.detach()
+            nothing = weight.new_full((1,) * weight.ndim, math.nan).expand(weight.shape)
             setattr(holder, name, None)
             holder.__dict__[name] = nothing
             return

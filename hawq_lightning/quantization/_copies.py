@@ -6,7 +6,7 @@ gradients. A frozen teacher of the same make does not move, and stays float.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -57,9 +57,11 @@ class NetworkCopies:
 
     Attributes:
         pairs: modules that may be copies.
+        tell: told of each copy outside that moves, in the place of quantizing any.
     """
 
     pairs: list[_Pair] = field(default_factory=list)
+    tell: Callable[[nn.Module], None] | None = None
     _checks: int = 0
 
     def find(self, model: nn.Module, plan: Plan, outside: Iterable[nn.Module]) -> None:
@@ -84,7 +86,8 @@ class NetworkCopies:
             if not planned.isdisjoint(module.modules()):
                 parts.setdefault(form_of(module), []).append(module)
         taken: set[int] = set()
-        for module in [*model.modules(), *(m for root in roots for m in root.modules())]:
+        inside = [*model.modules()] if self.tell is None else []
+        for module in [*inside, *(m for root in roots for m in root.modules())]:
             if id(module) in taken or not planned.isdisjoint(module.modules()) or not quantizable_layers(module)[0]:
                 continue
             if sources := parts.get(form_of(module), []):
@@ -107,8 +110,11 @@ class NetworkCopies:
         for pair in self.pairs:
             if not pair.follows and (_averaged_widths(pair.copy) or _moved(pair)):
                 pair.follows = True
-                _take(pair, everything=True)
-            elif pair.follows and thorough:
+                if self.tell is not None:
+                    self.tell(pair.copy)
+                else:
+                    _take(pair, everything=True)
+            elif pair.follows and thorough and self.tell is None:
                 _take(pair, everything=False)
 
 

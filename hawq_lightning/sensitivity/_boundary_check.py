@@ -21,20 +21,34 @@ from hawq_lightning.sensitivity._grad_capture import with_copies
 from hawq_lightning.sensitivity._isolate import random_states_kept
 from hawq_lightning.sensitivity._memory import RanOut, attempt
 
-_FEW = 4  # samples: with them some percent of a measurement's time
+_FEW = 4  # samples at the most
+_ROWS = 64  # that a measurement takes at the least, if it may: samples times probes
+_TENTH = 16  # rows that take ten times as long as one sample of the check, as measured
 _MOST = 4  # sites
 _DISAGREES = 0.5  # share of the larger
 
 
-def check_boundary(context: MeasureContext, pilot: Pilot, seed: int) -> None:
+def check_samples(samples: int, probes: int) -> int:
+    """Samples whose check takes at most a tenth of the measurement's time; one at the least.
+
+    Args:
+        samples: that are measured.
+        probes: random vectors a batch at the most.
+    """
+    rows = samples * min(probes, max(2, -(-_ROWS // samples)))
+    return max(1, min(_FEW, samples, rows // _TENTH))
+
+
+def check_boundary(context: MeasureContext, pilot: Pilot, seed: int, samples: int = _FEW) -> None:
     """Say where the traces miss curvature of the loss; nothing where the network cannot be differentiated twice.
 
     Args:
         context: model, loss and sites.
         pilot: samples to try it on.
         seed: of the random vectors.
+        samples: how many of them.
     """
-    few = pilot.first(context, _FEW)
+    few = pilot.first(context, samples)
 
     def forms(sites: Sequence[str], linearised: bool) -> dict[str, float]:
         """``z^T H z`` of the loss, or of the loss made linear in the outputs: what the traces leave out."""

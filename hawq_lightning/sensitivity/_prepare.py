@@ -15,7 +15,7 @@ from hawq_lightning._sites import find_sites, quantizable_layers
 from hawq_lightning._types import LossFn
 from hawq_lightning._values import check_has_values
 from hawq_lightning.sensitivity._batch_set import BatchSet
-from hawq_lightning.sensitivity._boundary_check import check_boundary
+from hawq_lightning.sensitivity._boundary_check import check_boundary, check_samples
 from hawq_lightning.sensitivity._cache import fingerprint
 from hawq_lightning.sensitivity._context import MeasureContext, check_weights, outputs_of
 from hawq_lightning.sensitivity._estimator import ESTIMATORS, Pilot
@@ -129,7 +129,8 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
             "'auto' or 'hutchinson', or a loss without them (loss_fn=)."
         )
     if estimator.from_outputs:
-        check_boundary(look.context, pilot, config.seed)
+        few = check_samples(sum(data.samples), config.max_probes)
+        check_boundary(look.context, pilot, config.seed, few)
     context = in_precision(look.context, estimator, pilot, config.precision, config.seed)
     whole = pilot.samples == data.samples[0]
     runner = ProbeRunner(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hawq_lightning import measure
 from hawq_lightning.sensitivity import find_sites
 from tests.cases import dense_activation_traces, dense_weight_traces
+from tests.internals import internal
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -222,3 +223,9 @@ def test_curvature_that_the_traces_miss_is_told(kind):
     batch = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % 3
     notes = measure(net.double().eval(), [batch], loss, max_probes=8, progress=False).notes
     assert any("disagree" in note and "b.weight" in note for note in notes), notes
+
+
+def test_the_check_takes_a_tenth_of_the_measurement_at_most():
+    check_samples = internal("sensitivity._boundary_check").check_samples
+    assert [check_samples(n, 64) for n in (1, 2, 8, 40, 512)] == [1, 2, 4, 4, 4]
+    assert [check_samples(n, 1) for n in (8, 32, 48, 512)] == [1, 2, 3, 4]

@@ -18,6 +18,30 @@ DECAY = 0.5
 pytestmark = pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 
 
+HELD: dict[str, torch.nn.Module] = {}  # by a global variable
+
+
+class Global(Classifier):
+    """Its average is in a global variable, where nobody else looks."""
+
+    def __init__(self):
+        super().__init__()
+        HELD["average"] = copy.deepcopy(self.net)
+
+    def on_train_batch_end(self, *args):
+        blend(HELD["average"].parameters(), self.net.parameters())
+
+
+def test_a_copy_in_a_global_variable_is_told_of_and_one_that_does_not_move_is_not(tmp_path):
+    HELD["teacher"] = Classifier().net
+    model = Global()
+    with pytest.warns(UserWarning, match="global variable holds a copy") as told:
+        trainer(tmp_path, hawq(), max_epochs=1).fit(model, loader())
+    assert sum("global variable" in str(w.message) for w in told) == 1
+    assert not quantized_layers(HELD["average"]) and not quantized_layers(HELD["teacher"])
+    HELD.clear()
+
+
 def blend(mine, theirs):
     for a, b in zip(mine, theirs, strict=True):
         a.detach().copy_(DECAY * a.detach() + (1 - DECAY) * b.detach())

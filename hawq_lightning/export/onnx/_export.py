@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import logging
@@ -49,8 +50,9 @@ def to_onnx(
     integer: bool = False,
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
+    free_batch: bool = True,
 ) -> Deployed:
-    """Write a quantized model as an ONNX file with a free batch size; the model stays as it is.
+    """Write a quantized model as an ONNX file; the model stays as it is.
 
     Args:
         model: with quantizers enabled.
@@ -68,6 +70,8 @@ def to_onnx(
             same. An integer file cannot have ``"native"``.
         calibration: inputs of the model, for the ranges of an integer file's additional grids; ``None``: the example
             input. Some hundred images do.
+        free_batch: let the first axis of every input be of any size, the same for all; else the file takes inputs of
+            the example's shapes alone, as of graphs.
 
     Returns:
         the deployed network that the file holds, what became of every BatchNorm, and what of an integer file stays
@@ -81,8 +85,8 @@ def to_onnx(
     require("onnxscript")
     check_storage(storage, integer)
     check_writable(Path(path))
-    deployed = deploy(model, plan, example_input, fold=fold)
-    proto = _translate(deployed.model, deployed.inputs)
+    deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
+    proto = _translate(deployed.model, deployed.inputs, free_batch)
     _strip(proto)
     if integer:
         batches = (deployed.inputs,) if calibration is None else map(at_least_two, calibration)
@@ -125,32 +129,36 @@ def to_program(
     path: str | Path | None = None,
     *,
     fold: bool = True,
+    free_batch: bool = True,
 ) -> torch.export.ExportedProgram:
     """The deployed network as a ``torch.export`` program of torch's own operators, with integer weights.
 
     Args:
         model: with quantizers enabled; it stays as it is.
         plan: the plan that it carries; ``None`` reads it from the quantizers.
-        example_input: as for :func:`to_onnx`; the batch size is free.
+        example_input: as for :func:`to_onnx`.
         path: of a ``.pt2`` file to write, for ``torch.export.load``.
         fold: fold BatchNorm into scales and biases.
+        free_batch: as for :func:`to_onnx`.
 
     Raises:
         HawqError: as for :func:`to_onnx`, but no extra is needed.
     """
     if path is not None:
         check_writable(Path(path))
-    deployed = deploy(model, plan, example_input, fold=fold)
+    deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
+    shapes = _free_batch(deployed.model, deployed.inputs) if free_batch else None
     try:
         with _quiet():
             program = torch.export.export(
-                portable(deployed.model), deployed.inputs, dynamic_shapes=_free_batch(deployed.inputs), strict=False
+                portable(deployed.model), deployed.inputs, dynamic_shapes=shapes, strict=False
             )
         for node in program.graph.nodes:  # source lines and paths of this machine, and most of the file
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
                 node.meta.pop(key, None)
     except Exception as error:
-        raise HawqError(f"torch.export cannot follow this model: {first_line(error)}") from error
+        hint = _hint(str(error)) if free_batch else ""
+        raise HawqError(f"torch.export cannot follow this model: {first_line(error)}{hint}") from error
     if path is not None:
         program.example_inputs = None  # somebody's images are not to travel along
         buffer = io.BytesIO()
@@ -159,7 +167,7 @@ def to_program(
     return program
 
 
-def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: bool = True) -> Any:
     names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     with torch.no_grad():
         result = model(*inputs)
@@ -173,13 +181,13 @@ def _translate(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
                 opset_version=OPSET,
                 input_names=names,
                 output_names=_output_names(result),
-                dynamic_shapes=_free_batch(inputs),
+                dynamic_shapes=_free_batch(model, inputs) if free_batch else None,
                 custom_translation_table=_translations(),
             )
         assert program is not None
         return program.model_proto
     except Exception as error:
-        raise HawqError(_why(error)) from error
+        raise HawqError(_why(error, free_batch)) from error
 
 
 def _translations() -> dict[Any, Any]:
@@ -202,9 +210,15 @@ def _translations() -> dict[Any, Any]:
     return {ours.snap.default: snap, ours.dequantize.default: dequantize}
 
 
-def _free_batch(inputs: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
+def _free_batch(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    """The first axis of every input; those that ``*args`` takes (wrappers have that) are one argument."""
     batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
+    each = [{0: batch} for _ in inputs]
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(each)
+    named = min(kinds.index(inspect.Parameter.VAR_POSITIONAL), len(each))
+    return (*each[:named], tuple(each[named:]))
 
 
 def _output_names(result: Any) -> list[str]:
@@ -215,7 +229,14 @@ def _output_names(result: Any) -> list[str]:
     return [f"output_{i}" for i in range(len(torch.utils._pytree.tree_leaves(result)))]
 
 
-def _why(error: BaseException) -> str:
+def _hint(text: str) -> str:
+    """What to do where the model's inputs have no batch axis in common, or it computes with the batch's size."""
+    if not re.search(r"is not equal to|Constraints violated|[Ss]pecializ|batch", text):
+        return ""
+    return " If the first axis of its inputs is no batch of any size, give free_batch=False."
+
+
+def _why(error: BaseException, free_batch: bool = False) -> str:
     """One sentence from the exporter's pages."""
     causes: list[BaseException] = [error]
     while (deeper := causes[-1].__cause__) is not None:
@@ -223,7 +244,7 @@ def _why(error: BaseException) -> str:
     text = "\n".join(str(e) for e in causes)
     if operation := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
         return f"The operation {operation[1]} cannot be exported to ONNX; replace it in the model's forward pass."
-    return f"The model cannot be exported to ONNX: {first_line(causes[-1])}"
+    return f"The model cannot be exported to ONNX: {first_line(causes[-1])}{_hint(text) if free_batch else ''}"
 
 
 def _describe(proto: Any, deployed: Deployed, form: str) -> None:

@@ -25,7 +25,7 @@ from hawq_lightning import (
     select,
     sites,
 )
-from hawq_lightning.export import compare, network_of, to_onnx, to_program
+from hawq_lightning.export import compare, export, network_of, to_onnx, to_program
 from hawq_lightning.export.onnx import float_onnx, session
 from hawq_lightning.models import resnet20
 from hawq_lightning.selection import Problem
@@ -307,6 +307,43 @@ def test_what_onnx_cannot_express_is_one_sentence(tmp_path, kind, words):
         to_onnx(net, plan, x, tmp_path / "a.onnx")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+class Graph(nn.Module):
+    """Adds what neighbours send: nodes and edges have no batch axis in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        return torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
+
+
+def graph(nodes: int) -> tuple[nn.Module, Plan, tuple[torch.Tensor, torch.Tensor]]:
+    weights = PlanSite("fc.weight", "weight", ("fc",), (3, 4), 12, 4, "affine")
+    plan = Plan((weights, PlanSite("fc.input", "activation", ("fc",), (4,), 4, 8, "affine", 0.05, 128)))
+    inputs = torch.randn(nodes, 4), torch.randint(0, nodes, (2, 7))
+    return quantize(Graph().eval(), plan), plan, inputs
+
+
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_a_graph_is_exported_at_its_own_size(tmp_path, nodes):
+    net, plan, inputs = graph(nodes)
+    program = export(net, plan, tmp_path / "net.pt2", "program", example_input=inputs, free_batch=False)
+    assert torch.allclose(program.module()(*inputs), net(*inputs), atol=1e-5)
+
+
+@pytest.mark.stress
+def test_onnx_has_a_graph_at_its_own_size_and_says_how(tmp_path):
+    net, plan, inputs = graph(5)
+    with pytest.raises(HawqError, match="free_batch=False"):
+        to_onnx(net, plan, inputs, tmp_path / "free.onnx")
+    to_onnx(net, plan, inputs, tmp_path / "net.onnx", free_batch=False)
+    given = {f"input_{i}": x.numpy() for i, x in enumerate(inputs)}
+    (have,) = session(tmp_path / "net.onnx").run(None, given)
+    assert torch.allclose(torch.from_numpy(have), net(*inputs), atol=1e-5)
 
 
 def test_errors_leave_nothing_behind(tmp_path):

@@ -167,3 +167,22 @@ def test_the_experts_of_transformers_are_sites(family):
     assert [name.rpartition(".")[2] for name in stacks] == ["gate_up_proj", "down_proj"]
     traces = measure(net, [(ids,)], loss, sites=table, max_probes=2, progress=False)
     assert all(traces[name].trace > 0 for name in stacks)
+
+
+@pytest.mark.parametrize("how", ["einsum", "bmm", "loop"])
+def test_what_experts_multiply_is_counted_with_each_weight(how: str) -> None:
+    x = torch.randn(8, 4)
+    table = find_sites(net := Mixture(how), lambda: net(x), 8)
+    times = 1 if how == "loop" else 3  # an expert for each token, or all
+    macs = {layer.name: layer.macs for layer in table.layers}
+    assert macs["experts.up"] == times * 24
+    if how != "einsum":  # which multiplies with the gate before
+        assert macs["experts.down"] == times * 24
+        assert sum(f.macs for f in table.floats) == 0
+
+
+def test_what_subclasses_multiply_is_counted() -> None:
+    x = torch.randn(4, 4)
+    table = find_sites(net := Subclasses(), lambda: net(x), 4)
+    macs = {layer.name: layer.macs for layer in table.layers}
+    assert macs["conv"] == 3 * 2 * 3 and macs["scaled"] == 24 * 5 and macs["adapted"] == 25 and macs["up"] > 0
