@@ -25,7 +25,15 @@ import torch
 from torch import nn
 
 from hawq_lightning import Plan, PlanSite, SiteTable, quantize, sites
-from hawq_lightning.export import compare, export, to_torchao
+from hawq_lightning.export import (
+    compare,
+    compare_executorch,
+    compare_litert,
+    export,
+    to_executorch,
+    to_litert,
+    to_torchao,
+)
 from hawq_lightning.export.onnx import compare_qonnx, float_onnx, open_session
 from hawq_lightning.models import resnet20
 
@@ -188,8 +196,69 @@ def openvino(args: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
+def executorch(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from executorch.runtime import Runtime
+
+    def load(path: Path) -> Callable[[torch.Tensor], object]:
+        program = Runtime.get().load_program(str(path))
+        method = program.load_method("forward")
+        return lambda x, keep=program: method.execute([x])  # a method dies with its program
+
+    return mobile(args, folder, "executorch", to_executorch, compare_executorch, load)
+
+
+def litert(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    def load(path: Path) -> Callable[[torch.Tensor], object]:
+        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter.allocate_tensors()
+        takes = interpreter.get_input_details()[0]
+        images = np.zeros(takes["shape"], takes["dtype"])
+
+        def run(x: torch.Tensor) -> None:
+            interpreter.set_tensor(takes["index"], images)
+            interpreter.invoke()
+
+        return run
+
+    return mobile(args, folder, "litert", to_litert, compare_litert, load)
+
+
+def mobile(args, folder, name, write, compare_with, load) -> list[Row]:  # type: ignore[no-untyped-def]
+    torch.set_num_threads(1)
+    x, _ = images(args.root, "train", 256)
+    pictures, _ = images(args.root, "val", args.images or 1000)
+    float_onnx(resnet20(weights=args.weights).eval(), x[:2], folder / "float.onnx")
+    whole = open_session("onnxruntime", folder / "float.onnx", 1)
+    one = pictures[:1].contiguous()
+    rows: list[Row] = []
+    for widths in ((8,), WIDTHS):
+        net, plan = trained(args.weights, x, widths)
+        path = folder / f"model.{name}"
+        written = write(net, plan, x[:2], path, batches=[x])
+        agreement = compare_with(net, path, [pictures])
+        feed = {"input": one.numpy()}
+        run = load(path)
+        times = interleaved([partial(whole.run, None, feed), partial(run, one)], 300)
+        rows.append({
+            "weights": "/".join(map(str, widths)), "bytes": path.stat().st_size,
+            "grids": f"{written.integers.planned} planned, {written.integers.calibrated} calibrated",
+            "codes clamped": sum(written.integers.clamped.values()),
+            **({"delegates": written.delegates, "left": len(written.left)} if name == "executorch" else {}),
+            "same class": f"{agreement.same} of {agreement.images} ({agreement.same / agreement.images:.1%})",
+            "ms": f"{times[1]:.3f}", "x of onnxruntime float": f"{times[0] / times[1]:.2f}",
+        })  # fmt: skip
+    return rows
+
+
 TOOLS: dict[str, tuple[Callable[[argparse.Namespace, Path], list[Row]], str]] = {
     "openvino": (openvino, "## OpenVINO (f32 hint, one thread) and the exact file of 8 bits everywhere,"),
+    "executorch": (
+        executorch,
+        "## ExecuTorch (XNNPACK, one image; CPU time of its pool of two threads, on a busy machine),",
+    ),
+    "litert": (litert, "## LiteRT (int8 in and out, one image), ai-edge-litert"),
     "qonnx": (qonnx, "## QONNX, run and counted by qonnx"),
     "aimet": (aimet, "## AIMET encodings, loaded by AIMET-ONNX's simulator"),
     "torchao": (torchao, "## torchao, linear layers alone, one thread"),
@@ -205,7 +274,7 @@ def table(rows: list[Row]) -> list[str]:
 def version(tool: str) -> str:
     from importlib.metadata import version as of
 
-    return of({"aimet": "aimet-onnx"}.get(tool, tool))
+    return of({"aimet": "aimet-onnx", "litert": "ai-edge-litert"}.get(tool, tool))
 
 
 def main() -> None:

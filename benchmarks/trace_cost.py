@@ -1,6 +1,6 @@
-"""What a back-propagated image costs: a Gauss-Newton probe against a training step, on the paper's four networks.
+"""What a back-propagated image costs: a Gauss-Newton probe against a training step, on the paper's and other networks.
 
-    pip install 'hawq-lightning[models,detection]'
+    pip install 'hawq-lightning[vision,detection]' timm transformers
     python benchmarks/trace_cost.py [--models resnet50 ...] [--repeat 5]
 
 Random weights, random images of the usual size, one batch. A *training step* is forward and backward in training mode
@@ -9,7 +9,7 @@ pass with the hooks in place, the factor of the loss's Hessian, and one backward
 every activation's squared norm for every image. Where the loss is slightly concave in places (focal), every eighth
 probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
 probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
-hold.
+hold. For ViT-S and BERT-base a probe of the true Hessian by double backward is timed as well, and told apart.
 
 Results: benchmarks/results/trace_cost.{json,md}.
 """
@@ -40,8 +40,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 # images a batch, height and width
 SETTINGS = {
     "resnet50": (8, 224, 224), "inception_v3": (8, 299, 299), "squeezenext": (8, 224, 224),
-    "retinanet_resnet50": (2, 480, 640),
+    "retinanet_resnet50": (2, 480, 640), "vit_small": (4, 224, 224), "bert_base": (4, 1, 128),
 }  # fmt: skip
+DOUBLE = ("vit_small", "bert_base")
 PAPER_IMAGES, PAPER_MINUTES, PAPER_GPUS = 512, 30, 4  # ResNet50, all layers (section 3.1)
 
 
@@ -58,8 +59,21 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
             size = 20 + torch.rand(7, 2) * torch.tensor([width * 0.3, height * 0.3])
             targets.append({"boxes": torch.cat([corner, corner + size], 1), "labels": torch.randint(0, 80, (7,))})
         return net, (images, targets), lambda m, b: torch.stack(list(m(*b).values())).sum()
-    net = getattr(models, name)()
-    batch = (torch.randn(count, 3, height, width), torch.randint(0, 1000, (count,)))
+    labels = torch.randint(0, 1000, (count,))
+    if name == "bert_base":
+        import transformers
+
+        config = transformers.BertConfig(num_labels=1000)
+        net = transformers.BertForSequenceClassification(config)
+        tokens = torch.randint(0, config.vocab_size, (count, width))
+        return net, (tokens, labels), lambda m, b: F.cross_entropy(m(b[0]).logits, b[1])
+    if name == "vit_small":
+        import timm
+
+        net = timm.create_model("vit_small_patch16_224")
+    else:
+        net = getattr(models, name)()
+    batch = (torch.randn(count, 3, height, width), labels)
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         out = m(b[0])
@@ -93,6 +107,7 @@ def work(name: str, what: str, threads: int) -> None:
         from hawq_lightning.sensitivity import (
             GaussNewton,
             Heap,
+            Hutchinson,
             MeasureContext,
             ProbeRequest,
             ProcessShard,
@@ -109,7 +124,8 @@ def work(name: str, what: str, threads: int) -> None:
             table = find_sites(net, lambda: loss(net, batch), count, None, exclude)
             context = MeasureContext(net, {x.name: layers[x.name] for x in table.layers}, table, loss)
             per_sample = samples_apart(context, batch, count, batch_images)
-            estimator = GaussNewton().calibrate(context, [batch], ProcessShard(), 1000)
+            kind = Hutchinson() if what == "double" else GaussNewton()
+            estimator = kind.calibrate(context, [batch], ProcessShard(), 1000)
             thin = estimator.period
             release_memory()
         seed, heap = 0, Heap()
@@ -141,14 +157,17 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for what in ("step", "probe")
+        for what in ("step", "probe", *(["double"] if name in DOUBLE else []))
     }
     thin = {what: int(_answer(process)) for what, process in processes.items()}["probe"]
     kinds = {"step": ("step", 1.0), "probe": ("probe", 1.0 if thin == 1 else 0.0)}
     if thin > 1:
         kinds["probe with the concave part"] = ("probe", float(thin))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    memory = {"step": 0.0, "probe": 0.0}
+    if name in DOUBLE:
+        kinds["double backward"] = ("double", 1.0)
+        seconds["double backward"] = []
+    memory = dict.fromkeys(processes, 0.0)
     for turn in range(repeat + 1):
         for kind, (what, concave) in kinds.items():
             took, peak = map(float, _answer(processes[what], f"{concave}\n").split())
@@ -162,7 +181,11 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
     count = SETTINGS[name][0]
     middle = {kind: statistics.median(v) / count for kind, v in seconds.items()}
     probe = (middle["probe"] * (thin - 1) + middle.get("probe with the concave part", middle["probe"])) / thin
-    return {
+    double = {}
+    if name in DOUBLE:
+        times = middle["double backward"] / middle["step"]
+        double = {"double_backward": {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}}
+    return double | {
         "batch": SETTINGS[name], "seconds_an_image": {"step": middle["step"], "probe": probe}, "every": thin,
         "all_seconds": seconds, "memory_mib": memory,
         "time_ratio": probe / middle["step"], "memory_ratio": memory["probe"] / memory["step"],
@@ -191,6 +214,14 @@ def table(report: dict[str, Any]) -> str:
             f"| {name} | {count} x {height} x {width} | {s['step']:.3f} | {s['probe']:.3f} | {r['time_ratio']:.2f} | "
             f"{m['step']:.0f} | {m['probe']:.0f} | {r['memory_ratio']:.2f} |"
         )
+    for name, r in report["models"].items():
+        if "double_backward" in r:
+            double = r["double_backward"]
+            lines += [
+                "",
+                f"{name}: a probe of the true Hessian by double backward takes {double['time_ratio']:.2f} times a "
+                f"step, and {double['memory_ratio']:.2f} times its memory.",
+            ]
     if "resnet50" in report["models"]:
         ratio = report["models"]["resnet50"]["time_ratio"]
         lines += [
@@ -216,15 +247,17 @@ def main() -> None:
         name, what = args.worker
         work(name, what, args.threads)
         return
+    file = args.out / "trace_cost.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": {},
+        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": known,
     }  # fmt: skip
     for name in args.models:
-        report["models"][name] = compare(name, args.repeat, args.threads)
+        report["models"][name] = compare(name, args.repeat, args.threads) | {"date": report["date"]}
         print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "trace_cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (args.out / "trace_cost.md").write_text(text := table(report), encoding="utf-8")
     print(text)
 

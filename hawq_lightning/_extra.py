@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "torchvision": "vision", "pytorchcv": "vision", "faster_coco_eval": "detection",
     "onnx": "export", "onnxscript": "export", "onnxruntime": "export",
     "qonnx": "qonnx", "torchao": "torchao", "openvino": "openvino",
+    "executorch": "executorch", "litert_torch": "litert", "ai_edge_litert": "litert",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import pickle
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -87,8 +87,9 @@ def _export(
             print(f"{FILE}: {agreement}")
     for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
-        fold = {"fold": cfg.fold} if "fold" in inspect.signature(exporter.write).parameters else {}
-        export(network_of(net), plan, path, exporter.name, example_input=first, **fold)
+        offered = {"fold": cfg.fold, "batches": _some(real)}
+        options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
+        export(network_of(net), plan, path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
         sizes |= {name: (folder / name).stat().st_size for name in exporter.files("model")}
         if exporter.verify is not None and cfg.images != 0:
@@ -122,6 +123,15 @@ def _check(cfg: DictConfig) -> None:
             raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
     if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
         raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
+
+
+def _some(batches: Iterable[torch.Tensor], images: int = 256) -> Iterator[torch.Tensor]:
+    """Enough to see ranges on."""
+    for x in batches:
+        yield x[:images]
+        images -= len(x)
+        if images <= 0:
+            return
 
 
 def _runtimes(cfg: DictConfig) -> list[str]:

@@ -12,6 +12,14 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch
 from hawq_lightning.export._deployed import Deployed, Inputs
 from hawq_lightning.export._exporters import register_exporter
+from hawq_lightning.export._mobile import (
+    MobileAgreement,
+    MobileFile,
+    compare_executorch,
+    compare_litert,
+    to_executorch,
+    to_litert,
+)
 from hawq_lightning.export._packed import save_packed
 from hawq_lightning.export.onnx import (
     Agreement,
@@ -114,3 +122,29 @@ def _write_aimet(
 ) -> Encodings:
     assert example_input is not None
     return to_aimet(model, plan, example_input, path, fold=fold)
+
+
+def _verify_executorch(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> MobileAgreement:
+    return compare_executorch(model, path, batches, images)
+
+
+@register_exporter("executorch", suffix=".pte", packages=("executorch",), verify=_verify_executorch)
+def _write_executorch(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, batches: Iterable[Batch] | None = None
+) -> MobileFile:
+    assert example_input is not None
+    return to_executorch(model, plan, example_input, path, batches=batches)
+
+
+def _verify_litert(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> MobileAgreement:
+    return compare_litert(model, path, batches, images)
+
+
+@register_exporter(
+    "litert", suffix=".tflite", packages=("litert_torch",), verify=_verify_litert, verify_packages=("ai_edge_litert",)
+)
+def _write_litert(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, batches: Iterable[Batch] | None = None
+) -> MobileFile:
+    assert example_input is not None
+    return to_litert(model, plan, example_input, path, batches=batches)

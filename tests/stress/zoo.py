@@ -32,7 +32,10 @@ ZOO = TIMM | TRANSFORMERS | SEGMENTATION | DETECTION | OWN
 # what is refused as a whole, and why
 REFUSED = {"tied autoencoder": "a function reads the weight"}
 # less than 95% of the bytes of the matrices: zoo.md names the largest that stay float
-PARTLY = {"DeBERTa-v2": "a table that every layer reads by functions", "GAT": "vectors of attention, kept as matrices"}
+PARTLY = {
+    "DeBERTa-v2": "a table that every layer reads by functions", "GAT": "vectors of attention, kept as matrices",
+    "PSPNet (resnet18)": "stages of the encoder that it holds and never calls",
+}  # fmt: skip
 
 
 class Task(LightningModule):
