@@ -39,7 +39,7 @@ def l2(request: Request) -> list[int]:
     return request.argmin(_scores(request.problem, {}))
 
 
-@register_selector("top_eigenvalue", needs=("budget", "eigenvalues"), offers=("without_traces",))
+@register_selector("top_eigenvalue", needs=("budget", "eigenvalues"))
 def top_eigenvalue(request: Request) -> list[int]:
     """Table 5's ablation: least total ``λ₁ ||ΔW||^2``."""
     return request.argmin(_scores(request.problem, _eigenvalues(request, "top_eigenvalue")))
