@@ -22,8 +22,8 @@ from hawq_lightning._types import JsonObject
 from hawq_lightning.export._deployed import Inputs, deploy
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._positive import positive_scales
-from hawq_lightning.export.onnx import _export as export
 from hawq_lightning.export.onnx._grids import ActivationGrid, Grids, WeightGrid, one_image_graph, without_unread
+from hawq_lightning.export.onnx._proto import describe, write
 
 BESIDE = (".encodings", ".0_6_1.encodings")
 
@@ -71,9 +71,9 @@ def to_aimet(
     proto = one_image_graph(deployed.model, deployed.inputs)
     grids = Grids(proto, model, deployed.plan)
     weights, activations, clamped = _plain_graph(proto, grids)
-    export._describe(proto, deployed, "aimet")
+    describe(proto, deployed, "aimet")
     forms = (_form_1_0_0(weights, activations), _form_0_6_1(weights, activations))
-    export._write(proto, files[0])
+    write(proto, files[0])
     for file, form in zip(files[1:], forms):
         write_text(file, json_text(form, indent=1))
     return Encodings({k: g.bits for k, g in weights.items()}, {k: g.bits for k, g in activations.items()}, clamped)

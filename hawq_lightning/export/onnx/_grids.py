@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
-from hawq_lightning.export.onnx import _export as export
 from hawq_lightning.export.onnx._low_bits import replace_nodes
+from hawq_lightning.export.onnx._translate import translated
 from hawq_lightning.layers import kinds
 from hawq_lightning.quantization import quantizable_layers
 
@@ -149,21 +148,7 @@ def one_image_graph(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         HawqError: an operation cannot be exported.
     """
     one = tuple(x[:1] for x in inputs)
-    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
-    with torch.no_grad():
-        result = model(*one)
-    try:
-        with export._quiet():
-            program = torch.onnx.export(
-                model, one, dynamo=True, verbose=False, opset_version=export.OPSET, input_names=names,
-                output_names=export._output_names(result), custom_translation_table=export._translations(),
-            )  # fmt: skip
-        assert program is not None
-    except Exception as error:
-        raise HawqError(export._why(error)) from error
-    proto = program.model_proto
-    export._strip(proto)
-    return proto
+    return translated(model, one, free_batch=False)
 
 
 def without_unread(proto: Any, nodes: list[Any], also: Mapping[str, Any]) -> None:

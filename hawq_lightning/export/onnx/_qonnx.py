@@ -26,7 +26,6 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.export._deployed import Inputs, deploy
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export.onnx import _export as export
 from hawq_lightning.export.onnx._grids import (
     ActivationGrid,
     Grids,
@@ -35,6 +34,7 @@ from hawq_lightning.export.onnx._grids import (
     signed_bits,
     without_unread,
 )
+from hawq_lightning.export.onnx._proto import describe, write
 
 FLOAT_BITS = 32
 DOMAIN = "qonnx.custom_op.general"
@@ -108,8 +108,8 @@ def to_qonnx(model: nn.Module, plan: Plan | None, example_input: Inputs, path: s
     proto = one_image_graph(deployed.model, deployed.inputs)
     widths = _Rewrite(proto, Grids(proto, model, deployed.plan)).run()
     proto.opset_import.append(require("onnx").helper.make_opsetid(DOMAIN, 1))
-    export._describe(proto, deployed, "qonnx")
-    export._write(proto, Path(path))
+    describe(proto, deployed, "qonnx")
+    write(proto, Path(path))
     return widths
 
 

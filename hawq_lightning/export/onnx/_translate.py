@@ -1,0 +1,131 @@
+"""A deployed model as an ONNX graph, by torch's exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._extra import require
+from hawq_lightning.export import _operators  # noqa: F401  registers the operators
+from hawq_lightning.export._deployed import first_line
+from hawq_lightning.export.onnx._proto import strip
+
+OPSET = 21
+_UINT8_TOP = 255
+
+
+def translated(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: bool = True) -> Any:
+    """The ONNX graph of a deployed model as it comes from the exporter, without what it tells of this machine.
+
+    Args:
+        model: deployed: every weight behind ``dequantize``, every grid a ``snap``.
+        inputs: example inputs.
+        free_batch: the first axis of every input may have any size.
+
+    Raises:
+        HawqError: an operation cannot be exported.
+    """
+    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    with torch.no_grad():
+        result = model(*inputs)
+    try:
+        with exporters_quiet():
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=_output_names(result),
+                dynamic_shapes=free_batch_axes(model, inputs) if free_batch else None,
+                custom_translation_table=_translations(),
+            )
+        assert program is not None
+        proto = program.model_proto
+    except Exception as error:
+        raise HawqError(_why(error, free_batch)) from error
+    strip(proto)
+    return proto
+
+
+def _translations() -> dict[Any, Any]:
+    onnx, op = require("onnx"), require("onnxscript").opset21
+
+    def byte(value: int) -> Any:
+        return op.Constant(value=onnx.helper.make_tensor("code", onnx.TensorProto.UINT8, [], [value]))
+
+    def snap(x: Any, scale: float, zero: int, top: int) -> Any:
+        step = op.Constant(value_float=scale)
+        codes = op.QuantizeLinear(x, step, byte(zero))
+        if top < _UINT8_TOP:
+            codes = op.Clip(codes, byte(0), byte(top))
+        return op.DequantizeLinear(codes, step, byte(zero))
+
+    def dequantize(codes: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    ours = torch.ops.hawq_lightning
+    return {ours.snap.default: snap, ours.dequantize.default: dequantize}
+
+
+def free_batch_axes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    """The first axis of every input; those that ``*args`` takes (wrappers have that) are one argument."""
+    batch = torch.export.Dim("batch")
+    each = [{0: batch} for _ in inputs]
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(each)
+    named = min(kinds.index(inspect.Parameter.VAR_POSITIONAL), len(each))
+    return (*each[:named], tuple(each[named:]))
+
+
+def _output_names(result: Any) -> list[str]:
+    if isinstance(result, torch.Tensor):
+        return ["output"]
+    if isinstance(result, dict):
+        return [str(k) for k in result]
+    return [f"output_{i}" for i in range(len(torch.utils._pytree.tree_leaves(result)))]
+
+
+def hint(text: str) -> str:
+    """What to do where the model's inputs have no batch axis in common, or it computes with the batch's size."""
+    if not re.search(r"is not equal to|Constraints violated|[Ss]pecializ|batch", text):
+        return ""
+    return " If the first axis of its inputs is no batch of any size, give free_batch=False."
+
+
+def _why(error: BaseException, free_batch: bool = False) -> str:
+    """One sentence from the exporter's pages."""
+    causes: list[BaseException] = [error]
+    while (deeper := causes[-1].__cause__) is not None:
+        causes.append(deeper)
+    text = "\n".join(str(e) for e in causes)
+    if operation := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
+        return f"The operation {operation[1]} cannot be exported to ONNX; replace it in the model's forward pass."
+    return f"The model cannot be exported to ONNX: {first_line(causes[-1])}{hint(text) if free_batch else ''}"
+
+
+@contextlib.contextmanager
+def exporters_quiet() -> Iterator[None]:
+    """The exporters' progress and advice are about their own insides."""
+    noisy = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx")]
+    before = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, before):
+            logger.setLevel(level)
