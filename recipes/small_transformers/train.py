@@ -82,7 +82,7 @@ def worth(task: Classifier, batches: list[Any], held_out: list[Any], seed: int) 
     step = time.process_time() - began
     task.zero_grad()
     table = sites(task, batches[0][0])
-    options = candidates(task, batches, sensitivity, table, loss, weight_bits=BITS, activation_bits=(4, 8))
+    options = candidates(task, batches, sensitivity, table, loss, weight_bits=(2, 3, 4), activation_bits=(4, 8))
     with torch.no_grad():
         outputs = [(x, task(x).log_softmax(-1)) for x, _ in held_out]
     rows = loss_per_site(task, outputs, divergence, table, options)
