@@ -187,6 +187,7 @@ def test_a_miniature_sweep_is_tuned_finished_and_not_repeated(sweep, monkeypatch
         assert mine and jobs.carry_out(fresh, design.out / "locks") == "busy"
 
 
+@pytest.mark.stress
 def test_results_are_known_again_elsewhere(sweep, tmp_path):
     design, folder = sweep
     table.keep(design.out, tmp_path / "runs.tar.xz")

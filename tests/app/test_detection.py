@@ -216,6 +216,7 @@ def test_box_loss_is_smooth_l1_per_image():
     torch.testing.assert_close(smooth, by_hand)
 
 
+@pytest.mark.stress
 def test_a_detector_learns_one_image_and_map_sees_it(tmp_path):
     seed_everything(3)
     data = TinyCoco(

@@ -105,6 +105,7 @@ def check_run(cfg, folder, record, distinct=2):
     return plan, after
 
 
+@pytest.mark.stress
 def test_resnet50_imagenet(tmp_path, folders, weights):
     file = weights("resnet50", lambda: resnet50(3), pictures(folders, 64))
     cfg = configure("resnet50_imagenet", tmp_path, folders["images"], file, *SMALL, *CLASSIFIER, *LARGE)
