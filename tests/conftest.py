@@ -9,7 +9,8 @@ import pytest
 # Whole runs, which spend their time in Hydra, Lightning and torch's exporter, and comparisons with ground truth: other
 # tests reach the lines that they reach. Tracing these for coverage is a fifth to a half of their time.
 _NOT_COUNTED = ("app/test_compare", "app/test_detection", "app/test_docs", "app/test_models_experiments",
-                "app/test_sweep", "golden/", "oracle/", "trainer/")  # fmt: skip
+                "app/test_sweep", "golden/", "oracle/", "trainer/", "unit/sensitivity/test_importance_sampling",
+                "unit/sensitivity/test_statistics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):

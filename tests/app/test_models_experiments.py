@@ -105,7 +105,6 @@ def check_run(cfg, folder, record, distinct=2):
     return plan, after
 
 
-@pytest.mark.stress
 def test_resnet50_imagenet(tmp_path, folders, weights):
     file = weights("resnet50", lambda: resnet50(3), pictures(folders, 64))
     cfg = configure("resnet50_imagenet", tmp_path, folders["images"], file, *SMALL, *CLASSIFIER, *LARGE)
@@ -124,6 +123,7 @@ def test_squeezenext_imagenet(tmp_path, folders, weights):
     assert {s.bits for s in plan.activations} == {8}
 
 
+@pytest.mark.stress
 def test_inceptionv3_imagenet_by_the_papers_blocks(tmp_path, folders, weights):
     file = weights("inception", lambda: inception_v3(3), pictures(folders, 299))
     cfg = configure(

@@ -74,7 +74,7 @@ def kinds(names, quick: set[str]):
     return [pytest.param(n, marks=() if n in quick else pytest.mark.stress) for n in names]
 
 
-QUICK = {"as it is", "with arguments and a monitor", "template", "network and task", "our task", "targets alone"}
+QUICK = {"with arguments and a monitor", "template", "targets alone"}
 
 
 @pytest.mark.parametrize("kind", kinds(COMMANDS, QUICK))
@@ -95,6 +95,7 @@ def test_the_shell_runs_a_strangers_project(project, kind):
         assert "it is given nothing of data's held_out, shift, subset" in out
 
 
+@pytest.mark.stress
 def test_a_new_python_finds_the_project_and_a_finished_run_is_not_repeated(project):
     command = [Path(sys.executable).parent / "hawq-lightning", *FAST, *AS_IT_IS]
     ran(subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300))
