@@ -242,14 +242,17 @@ def segmenter(kind: str, encoder: str = "resnet18") -> Member:
     return Member(make, batch, classify)
 
 
-def detector(name: str, size: int = 96, **options: Any) -> Member:
-    """A detector of torchvision, which computes its own losses."""
+def detector(name: str, size: int = 96, fixed: bool = False) -> Member:
+    """A detector of torchvision, which computes its own losses; some have a fixed size."""
 
     def make() -> nn.Module:
         import torchvision
 
         net = getattr(torchvision.models.detection, name)(
-            weights=None, weights_backbone=None, num_classes=3, **({"min_size": size, "max_size": size} | options)
+            weights=None,
+            weights_backbone=None,
+            num_classes=3,
+            **({} if fixed else {"min_size": size, "max_size": size}),
         )
         return net
 
@@ -268,7 +271,7 @@ SEGMENTATION = {f"{k} ({e})": segmenter(k, e) for k, e in (
 )}  # fmt: skip
 DETECTION = {
     "Faster R-CNN": detector("fasterrcnn_mobilenet_v3_large_320_fpn"),
-    "SSDlite": detector("ssdlite320_mobilenet_v3_large", 320, min_size=None, max_size=None),
+    "SSDlite": detector("ssdlite320_mobilenet_v3_large", 320, fixed=True),
     "FCOS": detector("fcos_resnet50_fpn"),
     "RetinaNet": detector("retinanet_resnet50_fpn"),
     "Mask R-CNN": detector("maskrcnn_resnet50_fpn"),
