@@ -38,7 +38,9 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 ALLOWANCE = 160  # bytes a tensor
 
 
-def turns(net: nn.Module, table: SiteTable, x: torch.Tensor) -> Plan:
+def turns(
+    net: nn.Module, table: SiteTable, x: torch.Tensor, widths: tuple[int, ...] = WIDTHS, code: str = "affine"
+) -> Plan:
     """A plan whose widths take turns, with activation grids over the range of ``x``."""
     low: dict[str, float] = {}
     high: dict[str, float] = {}
@@ -56,8 +58,8 @@ def turns(net: nn.Module, table: SiteTable, x: torch.Tensor) -> Plan:
     for handle in handles:
         handle.remove()
     chosen = [
-        PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, "affine")
-        for s, bits in zip(table.weights, cycle(WIDTHS))
+        PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, code)
+        for s, bits in zip(table.weights, cycle(widths))
     ]
     for s in table.activations:
         bottom, top = min(low[n] for n in s.layers), max(high[n] for n in s.layers)

@@ -17,14 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
+from export import turns
 from torch import nn
 
-from hawq_lightning import Plan, PlanSite, SiteTable, quantize, sites
+from hawq_lightning import quantize, sites
 from hawq_lightning.export import (
     compare,
     compare_executorch,
@@ -52,37 +52,9 @@ def images(root: Path, split: str, count: int) -> tuple[torch.Tensor, torch.Tens
     return torch.stack([data[i][0] for i in order]), torch.tensor([data[i][1] for i in order])
 
 
-def in_turn(net: nn.Module, table: SiteTable, x: torch.Tensor, widths: tuple[int, ...], code: str) -> Plan:
-    """Widths of the weights in turn, activations over the range of ``x``."""
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            low[name] = min(low.get(name, 0.0), float(args[0].min()))
-            high[name] = max(high.get(name, 0.0), float(args[0].max()))
-
-        return note
-
-    handles = [net.get_submodule(n).register_forward_pre_hook(hook(n)) for s in table for n in s.layers]
-    with torch.no_grad():
-        net(x)
-    for handle in handles:
-        handle.remove()
-    chosen = [
-        PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, bits, code)
-        for s, bits in zip(table.weights, cycle(widths))
-    ]
-    for s in table.activations:
-        bottom, top = min(low[n] for n in s.layers), max(high[n] for n in s.layers)
-        step = max(top - bottom, 1e-6) / 255
-        chosen.append(PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 8, "affine", step, round(-bottom / step)))
-    return Plan(tuple(chosen), table.layers)
-
-
 def trained(weights: Path, x: torch.Tensor, widths: tuple[int, ...] = WIDTHS, code: str = "affine"):
     net = resnet20(weights=weights).eval()
-    plan = in_turn(net, sites(net, x[:2]), x, widths, code)
+    plan = turns(net, sites(net, x[:2]), x, widths, code)
     return quantize(net, plan), plan
 
 
@@ -143,7 +115,7 @@ def torchao(args: argparse.Namespace, folder: Path) -> list[Row]:
         net = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)).eval()
         x = torch.randn(reads + 1, width)
         whole = copy.deepcopy(net)
-        quantize(net, plan := in_turn(net, sites(net, x), x, WIDTHS, "affine"))
+        quantize(net, plan := turns(net, sites(net, x), x, WIDTHS))
         made = to_torchao(net, plan, x)
         layers = [(made.model[i], net[i]) for i in (0, 2)]
         equal = all(torch.equal(a.weight.dequantize(), b.quantized_weight) for a, b in layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -137,6 +137,23 @@ def fresh_copy(batch: Batch, _copies: dict[int, Any] | None = None) -> Batch:
 
 def _holds_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) or any(_holds_tensor(v) for v in parts_of(value))
+
+
+def image_tensors(batches: Iterable[Batch], most: int | None = None) -> Iterator[torch.Tensor]:
+    """The images of batches: tensors, or the first thing in each.
+
+    Args:
+        batches: of any length.
+        most: stop after so many images; the last batch is cut.
+    """
+    count = 0
+    for batch in batches:
+        x: torch.Tensor = batch if isinstance(batch, torch.Tensor) else batch[0]
+        x = x if most is None else x[: most - count]
+        yield x
+        count += len(x)
+        if most is not None and count >= most:
+            return
 
 
 def default_forward(model: nn.Module, batch: Batch) -> Outputs:

@@ -6,7 +6,7 @@ import inspect
 import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from hawq_lightning._batches import image_tensors
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
@@ -32,6 +33,7 @@ from hawq_lightning.report import model_card, write_report
 
 _TABLES = ("latency.csv", "latency_openvino.csv")
 _WRITTEN = (*_TABLES, "export.json")
+_CALIBRATION = 256  # images, enough to see ranges on
 # 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
 _TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
@@ -87,7 +89,7 @@ def _export(
             print(f"{FILE}: {agreement}")
     for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
-        offered = {"fold": cfg.fold, "batches": _some(real)}
+        offered = {"fold": cfg.fold, "batches": image_tensors(real, _CALIBRATION)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
         export(network_of(net), plan, path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
@@ -123,15 +125,6 @@ def _check(cfg: DictConfig) -> None:
             raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
     if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
         raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
-
-
-def _some(batches: Iterable[torch.Tensor], images: int = 256) -> Iterator[torch.Tensor]:
-    """Enough to see ranges on."""
-    for x in batches:
-        yield x[:images]
-        images -= len(x)
-        if images <= 0:
-            return
 
 
 def _runtimes(cfg: DictConfig) -> list[str]:

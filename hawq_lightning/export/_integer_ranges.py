@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from hawq_lightning._batches import image_tensors
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch
 
@@ -48,8 +49,7 @@ class Ranges(fx.Interpreter):
     def see(self, batches: Iterable[Batch]) -> None:
         """Image by image: the graph is for one."""
         count = 0
-        for batch in batches:
-            images = batch if isinstance(batch, torch.Tensor) else batch[0]
+        for images in image_tensors(batches):
             for image in images.detach().to("cpu", torch.float32):
                 self.run(image[None])
                 count += 1

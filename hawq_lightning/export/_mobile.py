@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hawq_lightning._batches import image_tensors
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._io import write_bytes
@@ -195,16 +196,12 @@ def _compare(
     model = model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     count, same, difference = 0, 0, 0.0
-    for batch in batches:
-        x = batch if isinstance(batch, torch.Tensor) else batch[0]
-        x = x if images is None else x[: images - count]
+    for x in image_tensors(batches, images):
         expected = model(x.to(device)).float().cpu().numpy()
         actual = np.concatenate([run(image[None].cpu().float()) for image in x])
         same += int((expected.argmax(1) == actual.argmax(1)).sum())
         difference = max(difference, float(np.abs(expected - actual).max(initial=0)))
         count += len(x)
-        if images is not None and count >= images:
-            break
     if not count:
         raise HawqError("There are no images to compare on.")
     return MobileAgreement(name, count, same, difference)

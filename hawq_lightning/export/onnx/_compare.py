@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import default_forward
+from hawq_lightning._batches import default_forward, image_tensors
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._session import integer_kernels, open_session, session
@@ -130,9 +130,7 @@ def compare(
     mode = model.training
     model.eval()
     try:
-        for batch in batches:
-            x = batch if isinstance(batch, torch.Tensor) else batch[0]
-            x = x if images is None else x[: images - count]
+        for x in image_tensors(batches, images):
             x = x.to(device)
             feed = _feed(whole, x)
             with _Seen(layers, alike) as seen:
@@ -158,8 +156,6 @@ def compare(
                     flipped[f"{name}.input"] += int((made[call] != codes_of_file.astype(np.int32)).sum())
                     counted[f"{name}.input"] += codes_of_file.size
             count += len(x)
-            if images is not None and count >= images:
-                break
     finally:
         model.train(mode)
     if not count:

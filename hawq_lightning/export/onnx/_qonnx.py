@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hawq_lightning._batches import image_tensors
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
@@ -208,13 +209,10 @@ def compare_qonnx(
     try:
         file = wrapper(str(path)).transform(shapes())
         takes, gives = (file.graph.input[0].name, file.graph.output[0].name)
-        for batch in batches:
-            x = (batch if isinstance(batch, torch.Tensor) else batch[0])[: count - len(actual)]
+        for x in image_tensors(batches, count):
             first = torch.utils._pytree.tree_leaves(model(x.to(device)))[0]
             expected += list(first.float().cpu().numpy())
             actual += [execute(file, {takes: image[None].cpu().float().numpy()})[gives][0] for image in x]
-            if len(actual) >= count:
-                break
         counted = cost(str(path), discount_sparsity=False)["total_cost"]
     except HawqError:
         raise
