@@ -143,6 +143,8 @@ def main() -> None:
             "",
             "Weights are random: a code that flips by rounding flips more from layer to layer, which says little about "
             "a trained network.",
+            "",
+            "Speeds, and the integer files' sizes: [export_speed.md](export_speed.md).",
         ]
     )
     print(text)
