@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hawq_lightning._candidates import Candidates
+from hawq_lightning._checkout import find_conf
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._plan import Candidate, Plan, PlanSite
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
         PostTraining,
         load_from_checkpoint,
     )
+
+find_conf()
+del find_conf
 
 _LIGHTNING = ("HAWQ", "ApplyPlan", "BlockwiseOrder", "Distillation", "FreezeSchedule", "MeasureTraces", "PostTraining",
               "load_from_checkpoint")  # fmt: skip

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from hawq_lightning._torch_state import traced, transformed
+
 Method = TypeVar("Method", bound=Callable[..., torch.Tensor])
 Operand = tuple[torch.Tensor, torch.Tensor, "Recomputable"]
 _NOTHING = contextlib.nullcontext()
@@ -98,7 +100,7 @@ def _can_repeat(output: torch.Tensor, source: torch.Tensor, quantizer: Recomputa
 
 def _others_decide() -> bool:
     """Whether others look after memory (checkpointing, offloading), or torch.func or a tracer runs."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+    if transformed() or traced():
         return True
     look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return look is not None and look(True) is not None

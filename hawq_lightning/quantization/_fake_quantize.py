@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from hawq_lightning._torch_state import traced, transformed
 from hawq_lightning._types import AutogradContext, FunctionInputs
 
 MIDRISE_ZERO = -0.5  # (code - zero) * scale: levels at odd halves
@@ -98,16 +99,6 @@ def eager(x: torch.Tensor) -> bool:
     exact = x.dtype in (torch.float32, torch.bfloat16)
     others = torch.compiler.is_compiling() or traced() or transformed()
     return x.device.type == "cpu" and exact and not others
-
-
-def traced() -> bool:
-    """Whether ``torch.jit.trace`` runs, which keeps torch's operators alone."""
-    return torch._C._get_tracing_state() is not None
-
-
-def transformed() -> bool:
-    """Whether a transformation of torch.func runs (``vmap``, ``grad``, ``jvp``), for which tensors have no values."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def masked(x: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

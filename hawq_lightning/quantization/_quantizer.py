@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx import Proxy
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import transformed, with_zero_grads
+from hawq_lightning._torch_state import transformed
+from hawq_lightning.quantization._fake_quantize import with_zero_grads
 from hawq_lightning.quantization._storage import Storage
 
 _OLD_NUM_BITS = "width"  # what release 0.1.0 called the buffer

@@ -140,7 +140,8 @@ def _run(
     first_bounded: int,
 ) -> list[int] | None:
     i, j, v = zip(*rows.entries)
-    matrix = coo_array((v, (i, j)), shape=(len(rows.low), len(upper))).tocsr()
+    places = np.array(i, np.int32), np.array(j, np.int32)  # scipy before 1.15 takes no wider ones
+    matrix = coo_array((v, places), shape=(len(rows.low), len(upper))).tocsr()
     integrality = np.zeros(len(upper))
     integrality[:binary] = 1
     low, high = np.asarray(rows.low), np.asarray(rows.high)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,6 +19,11 @@ from hawq_lightning._loss_graph import Trained, trainable
 from hawq_lightning._types import Batch, StateDict
 from hawq_lightning.sensitivity import ProcessShard
 
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("WeightAveraging", "StochasticWeightAveraging")  # the first came with Lightning 2.6
+    if hasattr(lightning_callbacks, name)
+)
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -112,7 +117,7 @@ def move_to_front(trainer: Trainer, callback: Callback) -> list[Callback]:
 def rerun_setup(before: list[Callback], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     """Averaging callbacks that copied the model before it had quantizers copy it again."""
     for callback in before:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if isinstance(callback, _AVERAGING):
             callback.setup(trainer, pl_module, stage)
 
 

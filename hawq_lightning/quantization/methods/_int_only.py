@@ -9,7 +9,8 @@ from torch import nn
 
 from hawq_lightning._batchnorm import gain
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import per_channel_view, transformed
+from hawq_lightning._torch_state import transformed
+from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges, check_finite
 from hawq_lightning.quantization._registry import register_quantizer

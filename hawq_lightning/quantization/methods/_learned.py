@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hawq_lightning._torch_state import traced, transformed
 from hawq_lightning._types import AutogradContext, FunctionInputs
-from hawq_lightning.quantization._fake_quantize import clipped_grad, eager, traced, transformed
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 
 
 def learned_step(x: torch.Tensor, step: torch.Tensor, zero: float, low: int, high: int, factor: float) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._torch_state import transformed
 from hawq_lightning._types import AutogradContext, FunctionInputs
-from hawq_lightning.quantization._fake_quantize import clipped_grad, eager, transformed
+from hawq_lightning.quantization._fake_quantize import clipped_grad, eager
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._ranges import HUGE, TINY, Ranges
 from hawq_lightning.quantization._storage import Storage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.quantization._fake_quantize import transformed
+from hawq_lightning._torch_state import transformed
 from hawq_lightning.quantization._quantizers import WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, check_finite, weight_step
 from hawq_lightning.quantization._registry import register_quantizer

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import nn
 
+from hawq_lightning._torch_state import traced
 from hawq_lightning.layers import deterministic
-from hawq_lightning.quantization._fake_quantize import per_channel_view, traced
+from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._ranges import TINY, Ranges
