@@ -61,8 +61,8 @@ def test_weight_averaging(tmp_path, kind, first):
 @ORDERS
 def test_averaged_checkpoints_keep_the_plan(tmp_path, first):
     model, callback = Classifier(), hawq()
-    saver = ModelCheckpoint(tmp_path, save_last=True)
-    fit_beside(tmp_path, model, callback, [EMAWeightAveraging(decay=0.9), saver], first, enable_checkpointing=True)
+    saver, average = ModelCheckpoint(tmp_path, save_last=True), callbacks.EMAWeightAveraging(decay=0.9)
+    fit_beside(tmp_path, model, callback, [average, saver], first, enable_checkpointing=True)
     loaded = load_from_checkpoint(Classifier, tmp_path / "last.ckpt")
     assert enabled_bits(loaded) == enabled_bits(model)
 
