@@ -15,7 +15,10 @@ from hawq_lightning.callbacks._mixed_training import MixedTraining
 from hawq_lightning.callbacks._post_training import PostTraining
 from hawq_lightning.callbacks._trainer import (
     in_middle_of_epoch,
+    kinds,
     loss_from_training_step,
+    namespace_of,
+    overrides,
     refuse_sharded,
     runs_script_again,
     shows_progress,
@@ -36,8 +39,11 @@ __all__ = [
     "MixedTraining",
     "PostTraining",
     "in_middle_of_epoch",
+    "kinds",
     "load_from_checkpoint",
     "loss_from_training_step",
+    "namespace_of",
+    "overrides",
     "preview",
     "refuse_sharded",
     "runs_script_again",

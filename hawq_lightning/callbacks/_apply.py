@@ -21,7 +21,7 @@ from hawq_lightning.callbacks._optimized import add_learned_steps, warn_made_ane
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
-    check_namespace,
+    check_trainer,
     has_parent,
     insert_after,
     is_sharded,
@@ -116,7 +116,7 @@ class ApplyPlan(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make fake-quant layers, whatever the stage; go to the front of the callbacks, with every companion."""
-        check_namespace(trainer)
+        check_trainer(trainer)
         if self.quantizer.options.get("reestimate") and (name := is_sharded(trainer)):
             raise HawqError(f"{name} splits the weights; ranges cannot follow them: leave reestimate at 0.")
         before = move_to_front(trainer, self)

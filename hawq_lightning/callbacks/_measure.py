@@ -24,7 +24,7 @@ from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untra
 from hawq_lightning.callbacks._results import HasResults, Results, there
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
-    check_namespace,
+    check_trainer,
     is_sharded,
     loss_from_training_step,
     refuse_sharded,
@@ -123,7 +123,7 @@ class MeasureTraces(HasResults, Callback):
         Raises:
             HawqError: whatever cannot be measured or met, before any training step.
         """
-        check_namespace(trainer)
+        check_trainer(trainer)
         refuse_sharded(trainer)
         return interruptible(trainer, lambda check: self._analyze(trainer, pl_module, check))
 

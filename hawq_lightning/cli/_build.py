@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,10 +13,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning.callbacks import HAWQ, runs_script_again
+from hawq_lightning.callbacks import HAWQ, kinds, namespace_of, runs_script_again
 from hawq_lightning.cli._plain_checkpoints import write_plain_checkpoints
 from hawq_lightning.cli._targets import is_own, made, takes, target_of
 from hawq_lightning.quantization import import_quantizers
+
+_OTHER_NAME = "pytorch_lightning"
+_PROGRESS = "hawq_lightning.cli.PlainProgressBar"
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -37,10 +41,11 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule | None:
     """
     if cfg.get("data") is None:
         return None
-    data = made(cfg.data, "data")
-    if not isinstance(data, pl.LightningDataModule):
+    data: Any = made(cfg.data, "data")
+    if not isinstance(data, kinds("LightningDataModule")):
         raise HawqError(_of_another_kind("data", cfg.data._target_, data, "LightningDataModule"))
-    return data
+    found: pl.LightningDataModule = data
+    return found
 
 
 def make_task(cfg: DictConfig) -> pl.LightningModule:
@@ -56,8 +61,9 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
     argument = None if target is None else _argument(target)
     needs_net = target is None or argument is not None
     net = make_net(cfg) if cfg.get("model") is not None and needs_net else None
-    if own_task and isinstance(net, pl.LightningModule):
-        return net
+    if own_task and isinstance(net, kinds("LightningModule")):
+        own: pl.LightningModule = net
+        return own
     if target is None:
         raise HawqError(
             "task=null needs a model that is a LightningModule; there is "
@@ -72,10 +78,11 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
         raise HawqError(
             f"model=null leaves {cfg.task._target_} without a network: give task=lightning_module, or a model."
         )
-    task = made(cfg.task, "task", **({} if net is None else {str(argument): net}))
-    if not isinstance(task, pl.LightningModule):
+    task: Any = made(cfg.task, "task", **({} if net is None else {str(argument): net}))
+    if not isinstance(task, kinds("LightningModule")):
         raise HawqError(_of_another_kind("task", cfg.task._target_, task, "LightningModule"))
-    return task
+    found: pl.LightningModule = task
+    return found
 
 
 def hooks_of(task: pl.LightningModule, data: pl.LightningDataModule | None) -> pl.core.hooks.DataHooks:
@@ -101,12 +108,7 @@ def _argument(task: object) -> str | None:
 
 
 def _of_another_kind(group: str, target: str, made: object, kind: str) -> str:
-    bases = [c.__module__.partition(".")[0] for c in type(made).__mro__]
     said = f"{group}._target_={target} makes a {type(made).__name__}, which is no {kind}"
-    if "pytorch_lightning" in bases:
-        return (
-            f"{said} of lightning.pytorch: write 'import lightning.pytorch as pl' where it is defined (the same code)."
-        )
     if group == "task" and isinstance(made, nn.Module):
         return f"{said}; give a plain network as model._target_."
     return f"{said}."
@@ -124,28 +126,31 @@ def make_companions(cfg: DictConfig) -> list[pl.Callback]:
     return [instantiate(node, _convert_="all") for node in (cfg.fine_tuning or {}).values() if node]
 
 
-def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **changes: Any) -> pl.Trainer:
-    """A Trainer with the loggers and callbacks of the configuration.
+def make_trainer(
+    cfg: DictConfig, phase: str, extra: list[pl.Callback], task: pl.LightningModule, **changes: Any
+) -> pl.Trainer:
+    """A Trainer with the loggers and callbacks of the configuration, of the name of Lightning that the task is of.
 
     Args:
         cfg: all of it; its ``phase`` is set.
         phase: ``float`` or ``fine_tuning``.
         extra: callbacks that come before the configured ones.
+        task: what it is for.
         changes: arguments of the Trainer to override.
     """
     cfg.phase = phase
-    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c]
-    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c]
-    if not any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks):
+    callbacks = [_made_beside(task, c) for c in (cfg.callbacks or {}).values() if c]
+    loggers = [_made_beside(task, c) for c in (cfg.logger or {}).values() if c]
+    if not any(isinstance(c, kinds("callbacks.Checkpoint")) for c in callbacks):
         changes.setdefault("enable_checkpointing", False)
-    if not any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks):
+    if not any(isinstance(c, kinds("callbacks.ProgressBar")) for c in callbacks):
         changes.setdefault("enable_progress_bar", False)
-    trainer: pl.Trainer = instantiate(
+    trainer: pl.Trainer = _made_beside(
+        task,
         cfg.trainer,
         callbacks=[*extra, *callbacks],
         logger=loggers or False,
         default_root_dir=cfg.paths.output_dir,
-        _convert_="all",
         **changes,
     )
     write_plain_checkpoints(trainer)
@@ -156,6 +161,29 @@ def make_trainer(cfg: DictConfig, phase: str, extra: list[pl.Callback], **change
             f"hydra.launcher.tasks_per_node={trainer.num_devices}."
         )
     return trainer
+
+
+def check_one_namespace(task: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
+    """Lightning has two names, whose Trainers take no classes of the other.
+
+    Raises:
+        HawqError: the task is of one and the DataModule of the other.
+    """
+    names = [namespace_of(x) for x in (task, data) if x is not None]
+    if len(set(names)) > 1:
+        raise HawqError(
+            f"task={type(task).__name__} is of {names[0]} and data={type(data).__name__} of {names[1]}: one Trainer "
+            "cannot run both; import the same name of Lightning in both (the same code)."
+        )
+
+
+def _made_beside(task: pl.LightningModule, node: DictConfig, **more: Any) -> Any:
+    """What a node of the configuration describes, of the name of Lightning that the task is of."""
+    if namespace_of(task) == _OTHER_NAME:
+        node = node.copy()
+        target = {_PROGRESS: f"{_OTHER_NAME}.callbacks.RichProgressBar"}.get(node._target_, node._target_)
+        node._target_ = re.sub(r"^lightning\.pytorch\.", f"{_OTHER_NAME}.", target)
+    return instantiate(node, _convert_="all", **more)
 
 
 def _in_sweep() -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +20,10 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._shares import binary_size, compression_text
 from hawq_lightning._types import JsonObject
-from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.callbacks import HAWQ, overrides
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
 from hawq_lightning.cli._build import (
+    check_one_namespace,
     check_settings,
     hooks_of,
     make_callback,
@@ -99,6 +99,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, task = make_data(cfg), make_task(cfg)
+    check_one_namespace(task, data)
     hawq = make_callback(cfg)
     hawq.measure_callback.only_needed = bool(cfg.epochs)  # without a training the traces are what is wanted
     checkpoint = cfg.ckpt_path
@@ -116,7 +117,9 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
         train_float(cfg, task, data, record, progress, hawq)
     recorder = Recorder(hawq, folder, record, progress)
     extra = [PaperFigures(hawq, folder / "figures")] if cfg.get("paper_figures") else []
-    trainer = make_trainer(cfg, "fine_tuning", [hawq, *make_companions(cfg), recorder, *extra], max_epochs=cfg.epochs)
+    trainer = make_trainer(
+        cfg, "fine_tuning", [hawq, *make_companions(cfg), recorder, *extra], task, max_epochs=cfg.epochs
+    )
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     if not trainer.is_global_zero:
         return record
@@ -178,7 +181,7 @@ def train_float(
     extra: list[pl.Callback] = [KeepRandomStates(), CommitAtFirstBatch(progress)]
     if float_checkpoint is None:
         extra.append(pl.callbacks.LambdaCallback(on_fit_start=hawq.check_early))
-    trainer = make_trainer(cfg, "float", extra, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
+    trainer = make_trainer(cfg, "float", extra, task, max_epochs=cfg.float_epochs, num_sanity_val_steps=0)
     if cfg.float_epochs:
         if fine_tuning_lr is not None:
             task.lr = cfg.float_lr
@@ -197,8 +200,7 @@ def train_float(
 
 def _can_validate(task: pl.LightningModule, data: pl.LightningDataModule | None) -> bool:
     """Whether there is a validation step, and a loader for it."""
-    loads = is_overridden("val_dataloader", hooks_of(task, data))
-    return loads and is_overridden("validation_step", task)
+    return overrides("val_dataloader", hooks_of(task, data)) and overrides("validation_step", task)
 
 
 def show(record: JsonObject, folder: Path) -> None:

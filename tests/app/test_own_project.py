@@ -199,12 +199,27 @@ def test_an_error_inside_of_their_module_is_named(here):
         )
 
 
-def test_a_module_of_the_other_name_is_told_so(here):
+def of_the_other_name(project: Path, *names: str) -> None:
+    for name in names:
+        file = project / "src" / f"{name}.py"
+        file.write_text(file.read_text().replace("lightning.pytorch", "pytorch_lightning"))
+
+
+def test_two_names_of_lightning_in_one_run_are_refused(project):
     pytest.importorskip("pytorch_lightning")
-    text = (here / "src" / "plain.py").read_text().replace("lightning.pytorch", "pytorch_lightning")
-    (here / "src" / "plain.py").write_text(text)
-    with pytest.raises(HawqError, match="which is no LightningModule of lightning.pytorch"):
-        built(here, *AS_IT_IS)
+    of_the_other_name(project, "plain")
+    said = refused(project, *AS_IT_IS)
+    assert "task=Plain is of pytorch_lightning and data=Shapes of lightning.pytorch" in said
+
+
+def test_the_shell_runs_a_project_of_the_other_name(project):
+    pytest.importorskip("pytorch_lightning")
+    of_the_other_name(project, "plain", "data")
+    words = [w for w in FAST if w != "callbacks=none"]
+    ran(shell("hawq-lightning", *words, *AS_IT_IS, cwd=project))
+    (project / "run" / "model.safetensors").unlink()
+    assert "goes on where it stopped" in ran(shell("hawq-lightning", *words, *AS_IT_IS, cwd=project))
+    assert (project / "run" / "model.safetensors").is_file()
 
 
 def test_what_is_located_and_who_it_is(tmp_path, monkeypatch):

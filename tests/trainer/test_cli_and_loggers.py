@@ -1,14 +1,11 @@
 """LightningCLI, loggers, progress bars and the other namespace."""
 
-import warnings
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from hawq_lightning import HawqError
-from hawq_lightning.callbacks import HAWQ, ApplyPlan, MeasureTraces
+from hawq_lightning.callbacks import HAWQ
 from tests.trainers import Classifier, assert_mixed, hawq, loader, trainer
 
 
@@ -107,33 +104,3 @@ def test_rich(tmp_path, first, capsys):
     t.fit(model, loader(), loader(shuffle=False))
     assert_mixed(model, callback)
     assert "QLinear" not in capsys.readouterr().err
-
-
-@pytest.mark.feature(
-    "Modules", "the namespace `pytorch_lightning`", "refused in one sentence: import `lightning.pytorch`, which works"
-)
-@pytest.mark.parametrize("make", [hawq, MeasureTraces, ApplyPlan])
-def test_the_other_namespace_is_told(tmp_path, make):
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Theirs(other.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Classifier().net
-
-        def training_step(self, batch, batch_idx):
-            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.01)
-
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-             "enable_model_summary": False, "default_root_dir": tmp_path, "accelerator": "cpu"}  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(HawqError, match=r"import lightning\.pytorch as pl") as told:
-            other.Trainer(max_epochs=1, callbacks=[make()], **quiet).fit(Theirs(), loader())
-    assert "\n" not in str(told.value)
-    model, callback = Classifier(), hawq()  # what the sentence says to do
-    trainer(tmp_path, callback).fit(model, loader())
-    assert_mixed(model, callback)

@@ -4,6 +4,7 @@ Tested with lightning 2.6; every private name that the package uses is used here
 """
 
 from hawq_lightning.callbacks._trainer._data import train_batches
+from hawq_lightning.callbacks._trainer._namespaces import check_trainer, kind_beside, kinds, namespace_of, overrides
 from hawq_lightning.callbacks._trainer._patched_step import (
     StepOutput,
     float_copy,
@@ -18,7 +19,6 @@ from hawq_lightning.callbacks._trainer._trainer import (
     after_layers_exist,
     at_epoch_end,
     builds_later,
-    check_namespace,
     gathered,
     has_parent,
     in_middle_of_epoch,
@@ -46,17 +46,21 @@ __all__ = [
     "after_layers_exist",
     "at_epoch_end",
     "builds_later",
-    "check_namespace",
+    "check_trainer",
     "float_copy",
     "gathered",
     "has_parent",
     "in_middle_of_epoch",
     "insert_after",
     "is_sharded",
+    "kind_beside",
+    "kinds",
     "loss_from_training_step",
     "loss_of",
     "move_to_front",
+    "namespace_of",
     "optimized",
+    "overrides",
     "patch_training_step",
     "refuse_sharded",
     "renew_train_iterator",

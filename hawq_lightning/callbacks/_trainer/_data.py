@@ -9,14 +9,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
+from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
 Index = TypeVar("Index")
@@ -42,7 +42,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
     """
     with random_states_kept(seed):
         loaders = _loaders(trainer)
-        if isinstance(loaders, CombinedLoader):
+        if isinstance(loaders, kinds("utilities.CombinedLoader")):
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
@@ -172,7 +172,7 @@ def onto_device(
     strategy = trainer.strategy
     owners = [pl_module, *([trainer.datamodule] if getattr(trainer, "datamodule", None) is not None else [])]  # type: ignore[attr-defined]
     kept = [trainer.precision_plugin.convert_input(batch) for batch in batches]
-    if not any(is_overridden(hook, owner) for hook in _HOOKS for owner in owners):
+    if not any(overrides(hook, owner) for hook in _HOOKS for owner in owners):
         return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0), size_of)
     home = torch.device("cpu")
     for number, batch in enumerate(kept):

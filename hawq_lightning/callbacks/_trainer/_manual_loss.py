@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hawq_lightning._loss_graph import walk
 from hawq_lightning._types import FunctionInputs, Options
+from hawq_lightning.callbacks._trainer._namespaces import kinds
 
 
 class LossCaptured(BaseException):
@@ -73,19 +73,21 @@ _GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 def manual_backward(module: nn.Module) -> Iterator[None]:
     """Inside, a step of ``module`` ends with :class:`LossCaptured` as soon as its loss is known, before any update."""
     backward = ManualBackward(module)
-    step = LightningOptimizer.step
+    steps = {kind: kind.step for kind in kinds("core.optimizer.LightningOptimizer")}
 
     def update(*args: object, **kwargs: object) -> None:
         backward.settle()
 
     try:
         module.__dict__["manual_backward"] = backward
-        LightningOptimizer.step = update  # type: ignore[method-assign]
+        for kind in steps:
+            kind.step = update
         with backward:
             yield
         backward.settle()
     finally:
-        LightningOptimizer.step = step  # type: ignore[method-assign]
+        for kind, step in steps.items():
+            kind.step = step
         module.__dict__.pop("manual_backward", None)
 
 

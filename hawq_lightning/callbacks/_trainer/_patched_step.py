@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning.callbacks._trainer._namespaces import kinds
 
 
 def float_copy(pl_module: LightningModule) -> LightningModule:
@@ -32,7 +33,7 @@ def float_copy(pl_module: LightningModule) -> LightningModule:
             p.grad = grad
     frozen.requires_grad_(False)
     for module in frozen.modules():
-        if isinstance(module, LightningModule):
+        if isinstance(module, kinds("LightningModule")):
             module.__dict__.pop("training_step", None)  # what was put there belongs to the original
             module.__dict__.update({name: lambda *a, **k: None for name in ("log", "log_dict")})
         if isinstance(module, Metric):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from hawq_lightning.callbacks._trainer._namespaces import kinds
 
 
 def scores_begin_anew(trainer: Trainer) -> list[str]:
@@ -14,14 +15,15 @@ def scores_begin_anew(trainer: Trainer) -> list[str]:
         who had one, for a message.
     """
     names = []
+    checkpoints, stoppers = kinds("callbacks.ModelCheckpoint"), kinds("callbacks.EarlyStopping")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        if isinstance(callback, checkpoints) and callback.monitor is not None:
             if callback.best_model_score is None and not callback.best_k_models:
                 continue
             worst = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"))
             callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
-        elif isinstance(callback, EarlyStopping):
+        elif isinstance(callback, stoppers):
             worst = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"))
             if callback.best_score.isinf() and not callback.wait_count:
                 continue

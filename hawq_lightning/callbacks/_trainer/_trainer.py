@@ -9,35 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._loss_graph import Trained, trainable
 from hawq_lightning._types import Batch, StateDict
+from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.sensitivity import ProcessShard
 
-_AVERAGING = tuple(
-    getattr(lightning_callbacks, name)
-    for name in ("WeightAveraging", "StochasticWeightAveraging")  # the first came with Lightning 2.6
-    if hasattr(lightning_callbacks, name)
-)
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-
-
-def check_namespace(trainer: object) -> None:
-    """Lightning has two names, whose classes are not each other's.
-
-    Raises:
-        HawqError: the Trainer is ``pytorch_lightning``'s.
-    """
-    if not isinstance(trainer, Trainer):
-        raise HawqError(
-            f"HAWQ is a callback for lightning.pytorch, and this Trainer comes from {type(trainer).__module__}: write "
-            "'import lightning.pytorch as pl' in the place of 'import pytorch_lightning as pl' (the same code)."
-        )
 
 
 def is_sharded(trainer: Trainer) -> str:
@@ -85,13 +64,13 @@ def shard_of(trainer: Trainer) -> ProcessShard:
 
 def builds_later(pl_module: LightningModule) -> bool:
     """Whether a hook that builds layers (``setup`` or ``configure_model``) may come after ours."""
-    return any(is_overridden(name, pl_module) for name in ("setup", "configure_model"))
+    return any(overrides(name, pl_module) for name in ("setup", "configure_model"))
 
 
 def after_layers_exist(pl_module: LightningModule, prepare: Callable[[], object]) -> None:
     """Call ``prepare`` again after ``setup`` and ``configure_model`` of a module that builds layers there."""
     for name in ("setup", "configure_model"):
-        if not is_overridden(name, pl_module) or name in pl_module.__dict__:
+        if not overrides(name, pl_module) or name in pl_module.__dict__:
             continue
         original = getattr(pl_module, name)
 
@@ -116,8 +95,9 @@ def move_to_front(trainer: Trainer, callback: Callback) -> list[Callback]:
 
 def rerun_setup(before: list[Callback], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     """Averaging callbacks that copied the model before it had quantizers copy it again."""
+    averaging = (*kinds("callbacks.WeightAveraging"), *kinds("callbacks.StochasticWeightAveraging"))
     for callback in before:
-        if isinstance(callback, _AVERAGING):
+        if isinstance(callback, averaging):
             callback.setup(trainer, pl_module, stage)
 
 
@@ -202,7 +182,7 @@ def gathered(trainer: Trainer, state: StateDict) -> StateDict:
 
 def has_parent(trainer: Trainer) -> bool:
     """Whether the user's own process waits for this one (spawn and fork), and learns by files what it measured."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return isinstance(trainer.strategy.launcher, kinds("strategies.launchers.multiprocessing._MultiProcessingLauncher"))
 
 
 def shows_progress(trainer: Trainer) -> bool:
@@ -212,7 +192,9 @@ def shows_progress(trainer: Trainer) -> bool:
 
 def runs_script_again(trainer: Trainer) -> bool:
     """Whether the Trainer starts its other processes by running the whole program once more for each."""
-    return trainer.world_size > 1 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    return trainer.world_size > 1 and isinstance(
+        trainer.strategy.launcher, kinds("strategies.launchers._SubprocessScriptLauncher")
+    )
 
 
 def insert_after(trainer: Trainer, callback: Callback, extra_callbacks: Sequence[Callback]) -> None:

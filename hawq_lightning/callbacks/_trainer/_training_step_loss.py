@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
@@ -19,6 +17,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
+from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
 from hawq_lightning.sensitivity import HeldAttributes
 
 
@@ -70,7 +69,7 @@ def loss_from_training_step(
 
     try:
         trainer.training = True
-        trainer.loggers = [DummyLogger()] if loggers else []
+        trainer.loggers = [kind_beside(trainer, "loggers.logger.DummyLogger")()] if loggers else []
         pl_module._current_fx_name = "training_step"
         pl_module.__dict__.update(muted)
         for m in modules:
@@ -113,12 +112,16 @@ def _loss(
     args = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
     manual = not module.automatic_optimization
     needs = [(p, p.requires_grad) for p in module.parameters()] if manual else []
+    expected: tuple[type[Exception], ...] = (
+        AttributeError,
+        *kinds("utilities.exceptions.MisconfigurationException", fabric=True),
+    )
     try:
         with manual_backward(module) if manual else _Backward(backward):
             out = step(*args)
     except LossCaptured as captured:
         return captured.loss
-    except (AttributeError, MisconfigurationException) as error:
+    except expected as error:
         if isinstance(error, AttributeError) and not made_later(error, module):
             error.add_note(f"HAWQ runs training_step before training starts. If a later hook makes this: {hint}.")
             raise  # most likely the step's own mistake, which it would make in training as well

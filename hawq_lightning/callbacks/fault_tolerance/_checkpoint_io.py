@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from hawq_lightning._io import write_bytes
 from hawq_lightning._types import StateDict
-from hawq_lightning.callbacks._trainer import is_sharded
+from hawq_lightning.callbacks._trainer import is_sharded, kinds
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -38,5 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def write_checkpoints_atomically(trainer: Trainer) -> None:
     """Unless the strategy or the user has a way of their own: see :class:`AtomicCheckpointIO`."""
-    if not is_sharded(trainer) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+    if not is_sharded(trainer) and type(trainer.strategy.checkpoint_io) in kinds(
+        "plugins.TorchCheckpointIO", fabric=True
+    ):
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()

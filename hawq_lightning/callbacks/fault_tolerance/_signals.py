@@ -9,9 +9,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from hawq_lightning.callbacks._trainer import restore_progress, signal_handlers
+from hawq_lightning.callbacks._trainer import kind_beside, restore_progress, signal_handlers
 
 Result = TypeVar("Result")
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # SIGUSR1: SLURM's notice, by default
@@ -47,7 +46,7 @@ def interruptible(trainer: Trainer, work: Callable[[Callable[[], None]], Result]
             for handler, number in waiting:
                 handler(number, None)
             if trainer.received_sigterm:
-                raise SIGTERMException
+                raise kind_beside(trainer, "utilities.exceptions.SIGTERMException")
             if done:
                 return result
 
