@@ -80,8 +80,10 @@ def _export(
     batches = _batches(run)
     real = Images(net, batches)
     first = real.first()
-    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, **how)
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_size": cfg.free_size}
+    record = write_onnx(
+        folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, seven_bits=cfg.seven_bits, **how
+    )
     for runtime in runtimes[1:]:
         if cfg.images != 0:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
