@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import default_forward, image_tensors
+from hawq_lightning._batches import default_forward, image_tensors, pieces
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._session import integer_kernels, open_session, session
@@ -124,13 +124,13 @@ def compare(
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
     different, count, classes = [], 0, True
-    names = [o.name for o in whole.get_outputs()]
+    names, size = [o.name for o in whole.get_outputs()], whole.get_inputs()[0].shape[0]
     most, total, values = np.zeros(len(names)), np.zeros(len(names)), np.zeros(len(names))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mode = model.training
     model.eval()
     try:
-        for x in image_tensors(batches, images):
+        for x in pieces(image_tensors(batches, images), size):
             x = x.to(device)
             feed = _feed(whole, x)
             with _Seen(layers, alike) as seen:
@@ -159,12 +159,16 @@ def compare(
     finally:
         model.train(mode)
     if not count:
-        raise HawqError("There are no images to compare on.")
+        raise HawqError(f"There are no images to compare on{_at_once(size)}.")
     same = count - len({d.image for d in different})
     apart = {n: (float(m), float(t / max(1, v))) for n, m, t, v in zip(names, most, total, values)}
     return Agreement(
         count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart, runtime
     )
+
+
+def _at_once(size: int | str) -> str:
+    return "" if isinstance(size, str) or size == 1 else f"; the file takes {size} at a time"
 
 
 def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
