@@ -200,7 +200,7 @@ def _with_codes(
         grid = made.get(node.input[0])
         while grid is not None and grid.op_type in ("Transpose", "Reshape", "Pad", "Concat", "Slice"):
             grid = made.get(grid.input[0])
-        if weight is None:
+        if weight is None or _is_activation(weight, made):
             continue
         codes_of = weight.input[0].split("//")[0]  # what follows tells codes apart that an integer file had to change
         name = layer_of.get(codes_of, codes_of)
@@ -211,6 +211,12 @@ def _with_codes(
     for tensor in reads:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
     return session(proto.SerializeToString(), integers=integers) if reads else None, reads, set(calls)
+
+
+def _is_activation(dequantize: Any, made: Mapping[str, Any]) -> bool:
+    """Whether codes come from a tensor's grid, as those that attention multiplies with."""
+    source = made.get(dequantize.input[0])
+    return source is not None and source.op_type in ("QuantizeLinear", "Clip")
 
 
 class _Seen:

@@ -52,8 +52,8 @@ class Counts(nn.Module):
         return self.fc(F.relu(self.conv(x)).reshape(3, 16))
 
 
-def quantized(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Plan]:
-    table = sites(net.eval(), inputs, forward=lambda m, b: m(*b))
+def quantized(net: nn.Module, inputs: tuple[Tensor, ...], attention: bool = False) -> tuple[nn.Module, Plan]:
+    table = sites(net.eval(), inputs, forward=lambda m, b: m(*b), attention=attention)
     chosen = [PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 4, "affine") for s in table.weights]
     for s in table.activations:
         chosen.append(PlanSite(s.name, s.kind, s.layers, s.shape, s.numel, 8, "affine", 8 / 255, 128))
