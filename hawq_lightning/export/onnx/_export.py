@@ -81,7 +81,7 @@ def to_onnx(
     proto = translated(deployed.model, deployed.inputs, free_batch)
     if free_batch and (size := fixed_axis(proto)) is not None:
         warnings.warn(
-            f"{path} takes {size} samples at a time and no other number, since the network computes with it: x.shape[0] "
+            f"{path} takes {size} samples at a time and no other number, as the network computes with it: x.shape[0] "
             "leaves it free, len(x) and numbers in the code do not. If that is meant, give free_batch=False.",
             stacklevel=2,
         )
