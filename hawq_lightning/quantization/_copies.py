@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.layers import FakeQuantLayer, WeightReader, holder_of, layer_type
+from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, holder_of, layer_type
 from hawq_lightning.quantization._apply import enabled_bits, plan_of
 from hawq_lightning.quantization._attention import put_attention, quantized_operands, spec_of_attention
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
@@ -116,7 +116,7 @@ def plan_with_copies(model: nn.Module, plan: Plan) -> Plan:
         ``plan``, with further sites where every enabled quantizer that it has not is one of a copy's.
     """
     planned = {n for s in plan.sites for n in s.layers}
-    layers = {**quantizable_layers(model)[0], **quantized_operands(model)}
+    layers: dict[str, WeightReader | OperandReader] = {**quantizable_layers(model)[0], **quantized_operands(model)}
     if planned - layers.keys() or not enabled_bits(model):
         return plan
     on = {s.name: s for s in plan_of(model).sites if planned.isdisjoint(s.layers)}

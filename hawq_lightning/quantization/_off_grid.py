@@ -13,8 +13,8 @@ from hawq_lightning.quantization._modules import QuantizedWeight
 
 _VALUES = 16384  # of a weight that are looked at
 _FACTORS = tuple(3.0**k for k in range(-10, 7) if k)
-# share of a weight's energy that its levels lack -> what another grid would leave of that
-_FAR = {0.1: 0.1, 0.5: 0.5}
+_LOST = 0.5  # share of a weight's energy that its levels lack
+_BETTER = 0.5  # what another grid leaves of that
 
 
 @torch.no_grad()
@@ -22,8 +22,7 @@ def off_grid(weights: Mapping[str, QuantizedWeight]) -> list[str]:
     """Names of layers whose weight is far beyond its grid, or so small that the grid rounds it away.
 
     Rounding to a fitted grid has about the least squared error, and training leaves it near. A weight counts as off its
-    grid where a tenth of its energy is lost and a grid that is wider or finer would lose a tenth of that, or where half
-    is lost and another one would lose half of that.
+    grid where half of its energy is lost, and grids that are wider or finer a channel would lose half of that.
 
     Args:
         weights: layer name -> weight with its quantizer; those that are off, and quantizers whose levels are no even
@@ -40,9 +39,9 @@ def warn_off_grid(weights: Mapping[str, QuantizedWeight]) -> None:
 
 def _sentence(names: Iterable[str]) -> str:
     return (
-        f"HAWQ: the weights of {some(sorted(names))} are far off the grids that were fitted to them: something wrote "
-        "to them after they were quantized, as merging adapters does (merge_and_unload). Merge before quantizing, or "
-        "fit grids anew: quantize(model, plan_of(model)), both of hawq_lightning.quantization."
+        f"HAWQ: the weights of {some(sorted(names))} are far off the grids that were fitted to them: code wrote to "
+        "them after quantization (merging adapters, merge_and_unload: merge first), or training took large steps. "
+        "quantize(model, plan_of(model)), both of hawq_lightning.quantization, fits grids anew."
     )
 
 
@@ -67,8 +66,7 @@ def _is_off(weight: QuantizedWeight) -> bool:
         return (levels - rows).square().sum(1)
 
     now = float(error(1.0).sum())
-    left = max((share for lost, share in _FAR.items() if now > lost * energy), default=0.0)
-    if not 0.0 < left * now < float("inf"):
+    if not _LOST * energy < now < float("inf"):
         return False
     best = torch.stack([error(factor) for factor in _FACTORS]).amin(0)
-    return float(best.sum()) < left * now
+    return float(best.sum()) < _BETTER * now
