@@ -83,13 +83,14 @@ def _write_integer_onnx(
     fold: bool = True,
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
+    free_batch: bool = True,
     free_size: bool = False,
     seven_bits: bool = False,
 ) -> Deployed:
     assert example_input is not None
     return to_onnx(
         model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration,
-        free_size=free_size, seven_bits=seven_bits,
+        free_batch=free_batch, free_size=free_size, seven_bits=seven_bits,
     )  # fmt: skip
 
 
@@ -106,11 +107,13 @@ def _write_integer_only(
     fold: bool = True,
     batches: Iterable[Inputs] | None = None,
     multiplier_bits: int = 31,
+    free_batch: bool = True,
 ) -> IntegerOnly:
     assert example_input is not None
     return to_integer_only(
-        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits
-    )
+        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits,
+        free_batch=free_batch,
+    )  # fmt: skip
 
 
 def _verify_outputs(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
@@ -164,9 +167,11 @@ def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images
     verify=_verify_qonnx,
     verify_packages=("qonnx",),
 )
-def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> Widths:
+def _write_qonnx(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, free_batch: bool = True
+) -> Widths:
     assert example_input is not None
-    return to_qonnx(model, plan, example_input, path)
+    return to_qonnx(model, plan, example_input, path, free_batch=free_batch)
 
 
 @register_exporter(
@@ -176,10 +181,17 @@ def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs
     beside=(".encodings", ".0_6_1.encodings"),
 )
 def _write_aimet(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> Encodings:
     assert example_input is not None
-    return to_aimet(model, plan, example_input, path, fold=fold)
+    return to_aimet(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 def _verify_executorch(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> MobileAgreement:

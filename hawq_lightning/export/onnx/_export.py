@@ -21,13 +21,13 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
+from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._proto import describe, too_large, write
 from hawq_lightning.export.onnx._session import EXACT, INTEGER, ROUNDED
 from hawq_lightning.export.onnx._seven_bits import at_most_seven_bits
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
-from hawq_lightning.export.onnx._translate import exporters_quiet, free_axes, hint, translated
+from hawq_lightning.export.onnx._translate import exporters_quiet, free_axes, hint, tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
 
 
@@ -86,10 +86,13 @@ def to_onnx(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     proto = translated(deployed.model, deployed.inputs, free_batch, free_size)
+    if free_batch:
+        tell_fixed_axis(proto, path)
     if seven_bits:
         deployed = replace(deployed, narrowed=at_most_seven_bits(proto))
     if integer:
-        batches = (deployed.inputs,) if calibration is None else map(at_least_two, calibration)
+        given = () if calibration is None else map(at_least_two if free_batch else checked, calibration)
+        batches = (deployed.inputs,) if calibration is None else given
         deployed = _integers(proto, deployed, batches, storage)
     else:
         store_weights(proto, storage, exact=exact)
@@ -111,8 +114,14 @@ def _integers(
     return replace(deployed, grids=rewritten.grids, still_float=still_float(proto))
 
 
-def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> None:
+def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path, *, free_batch: bool = True) -> None:
     """Write a float model as an ONNX file: what the quantized one is compared with.
+
+    Args:
+        model: float; it stays as it is.
+        example_input: as for :func:`to_onnx`.
+        path: of the file.
+        free_batch: as for :func:`to_onnx`.
 
     Raises:
         HawqError: as for :func:`to_onnx`.
@@ -121,7 +130,8 @@ def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> Non
     require("onnxscript")
     check_writable(Path(path))
     copied = copy.deepcopy(model).to("cpu").float().eval().requires_grad_(False)
-    proto = translated(copied, at_least_two(example_input))
+    inputs = at_least_two(example_input) if free_batch else checked(example_input)
+    proto = translated(copied, inputs, free_batch)
     write(proto, Path(path))
 
 

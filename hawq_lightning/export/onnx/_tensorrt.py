@@ -21,7 +21,7 @@ from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._low_bits import weights
 from hawq_lightning.export.onnx._proto import describe, write
 from hawq_lightning.export.onnx._storage import store_weights
-from hawq_lightning.export.onnx._translate import translated
+from hawq_lightning.export.onnx._translate import tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import Graph
 
 _SIDE = 127  # steps on each side of 0
@@ -71,6 +71,8 @@ def to_tensorrt(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     proto = translated(deployed.model, deployed.inputs, free_batch)
+    if free_batch:
+        tell_fixed_axis(proto, path)
     if wide := [t.name for t in weights(proto) if t.data_type != onnx.TensorProto.INT8]:
         raise HawqError(
             f"TensorRT has INT8 weights; {wide[0]!r} has midrise levels of 8 bits, which need one bit more."

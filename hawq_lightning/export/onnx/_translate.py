@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,24 @@ def _check_sizes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             f"The network takes inputs of the size {shapes} alone, not twice as large ones ({first_line(error)}); "
             "free_size=True is for networks that take any."
         ) from error
+
+
+def fixed_axis(proto: Any) -> int | None:
+    """Length of the first axis of an input that the exporter found no way to leave free; ``None``: all are free."""
+    first = (i.type.tensor_type.shape.dim[0] for i in proto.graph.input)
+    return next((int(axis.dim_value) for axis in first if axis.HasField("dim_value")), None)
+
+
+def tell_fixed_axis(proto: Any, path: str | Path) -> bool:
+    """Warn, for the caller of the caller, where a file takes one number of samples; whether it does."""
+    size = fixed_axis(proto)
+    if size is not None:
+        warnings.warn(
+            f"{path} takes {size} samples at a time and no other number, as the network computes with it: x.shape[0] "
+            "leaves it free, len(x) and numbers in the code do not. If that is meant, give free_batch=False.",
+            stacklevel=3,
+        )
+    return size is not None
 
 
 def _output_names(result: Any) -> list[str]:
