@@ -23,7 +23,15 @@ from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_nam
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
 from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight
-from hawq_lightning.quantization import QuantizedOperand, QuantizedWeight, plan_of, quantized_layers, quantized_operands
+from hawq_lightning.quantization import (
+    QuantizedOperand,
+    QuantizedWeight,
+    plan_of,
+    plan_with_copies,
+    quantized_layers,
+    quantized_operands,
+    warn_off_grid,
+)
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -141,7 +149,9 @@ def deploy(
             f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
             "type; choose a quantizer with even steps, such as lsq."
         )
+    plan = plan_with_copies(model, plan)
     check_enabled(layers, plan)
+    warn_off_grid({n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)})
     copied = _copy(model)
     inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():
