@@ -56,6 +56,7 @@ from hawq_lightning.quantization._registry import (
     quantizer_of,
     register_quantizer,
 )
+from hawq_lightning.quantization._rounding_errors import rounding_errors
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import (
     first_order_term,
@@ -122,6 +123,7 @@ __all__ = [
     "refresh",
     "register_code_format",
     "register_quantizer",
+    "rounding_errors",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",
