@@ -78,10 +78,13 @@ def _export(
     for exporter in exporters:
         exporter.check(network_of(net), verify=cfg.images != 0)
     batches = _batches(run)
-    real = Images(net, batches)
+    free = cfg.get("free_batch", True)
+    real = Images(net, batches, free)
     first = real.first()
-    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, **how)
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free, "free_size": cfg.free_size}
+    record = write_onnx(
+        folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, seven_bits=cfg.seven_bits, **how
+    )
     for runtime in runtimes[1:]:
         if cfg.images != 0:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
@@ -89,7 +92,7 @@ def _export(
             print(f"{FILE}: {agreement}")
     for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
-        offered = {"fold": cfg.fold, "batches": image_tensors(real, _CALIBRATION)}
+        offered = how | {"batches": image_tensors(real, _CALIBRATION)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
         export(network_of(net), plan, path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
@@ -109,7 +112,9 @@ def _export(
     if cfg.table:
         inner_plan = inner(plan, net)
         for runtime, name in zip(runtimes, _TABLES):
-            rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads, runtime=runtime)
+            rows = layer_latencies(
+                network_of(net), inner_plan, (first[:1] if free else first,), threads=cfg.threads, runtime=runtime
+            )
             if inner_plan is not plan:  # the run reads the table under its own names
                 rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
             write_table(rows, folder / name)
@@ -123,6 +128,8 @@ def _check(cfg: DictConfig) -> None:
         value = cfg[key]
         if not (value is None and key == "images") and (type(value) is not int or value < least):
             raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
+    if type(free := cfg.get("free_batch", True)) is not bool:
+        raise HawqError(f"free_batch={free!r} must be true or false.")
     if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
         raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
 

@@ -32,10 +32,11 @@ class Images:
     Args:
         net: the whole network.
         batches: images first, with or without targets.
+        free_batch: a file of them takes any number at a time; else as many as the first batch holds.
     """
 
-    def __init__(self, net: nn.Module, batches: Iterable[Batch]) -> None:
-        self.net, self.batches = net, batches
+    def __init__(self, net: nn.Module, batches: Iterable[Batch], free_batch: bool = True) -> None:
+        self.net, self.batches, self.free_batch = net, batches, free_batch
         self.size: torch.Size | None = None
         self.left_out = 0
 
@@ -50,14 +51,14 @@ class Images:
                 self.left_out += len(x)
 
     def first(self) -> torch.Tensor:
-        """Two images, or the only one.
+        """Two images, or the only one; without a free batch the whole of the first batch.
 
         Raises:
             HawqError: there is none.
         """
         for images in self:
             self.size = images.shape[1:]
-            return images[:2]
+            return images[:2] if self.free_batch else images
         raise HawqError("The validation data is empty; there is no image to export with.")
 
 
@@ -70,6 +71,7 @@ def write_onnx(
     seconds: float = 0.0,
     score: bool = False,
     integer: bool = True,
+    seven_bits: bool = False,
     **how: object,
 ) -> JsonObject:
     """Write ``model.onnx`` and ``export.json``, and print one line.
@@ -83,7 +85,8 @@ def write_onnx(
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
         integer: also write ``model.integer.onnx``, for integer kernels.
-        how: options of the exporter: ``fold``, ``exact``, ``storage``.
+        seven_bits: hold its 8-bit weights by 7 bits.
+        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``, ``free_size``.
 
     Returns:
         what export.json holds.
@@ -92,7 +95,7 @@ def write_onnx(
         HawqError: the network cannot be exported.
     """
     net = getattr(module, "net", module)
-    inner, real = network_of(net).eval(), Images(net, batches)
+    inner, real = network_of(net).eval(), Images(net, batches, bool(how.get("free_batch", True)))
     path = folder / FILE
     deployed = export(inner, plan, path, ONNX.name, example_input=real.first(), **how)
     assert isinstance(deployed, Deployed)
@@ -110,8 +113,10 @@ def write_onnx(
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
     if integer:
-        record["integer"] = _write_integer(folder / INTEGER_FILE, inner, plan, real, images, how)
-    if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
+        record["integer"] = _write_integer(
+            folder / INTEGER_FILE, inner, plan, real, images, {**how, "seven_bits": seven_bits}
+        )
+    if score and real.free_batch and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
@@ -126,7 +131,8 @@ def write_onnx(
 def _write_integer(
     path: Path, net: nn.Module, plan: Plan, real: Images, images: int | None, how: Mapping[str, object]
 ) -> JsonObject:
-    options = {k: v for k, v in how.items() if k == "fold" or (k, v) == ("storage", "int8")}
+    taken = ("fold", "free_batch", "free_size", "seven_bits")
+    options = {k: v for k, v in how.items() if k in taken or (k, v) == ("storage", "int8")}
     first = real.first()
     deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(real), **options)
     assert isinstance(deployed, Deployed)
@@ -140,6 +146,9 @@ def _write_integer(
         agreement = INTEGER.verify(net, path, real, images)
         record["agreement"] = agreement.to_dict()
         text += f"; {agreement}"
+    if deployed.narrowed:
+        record["narrowed"] = list(deployed.narrowed)
+        text += f"; {len(deployed.narrowed)} weights of 8 bits have 7"
     if left := record["still_float"]:
         text += f"; {len(left)} products stay float ({next(iter(left.values()))})"
     print(text)

@@ -24,15 +24,19 @@ from hawq_lightning.export._packed import save_packed
 from hawq_lightning.export.onnx import (
     Agreement,
     Encodings,
+    IntegerOnly,
     QonnxAgreement,
     Storage,
+    SymmetricFile,
     Widths,
     compare,
     compare_qonnx,
     to_aimet,
+    to_integer_only,
     to_onnx,
     to_program,
     to_qonnx,
+    to_tensorrt,
 )
 
 
@@ -57,9 +61,13 @@ def _write_onnx(
     exact: bool = True,
     storage: Storage = "lookup",
     free_batch: bool = True,
+    free_size: bool = False,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch)
+    return to_onnx(
+        model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch,
+        free_size=free_size,
+    )  # fmt: skip
 
 
 @register_exporter(
@@ -75,9 +83,62 @@ def _write_integer_onnx(
     fold: bool = True,
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
+    free_batch: bool = True,
+    free_size: bool = False,
+    seven_bits: bool = False,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration)
+    return to_onnx(
+        model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration,
+        free_batch=free_batch, free_size=free_size, seven_bits=seven_bits,
+    )  # fmt: skip
+
+
+@register_exporter(
+    "integer_only", suffix=".integer_only.onnx", packages=("onnx", "onnxscript", "onnxruntime"), verify=_verify_onnx
+)
+def _write_integer_only(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    batches: Iterable[Inputs] | None = None,
+    multiplier_bits: int = 31,
+    free_batch: bool = True,
+) -> IntegerOnly:
+    assert example_input is not None
+    return to_integer_only(
+        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits,
+        free_batch=free_batch,
+    )  # fmt: skip
+
+
+def _verify_outputs(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
+    return compare(model, path, batches, images=images, codes=False)
+
+
+@register_exporter(
+    "tensorrt",
+    suffix=".tensorrt.onnx",
+    packages=("onnx", "onnxscript"),
+    verify=_verify_outputs,
+    verify_packages=("onnxruntime",),
+)
+def _write_tensorrt(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
+) -> SymmetricFile:
+    assert example_input is not None
+    return to_tensorrt(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 @register_exporter("program", suffix=".pt2")
@@ -106,9 +167,11 @@ def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images
     verify=_verify_qonnx,
     verify_packages=("qonnx",),
 )
-def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> Widths:
+def _write_qonnx(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, free_batch: bool = True
+) -> Widths:
     assert example_input is not None
-    return to_qonnx(model, plan, example_input, path)
+    return to_qonnx(model, plan, example_input, path, free_batch=free_batch)
 
 
 @register_exporter(
@@ -118,10 +181,17 @@ def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs
     beside=(".encodings", ".0_6_1.encodings"),
 )
 def _write_aimet(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> Encodings:
     assert example_input is not None
-    return to_aimet(model, plan, example_input, path, fold=fold)
+    return to_aimet(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 def _verify_executorch(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> MobileAgreement:

@@ -85,6 +85,9 @@ def manual_backward(module: nn.Module) -> Iterator[None]:
         with backward:
             yield
         backward.settle()
+    except Exception:  # a step that reads gradients of parameters, which have none here (SAM, clipping by hand)
+        backward.settle()
+        raise
     finally:
         for kind, step in steps.items():
             kind.step = step

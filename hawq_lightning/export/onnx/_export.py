@@ -21,12 +21,13 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
+from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export.onnx._proto import describe, write
+from hawq_lightning.export.onnx._proto import describe, too_large, write
 from hawq_lightning.export.onnx._session import EXACT, INTEGER, ROUNDED
+from hawq_lightning.export.onnx._seven_bits import at_most_seven_bits
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
-from hawq_lightning.export.onnx._translate import exporters_quiet, free_batch_axes, hint, translated
+from hawq_lightning.export.onnx._translate import exporters_quiet, free_axes, hint, tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
 
 
@@ -42,6 +43,8 @@ def to_onnx(
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
     free_batch: bool = True,
+    free_size: bool = False,
+    seven_bits: bool = False,
 ) -> Deployed:
     """Write a quantized model as an ONNX file; the model stays as it is.
 
@@ -63,6 +66,9 @@ def to_onnx(
             input. Some hundred images do.
         free_batch: let the first axis of every input be of any size, the same for all; else the file takes inputs of
             the example's shapes alone, as of graphs.
+        free_size: let the axes behind the channels, height and width, be of any size that the network takes.
+        seven_bits: of an integer file, hold 8-bit weights by 7 bits, each code rounded to an even one: on x86 with AVX2
+            and without VNNI sums of 8-bit products saturate in onnxruntime's kernels, and with 7 bits they cannot.
 
     Returns:
         the deployed network that the file holds, what became of every BatchNorm, and what of an integer file stays
@@ -75,11 +81,18 @@ def to_onnx(
     require("onnx")
     require("onnxscript")
     check_storage(storage, integer)
+    if seven_bits and not integer:
+        raise HawqError("seven_bits=True is for integer kernels, which sum products: give integer=True too.")
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
-    proto = translated(deployed.model, deployed.inputs, free_batch)
+    proto = translated(deployed.model, deployed.inputs, free_batch, free_size)
+    if free_batch:
+        tell_fixed_axis(proto, path)
+    if seven_bits:
+        deployed = replace(deployed, narrowed=at_most_seven_bits(proto))
     if integer:
-        batches = (deployed.inputs,) if calibration is None else map(at_least_two, calibration)
+        given = () if calibration is None else map(at_least_two if free_batch else checked, calibration)
+        batches = (deployed.inputs,) if calibration is None else given
         deployed = _integers(proto, deployed, batches, storage)
     else:
         store_weights(proto, storage, exact=exact)
@@ -91,14 +104,24 @@ def to_onnx(
 def _integers(
     proto: Any, deployed: Deployed, batches: Iterable[tuple[torch.Tensor, ...]], storage: Storage
 ) -> Deployed:
+    if too_large(proto):
+        raise HawqError(
+            "An integer file's weights take less than 2 GiB, since its grids are calibrated on it as a whole."
+        )
     rewritten = to_integers(proto, batches)
     store_weights(proto, storage, exact=False)
     float_weights(proto, set(rewritten.codes))
     return replace(deployed, grids=rewritten.grids, still_float=still_float(proto))
 
 
-def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> None:
+def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path, *, free_batch: bool = True) -> None:
     """Write a float model as an ONNX file: what the quantized one is compared with.
+
+    Args:
+        model: float; it stays as it is.
+        example_input: as for :func:`to_onnx`.
+        path: of the file.
+        free_batch: as for :func:`to_onnx`.
 
     Raises:
         HawqError: as for :func:`to_onnx`.
@@ -107,7 +130,8 @@ def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> Non
     require("onnxscript")
     check_writable(Path(path))
     copied = copy.deepcopy(model).to("cpu").float().eval().requires_grad_(False)
-    proto = translated(copied, at_least_two(example_input))
+    inputs = at_least_two(example_input) if free_batch else checked(example_input)
+    proto = translated(copied, inputs, free_batch)
     write(proto, Path(path))
 
 
@@ -136,7 +160,7 @@ def to_program(
     if path is not None:
         check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
-    shapes = free_batch_axes(deployed.model, deployed.inputs) if free_batch else None
+    shapes = free_axes(deployed.model, deployed.inputs, free_batch)
     try:
         with exporters_quiet():
             program = torch.export.export(

@@ -24,6 +24,7 @@ from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning.export.onnx._openvino import refuse_two_bits
+from hawq_lightning.export.onnx._proto import content
 from hawq_lightning.export.onnx._session import check_runtime, integer_kernels, open_session
 from hawq_lightning.export.onnx.integer import LAYERS
 from hawq_lightning.layers import as_reader, find_kind, kind_of
@@ -40,7 +41,7 @@ class Speed:
     Attributes:
         file_bytes: size of the file.
         gzip_bytes: size after gzip.
-        ms: median milliseconds of one image.
+        ms: median milliseconds of one image; a share of those that the file takes at a time, where that is fixed.
         images_per_second: of a whole batch.
         peak_bytes: memory beyond what Python and onnxruntime take without a network.
     """
@@ -67,7 +68,7 @@ def measure_file(
         path: of an ONNX file with one float input.
         shape: of one image.
         threads: that onnxruntime may use.
-        batch: images a run for the throughput.
+        batch: images a run for the throughput, of a file that takes any number.
         seconds: of measuring, for latency and throughput each.
         runtime: ``"onnxruntime"`` or ``"openvino"``.
 
@@ -83,7 +84,7 @@ def measure_file(
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it ended without a word"]
         raise HawqError(f"{runtime} cannot run {path}: {lines[-1]}")
-    raw = Path(path).read_bytes()
+    raw = content(Path(path))
     return Speed(len(raw), len(gzip.compress(raw, 6)), **json.loads(done.stdout.splitlines()[-1]))
 
 
