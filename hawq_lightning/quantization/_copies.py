@@ -21,6 +21,7 @@ from hawq_lightning.layers import FakeQuantLayer, WeightReader, holder_of, layer
 from hawq_lightning.quantization._attention import put_attention, spec_of_attention
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._results import put_alike, quantized_results
 
 _CHECKS = 16  # batches after which weights are looked at no longer at every one
 _VALUES = 64  # of a weight, to see whether it moves
@@ -143,6 +144,7 @@ def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
         for inner, alike in _attention_of(module, source):
             if holder_of(inner) is None:
                 put_attention(inner, spec_of_attention(alike)).requires_grad_(False)
+        put_alike(module, source)
 
 
 def form_of(module: nn.Module) -> _Form:
@@ -210,6 +212,11 @@ def _take(pair: _Pair, everything: bool) -> None:
     for module, alike in _attention_of(pair.copy, source):
         put_attention(module, spec_of_attention(alike))
         _take_state(_of_attention(module), _of_attention(alike), everything)
+    if everything:
+        put_alike(pair.copy, source)
+    theirs = quantized_results(source)
+    mine = {n: x.input_quantizer for n, x in quantized_results(pair.copy).items() if n in theirs}
+    _take_state(mine, {n: theirs[n].input_quantizer for n in mine}, everything)
 
 
 def _take_state(mine: Mapping[str, Quantizer], theirs: Mapping[str, Quantizer], everything: bool) -> None:

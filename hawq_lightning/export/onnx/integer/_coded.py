@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hawq_lightning._integer_form import IntegerForm, Kind, Operation, Value
@@ -37,9 +38,10 @@ class Coded:
     Args:
         graph: after :func:`lift`.
         plan: which input of which node read by which grid.
+        own: tensors that are read by one grid before any other.
     """
 
-    def __init__(self, graph: Graph, plan: Reads) -> None:
+    def __init__(self, graph: Graph, plan: Reads, own: Mapping[str, Grid]) -> None:
         self.graph, self.plan = graph, plan
         self._makers, self._readers = graph.makers(), graph.readers()
         self.layers = {id(n): n for n in graph.nodes if self._is_layer(n)}
@@ -57,7 +59,8 @@ class Coded:
         self._decided = {str(v.root): v for v in self._form.values}
         self._of = {m: v for v in self.values for m in v.members}
         for v in self.values:
-            v.grid = self._common(v) if v.coded else None
+            v.coded = v.coded or v.root in own
+            v.grid = own.get(v.root, self._common(v)) if v.coded else None
 
     def of(self, tensor: str) -> Values | None:
         """The values that a tensor holds; ``None`` for constants."""
