@@ -22,7 +22,18 @@ from hawq_lightning.export._packed_size import packed_overhead
 from hawq_lightning.export._pt2e import IntegerProgram, to_pt2e
 from hawq_lightning.export._stored import stored_sites
 from hawq_lightning.export._torchao import TorchaoNetwork, to_torchao
-from hawq_lightning.export.onnx import Agreement, compare, to_aimet, to_onnx, to_program, to_qonnx
+from hawq_lightning.export.onnx import (
+    Agreement,
+    IntegerOnly,
+    KernelDifferences,
+    compare,
+    kernel_differences,
+    to_aimet,
+    to_integer_only,
+    to_onnx,
+    to_program,
+    to_qonnx,
+)
 
 __all__ = [
     "EXPORTERS",
@@ -32,7 +43,9 @@ __all__ = [
     "Exporter",
     "Folding",
     "Grid",
+    "IntegerOnly",
     "IntegerProgram",
+    "KernelDifferences",
     "MobileAgreement",
     "MobileFile",
     "PackedFile",
@@ -46,6 +59,7 @@ __all__ = [
     "deploy",
     "export",
     "fold_batch_norm",
+    "kernel_differences",
     "load_packed",
     "network_of",
     "pack",
@@ -58,6 +72,7 @@ __all__ = [
     "stored_sites",
     "to_aimet",
     "to_executorch",
+    "to_integer_only",
     "to_litert",
     "to_onnx",
     "to_program",

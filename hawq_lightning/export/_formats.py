@@ -24,12 +24,14 @@ from hawq_lightning.export._packed import save_packed
 from hawq_lightning.export.onnx import (
     Agreement,
     Encodings,
+    IntegerOnly,
     QonnxAgreement,
     Storage,
     Widths,
     compare,
     compare_qonnx,
     to_aimet,
+    to_integer_only,
     to_onnx,
     to_program,
     to_qonnx,
@@ -78,6 +80,26 @@ def _write_integer_onnx(
 ) -> Deployed:
     assert example_input is not None
     return to_onnx(model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration)
+
+
+@register_exporter(
+    "integer_only", suffix=".integer_only.onnx", packages=("onnx", "onnxscript", "onnxruntime"), verify=_verify_onnx
+)
+def _write_integer_only(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    batches: Iterable[Inputs] | None = None,
+    multiplier_bits: int = 31,
+) -> IntegerOnly:
+    assert example_input is not None
+    return to_integer_only(
+        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits
+    )
 
 
 @register_exporter("program", suffix=".pt2")

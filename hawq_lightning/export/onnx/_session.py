@@ -10,9 +10,10 @@ import torch
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._openvino import OpenVinoSession
+from hawq_lightning.export.onnx._ports import PortSession
 
 FORM = "hawq_lightning.form"
-EXACT, ROUNDED, INTEGER = "exact", "rounded", "integer"
+EXACT, ROUNDED, INTEGER, INTEGER_ONLY = "exact", "rounded", "integer", "integer_only"
 FLOAT_KERNELS = "session.disable_quant_qdq"
 """The entry of a session's configuration, ``"1"``, that keeps quantized layers in float kernels."""
 
@@ -65,13 +66,16 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 
 def open_session(runtime: str, path: str | Path | bytes, threads: int | None = None, integers: bool = True) -> Any:
-    """A session of a runtime, by its package's name; see :func:`session`.
+    """A session of a runtime, by its package's name; see :func:`session`. One of an integer-only file takes floats too.
 
     Raises:
         HawqError: no such runtime, its extra is missing, or it refuses the file.
     """
     check_runtime(runtime)
-    return session(path, threads, integers=integers) if runtime == "onnxruntime" else OpenVinoSession(path, threads)
+    if runtime == "openvino":
+        return OpenVinoSession(path, threads)
+    run = session(path, threads, integers=integers)
+    return PortSession(run) if PortSession.wants(run) else run
 
 
 def check_runtime(runtime: str) -> None:

@@ -6,8 +6,9 @@ a residual block undoes the gain of it all, so sums and pools get grids of 8 bit
 example batches show. Weights' codes, scales (negative ones too) and the plan's grids stay what they are.
 """
 
+from hawq_lightning.export.onnx.integer._graph import Graph, Node
 from hawq_lightning.export.onnx.integer._leftovers import float_weights, still_float
 from hawq_lightning.export.onnx.integer._operators import LAYERS
 from hawq_lightning.export.onnx.integer._rewrite import Rewritten, to_integers
 
-__all__ = ["LAYERS", "Rewritten", "float_weights", "still_float", "to_integers"]
+__all__ = ["LAYERS", "Graph", "Node", "Rewritten", "float_weights", "still_float", "to_integers"]
