@@ -156,6 +156,20 @@ def image_tensors(batches: Iterable[Batch], most: int | None = None) -> Iterator
             return
 
 
+def pieces(batches: Iterable[torch.Tensor], size: int | str) -> Iterator[torch.Tensor]:
+    """Batches as a file takes them.
+
+    Args:
+        batches: of images.
+        size: of the first axis of a file's input; what is left over of a batch is left out. A name: any size.
+    """
+    for x in batches:
+        if isinstance(size, str):
+            yield x
+        else:
+            yield from (x[start : start + size] for start in range(0, len(x) - size + 1, size))
+
+
 def default_forward(model: nn.Module, batch: Batch) -> Outputs:
     """Call the model on the inputs of a batch: the tensor itself, the first of a tuple, or a dict's values by name."""
     if isinstance(batch, Mapping):

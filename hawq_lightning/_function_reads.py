@@ -69,6 +69,9 @@ class FunctionReads(TorchDispatchMode):
                 self._constant[storage] = frozenset({id(tensor)})
         for storage in several:  # parts of one flat tensor cannot be told apart
             self._constant[storage] = _NONE
+        for module in self._model.modules():  # of a target too, no site of which is looked after
+            if id(module) not in self._holders and any(p is not None for p in module._parameters.values()):
+                self._handles.append(module.register_forward_pre_hook(self._know_memory_of))
         for module, keys in self._holders.values():
             self._handles.append(module.register_forward_pre_hook(self._enter(module, keys)))
             # before the hooks that look at a call, which may ask the weight for its values
@@ -109,12 +112,15 @@ class FunctionReads(TorchDispatchMode):
         def enter(*_: object) -> None:
             for reader in recomputed:
                 self._mark(reader)
-            for tensor in module._parameters.values():  # its memory may be another one: tensor.data = ...
-                if tensor is not None:
-                    self._know_memory(tensor)
+            self._know_memory_of(module)
             self._inside.append((module, keys))
 
         return enter
+
+    def _know_memory_of(self, module: nn.Module, *_: object) -> None:
+        for tensor in module._parameters.values():  # its memory may be another one: tensor.data = ...
+            if tensor is not None:
+                self._know_memory(tensor)
 
     def _know_memory(self, tensor: torch.Tensor) -> None:
         storage = _storage(tensor)

@@ -18,6 +18,7 @@ from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._handoff import Handoff
 from hawq_lightning.callbacks._held_modules import FollowedCopies, modules_beside
 from hawq_lightning.callbacks._optimized import add_learned_steps, warn_made_anew
+from hawq_lightning.callbacks._rewritten import warn_rewritten
 from hawq_lightning.callbacks._trainer import (
     after_layers_exist,
     builds_later,
@@ -215,6 +216,7 @@ class ApplyPlan(Callback):
         refresh(pl_module)
         if self._plan is None and enabled_bits(pl_module):
             self._plan = with_sizes(plan_of(pl_module))
+        warn_rewritten(trainer, pl_module, self._plan)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As before a validation; a network that is still float is told once."""

@@ -80,9 +80,10 @@ def _export(
         exporter.check(network_of(net), verify=cfg.images != 0)
     hooks, batches = _batches(run)
     seen = CalibrationBatches(hooks, batches)
-    real = Images(net, batches)
+    free = cfg.get("free_batch", True)
+    real = Images(net, batches, free)
     first = real.first()
-    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage}
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free}
     record = write_onnx(
         folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, calibration=seen, **how
     )
@@ -93,7 +94,7 @@ def _export(
             print(f"{FILE}: {agreement}")
     for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
-        offered = {"fold": cfg.fold, "batches": image_tensors(Images(net, seen, real.size), IMAGES)}
+        offered = how | {"batches": image_tensors(Images(net, seen, free, real.size), IMAGES)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
         export(network_of(net), plan, path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
@@ -113,7 +114,9 @@ def _export(
     if cfg.table:
         inner_plan = inner(plan, net)
         for runtime, name in zip(runtimes, _TABLES):
-            rows = layer_latencies(network_of(net), inner_plan, (first[:1],), threads=cfg.threads, runtime=runtime)
+            rows = layer_latencies(
+                network_of(net), inner_plan, (first[:1] if free else first,), threads=cfg.threads, runtime=runtime
+            )
             if inner_plan is not plan:  # the run reads the table under its own names
                 rows = [{**row, "layer": f"{TASK}{row['layer']}"} for row in rows]
             write_table(rows, folder / name)
@@ -127,6 +130,8 @@ def _check(cfg: DictConfig) -> None:
         value = cfg[key]
         if not (value is None and key == "images") and (type(value) is not int or value < least):
             raise HawqError(f"{key}={value!r} must be a whole number, {least} or more.")
+    if type(free := cfg.get("free_batch", True)) is not bool:
+        raise HawqError(f"free_batch={free!r} must be true or false.")
     if type(cfg.seconds) not in (int, float) or not 0 < cfg.seconds < math.inf:
         raise HawqError(f"seconds={cfg.seconds!r} must be a positive number.")
 

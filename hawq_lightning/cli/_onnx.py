@@ -32,11 +32,14 @@ class Images:
     Args:
         net: the whole network.
         batches: images first, with or without targets.
+        free_batch: a file of them takes any number at a time; else as many as the first batch holds.
         size: of an image, where it is known already.
     """
 
-    def __init__(self, net: nn.Module, batches: Iterable[Batch], size: torch.Size | None = None) -> None:
-        self.net, self.batches = net, batches
+    def __init__(
+        self, net: nn.Module, batches: Iterable[Batch], free_batch: bool = True, size: torch.Size | None = None
+    ) -> None:
+        self.net, self.batches, self.free_batch = net, batches, free_batch
         self.size = size
         self.left_out = 0
 
@@ -51,14 +54,14 @@ class Images:
                 self.left_out += len(x)
 
     def first(self) -> torch.Tensor:
-        """Two images, or the only one.
+        """Two images, or the only one; without a free batch the whole of the first batch.
 
         Raises:
             HawqError: there is none.
         """
         for images in self:
             self.size = images.shape[1:]
-            return images[:2]
+            return images[:2] if self.free_batch else images
         raise HawqError("The validation data is empty; there is no image to export with.")
 
 
@@ -86,7 +89,7 @@ def write_onnx(
         score: of a RetinaNet, also measure mAP of the file and of the network.
         integer: also write ``model.integer.onnx``, for integer kernels.
         calibration: of training data, for the integer file's grids that the network lacks; ``None``: ``batches``.
-        how: options of the exporter: ``fold``, ``exact``, ``storage``.
+        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``.
 
     Returns:
         what export.json holds.
@@ -95,7 +98,7 @@ def write_onnx(
         HawqError: the network cannot be exported.
     """
     net = getattr(module, "net", module)
-    inner, real = network_of(net).eval(), Images(net, batches)
+    inner, real = network_of(net).eval(), Images(net, batches, bool(how.get("free_batch", True)))
     path = folder / FILE
     deployed = export(inner, plan, path, ONNX.name, example_input=real.first(), **how)
     assert isinstance(deployed, Deployed)
@@ -113,9 +116,9 @@ def write_onnx(
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
     if integer:
-        seen = real if calibration is None else Images(net, calibration, real.size)
+        seen = real if calibration is None else Images(net, calibration, real.free_batch, real.size)
         record["integer"] = _write_integer(folder / INTEGER_FILE, inner, plan, real, seen, images, how)
-    if score and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
+    if score and real.free_batch and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
@@ -130,7 +133,7 @@ def write_onnx(
 def _write_integer(
     path: Path, net: nn.Module, plan: Plan, real: Images, seen: Images, images: int | None, how: Mapping[str, object]
 ) -> JsonObject:
-    options = {k: v for k, v in how.items() if k == "fold" or (k, v) == ("storage", "int8")}
+    options = {k: v for k, v in how.items() if k in ("fold", "free_batch") or (k, v) == ("storage", "int8")}
     first = real.first()
     deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(seen), **options)
     assert isinstance(deployed, Deployed)

@@ -45,7 +45,7 @@ def speeds(
         path: of the plan's ONNX file.
         integer: of its file for integer kernels; ``None``: there is none.
         threads: for onnxruntime.
-        batch_size: for the throughput.
+        batch_size: for the throughput; files that take a fixed number of images run that.
         seconds: of every measurement.
         how: options of the exporter, see :func:`hawq_lightning.export.to_onnx`.
         runtimes: that run the files.
@@ -57,7 +57,7 @@ def speeds(
     with tempfile.TemporaryDirectory() as folder:
         exporter, even = EXPORTERS["onnx"], uniform(inner(plan, whole), 8)
         unquantized, eight = (Path(folder) / f"{name}{exporter.suffix}" for name in ("float", "uniform"))
-        float_onnx(whole, first, unquantized)
+        float_onnx(whole, first, unquantized, free_batch=bool(how.get("free_batch", True)))
         export(quantize(whole, even), even, eight, exporter.name, example_input=first, **how)
         files = {"float": unquantized, "uniform 8": eight, "plan": path}
         if integer is not None:

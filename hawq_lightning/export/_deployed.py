@@ -29,9 +29,11 @@ from hawq_lightning.quantization import (
     QuantizedWeight,
     bake_biases,
     plan_of,
+    plan_with_copies,
     quantized_layers,
     quantized_operands,
     quantized_results,
+    warn_off_grid,
 )
 
 Inputs = torch.Tensor | tuple[torch.Tensor, ...]
@@ -150,7 +152,9 @@ def deploy(
             f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
             "type; choose a quantizer with even steps, such as lsq."
         )
+    plan = plan_with_copies(model, plan)
     check_enabled(layers, plan)
+    warn_off_grid({n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)})
     copied = _copy(model)
     inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():

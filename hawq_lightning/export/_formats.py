@@ -77,9 +77,13 @@ def _write_integer_onnx(
     fold: bool = True,
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
+    free_batch: bool = True,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration)
+    return to_onnx(
+        model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration,
+        free_batch=free_batch,
+    )  # fmt: skip
 
 
 @register_exporter(
@@ -128,9 +132,11 @@ def _verify_qonnx(model: nn.Module, path: Path, batches: Iterable[Batch], images
     verify=_verify_qonnx,
     verify_packages=("qonnx",),
 )
-def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> Widths:
+def _write_qonnx(
+    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, free_batch: bool = True
+) -> Widths:
     assert example_input is not None
-    return to_qonnx(model, plan, example_input, path)
+    return to_qonnx(model, plan, example_input, path, free_batch=free_batch)
 
 
 @register_exporter(
@@ -140,10 +146,17 @@ def _write_qonnx(model: nn.Module, plan: Plan, path: Path, example_input: Inputs
     beside=(".encodings", ".0_6_1.encodings"),
 )
 def _write_aimet(
-    model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> Encodings:
     assert example_input is not None
-    return to_aimet(model, plan, example_input, path, fold=fold)
+    return to_aimet(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 def _verify_executorch(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> MobileAgreement:

@@ -48,11 +48,13 @@ from hawq_lightning.quantization import (
     QuantizedWeight,
     Quantizer,
     drop_results,
+    plan_with_copies,
     put_attention,
     put_biases,
     put_results,
     quantizer_named,
     to_fake_quantized,
+    warn_off_grid,
     with_operand,
     with_quantizers,
     with_result,
@@ -76,15 +78,18 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     """
     entries: dict[str, JsonObject] = {}
     tensors: dict[str, torch.Tensor] = {}
+    plan = plan_with_copies(model, plan)
     for stored in stored_sites(model, plan):
         name = stored.site.name
         entries[name] = site_entry(stored)
         tensors |= {f"{name}.{part}": t for part, t in stored.storage.tensors.items()}
         if stored.codes is not None:
             tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
+    layers = quantized_reads_by_name(model)
+    warn_off_grid({n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)})
     rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
     metadata = metadata_of(entries, rest, plan.biases)
-    spec = quantized_reads_by_name(model)[plan.sites[0].layers[0]].spec
+    spec = layers[plan.sites[0].layers[0]].spec
     header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec, plan.biases))
     return _safetensors.write(path, ordered(tensors, rest), metadata, header_bytes)
 

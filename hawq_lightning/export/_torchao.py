@@ -44,7 +44,9 @@ class TorchaoNetwork:
     left: dict[str, str]
 
 
-def to_torchao(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True) -> TorchaoNetwork:
+def to_torchao(
+    model: nn.Module, plan: Plan | None, example_input: Inputs, *, fold: bool = True, free_batch: bool = True
+) -> TorchaoNetwork:
     """Copy a quantized model, with torchao's ``Int8Tensor`` for the weights of its linear layers.
 
     The dequantized weights are the fake-quant model's, bit for bit; what a grid's zero point adds goes into the biases.
@@ -56,13 +58,14 @@ def to_torchao(model: nn.Module, plan: Plan | None, example_input: Inputs, *, fo
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: float images ``[N, ...]``, or a tuple of the model's positional inputs.
         fold: fold BatchNorm into scales and biases.
+        free_batch: as for :func:`hawq_lightning.export.to_onnx`; the network takes any shapes in either case.
 
     Raises:
         HawqError: torchao is missing or older than 0.18, no linear layer has codes that fit int8, or the model cannot
             be deployed.
     """
     ao = _int8()
-    deployed = deploy(model, plan, example_input, fold=fold)
+    deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     copied = portable(deployed.model)
     static: list[str] = []
     weight_only: list[str] = []

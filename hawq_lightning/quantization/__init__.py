@@ -32,7 +32,7 @@ from hawq_lightning.quantization._attention import (
     with_operand,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
-from hawq_lightning.quantization._copies import NetworkCopies, prepare_alike
+from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._inputs import network_inputs
@@ -45,6 +45,7 @@ from hawq_lightning.quantization._modules import (
     to_fake_quantized,
     with_quantizers,
 )
+from hawq_lightning.quantization._off_grid import off_grid, warn_off_grid
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -118,8 +119,10 @@ __all__ = [
     "loss_of_plan",
     "loss_per_site",
     "network_inputs",
+    "off_grid",
     "per_channel_view",
     "plan_of",
+    "plan_with_copies",
     "prepare",
     "prepare_alike",
     "prepare_attention_of",
@@ -147,6 +150,7 @@ __all__ = [
     "to_fake_quantized",
     "trained_quantizers",
     "unquantize",
+    "warn_off_grid",
     "weight_candidates",
     "weight_code_formats",
     "weight_step",

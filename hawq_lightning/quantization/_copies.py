@@ -6,7 +6,7 @@ gradients. A frozen teacher of the same make does not move, and stays float.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,15 +17,16 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.layers import FakeQuantLayer, WeightReader, holder_of, layer_type
-from hawq_lightning.quantization._attention import put_attention, spec_of_attention
+from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, holder_of, layer_type
+from hawq_lightning.quantization._apply import enabled_bits, plan_of
+from hawq_lightning.quantization._attention import put_attention, quantized_operands, spec_of_attention
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._results import put_alike, quantized_results
 
 _CHECKS = 16  # batches after which weights are looked at no longer at every one
 _VALUES = 64  # of a weight, to see whether it moves
-_ALIKE = 0.5  # cosine between an average of a network's weights and the weights; two trained layers of one form have 0
+_COSINE = 0.5  # cosine between an average of a network's weights and the weights; two trained layers of one form have 0
 _Form = tuple[type[nn.Module], tuple[tuple[str, type[nn.Module], tuple[int, ...]], ...]]
 
 
@@ -73,31 +74,17 @@ class NetworkCopies:
             plan: of the network.
             outside: modules that somebody holds beside it.
         """
-        layers, roots = quantizable_layers(model)[0], [*outside]
-        names = {n for s in plan.sites for n in s.layers}
-        planned = {layers[n].module for n in names & layers.keys()}
         for pair in self.pairs:
             for handle in pair.hooks.values():
                 handle.remove()
         before, self.pairs, self._checks = {id(p.copy): p for p in self.pairs}, [], 0
-        if not roots and all(x.module in planned for x in layers.values()):
-            return
-        parts: dict[_Form, list[nn.Module]] = {}
-        for module in model.modules():
-            if not planned.isdisjoint(module.modules()):
-                parts.setdefault(form_of(module), []).append(module)
-        taken: set[int] = set()
-        inside = [*model.modules()] if self.tell is None else []
-        for module in [*inside, *(m for root in roots for m in root.modules())]:
-            if id(module) in taken or not planned.isdisjoint(module.modules()) or not quantizable_layers(module)[0]:
-                continue
-            if sources := parts.get(form_of(module), []):
-                taken |= {id(m) for m in module.modules()}
-                known = before.get(id(module))
-                self.pairs.append(_Pair(module, sources, _some_values(module)))
-                if known is not None:
-                    self.pairs[-1].follows, self.pairs[-1].learns = known.follows, known.learns
-                self.pairs[-1].watch()
+        roots = [*([model] if self.tell is None else []), *outside]
+        for module, sources in _alike(model, plan, roots):
+            known = before.get(id(module))
+            self.pairs.append(_Pair(module, sources, _some_values(module)))
+            if known is not None:
+                self.pairs[-1].follows, self.pairs[-1].learns = known.follows, known.learns
+            self.pairs[-1].watch()
 
     def follow(self, thorough: bool = False) -> None:
         """Give copies whose weights have moved the network's quantizers, and all of them whole widths.
@@ -117,6 +104,27 @@ class NetworkCopies:
                     _take(pair, everything=True)
             elif pair.follows and thorough and self.tell is None:
                 _take(pair, everything=False)
+
+
+def plan_with_copies(model: nn.Module, plan: Plan) -> Plan:
+    """A plan with the sites of copies inside of the model that were given its quantizers: what a file has to hold.
+
+    Args:
+        model: with quantizers enabled.
+        plan: of the network.
+
+    Returns:
+        ``plan``, with further sites where every enabled quantizer that it has not is one of a copy's.
+    """
+    planned = {n for s in plan.sites for n in s.layers}
+    layers: dict[str, WeightReader | OperandReader] = {**quantizable_layers(model)[0], **quantized_operands(model)}
+    if planned - layers.keys() or not enabled_bits(model):
+        return plan
+    on = {s.name: s for s in plan_of(model).sites if planned.isdisjoint(s.layers)}
+    copied = set() if not on else {id(m) for module, _ in _alike(model, plan, [model]) for m in module.modules()}
+    if any(id(layers[n].module) not in copied for s in on.values() for n in s.layers):
+        return plan
+    return plan.replace(sites=(*plan.sites, *on.values()))
 
 
 def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
@@ -145,6 +153,32 @@ def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
             if holder_of(inner) is None:
                 put_attention(inner, spec_of_attention(alike)).requires_grad_(False)
         put_alike(module, source)
+
+
+def _alike(model: nn.Module, plan: Plan, roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Modules of the form of parts of the network, no plan is for them -> the parts; the outermost ones.
+
+    Args:
+        model: the quantized network.
+        plan: of it.
+        roots: where to look.
+    """
+    layers, roots = quantizable_layers(model)[0], [*roots]
+    names = {n for s in plan.sites for n in s.layers}
+    planned = {layers[n].module for n in names & layers.keys()}
+    if roots in ([], [model]) and all(x.module in planned for x in layers.values()):
+        return
+    parts: dict[_Form, list[nn.Module]] = {}
+    for module in model.modules():
+        if not planned.isdisjoint(module.modules()):
+            parts.setdefault(form_of(module), []).append(module)
+    taken: set[int] = set()
+    for module in [m for root in roots for m in root.modules()]:
+        if id(module) in taken or not planned.isdisjoint(module.modules()) or not quantizable_layers(module)[0]:
+            continue
+        if sources := parts.get(form_of(module), []):
+            taken |= {id(m) for m in module.modules()}
+            yield module, sources
 
 
 def form_of(module: nn.Module) -> _Form:
@@ -189,7 +223,7 @@ def _moved(pair: _Pair) -> bool:
         pair.values = values  # how it came here is not known
     if pair.learns or torch.equal(pair.values, values):
         return False
-    return any(cosine_similarity(values, _some_values(part), dim=0) > _ALIKE for part in pair.parts)
+    return any(cosine_similarity(values, _some_values(part), dim=0) > _COSINE for part in pair.parts)
 
 
 @torch.no_grad()

@@ -71,6 +71,11 @@ class WeightQuantizer(Quantizer):
         """Code format."""
         return "midrise" if self.zero % 1 else "affine"
 
+    @property
+    def has_even_grid(self) -> bool:
+        """Whether a weight is rounded as it is to even steps of ``scale``, and not squashed or looked up."""
+        return type(self).quantize is WeightQuantizer.quantize
+
     def code_formats(self, bits: int) -> tuple[str, ...]:
         """Code formats that this quantizer has at a width; where several do, the first is tried first."""
         return ("midrise",) if bits == 1 else ("affine", "midrise")

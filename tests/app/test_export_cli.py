@@ -185,8 +185,9 @@ def test_errors_are_one_line(tmp_path, arguments, words):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("images", -1), ("images", "many"), ("threads", 0), ("batch_size", 0), ("seconds", -1.0)]
-)
+    ("key", "value"), [("images", -1), ("images", "many"), ("threads", 0), ("batch_size", 0), ("seconds", -1.0),
+                       ("free_batch", 2)]
+)  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_before_anything_is_read(tmp_path, key, value):
     good = {"images": 9, "threads": 1, "batch_size": 2, "seconds": 0.1, "run_folder": str(tmp_path)}
     with pytest.raises(HawqError, match=f"{key}={value!r} must be"):

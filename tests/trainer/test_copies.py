@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hawq_lightning import load_packed, save_packed
+from hawq_lightning.export import deploy
 from hawq_lightning.quantization import quantized_layers
 from tests.trainers import Classifier, assert_mixed, fit, hawq, loader, trainer
 
@@ -238,3 +240,18 @@ def test_a_copy_goes_on_from_a_checkpoint(tmp_path):
     trainer(tmp_path, callback, max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "one.ckpt")
     assert same_bits(again.average, again.net) and bits_of(again.net) == bits_of(model.net)
     assert all(n.startswith("net.") for s in callback.plan.sites for n in s.layers)
+
+
+@pytest.mark.parametrize("kind", [Submodule, TorchAverage, variant(Submodule, by_parameters)], ids=lambda k: k.__name__)
+def test_a_module_with_a_copy_is_packed_whole_and_a_fresh_one_loads_it(tmp_path, kind):
+    torch.manual_seed(0)
+    model = kind()
+    plan = fit(tmp_path, model, loader(), max_epochs=1).plan
+    model.eval()
+    save_packed(model, plan, tmp_path / "whole.safetensors")
+    fresh = load_packed(tmp_path / "whole.safetensors", kind().eval())
+    x = torch.stack([row[0] for row in loader().dataset])
+    assert torch.equal(fresh.net(x), model.net(x)) and torch.equal(fresh.average(x), model.average(x))
+    assert same_bits(getattr(fresh.average, "module", fresh.average), fresh.net)
+    deployed = deploy(model.net, plan, x)
+    assert torch.allclose(deployed.model(x), model.net(x), atol=1e-4)

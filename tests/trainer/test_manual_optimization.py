@@ -76,8 +76,41 @@ class Untoggled(Manual):
         optimizer.step()
 
 
+class SharpnessAware(Manual):
+    """Goes uphill by the gradients that the first loss left (Foret et al. 2021), and steps by those of the second."""
+
+    def norm(self):
+        return torch.stack([p.grad.norm() for p in self.net.parameters() if p.grad is not None]).norm()
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        with torch.no_grad():
+            norm, moved = self.norm(), {}
+            for p in self.net.parameters():
+                moved[p] = p.grad * 0.05 / (norm + 1e-12)
+                p.add_(moved[p])
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        with torch.no_grad():
+            for p, change in moved.items():
+                p.sub_(change)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class LargestGradient(SharpnessAware):
+    def norm(self):
+        return max(float(p.grad.abs().max()) for p in self.net.parameters() if p.grad is not None)
+
+
+class EveryGradient(SharpnessAware):
+    def norm(self):
+        return sum(p.grad.square().sum() for p in self.net.parameters()).sqrt()
+
+
 @pytest.mark.feature("Optimizers", "manual optimization, several optimizers (GAN), `loss.backward()` by hand", "works")
-@pytest.mark.parametrize("kind", [Manual, Untoggled, Gan])
+@pytest.mark.parametrize("kind", [Manual, Untoggled, Gan, SharpnessAware, LargestGradient, EveryGradient])
 def test_manual_optimization(tmp_path, kind):
     model = kind()
     fit(tmp_path, model, loader())

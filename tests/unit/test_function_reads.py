@@ -172,3 +172,40 @@ def test_a_quantized_network_is_refused_and_its_float_weights_are_measured():
     with fake_quant_disabled(net):
         again = hl.measure(net, [BATCH], cross_entropy, sites=table, progress=False)
     assert [r.trace for r in again] == [r.trace for r in before]
+
+
+def _new_data(t, s):
+    t.data = t.data * 0.9 + s.data * 0.1
+
+
+def _new_from_one(t, s):
+    t.data = s.data.clone()
+
+
+def _new_lerp(t, s):
+    t.data = torch.lerp(t.data, s.data, 0.1)
+
+
+def _in_place(t, s):
+    t.data.mul_(0.9).add_(s.data, alpha=0.1)
+
+
+@pytest.mark.parametrize("update", [_new_data, _new_from_one, _new_lerp, _in_place])
+@pytest.mark.parametrize("how", ["called", "no_grad", "frozen"])
+def test_a_target_whose_parameters_get_new_memory_in_the_step_reads_no_weight_of_the_network(update, how):
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.student, net.teacher = (nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2))
+    if how == "frozen":
+        net.teacher.requires_grad_(False)
+
+    def loss(model, batch):
+        for t, s in zip(model.teacher.parameters(), model.student.parameters()):
+            update(t, s)
+        with torch.set_grad_enabled(how != "no_grad"):
+            target = model.teacher(batch)
+        return F.mse_loss(model.student(batch), target.detach())
+
+    traces = hl.measure(net, [torch.randn(4, 5)], loss, include=["student.*"], max_probes=2, rtol=9.0, progress=False)
+    assert {r.name for r in traces} >= {"student.0.weight", "student.2.weight"}
+    assert not [note for note in traces.notes if "function reads" in note]

@@ -84,6 +84,9 @@ def manual_backward(module: nn.Module) -> Iterator[None]:
         with backward:
             yield
         backward.settle()
+    except Exception:  # a step that reads gradients of parameters, which have none here (SAM, clipping by hand)
+        backward.settle()
+        raise
     finally:
         LightningOptimizer.step = step  # type: ignore[method-assign]
         module.__dict__.pop("manual_backward", None)

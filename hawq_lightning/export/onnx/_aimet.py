@@ -22,7 +22,7 @@ from hawq_lightning._types import JsonObject
 from hawq_lightning.export._deployed import Inputs, deploy
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._positive import positive_scales
-from hawq_lightning.export.onnx._grids import ActivationGrid, Grids, WeightGrid, one_image_graph, without_unread
+from hawq_lightning.export.onnx._grids import ActivationGrid, Grids, WeightGrid, fixed_graph, without_unread
 from hawq_lightning.export.onnx._proto import describe, write
 
 BESIDE = (".encodings", ".0_6_1.encodings")
@@ -44,7 +44,13 @@ class Encodings:
 
 
 def to_aimet(
-    model: nn.Module, plan: Plan | None, example_input: Inputs, path: str | Path, *, fold: bool = True
+    model: nn.Module,
+    plan: Plan | None,
+    example_input: Inputs,
+    path: str | Path,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
 ) -> Encodings:
     """Write a float ONNX graph and its encodings, ``.encodings`` (1.0.0) and ``.0_6_1.encodings`` beside it.
 
@@ -58,6 +64,8 @@ def to_aimet(
         path: of the ONNX file; missing folders are made, old files are replaced atomically.
         fold: fold BatchNorm into scales and biases, as QNN's converter does. Where that makes a scale negative, its
             codes change sign, and ``-2^(bits-1)`` becomes one step less than it should be.
+        free_batch: the first axis of every input holds images, and the graph is for one; else it is for the example's
+            shapes, as of graphs.
 
     Raises:
         HawqError: as for :func:`hawq_lightning.export.to_onnx`.
@@ -67,8 +75,8 @@ def to_aimet(
     files = [Path(path), *(Path(path).with_suffix(suffix) for suffix in BESIDE)]
     for file in files:
         check_writable(file)
-    deployed = deploy(model, plan, example_input, fold=fold)
-    proto = one_image_graph(deployed.model, deployed.inputs)
+    deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
+    proto = fixed_graph(deployed.model, deployed.inputs, one_image=free_batch)
     grids = Grids(proto, model, deployed.plan)
     weights, activations, clamped = _plain_graph(proto, grids)
     describe(proto, deployed, "aimet")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import default_forward, image_tensors
+from hawq_lightning._batches import default_forward, image_tensors, pieces
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning.export.onnx._session import integer_kernels, open_session, session
@@ -124,13 +124,13 @@ def compare(
     flipped: dict[str, int] = defaultdict(int)
     counted: dict[str, int] = defaultdict(int)
     different, count, classes = [], 0, True
-    names = [o.name for o in whole.get_outputs()]
+    names, size = [o.name for o in whole.get_outputs()], whole.get_inputs()[0].shape[0]
     most, total, values = np.zeros(len(names)), np.zeros(len(names)), np.zeros(len(names))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     mode = model.training
     model.eval()
     try:
-        for x in image_tensors(batches, images):
+        for x in pieces(image_tensors(batches, images), size):
             x = x.to(device)
             feed = _feed(whole, x)
             with _Seen(layers, alike) as seen:
@@ -159,12 +159,16 @@ def compare(
     finally:
         model.train(mode)
     if not count:
-        raise HawqError("There are no images to compare on.")
+        raise HawqError(f"There are no images to compare on{_at_once(size)}.")
     same = count - len({d.image for d in different})
     apart = {n: (float(m), float(t / max(1, v))) for n, m, t, v in zip(names, most, total, values)}
     return Agreement(
         count, same, float(most.max()), tuple(different), dict(flipped), dict(counted), classes, apart, runtime
     )
+
+
+def _at_once(size: int | str) -> str:
+    return "" if isinstance(size, str) or size == 1 else f"; the file takes {size} at a time"
 
 
 def _feed(run: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
@@ -196,7 +200,7 @@ def _with_codes(
         grid = made.get(node.input[0])
         while grid is not None and grid.op_type in ("Transpose", "Reshape", "Pad", "Concat", "Slice"):
             grid = made.get(grid.input[0])
-        if weight is None:
+        if weight is None or _is_activation(weight, made):
             continue
         codes_of = weight.input[0].split("//")[0]  # what follows tells codes apart that an integer file had to change
         name = layer_of.get(codes_of, codes_of)
@@ -207,6 +211,12 @@ def _with_codes(
     for tensor in reads:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.UINT8, None))
     return session(proto.SerializeToString(), integers=integers) if reads else None, reads, set(calls)
+
+
+def _is_activation(dequantize: Any, made: Mapping[str, Any]) -> bool:
+    """Whether codes come from a tensor's grid, as those that attention multiplies with."""
+    source = made.get(dequantize.input[0])
+    return source is not None and source.op_type in ("QuantizeLinear", "Clip")
 
 
 class _Seen:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,12 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy, first_line, portable
+from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._proto import describe, write
 from hawq_lightning.export.onnx._session import EXACT, INTEGER, ROUNDED
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
-from hawq_lightning.export.onnx._translate import exporters_quiet, free_batch_axes, hint, translated
+from hawq_lightning.export.onnx._translate import exporters_quiet, fixed_axis, free_batch_axes, hint, translated
 from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
 
 
@@ -78,8 +79,15 @@ def to_onnx(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     proto = translated(deployed.model, deployed.inputs, free_batch)
+    if free_batch and (size := fixed_axis(proto)) is not None:
+        warnings.warn(
+            f"{path} takes {size} samples at a time and no other number, as the network computes with it: x.shape[0] "
+            "leaves it free, len(x) and numbers in the code do not. If that is meant, give free_batch=False.",
+            stacklevel=2,
+        )
     if integer:
-        batches = (deployed.inputs,) if calibration is None else map(at_least_two, calibration)
+        given = () if calibration is None else map(at_least_two if free_batch else checked, calibration)
+        batches = (deployed.inputs,) if calibration is None else given
         deployed = _integers(proto, deployed, batches, storage)
     else:
         store_weights(proto, storage, exact=exact)
@@ -97,8 +105,14 @@ def _integers(
     return replace(deployed, grids=rewritten.grids, still_float=still_float(proto))
 
 
-def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> None:
+def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path, *, free_batch: bool = True) -> None:
     """Write a float model as an ONNX file: what the quantized one is compared with.
+
+    Args:
+        model: float; it stays as it is.
+        example_input: as for :func:`to_onnx`.
+        path: of the file.
+        free_batch: as for :func:`to_onnx`.
 
     Raises:
         HawqError: as for :func:`to_onnx`.
@@ -107,7 +121,8 @@ def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path) -> Non
     require("onnxscript")
     check_writable(Path(path))
     copied = copy.deepcopy(model).to("cpu").float().eval().requires_grad_(False)
-    proto = translated(copied, at_least_two(example_input))
+    inputs = at_least_two(example_input) if free_batch else checked(example_input)
+    proto = translated(copied, inputs, free_batch)
     write(proto, Path(path))
 
 

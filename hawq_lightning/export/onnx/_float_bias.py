@@ -7,7 +7,7 @@ added by a node of its own stays float.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,7 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
         if len(node.input) > _BIAS and node.input[_BIAS] in stored:
             bias = onnx.numpy_helper.to_array(stored[node.input[_BIAS]]).reshape(shape)
         elif len(node.input) <= _BIAS:
-            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-            kind = _kind(node)
-            assert kind is not None
-            bias = np.zeros(kind.onnx_channels(dims, groups), np.float32).reshape(shape)
+            bias = np.zeros(_channels(node, dims), np.float32).reshape(shape)
         else:
             continue
         result = node.output[0]
@@ -61,6 +58,15 @@ def split_bias(proto: Any, layers: Container[str]) -> int:
         nodes.append(onnx.helper.make_node("Add", [node.output[0], name], [result], name=f"{node.name}.bias"))
     replace_nodes(proto, nodes, list(added.values()))
     return len(added)
+
+
+def _channels(node: Any, dims: Sequence[int]) -> int:
+    """Output channels of a layer without a bias; a Gemm may read a weight ``[in, out]``, as GPT-2's."""
+    attributes, kind = {a.name: a.i for a in node.attribute}, _kind(node)
+    assert kind is not None
+    if node.op_type == "Gemm" and not attributes.get("transB", 0):
+        return dims[1]
+    return kind.onnx_channels(dims, attributes.get("group", 1))
 
 
 def _kind(node: Any) -> LayerKind | None:

@@ -75,7 +75,7 @@ class Grids:
     """All of a graph, by the tensor that a DequantizeLinear gives.
 
     Args:
-        proto: of :func:`one_image_graph`.
+        proto: of :func:`fixed_graph`.
         model: quantized, or deployed.
         plan: that it carries.
     """
@@ -137,18 +137,18 @@ def signed_bits(low: int, high: int) -> int:
     return 1 + max((~low if low < 0 else low).bit_length(), (~high if high < 0 else high).bit_length())
 
 
-def one_image_graph(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-    """A graph of standard operators, INT8 weights behind DequantizeLinear, for one image: every shape is a number.
+def fixed_graph(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, one_image: bool) -> Any:
+    """A graph of standard operators, INT8 weights behind DequantizeLinear, in which every shape is a number.
 
     Args:
         model: deployed.
-        inputs: example inputs, images first; one image of them is used.
+        inputs: example inputs.
+        one_image: the first axis of every input holds images, and one of them is used; else all of the example.
 
     Raises:
         HawqError: an operation cannot be exported.
     """
-    one = tuple(x[:1] for x in inputs)
-    return translated(model, one, free_batch=False)
+    return translated(model, tuple(x[:1] for x in inputs) if one_image else inputs, free_batch=False)
 
 
 def without_unread(proto: Any, nodes: list[Any], also: Mapping[str, Any]) -> None:

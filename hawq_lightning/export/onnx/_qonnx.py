@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning._batches import image_tensors
+from hawq_lightning._batches import image_tensors, pieces
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
@@ -31,7 +31,7 @@ from hawq_lightning.export.onnx._grids import (
     ActivationGrid,
     Grids,
     WeightGrid,
-    one_image_graph,
+    fixed_graph,
     signed_bits,
     without_unread,
 )
@@ -87,7 +87,9 @@ class QonnxAgreement:
         )
 
 
-def to_qonnx(model: nn.Module, plan: Plan | None, example_input: Inputs, path: str | Path) -> Widths:
+def to_qonnx(
+    model: nn.Module, plan: Plan | None, example_input: Inputs, path: str | Path, *, free_batch: bool = True
+) -> Widths:
     """Write a quantized model as a QONNX file for one image at a time; the model stays as it is.
 
     Args:
@@ -95,6 +97,8 @@ def to_qonnx(model: nn.Module, plan: Plan | None, example_input: Inputs, path: s
         plan: the plan that it carries; ``None`` reads it from the quantizers.
         example_input: float images ``[N, C, H, W]``, or a tuple of the model's positional inputs.
         path: of the file; missing folders are made, an old file is replaced atomically.
+        free_batch: the first axis of every input holds images, and the file is for one; else it is for the example's
+            shapes, as of graphs.
 
     Returns:
         the widths that the file declares.
@@ -105,8 +109,8 @@ def to_qonnx(model: nn.Module, plan: Plan | None, example_input: Inputs, path: s
     require("onnx")
     require("onnxscript")
     check_writable(Path(path))
-    deployed = deploy(model, plan, example_input, fold=False)
-    proto = one_image_graph(deployed.model, deployed.inputs)
+    deployed = deploy(model, plan, example_input, fold=False, free_batch=free_batch)
+    proto = fixed_graph(deployed.model, deployed.inputs, one_image=free_batch)
     widths = _Rewrite(proto, Grids(proto, model, deployed.plan)).run()
     proto.opset_import.append(require("onnx").helper.make_opsetid(DOMAIN, 1))
     describe(proto, deployed, "qonnx")
@@ -186,7 +190,7 @@ class _Rewrite:
 def compare_qonnx(
     model: nn.Module, path: str | Path, batches: Iterable[Batch], images: int | None = None
 ) -> QonnxAgreement:
-    """Run a QONNX file with qonnx's executor, image by image, beside the quantized model.
+    """Run a QONNX file with qonnx's executor beside the quantized model, as many images at a time as the file takes.
 
     Args:
         model: the fake-quant model that was exported; class logits first.
@@ -208,11 +212,12 @@ def compare_qonnx(
     actual: list[np.ndarray] = []
     try:
         file = wrapper(str(path)).transform(shapes())
-        takes, gives = (file.graph.input[0].name, file.graph.output[0].name)
-        for x in image_tensors(batches, count):
-            first = torch.utils._pytree.tree_leaves(model(x.to(device)))[0]
+        takes, gives = (file.graph.input[0], file.graph.output[0].name)
+        size = takes.type.tensor_type.shape.dim[0].dim_value
+        for images_at_once in pieces(image_tensors(batches, count), size):
+            first = torch.utils._pytree.tree_leaves(model(images_at_once.to(device)))[0]
             expected += list(first.float().cpu().numpy())
-            actual += [execute(file, {takes: image[None].cpu().float().numpy()})[gives][0] for image in x]
+            actual += list(execute(file, {takes.name: images_at_once.cpu().float().numpy()})[gives])
         counted = cost(str(path), discount_sparsity=False)["total_cost"]
     except HawqError:
         raise

@@ -40,7 +40,7 @@ class Speed:
     Attributes:
         file_bytes: size of the file.
         gzip_bytes: size after gzip.
-        ms: median milliseconds of one image.
+        ms: median milliseconds of one image; a share of those that the file takes at a time, where that is fixed.
         images_per_second: of a whole batch.
         peak_bytes: memory beyond what Python and onnxruntime take without a network.
     """
@@ -67,7 +67,7 @@ def measure_file(
         path: of an ONNX file with one float input.
         shape: of one image.
         threads: that onnxruntime may use.
-        batch: images a run for the throughput.
+        batch: images a run for the throughput, of a file that takes any number.
         seconds: of measuring, for latency and throughput each.
         runtime: ``"onnxruntime"`` or ``"openvino"``.
 

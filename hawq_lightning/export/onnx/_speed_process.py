@@ -18,21 +18,22 @@ def main() -> None:
     """Latency of one image, throughput of a batch, memory beyond what the bare process takes."""
     path, shape, threads, batch, seconds, integers, runtime = sys.argv[1:]
     load = with_openvino if runtime == "openvino" else with_onnxruntime
-    before, run = load(path, int(threads), integers == "1")
+    before, run, fixed = load(path, int(threads), integers == "1")
     rng = np.random.default_rng(0)
 
     def images(count: int) -> Any:
         return rng.standard_normal((count, *json.loads(shape)), dtype=np.float32)
 
-    one, many = images(1), images(int(batch))
-    latency = median_ms(lambda: run(one), float(seconds))
+    count = fixed or int(batch)
+    one, many = images(fixed or 1), images(count)
+    latency = median_ms(lambda: run(one), float(seconds)) / (fixed or 1)
     whole = median_ms(lambda: run(many), float(seconds))
     peak = peak_bytes() - before
-    print(json.dumps({"ms": latency, "images_per_second": 1000 * int(batch) / whole, "peak_bytes": peak}))
+    print(json.dumps({"ms": latency, "images_per_second": 1000 * count / whole, "peak_bytes": peak}))
 
 
-def with_onnxruntime(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object]]:
-    """Memory before loading, and a function that runs the file."""
+def with_onnxruntime(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object], int | None]:
+    """Memory before loading, a function that runs the file, and how many images it takes; ``None``: any number."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -42,11 +43,12 @@ def with_onnxruntime(path: str, threads: int, integers: bool) -> tuple[int, Call
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     before = peak_bytes()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return before, lambda images: session.run(None, {name: images})
+    takes = session.get_inputs()[0]
+    fixed = takes.shape[0] if isinstance(takes.shape[0], int) else None
+    return before, lambda images: session.run(None, {takes.name: images}), fixed
 
 
-def with_openvino(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object]]:
+def with_openvino(path: str, threads: int, integers: bool) -> tuple[int, Callable[[Any], object], int | None]:
     """The same; what integer kernels leave is computed in float32, and which they take is OpenVINO's choice."""
     import openvino
 
@@ -54,7 +56,8 @@ def with_openvino(path: str, threads: int, integers: bool) -> tuple[int, Callabl
     before = peak_bytes()
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", hints)
-    return before, lambda images: compiled([images])
+    axis = compiled.inputs[0].partial_shape[0]
+    return before, lambda images: compiled([images]), None if axis.is_dynamic else axis.get_length()
 
 
 def peak_bytes() -> int:

@@ -89,6 +89,12 @@ def free_batch_axes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     return (*each[:named], tuple(each[named:]))
 
 
+def fixed_axis(proto: Any) -> int | None:
+    """Length of the first axis of an input that the exporter found no way to leave free; ``None``: all are free."""
+    first = (i.type.tensor_type.shape.dim[0] for i in proto.graph.input)
+    return next((int(axis.dim_value) for axis in first if axis.HasField("dim_value")), None)
+
+
 def _output_names(result: Any) -> list[str]:
     if isinstance(result, torch.Tensor):
         return ["output"]

@@ -98,6 +98,11 @@ class WeightIntOnly(WeightQuantizer):
         return ("midrise",) if bits == 1 else ("affine",)
 
     @property
+    def has_even_grid(self) -> bool:
+        """See :attr:`WeightQuantizer.has_even_grid`."""
+        return True
+
+    @property
     def folding(self) -> bool:  # type: ignore[override]
         """Whether a BatchNorm is folded while training."""
         return bool(self._norm)

@@ -77,6 +77,11 @@ class WeightLSQ(_LearnedStep, WeightQuantizer):
     def __init__(self, channels: int, axis: int = 0, *, ranges: Ranges = "mse") -> None:
         super().__init__(channels, axis, ranges=ranges)
 
+    @property
+    def has_even_grid(self) -> bool:
+        """See :attr:`WeightQuantizer.has_even_grid`."""
+        return True
+
     @deterministic
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Eq. 1 and 2 of the paper, per channel."""

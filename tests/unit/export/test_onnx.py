@@ -141,7 +141,7 @@ class Moving(nn.Module):
         a, b, c, d, e, f = self.layers
         x = F.max_pool2d(F.relu(a(x)), 2)
         x = c(b(x).transpose(2, 3))
-        x = d(x.reshape(len(x), 4, 9, -1))[:, :, 1:7]
+        x = d(x.reshape(x.shape[0], 4, 9, -1))[:, :, 1:7]
         x = F.dropout(e(x), training=self.training)
         x = f(x[..., :3].unsqueeze(0).squeeze(0))
         x = self.mix(x.transpose(2, 3))
