@@ -39,8 +39,8 @@ from hawq_lightning.sensitivity import (
 )
 
 _Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
-# Layers round once more what lies on the grid of a result. Steps of least squared error are simple ratios of each other,
-# which puts codes in the middle between two, where float rounding decides, in every runtime otherwise.
+# Layers round once more what lies on the grid of a result. Steps of least squared error are simple ratios of each other:
+# codes would lie in the middle between two, where float rounding decides, in every runtime otherwise.
 _APART = 1.00291237
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
