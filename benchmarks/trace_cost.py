@@ -9,7 +9,9 @@ pass with the hooks in place, the factor of the loss's Hessian, and one backward
 every activation's squared norm for every image. Where the loss is slightly concave in places (focal), every eighth
 probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
 probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
-hold. For ViT-S and BERT-base a probe of the true Hessian by double backward is timed as well, and told apart.
+hold. *With forms* is a probe that also gives the quadratic form of the rounding error of five widths at every weight
+and activation (``measure(..., rounding=)``), against the probe without. For ViT-S and BERT-base a probe of the true
+Hessian by double backward is timed as well, and told apart.
 
 Results: benchmarks/results/trace_cost.{json,md}.
 """
@@ -17,6 +19,7 @@ Results: benchmarks/results/trace_cost.{json,md}.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -41,7 +44,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 SETTINGS = {
     "resnet50": (8, 224, 224), "inception_v3": (8, 299, 299), "squeezenext": (8, 224, 224),
     "retinanet_resnet50": (2, 480, 640), "vit_small": (4, 224, 224), "bert_base": (4, 1, 128),
+    "resnet20": (128, 32, 32),
 }  # fmt: skip
+WIDTHS = (2, 3, 4, 6, 8)  # whose quadratic forms are timed
 DOUBLE = ("vit_small", "bert_base")
 PAPER_IMAGES, PAPER_MINUTES, PAPER_GPUS = 512, 30, 4  # ResNet50, all layers (section 3.1)
 
@@ -59,7 +64,7 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
             size = 20 + torch.rand(7, 2) * torch.tensor([width * 0.3, height * 0.3])
             targets.append({"boxes": torch.cat([corner, corner + size], 1), "labels": torch.randint(0, 80, (7,))})
         return net, (images, targets), lambda m, b: torch.stack(list(m(*b).values())).sum()
-    labels = torch.randint(0, 1000, (count,))
+    labels = torch.randint(0, 10 if name == "resnet20" else 1000, (count,))
     if name == "bert_base":
         import transformers
 
@@ -103,7 +108,7 @@ def work(name: str, what: str, threads: int) -> None:
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
     else:
-        from hawq_lightning.quantization import quantizable_layers
+        from hawq_lightning.quantization import candidates, quantizable_layers, rounding_errors
         from hawq_lightning.sensitivity import (
             GaussNewton,
             Heap,
@@ -127,6 +132,10 @@ def work(name: str, what: str, threads: int) -> None:
             kind = Hutchinson() if what == "double" else GaussNewton()
             estimator = kind.calibrate(context, [batch], ProcessShard(), 1000)
             thin = estimator.period
+            if what == "forms":
+                widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS, "input_bits": None}
+                weighed = candidates(net, [batch], None, table, loss, **widths)
+                context = dataclasses.replace(context, rounding=rounding_errors(net, weighed, table))
             release_memory()
         seed, heap = 0, Heap()
 
@@ -157,10 +166,10 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for what in ("step", "probe", *(["double"] if name in DOUBLE else []))
+        for what in ("step", "probe", "forms", *(["double"] if name in DOUBLE else []))
     }
     thin = {what: int(_answer(process)) for what, process in processes.items()}["probe"]
-    kinds = {"step": ("step", 1.0), "probe": ("probe", 1.0 if thin == 1 else 0.0)}
+    kinds = {what: (what, 1.0 if thin == 1 or what == "step" else 0.0) for what in ("step", "probe", "forms")}
     if thin > 1:
         kinds["probe with the concave part"] = ("probe", float(thin))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -189,6 +198,7 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
         "batch": SETTINGS[name], "seconds_an_image": {"step": middle["step"], "probe": probe}, "every": thin,
         "all_seconds": seconds, "memory_mib": memory,
         "time_ratio": probe / middle["step"], "memory_ratio": memory["probe"] / memory["step"],
+        "forms_time_ratio": middle["forms"] / middle["probe"], "forms_memory_ratio": memory["forms"] / memory["probe"],
     }  # fmt: skip
 
 
@@ -214,6 +224,16 @@ def table(report: dict[str, Any]) -> str:
             f"| {name} | {count} x {height} x {width} | {s['step']:.3f} | {s['probe']:.3f} | {r['time_ratio']:.2f} | "
             f"{m['step']:.0f} | {m['probe']:.0f} | {r['memory_ratio']:.2f} |"
         )
+    lines += [
+        "",
+        f"With quadratic forms of {len(WIDTHS)} widths at every weight and activation, against a probe without:",
+        "",
+        "| network | time ratio | memory ratio |",
+        "|---|---:|---:|",
+    ]
+    for name, r in report["models"].items():
+        if "forms_time_ratio" in r:
+            lines.append(f"| {name} | {r['forms_time_ratio']:.2f} | {r['forms_memory_ratio']:.2f} |")
     for name, r in report["models"].items():
         if "double_backward" in r:
             double = r["double_backward"]

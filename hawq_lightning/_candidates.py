@@ -76,23 +76,27 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
         return self.numel[name] * candidate.bits / 8
 
     def rows(self) -> list[dict[str, str | float]]:
-        """One dict a candidate: ``site, kind, bits, code, bytes, perturbation, omega``."""
-        return [
-            {
-                "site": name, "kind": self.kinds.get(name, ""), "bits": c.bits, "code": c.code,
-                "bytes": self.code_bytes(name, c), "perturbation": c.perturbation, "omega": c.omega,
-            }
-            for name, candidates in self.items()
-            for c in candidates
-        ]  # fmt: skip
+        """One dict a candidate: ``site, kind, bits, code, bytes, perturbation, omega``, and ``q`` where it is known."""
+        out: list[dict[str, str | float]] = []
+        for name, candidates in self.items():
+            for c in candidates:
+                out.append({
+                    "site": name, "kind": self.kinds.get(name, ""), "bits": c.bits, "code": c.code,
+                    "bytes": self.code_bytes(name, c), "perturbation": c.perturbation, "omega": c.omega,
+                })  # fmt: skip
+                if c.q is not None:
+                    out[-1]["q"] = c.q
+        return out
 
     def __str__(self) -> str:
         width = max((len(name) for name in self), default=4)
-        lines = [f"{'site':<{width}}  bits  code          bytes  perturbation       omega"]
-        for row in self.rows():
+        rows = self.rows()
+        last = f"  {'q':>10}" if any("q" in row for row in rows) else ""
+        lines = [f"{'site':<{width}}  bits  code          bytes  perturbation       omega{last}"]
+        for row in rows:
             lines.append(
                 f"{row['site']:<{width}}  {row['bits']:>4}  {row['code']:<8}  {row['bytes']:>9,.0f}  "
-                f"{row['perturbation']:>12.4g}  {row['omega']:>10.4g}"
+                f"{row['perturbation']:>12.4g}  {row['omega']:>10.4g}" + (f"  {row['q']:>10.4g}" if "q" in row else "")
             )
         return "\n".join(lines)
 

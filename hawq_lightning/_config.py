@@ -154,6 +154,8 @@ class MeasureConfig:
     """``stable_plan``: also as soon as the plan no longer changes."""
     loss_per_site: bool = False
     """Also measure the loss change of every site and width."""
+    quadratic_forms: bool = False
+    """Also measure Q, the quadratic form of the real rounding error, of every site and width, in the same passes."""
     loss_fn: LossFn | None = None
     """``loss_fn(module, batch) -> scalar`` in the place of ``training_step``."""
     batch_dim: int = 0

@@ -27,6 +27,9 @@ class Candidate:
         perturbation: ``||Q(W) - W||^2``; for activations the mean over images of ``||Q(a) - a||^2``.
         scale: activations only: the step of the grid.
         zero_point: activations only: the integer that stands for 0.
+        q: the quadratic form of the real rounding error, of which Omega takes the size alone; twice the predicted loss
+            change, where it was measured.
+        q_stderr: its standard error against the exact one on the same images.
     """
 
     bits: int
@@ -35,6 +38,8 @@ class Candidate:
     perturbation: float
     scale: float | None = None
     zero_point: int | None = None
+    q: float | None = None
+    q_stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,8 @@ def read_candidate(name: str, kind: str, raw: object) -> Candidate:
             that cannot be; the message names it.
     """
     what = f"a candidate of {shown(name)}"
-    data: JsonObject = with_infinity(table(raw, what), _NUMBERS)
-    check_names(data, what, ("bits", "code", "omega", "perturbation"), ("scale", "zero_point"))
+    data: JsonObject = with_infinity(table(raw, what), (*_NUMBERS, "q", "q_stderr"))
+    check_names(data, what, ("bits", "code", "omega", "perturbation"), ("scale", "zero_point", "q", "q_stderr"))
     code = text(data["code"], f"code of {what}")
     check_choice(name, kind, data["bits"], code)
     scale, zero = data.get("scale"), data.get("zero_point")
@@ -159,6 +164,7 @@ def read_candidate(name: str, kind: str, raw: object) -> Candidate:
         _real(data["perturbation"], f"perturbation of {what}", low=0.0),
         None if scale is None else float(scale),
         None if zero is None else whole(zero, f"zero_point of {what}", 0, 255),
+        *(None if data.get(key) is None else _real(data[key], f"{key} of {what}") for key in ("q", "q_stderr")),
     )
 
 

@@ -34,7 +34,14 @@ from hawq_lightning.callbacks._trainer import (
     trained_by,
 )
 from hawq_lightning.callbacks.fault_tolerance import interruptible
-from hawq_lightning.quantization import candidates, fake_quant_disabled, loss_of_plan, loss_per_site, quantizer_of
+from hawq_lightning.quantization import (
+    candidates,
+    fake_quant_disabled,
+    loss_of_plan,
+    loss_per_site,
+    quantizer_of,
+    rounding_errors,
+)
 from hawq_lightning.selection import (
     SCORES,
     SELECTORS,
@@ -177,10 +184,13 @@ class MeasureTraces(HasResults, Callback):
                 )
                 sensitivity = self.given
                 if sensitivity is None and not self.without_traces:
+                    rounding = None
+                    if config.quadratic_forms:
+                        rounding = rounding_errors(pl_module, weigh(None, progress=show), table)
                     sensitivity = measure(
                         pl_module, batches, loss_fn, config=config, sites=table, progress=show,
                         shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
-                        stop=stable if config.stop_when == "stable_plan" else None,
+                        stop=stable if config.stop_when == "stable_plan" else None, rounding=rounding,
                     )  # fmt: skip
                     traces.store(sensitivity)
             if sensitivity is not None:
@@ -282,7 +292,7 @@ class MeasureTraces(HasResults, Callback):
     def without_traces(self) -> bool:
         """Whether no traces are measured, since nothing reads them."""
         reads_none = "without_traces" in self._selector.offers and "traces" not in SCORES[self.select.score].needs
-        reads_none = reads_none and not self.measure.loss_per_site
+        reads_none = reads_none and not (self.measure.loss_per_site or self.measure.quadratic_forms)
         return self.only_needed and reads_none and self.given is None
 
     @property

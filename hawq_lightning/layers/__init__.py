@@ -41,6 +41,7 @@ from hawq_lightning.layers._kind import (
     inner_products,
     kind_of,
     kinds,
+    projected_products,
     register_layer,
     type_names,
     weight_of,
@@ -56,6 +57,7 @@ from hawq_lightning.layers._operands import (
 )
 from hawq_lightning.layers._other_linear import QOtherLinear
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._projections import ProjectedProducts
 from hawq_lightning.layers._read_inside import ReadInsideKind
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
@@ -103,6 +105,7 @@ __all__ = [
     "Listener",
     "MatrixGradients",
     "OperandReader",
+    "ProjectedProducts",
     "QOtherLinear",
     "ReadInsideKind",
     "ReadTensor",
@@ -136,6 +139,7 @@ __all__ = [
     "on_product",
     "operand_name",
     "operand_readers",
+    "projected_products",
     "put_holder",
     "quantizer_attribute",
     "quantizer_parts",

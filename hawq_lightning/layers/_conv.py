@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hawq_lightning.layers._conv_gradients import conv_gradients, conv_inner_products
+from hawq_lightning.layers._conv_gradients import conv_gradients, conv_inner_products, conv_projected_products
 from hawq_lightning.layers._conv_modules import (
     QConv1d,
     QConv2d,
@@ -19,6 +19,7 @@ from hawq_lightning.layers._conv_modules import (
 )
 from hawq_lightning.layers._gradients import Pairs
 from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
+from hawq_lightning.layers._projections import ProjectedProducts
 from hawq_lightning.layers._unfold import as_conv, patch_counts, patch_view, with_batch_axis
 
 
@@ -38,6 +39,12 @@ class ConvKind(LayerKind):
     def inner_products(self, calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
         """By whatever is least work."""
         return conv_inner_products(calls, per_sample, self.transposed)
+
+    def projected_products(
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+    ) -> ProjectedProducts:
+        """By whatever is least work."""
+        return conv_projected_products(calls, per_sample, self.transposed, directions)
 
     def output_axes(self, module: nn.Module) -> int:
         """Samples, channels and the spatial axes."""

@@ -23,6 +23,7 @@ from hawq_lightning.layers._gradients import (
     row_dots,
 )
 from hawq_lightning.layers._kind import LayerCall
+from hawq_lightning.layers._projections import ProjectedProducts, projected_factors, projected_pairs
 from hawq_lightning.layers._unfold import Conv, as_conv, paddings, unfold, with_batch_axis
 
 _FEW = 1 << 15  # elements of an unfolded sample up to which copying them is cheap
@@ -32,14 +33,8 @@ _CHANNELS = 256  # of samples side by side in one call
 
 def conv_inner_products(calls: Sequence[LayerCall], per_sample: bool, transposed: bool) -> torch.Tensor:
     """By Gram matrices, products of unfolded inputs, or the convolution's backward kernel: what is least work."""
-    layer = as_conv(calls[0].layer)
-    weight, groups = layer.weight, int(layer.groups)
-    rows, columns = weight.shape[0] // groups, weight[0].numel()
-    positions = sum((c.read if transposed else c.grad).numel() // weight.shape[0] for c in calls)
-    samples = 1 if calls[0].grad.ndim < weight.ndim else calls[0].grad.shape[0]
-    positions = positions // samples if per_sample else positions
-    by_gram = gram_is_less(positions, rows, columns)
-    if not by_gram and by_kernel(layer, positions * columns * groups):
+    by_gram, kernel = _least_work(calls, per_sample, transposed)
+    if kernel:
         pairs = conv_gradients(calls, per_sample, transposed)
     else:
         u, d, e = joined([_factors(call, per_sample, transposed) for call in calls])
@@ -47,6 +42,31 @@ def conv_inner_products(calls: Sequence[LayerCall], per_sample: bool, transposed
             return gram_products(u, d, e)
         pairs = products(u, d, None if all(call.other is None for call in calls) else e)
     return torch.cat([row_dots(g, h) for g, h in pairs])
+
+
+def conv_projected_products(
+    calls: Sequence[LayerCall], per_sample: bool, transposed: bool, directions: torch.Tensor
+) -> ProjectedProducts:
+    """See :meth:`hawq_lightning.layers.LayerKind.projected_products`."""
+    if _least_work(calls, per_sample, transposed)[1]:
+        return projected_pairs(conv_gradients(calls, per_sample, transposed), directions)
+    layer = as_conv(calls[0].layer)
+    u, d, e = joined([_factors(call, per_sample, transposed) for call in calls])
+    matrices = directions.reshape(len(directions), layer.groups, layer.weight.shape[0] // layer.groups, -1)
+    none = all(call.other is None for call in calls)
+    return projected_factors(u, d, None if none else e, matrices.mT if transposed else matrices)
+
+
+def _least_work(calls: Sequence[LayerCall], per_sample: bool, transposed: bool) -> tuple[bool, bool]:
+    """Whether Gram matrices are the least work, and whether the backward kernel is."""
+    layer = as_conv(calls[0].layer)
+    weight, groups = layer.weight, int(layer.groups)
+    rows, columns = weight.shape[0] // groups, weight[0].numel()
+    positions = sum((c.read if transposed else c.grad).numel() // weight.shape[0] for c in calls)
+    samples = 1 if calls[0].grad.ndim < weight.ndim else calls[0].grad.shape[0]
+    positions = positions // samples if per_sample else positions
+    by_gram = gram_is_less(positions, rows, columns)
+    return by_gram, not by_gram and by_kernel(layer, positions * columns * groups)
 
 
 def conv_gradients(calls: Sequence[LayerCall], per_sample: bool, transposed: bool) -> Pairs:

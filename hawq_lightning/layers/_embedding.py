@@ -13,6 +13,7 @@ from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, Weigh
 from hawq_lightning.layers._gradients import Pairs, row_dots
 from hawq_lightning.layers._kind import LayerCall, LayerKind, WeightRead, register_layer, weight_of
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
+from hawq_lightning.layers._projections import ProjectedProducts
 
 _SAMPLES = 8  # whose Gram matrices are formed at a time
 
@@ -86,6 +87,22 @@ class _TableKind(LayerKind):
             same = (i[:, :, None] == i[:, None, :]).to(g.dtype)
             out.append(row_dots(same, torch.matmul(g, h.mT)))
         return torch.cat(out)
+
+    def projected_products(
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+    ) -> ProjectedProducts:
+        """``<G_n, D_w> = sum_t <d_t, D_w[x_t]>``: the rows of ``D_w`` looked up."""
+        of_calls = [_positions(call, per_sample) for call in calls]
+        index, d, e = (torch.cat(x, 1) for x in zip(*of_calls))
+        same = all(call.other is None for call in calls)
+        along, other = [], []
+        for direction in directions:
+            looked_up = F.embedding(index, direction.to(d))
+            along.append(row_dots(d, looked_up))
+            other.append(along[-1] if same else row_dots(e, looked_up))
+        first = torch.stack(along, 1)
+        inner = self.inner_products(calls, per_sample)
+        return ProjectedProducts(inner, first, first if same else torch.stack(other, 1))
 
 
 @register_layer("embedding")

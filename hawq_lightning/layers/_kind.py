@@ -16,6 +16,7 @@ from hawq_lightning._registry import Registry
 from hawq_lightning.layers._adopted import changes, is_parametrized, qualified_names
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
 from hawq_lightning.layers._gradients import Pairs, row_dots
+from hawq_lightning.layers._projections import ProjectedProducts, projected_pairs
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -151,6 +152,12 @@ class LayerKind:
     def inner_products(self, calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
         """``<G_n, G'_n>`` of every row; see :func:`inner_products`. Override it where there is a way without G."""
         return torch.cat([row_dots(g, h) for g, h in self.weight_gradients(calls, per_sample)])
+
+    def projected_products(
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+    ) -> ProjectedProducts:
+        """The same, and ``<G_n, D>`` of ``directions`` ``[directions, *weight.shape]``. Override it with the other."""
+        return projected_pairs(self.weight_gradients(calls, per_sample), directions)
 
     def output_axes(self, module: nn.Module) -> int:
         """Number of axes of the output when axis 1 holds its channels, so that a BatchNorm can be folded."""
@@ -299,18 +306,52 @@ def inner_products(calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor
     Returns:
         float64, one value a row.
     """
-    filled = [call for call in calls if call.grad.numel()]  # a head for objects may get none
-    if not filled:
-        return calls[0].grad.new_zeros(len(calls[0].grad) if per_sample else 1, dtype=torch.float64)
-    of_kind: dict[LayerKind, list[LayerCall]] = {}
-    for call in filled:
-        of_kind.setdefault(kind_of(call.layer), []).append(call)
+    of_kind = _by_kind(calls)
+    if not of_kind:
+        return _no_rows(calls, per_sample)
     if len(of_kind) == 1:
-        return next(iter(of_kind)).inner_products(filled, per_sample)
-    # kinds that share a weight, as an embedding and the projection tied to it: only whole gradients can be added
+        kind, some = next(iter(of_kind.items()))
+        return kind.inner_products(some, per_sample)
+    return row_dots(*_summed(of_kind, per_sample))
+
+
+def projected_products(calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor) -> ProjectedProducts:
+    """What :func:`inner_products` gives, and ``<G_n, D_w>`` of every row and direction.
+
+    Args:
+        calls: all calls that share one weight; their gradients are added before the products.
+        per_sample: a row is an index of the first axis; otherwise all of the batch is one row.
+        directions: ``[directions, *weight.shape]``.
+    """
+    of_kind = _by_kind(calls)
+    if not of_kind:
+        inner = _no_rows(calls, per_sample)
+        nothing = inner.new_zeros(len(inner), len(directions))
+        return ProjectedProducts(inner, nothing, nothing)
+    if len(of_kind) == 1:
+        kind, some = next(iter(of_kind.items()))
+        return kind.projected_products(some, per_sample, directions)
+    return projected_pairs(iter([_summed(of_kind, per_sample)]), directions)
+
+
+def _by_kind(calls: Sequence[LayerCall]) -> dict[LayerKind, list[LayerCall]]:
+    """The calls of each kind, but for those of no samples: a head for objects may get none."""
+    of_kind: dict[LayerKind, list[LayerCall]] = {}
+    for call in calls:
+        if call.grad.numel():
+            of_kind.setdefault(kind_of(call.layer), []).append(call)
+    return of_kind
+
+
+def _no_rows(calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor:
+    return calls[0].grad.new_zeros(len(calls[0].grad) if per_sample else 1, dtype=torch.float64)
+
+
+def _summed(of_kind: Mapping[LayerKind, Sequence[LayerCall]], per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of kinds that share a weight, as an embedding and the projection tied to it do: only whole ones add."""
     sums: list[torch.Tensor] | None = None
     for kind, some in of_kind.items():
         gradients = [torch.cat(sides) for sides in zip(*kind.weight_gradients(some, per_sample))]
         sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients)]
     assert sums is not None
-    return row_dots(*sums)
+    return sums[0], sums[1]

@@ -21,6 +21,7 @@ from hawq_lightning.layers._gradients import (
     row_dots,
 )
 from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
+from hawq_lightning.layers._projections import ProjectedProducts, projected_factors
 
 
 class QLinear(FakeQuantLayer[WeightQ, ActivationQ], nn.Linear):
@@ -52,6 +53,18 @@ class MatrixGradients(LayerKind):
         if gram_is_less(positions // samples if per_sample else positions, rows, columns):
             return gram_products(*factors)
         return torch.cat([row_dots(g, h) for g, h in self._products(calls, factors)])
+
+    def projected_products(
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+    ) -> ProjectedProducts:
+        """By whatever is least work."""
+        u, d, e = joined(_factors(calls, per_sample))
+        none = all(call.other is None for call in calls)
+        return projected_factors(u, d, None if none else e, self.matrices(directions)[:, None])
+
+    def matrices(self, directions: torch.Tensor) -> torch.Tensor:
+        """Tensors ``[n, *weight.shape]`` as matrices ``[n, C, K]``."""
+        return directions
 
     def _products(self, calls: Sequence[LayerCall], factors: Factors) -> Pairs:
         u, d, e = factors

@@ -51,6 +51,10 @@ class Conv1DKind(MatrixGradients):
         """Transposed."""
         return ((g.mT, h.mT) for g, h in super().weight_gradients(calls, per_sample))
 
+    def matrices(self, directions: torch.Tensor) -> torch.Tensor:
+        """Transposed."""
+        return directions.mT
+
 
 @register_layer("torch_geometric_linear")
 class GeometricLinearKind(LinearKind):

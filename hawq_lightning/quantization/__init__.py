@@ -69,6 +69,7 @@ from hawq_lightning.quantization._results import (
     quantized_results,
     with_result,
 )
+from hawq_lightning.quantization._rounding_errors import rounding_errors
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import (
     first_order_term,
@@ -145,6 +146,7 @@ __all__ = [
     "refresh",
     "register_code_format",
     "register_quantizer",
+    "rounding_errors",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",

@@ -30,6 +30,7 @@ from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import (
     InputHooks,
     OnDevice,
+    QuadraticForm,
     Sensitivity,
     SiteTrace,
     guarded_mean_traces,
@@ -39,7 +40,7 @@ from hawq_lightning.sensitivity import (
 )
 
 _Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
-# Layers round once more what lies on the grid of a result. Steps of least squared error are simple ratios of each other:
+# Layers round once more what lies on the grid of a result. Steps of least squared error are ratios of small integers:
 # codes would lie in the middle between two, where float rounding decides, in every runtime otherwise.
 _APART = 1.00291237
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
@@ -150,7 +151,17 @@ def candidates(
                 Candidate(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
                 for bits, (step, zero) in steps[site.name].items()
             )
+    by_site = {name: _with_forms(listed, sensitivity.forms.get(name, ())) for name, listed in by_site.items()}
     return Candidates.of(by_site, sites, spec.name, spec.options)
+
+
+def _with_forms(listed: tuple[Candidate, ...], forms: Sequence[QuadraticForm]) -> tuple[Candidate, ...]:
+    """Candidates with the quadratic forms that are of their rounding errors."""
+    out = []
+    for c in listed:
+        form = next((f for f in forms if f.is_of(c)), None)
+        out.append(c if form is None else replace(c, q=form.value, q_stderr=form.stderr))
+    return tuple(out)
 
 
 def _ones(sites: SiteTable) -> Sensitivity:

@@ -44,6 +44,7 @@ from hawq_lightning.sensitivity._recomputed_weights import EffectiveWeights
 from hawq_lightning.sensitivity._repeatable import repeatable, settle_draws
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._result_fields import SiteTrace
+from hawq_lightning.sensitivity._rounding import QuadraticForm, RoundingErrors
 from hawq_lightning.sensitivity._sampling import sampling_design
 from hawq_lightning.sensitivity._significance import guarded_mean_traces, kinds_in_noise
 from hawq_lightning.sensitivity._statistics import TraceStatistics
@@ -85,7 +86,9 @@ __all__ = [
     "Probes",
     "ProcessShard",
     "Progress",
+    "QuadraticForm",
     "RelativeError",
+    "RoundingErrors",
     "Rows",
     "Satisfied",
     "Sensitivity",

@@ -21,6 +21,7 @@ from hawq_lightning.sensitivity._statistics import TraceStatistics
 _EVERY = 5.0  # seconds between files within a step
 _DIGEST = 32  # bytes of SHA-256 before the rest
 _TABLES = ("mean", "m2", "size")
+_FORM_TABLES = ("mean", "m2")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class MeasurementCheckpoint:
             return Position()
         for name in _TABLES:
             setattr(statistics, name, state[name])
+        for name in _FORM_TABLES if statistics.forms.mean else ():
+            setattr(statistics.forms, name, state["forms"][name])
         statistics.counts[:] = state["count"]
         self._diagnostics.figures.update(state["figures"])
         self._diagnostics.notes.extend(n for n in state["notes"] if n not in self._diagnostics.notes)
@@ -100,6 +103,8 @@ class MeasurementCheckpoint:
             return  # (a clock that went back is no reason to keep nothing)
         self._last = time.perf_counter()
         state: JsonObject = {n: getattr(statistics, n) for n in _TABLES}
+        if statistics.forms.mean:
+            state["forms"] = {n: getattr(statistics.forms, n) for n in _FORM_TABLES}
         state |= {"key": self._key, "step": step, "done": done, "count": list(statistics.counts)}
         state |= {"figures": dict(self._diagnostics.figures), "notes": list(self._diagnostics.notes)}
         buffer = io.BytesIO()
@@ -120,9 +125,12 @@ class MeasurementCheckpoint:
 
 def _fits(state: JsonObject, statistics: TraceStatistics) -> bool:
     """Whether a state has the form of these statistics."""
-    for name in _TABLES:
-        have: dict[str, torch.Tensor] = state[name]
-        want: dict[str, torch.Tensor] = getattr(statistics, name)
+    tables = [(state[name], getattr(statistics, name)) for name in _TABLES]
+    if statistics.forms.mean:
+        tables += [(state["forms"][name], getattr(statistics.forms, name)) for name in _FORM_TABLES]
+    have: dict[str, torch.Tensor]
+    want: dict[str, torch.Tensor]
+    for have, want in tables:
         if {k: (v.shape, v.dtype) for k, v in have.items()} != {k: (v.shape, v.dtype) for k, v in want.items()}:
             return False
         if not all(bool(v.isfinite().all()) for v in have.values()):

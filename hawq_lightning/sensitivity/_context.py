@@ -22,6 +22,7 @@ from hawq_lightning.sensitivity._isolate import RandomStates, random_states_kept
 from hawq_lightning.sensitivity._loss_differences import DifferenceHessian, check_second_derivative
 from hawq_lightning.sensitivity._loss_parts import LossParts, has_curvature
 from hawq_lightning.sensitivity._memory import out_of_memory
+from hawq_lightning.sensitivity._rounding import RoundingErrors
 from hawq_lightning.sensitivity._second_derivative import NoSecondDerivative, nodes_between, twice_differentiable
 
 
@@ -90,6 +91,7 @@ class MeasureContext:
         precision: of forward and backward passes: ``float32`` or ``bf16``.
         diagnostics: what is noticed meanwhile.
         operands: of attention, those that are sites of ``table``.
+        rounding: errors along which gradients are measured as well; ``None``: none.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class MeasureContext:
     precision: str = "float32"
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     operands: Mapping[str, OperandReader] = field(default_factory=dict)
+    rounding: RoundingErrors | None = None
 
     @classmethod
     def of(cls, model: nn.Module, table: SiteTable, loss_fn: LossFn, l1_curvature: str = "zero") -> MeasureContext:
@@ -147,7 +150,9 @@ def forward_pass(context: MeasureContext, batch: Batch, per_sample: Mapping[str,
     cut: frozenset[int] = frozenset()
     parts, stepped = context.diagnostics.loss_parts, set[str]()
     while True:  # again with the boundary further in front, or cut, where an output on it also feeds another
-        network = GradCapture(context.layers, context.table, context.diagnostics.overwritten, context.operands)
+        network = GradCapture(
+            context.layers, context.table, context.diagnostics.overwritten, context.operands, context.rounding
+        )
         network.per_sample = per_sample
         states = RandomStates()
         # layers see their outputs before the boundary does: the hooks entered last come first

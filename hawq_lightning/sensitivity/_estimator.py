@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -63,11 +63,13 @@ class Probes:
         rows: of every probe.
         sizes: activation site -> elements of each row (rows,).
         curvature: of the loss at the outputs (samples,): the trace of its absolute Hessian, where that is known.
+        forms: of every probe, the same along rounding errors (rows, candidates), where the context has some.
     """
 
     rows: list[Rows]
     sizes: Rows
     curvature: torch.Tensor | None = None
+    forms: list[Rows] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Estimator(ABC):
         whole_loss: differentiates the loss itself, whatever it reads of the network.
         from_outputs: counts the loss's curvature in the network's outputs, and none that lies in front of them.
         low_precision: its passes may run in bfloat16.
+        quadratic_forms: gives :attr:`Probes.forms`.
         probes_per_step: random vectors that a request for a step holds.
         period: probes after which the mean of their rows is unbiased; in between it need not be.
     """
@@ -126,6 +129,7 @@ class Estimator(ABC):
     whole_loss: ClassVar[bool] = False
     from_outputs: ClassVar[bool] = False
     low_precision: ClassVar[bool] = False
+    quadratic_forms: ClassVar[bool] = False
     probes_per_step: ClassVar[int] = PROBES_PER_STEP
     period: int = 1
 

@@ -50,7 +50,7 @@ class GaussNewton(Estimator):
         period: the concave part goes back with every so many probes, and counts as often.
     """
 
-    per_sample_weights = can_sample = from_outputs = low_precision = True
+    per_sample_weights = can_sample = from_outputs = low_precision = quadratic_forms = True
 
     def __init__(self, rotate: bool = True, period: int = 1) -> None:
         self._rotate, self.period = rotate, period
@@ -103,7 +103,7 @@ def send_signs(factored: FactoredPass, signs: RademacherProbes, weights: Sequenc
     for k, concave in enumerate(weights):
         z = signs.sample(factored.forward.hessian.values, generators)
         rows = factored.probe(z, rotate=rotate, concave=concave, last=k == len(weights) - 1)
-        factored.probes.rows.append(rows)
+        factored.append(rows)
 
 
 def gauss_newton_probes(context: MeasureContext, request: ProbeRequest, *, rotate: bool = True) -> Probes:
@@ -118,7 +118,7 @@ def gauss_newton_probes(context: MeasureContext, request: ProbeRequest, *, rotat
 class AllOutputs(Estimator):
     """Every unit vector of the outputs in the place of random signs: the Gauss-Newton trace without error."""
 
-    exact = per_sample_weights = from_outputs = True
+    exact = per_sample_weights = from_outputs = quadratic_forms = True
     probes_per_step = 1
 
     def probe(self, context: MeasureContext, request: ProbeRequest) -> Probes:
@@ -134,7 +134,7 @@ class AllOutputs(Estimator):
             for z in columns(values, request.samples, all(request.per_sample.values())):
                 for site, value in factored.probe(z, rotate=False).items():
                     total[site] = total[site] + value if site in total else value
-            factored.probes.rows.append(total)
+            factored.append(total)
 
         return factored_probes(context, request, run)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,14 +12,11 @@ from torch import nn
 from hawq_lightning._batches import plain_tensor
 from hawq_lightning._loss_graph import edge_of, graph_behind
 from hawq_lightning._site_table import SiteTable
-from hawq_lightning.layers import LayerCall, OperandReader, WeightReader, as_reader, inner_products, row_dots
+from hawq_lightning.layers import OperandReader, WeightReader, as_reader
 from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._rounding import RoundingErrors
+from hawq_lightning.sensitivity._site_products import CallRecord, Overwritten, read_products, weight_products
 from hawq_lightning.sensitivity._views import without_base
-
-
-class Overwritten(Exception):
-    """A tensor that a layer read was changed in place afterwards; the layer must keep a copy."""
-
 
 Result = TypeVar("Result")
 
@@ -42,19 +38,6 @@ def with_copies(overwritten: set[str], run: Callable[[], Result]) -> Result:
 _GONE = torch.empty(0)
 
 
-@dataclass
-class CallRecord:
-    """A layer call, or a tensor read: its site, and the gradients of up to two backward passes."""
-
-    site: str
-    name: str
-    layer: WeightReader | None
-    value: torch.Tensor
-    version: int
-    grads: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])
-    node: Any = None
-
-
 class GradCapture:
     """Hooks on the layers of ``table``; active inside ``with``.
 
@@ -63,6 +46,10 @@ class GradCapture:
         table: their sites.
         keep_copies: layers whose input is overwritten later, and activation sites that are to be differentiated twice.
         operands: of attention, that are sites of ``table``.
+        rounding: errors whose products with the gradients are gathered in :attr:`forms`.
+
+    Attributes:
+        forms: site -> (rows, candidates), summed over passes until :meth:`take_forms`.
     """
 
     def __init__(
@@ -71,6 +58,7 @@ class GradCapture:
         table: SiteTable,
         keep_copies: set[str],
         operands: Mapping[str, OperandReader] | None = None,
+        rounding: RoundingErrors | None = None,
     ) -> None:
         self._layers = {name: as_reader(layer) for name, layer in layers.items()}
         self._table, self._keep = table, keep_copies
@@ -81,6 +69,8 @@ class GradCapture:
         self._slot, self._last, self._coefficient = 0, 0, 1.0
         self._waiting: dict[str, int] = {}
         self._rows: dict[str, torch.Tensor] = {}
+        self._rounding = rounding or RoundingErrors({})
+        self.forms: dict[str, torch.Tensor] = {}
         self.recording = True
         self.last_pass = False  # what layers read is let go of as soon as it has served
         self.per_sample: Mapping[str, bool] = {}
@@ -219,43 +209,31 @@ class GradCapture:
         self._waiting = {}  # what arrives until the next probe is none of it
 
     def _reduce(self, site: str) -> None:
-        per_sample = self.per_sample.get(site, False)
-        cross_pair = self._last == 1
+        per_sample, cross_pair = self.per_sample.get(site, False), self._last == 1
         calls = self._calls.get(site)
         if calls is not None:
-            live = [c for c in calls if c.grads[0] is not None and (not cross_pair or c.grads[1] is not None)]
-            for c in live:
-                if c.value._version != c.version:
-                    raise Overwritten(c.name)
-            uses = [
-                LayerCall(
-                    c.layer.module,
-                    _as(plain_tensor(c.value), c.grads[0]),
-                    c.grads[0],
-                    c.grads[1] if cross_pair else None,
-                    c.layer.parameter,
-                )
-                for c in live
-                if c.layer is not None and c.grads[0] is not None
-            ]
-            value = inner_products(uses, per_sample) if uses else None
+            products = weight_products(calls, per_sample, cross_pair, self._rounding.weights.get(site))
         else:
             calls = self._reads[site]
-            value = None
-            for c in calls:
-                a, b = c.grads[0], c.grads[1] if cross_pair else c.grads[0]
-                if a is None or b is None:
-                    continue
-                part = row_dots(a, b) if per_sample else row_dots(a[None], b[None])
-                value = part if value is None else value + part
+            products = read_products(calls, per_sample, cross_pair, self._rounding.activations.get(site))
         for c in calls:
             c.grads[:] = [None, None]
             if self.last_pass:
                 c.value = _GONE
-        if value is not None:
-            value = self._coefficient * value.cpu()
-            self._rows[site] = self._rows[site] + value if site in self._rows else value
+        if products is not None:
+            self._add(self._rows, site, products.inner)
+            if products.forms is not None:
+                self._add(self.forms, site, products.forms)
         self._waiting[site] = 0
+
+    def _add(self, rows: dict[str, torch.Tensor], site: str, value: torch.Tensor) -> None:
+        value = self._coefficient * value
+        rows[site] = rows[site] + value if site in rows else value
+
+    def take_forms(self) -> dict[str, torch.Tensor]:
+        """What the passes since the last call gave along the rounding errors; the next one begins anew."""
+        forms, self.forms = self.forms, {}
+        return forms
 
 
 @contextmanager
@@ -273,7 +251,3 @@ def not_recording(network: GradCapture | None) -> Iterator[None]:
 
 def _leaf_copy(x: torch.Tensor) -> torch.Tensor:
     return x.detach().requires_grad_(True).clone()  # a view of a leaf could not be changed in place
-
-
-def _as(read: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    return read.to(grad.dtype) if read.is_floating_point() else read  # indices of a table stay what they are

@@ -31,12 +31,14 @@ from hawq_lightning.sensitivity._linearity import check_linearity, layer_names
 class Hessian(Estimator):
     """Rows of Gauss-Newton probes plus ``z^T H z`` of the linearised loss; rows of weights are batches.
 
+    Quadratic forms are Gauss-Newton's alone: those of the distance to the float network, which is flat there.
+
     Args:
         rotate: signs onto the softmax factor's singular vectors.
         nonlinear_sites: sites at which the network is not piecewise linear; elsewhere Gauss-Newton is exact.
     """
 
-    second_derivatives = True
+    second_derivatives = quadratic_forms = True
 
     def __init__(self, rotate: bool = True, nonlinear_sites: Collection[str] = ()) -> None:
         self._rotate, self._nonlinear_sites = rotate, nonlinear_sites
@@ -66,9 +68,9 @@ class Hessian(Estimator):
     def probe(self, context: MeasureContext, request: ProbeRequest) -> Probes:
         """See :meth:`Estimator.probe`."""
         probes = gauss_newton_probes(context, request, rotate=self._rotate)
-        for rows in probes.rows:
+        for rows in (*probes.rows, *probes.forms):
             for site in {s.name for s in context.table.weights} & rows.keys():
-                rows[site] = rows[site].sum()[None]
+                rows[site] = rows[site].sum(0)[None]
         if self._nonlinear_sites:
             missing = missing_part(context, request, self._nonlinear_sites)
             for rows, more in zip(probes.rows, missing):

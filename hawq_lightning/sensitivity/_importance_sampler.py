@@ -46,6 +46,7 @@ class ImportanceSampler:
     probes_per_step: int = field(default=1, init=False)
     report_every: int = field(default=8, init=False)
     _reduction: str = field(default="", init=False)
+    _forms: dict[int, Rows] = field(default_factory=dict, init=False)
     _heap: Heap = field(default_factory=Heap, init=False)
 
     def __post_init__(self) -> None:
@@ -92,12 +93,19 @@ class ImportanceSampler:
         rows = {
             b: {s.name: torch.zeros(samples[b], dtype=torch.float64) for s in self.runner.context.table} for b in local
         }
+        self._forms = {
+            b: {
+                n: torch.zeros(samples[b], count, dtype=torch.float64)
+                for n, count in statistics.forms.candidates.items()
+            }
+            for b in local
+        }
         try:
             self._probe_all(chosen, number, rows, statistics)
         except LookupError:
             raise NotDrawableError("it is not clear how to take images out of a batch") from None
         for b in local:
-            statistics.add(b, rows[b])
+            statistics.add(b, rows[b], self._forms[b])
 
     def _probe_all(
         self, chosen: list[tuple[int, torch.Tensor]], step: int, rows: dict[int, Rows], statistics: TraceStatistics
@@ -139,6 +147,8 @@ class ImportanceSampler:
             weight = scale / self._of(b, self.design.probability)[ids]
             for site, value in probes.rows[0].items():
                 rows[b][site][ids] = weight * value[segment]
+            for site, value in (probes.forms[0] if probes.forms else {}).items():
+                self._forms[b][site][ids] = weight[:, None] * value[segment]
             for site, size in probes.sizes.items():
                 statistics.size[site][statistics.place(site, b)][ids] = size[segment]  # a slice is a view
 

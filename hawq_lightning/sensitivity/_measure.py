@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -20,6 +21,7 @@ from hawq_lightning.sensitivity._prepare import Reuse, first_look, make_runner
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._repeatable import repeatable
 from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._rounding import RoundingErrors
 from hawq_lightning.sensitivity._run_loop import run_loop
 from hawq_lightning.sensitivity._settings import MeasureOverrides, MeasureSettings
 from hawq_lightning.sensitivity._statistics import TraceStatistics
@@ -52,8 +54,8 @@ def measure(
         batches: any iterable of batches, all kept in memory; each is a unit of the loss. Where memory runs out they are
             taken in parts, if the loss is a mean or sum over samples that does not couple them.
         loss_fn: ``loss_fn(model, batch) -> scalar``, a mean over samples or any other reduction.
-        config: how to measure; of its fields ``images``, ``stop_when``, ``loss_per_site``, ``loss_fn`` and ``cache``
-            are for the callback.
+        config: how to measure; of its fields ``images``, ``stop_when``, ``loss_per_site``, ``quadratic_forms``,
+            ``loss_fn`` and ``cache`` are for the callback.
         sites: what to measure; found by a forward pass of the first batch when not given.
         progress: show a bar.
         shard: of this process, where several measure together; the result does not depend on their number.
@@ -64,7 +66,9 @@ def measure(
             ``estimator="exact"``, and what is no setting: ``include`` and ``exclude`` (which layers, see
             :func:`hawq_lightning.sites`), ``batch_size_fn`` (samples in a batch), and ``stop``, a function from the
             :class:`Sensitivity` measured so far to whether it will do, such as
-            :class:`hawq_lightning.selection.StablePlan`; its ``key``, if it has one, goes into the fingerprint.
+            :class:`hawq_lightning.selection.StablePlan`; its ``key``, if it has one, goes into the fingerprint; and
+            ``rounding``, from :func:`hawq_lightning.quantization.rounding_errors`: what rounding changes at every site,
+            whose quadratic forms are measured in the same passes (:attr:`Sensitivity.forms`).
 
     Returns:
         one record a site; traces are of the loss as given, averaged over batches in proportion to their samples.
@@ -91,8 +95,10 @@ def measure(
         enough = None if stop is None else lambda rows: stop(to_sensitivity(rows, key))
         loop = TraceLoop(data, estimator, default_rule(config, enough), checkpoint, progress, config.rtol)
         unit = estimator.row_unit(runner.context, runner.per_sample)
+        rounding = runner.context.rounding or RoundingErrors({})
+        counts = {s.name: rounding.count(s.name) for s in runner.context.table}
         sampling, final = run_loop(
-            loop, runner, config.sampling, TraceStatistics(runner.context.table, data.samples, unit)
+            loop, runner, config.sampling, TraceStatistics(runner.context.table, data.samples, unit, counts)
         )
         if reuse is None:  # else whoever looks for earlier results deletes it once this one is saved
             checkpoint.delete()
@@ -102,4 +108,5 @@ def measure(
     check_rows(final, diagnostics)
     seconds = seconds_since(began)
     record = settings_record(config, runner, sampling, final, loop.stopped.reason, seconds)
-    return to_sensitivity(final, key, exact=estimator.exact, settings=record, notes=diagnostics.notes)
+    measured = to_sensitivity(final, key, exact=estimator.exact, settings=record, notes=diagnostics.notes)
+    return replace(measured, forms=final.form_records(rounding.candidates, estimator.exact))

@@ -120,6 +120,12 @@ class FactoredPass:
         )
         return backpropagate(self.forward, vectors, last=last)
 
+    def append(self, rows: Rows) -> None:
+        """Note the rows of a probe, with what its passes gave along rounding errors."""
+        self.probes.rows.append(rows)
+        if forms := self.forward.network.take_forms():
+            self.probes.forms.append(forms)
+
 
 def factored_probes(
     context: MeasureContext, request: ProbeRequest, run: Callable[[FactoredPass], None], *, elementwise: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -142,6 +142,13 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
     runner.estimator = estimator.calibrate(context, first, data.shard, config.max_probes)
     if whole and config.sampling != "curvature" and _few_columns(runner, data):
         runner.estimator = runner.estimator.every_column() or runner.estimator
+    if settings.rounding is not None and runner.estimator.quadratic_forms:
+        runner.context = replace(context, rounding=settings.rounding)
+    elif settings.rounding is not None:
+        context.diagnostics.warn_once(
+            f"estimator={runner.estimator.name!r} sends nothing back from the outputs: there are no quadratic forms of "
+            "the rounding errors. Use 'ggn'."
+        )
     return runner
 
 

@@ -105,7 +105,11 @@ class ProbeRunner:
             probes = self._probe(part, stop - start, step, derive_seed(self.seed, number, step, start))
             # rows are of the batch's loss: a mean over fewer samples weighs each of them more
             scale = (stop - start) / samples if self._reduction == "mean" else 1.0
-            parts.append(Probes([{n: scale * v for n, v in rows.items()} for rows in probes.rows], probes.sizes))
+            rows, forms = (
+                [{n: scale * v for n, v in of_probe.items()} for of_probe in tables]
+                for tables in (probes.rows, probes.forms)
+            )
+            parts.append(Probes(rows, probes.sizes, forms=forms))
         counts = [min(size, samples - start) for start in range(0, samples, size)]
         return join_parts(parts, counts, self.estimator.row_unit(self.context, self.per_sample))
 
@@ -138,14 +142,18 @@ def join_parts(parts: list[Probes], samples: Sequence[int], row_unit: Mapping[st
     def rows_of(tables: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[tuple[str, list[torch.Tensor]]]:
         for n in dict.fromkeys(name for table in tables for name in table):
             counts = samples if row_unit[n] else [1] * len(samples)
-            none = [torch.zeros(c, dtype=torch.float64) for c in counts]
+            candidates = next(table[n] for table in tables if n in table).shape[1:]
+            none = [torch.zeros(c, *candidates, dtype=torch.float64) for c in counts]
             yield n, [table.get(n, zeros) for table, zeros in zip(tables, none)]
 
-    joined = [
-        {n: torch.cat(p) if row_unit[n] else torch.stack(p).sum(0) for n, p in rows_of(of_probe)}
-        for of_probe in zip(*(part.rows for part in parts))
-    ]
-    return Probes(joined, {n: torch.cat(pieces) for n, pieces in rows_of([part.sizes for part in parts])})
+    rows, forms = (
+        [
+            {n: torch.cat(p) if row_unit[n] else torch.stack(p).sum(0) for n, p in rows_of(of_probe)}
+            for of_probe in zip(*tables)
+        ]
+        for tables in ([part.rows for part in parts], [part.forms for part in parts])
+    )
+    return Probes(rows, {n: torch.cat(p) for n, p in rows_of([part.sizes for part in parts])}, forms=forms)
 
 
 def _lacks_second_derivative(error: RuntimeError) -> bool:
@@ -194,8 +202,8 @@ class WholeBatches:
     def probe_batch(self, batch: int, step: int, statistics: TraceStatistics) -> None:
         """Add one step's rows of one batch, by its number."""
         probes = self.runner.probe(self.data.batches[batch], self.data.samples[batch], batch, step)
-        for rows in probes.rows:
-            statistics.add(batch, rows)
+        for i, rows in enumerate(probes.rows):
+            statistics.add(batch, rows, probes.forms[i] if probes.forms else {})
         for site, size in probes.sizes.items():
             statistics.size[site][statistics.place(site, batch)] = size
 

@@ -13,6 +13,7 @@ from hawq_lightning._fields import sealed, shown, was_changed
 from hawq_lightning._io import TRACES_JSON, json_text, read_json, with_infinity, without_infinity, write_text
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._result_fields import SiteTrace, read_fields
+from hawq_lightning.sensitivity._rounding import QuadraticForm
 
 FORMAT = "hawq_lightning.sensitivity"
 VERSION = 1
@@ -32,6 +33,7 @@ class Sensitivity:
         settings: estimator, probes, images, seed, seconds and the like.
         notes: what the user should know, in sentences.
         fingerprint: of weights, data and settings.
+        forms: site name -> quadratic form of the rounding error of each of its candidates, if they were measured.
     """
 
     records: tuple[SiteTrace, ...]
@@ -42,6 +44,7 @@ class Sensitivity:
     settings: JsonObject = field(default_factory=dict)
     notes: Sequence[str] = ()
     fingerprint: str = ""
+    forms: Mapping[str, Sequence[QuadraticForm]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[SiteTrace]:
         return iter(self.records)
@@ -65,6 +68,7 @@ class Sensitivity:
         def short(table: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
             return {k: [float(f"{x:.7g}") for x in v] for k, v in table.items()}
 
+        forms = {name: [f.to_dict() for f in forms] for name, forms in self.forms.items()}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -76,7 +80,7 @@ class Sensitivity:
             "rows": short(self.rows),
             "sizes": short(self.sizes),
             "row_weights": short(self.row_weights),
-        }
+        } | ({"forms": forms} if forms else {})
 
     @classmethod
     def from_dict(cls, data: object) -> Sensitivity:

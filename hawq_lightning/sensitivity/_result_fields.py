@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from hawq_lightning._errors import HawqError
 from hawq_lightning._fields import CHECKSUM, check_names, number, sequence, shown, table, text, whole
 from hawq_lightning._types import JsonObject
+from hawq_lightning.sensitivity._rounding import read_forms
 
 _KINDS = ("weight", "activation")
 _UNITS = ("image", "batch")
@@ -51,7 +52,7 @@ def read_fields(data: JsonObject) -> JsonObject:
     """
     check_names(
         data, "it", ("format", "version", "records"),
-        (CHECKSUM, "settings", "notes", "fingerprint", "row_unit", *_TABLES),
+        (CHECKSUM, "settings", "notes", "fingerprint", "row_unit", "forms", *_TABLES),
     )  # fmt: skip
     records = tuple(_record(r, i) for i, r in enumerate(sequence(data["records"], "records")))
     kinds = {r.name: r.kind for r in records}
@@ -70,6 +71,7 @@ def read_fields(data: JsonObject) -> JsonObject:
         "notes": tuple(text(n, f"note {i}") for i, n in enumerate(sequence(data.get("notes", []), "notes"))),
         "fingerprint": text(data.get("fingerprint", ""), "fingerprint"),
         "row_unit": unit,
+        "forms": read_forms(data, kinds),
         **tables,
     }
 

@@ -11,6 +11,7 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._patterns import Patterns
 from hawq_lightning._types import BatchSizeFn
 from hawq_lightning.sensitivity._result import Sensitivity
+from hawq_lightning.sensitivity._rounding import RoundingErrors
 
 StopFn = Callable[[Sensitivity], bool]
 """From the traces measured so far to whether they will do."""
@@ -33,6 +34,7 @@ class MeasureOverrides(TypedDict, total=False):
     batch_dim: int
     batch_size_fn: BatchSizeFn
     stop: StopFn | None
+    rounding: RoundingErrors | None
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class MeasureSettings:
         include: which layers; see :func:`hawq_lightning.sites`.
         exclude: which layers not.
         stop: whether the traces so far will do, however large the errors.
+        rounding: errors whose quadratic forms are measured in the same passes.
     """
 
     config: MeasureConfig
     include: Patterns = None
     exclude: Patterns = None
     stop: StopFn | None = None
+    rounding: RoundingErrors | None = None
 
     @classmethod
     def of(cls, config: MeasureConfig | None, overrides: Mapping[str, object]) -> MeasureSettings:
@@ -84,4 +88,6 @@ class MeasureSettings:
         words.append(getattr(self.stop, "key", ""))
         if c.precision != "float32":
             words.append(c.precision)
+        if self.rounding is not None:
+            words.append(self.rounding.key)
         return " ".join(map(str, words))

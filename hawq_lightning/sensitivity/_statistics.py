@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
+from hawq_lightning.sensitivity._form_statistics import FormStatistics
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._result_fields import SiteTrace
+from hawq_lightning.sensitivity._rounding import QuadraticForm
 
 
 class TraceStatistics:
@@ -29,9 +32,16 @@ class TraceStatistics:
         table: the sites.
         samples: number of samples of each batch.
         per_sample: site -> whether its rows are samples.
+        candidates: site -> of how many there are quadratic forms; see :attr:`forms`.
     """
 
-    def __init__(self, table: SiteTable, samples: Sequence[int], per_sample: Mapping[str, bool]) -> None:
+    def __init__(
+        self,
+        table: SiteTable,
+        samples: Sequence[int],
+        per_sample: Mapping[str, bool],
+        candidates: Mapping[str, int] | None = None,
+    ) -> None:
         self.table, self.per_sample = table, per_sample
         self._start = [0, *torch.tensor(samples).cumsum(0).tolist()]
         self._samples = list(samples)
@@ -47,6 +57,7 @@ class TraceStatistics:
         }
         self.counts = [0] * len(samples)
         self.probes = 0
+        self.forms = FormStatistics(count, candidates or {})
 
     @property
     def samples(self) -> tuple[int, ...]:
@@ -59,12 +70,15 @@ class TraceStatistics:
             return slice(self._start[batch], self._start[batch + 1])
         return slice(batch, batch + 1)
 
-    def add(self, batch: int, values: Mapping[str, torch.Tensor]) -> None:
+    def add(
+        self, batch: int, values: Mapping[str, torch.Tensor], forms: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Add one probe of one batch.
 
         Args:
             batch: its number.
             values: site -> (rows of the batch,), of the batch's loss; of a mean loss each sample has 1/N of its own.
+            forms: site -> (rows of the batch, candidates), of the batch's loss.
         """
         self.counts[batch] += 1
         for site, value in values.items():
@@ -73,10 +87,13 @@ class TraceStatistics:
             deviation = x - self.mean[site][place]  # Welford: no cancellation where probes hardly differ
             self.mean[site][place] += deviation / self.counts[batch]
             self.m2[site][place] += deviation * (x - self.mean[site][place])
+        for site, value in (forms or {}).items():
+            scale = self._samples[batch] if self.per_sample[site] else 1.0
+            self.forms.add(site, self.place(site, batch), scale * value, self.counts[batch])
 
     def fresh(self) -> TraceStatistics:
         """An empty table for the same rows."""
-        return TraceStatistics(self.table, self._samples, self.per_sample)
+        return TraceStatistics(self.table, self._samples, self.per_sample, self.forms.candidates)
 
     def summed(self, shard: ProcessShard, probes: int) -> TraceStatistics:
         """Those of all processes (each holds its own batches, zeros elsewhere).
@@ -92,6 +109,7 @@ class TraceStatistics:
             flat = torch.cat([t[n] for t in tables for n in t])
             parts = iter(shard.sum(flat).split([t[n].numel() for t in tables for n in t]))
             total.mean, total.m2, total.size = ({n: next(parts) for n in t} for t in tables)
+            total.forms = self.forms.summed(shard)
         return total
 
     def means(self, site: str) -> torch.Tensor:
@@ -159,12 +177,36 @@ class TraceStatistics:
                     f"{int(bad[0])}): the loss or the network has no finite derivatives there, such as sqrt or norm at "
                     "0. Exclude the layer, or add a small constant there."
                 )
+        for site, mean in self.forms.mean.items():
+            if not bool(torch.isfinite(mean).all()):
+                raise HawqError(f"The quadratic form of the rounding error of site {site!r} is not finite.")
 
     def filled_sizes(self, site: str) -> torch.Tensor:
         """Elements of each row of an activation site; of rows never probed, whose traces count 0, the others' mean."""
         size = self.size[site]
         probed = size > 0
         return torch.where(probed, size, size[probed].mean()) if bool(probed.any()) else size.clamp_min(1)
+
+    def form_records(
+        self, candidates: Mapping[str, Sequence[Candidate]], exact: bool = False
+    ) -> dict[str, tuple[QuadraticForm, ...]]:
+        """One record a candidate of every site that has quadratic forms.
+
+        Args:
+            candidates: site -> those that were measured.
+            exact: they have no error.
+        """
+        out = {}
+        for site in self.forms.mean:
+            w = self.weight[site]
+            stderr = self.forms.stderr(site, w, self.probes)
+            data = self.forms.stderr_data(site, w, self.probes)
+            columns = (self.forms.value(site, w), torch.zeros_like(stderr) if exact else stderr, data)
+            out[site] = tuple(
+                QuadraticForm(c.bits, c.code, c.perturbation, *(float(x) for x in numbers))
+                for c, *numbers in zip(candidates[site], *columns)
+            )
+        return out
 
     def records(self, exact: bool = False) -> tuple[SiteTrace, ...]:
         """One record a site."""

@@ -14,6 +14,7 @@ the loss are known apart here, so that the dense matrices come from plain autogr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -36,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hawq_lightning import HawqError, Sensitivity, SiteTable, measure
 from hawq_lightning.quantization import quantizable_layers
-from hawq_lightning.sensitivity import find_sites
+from hawq_lightning.sensitivity import RoundingErrors, find_sites
 
 ESTIMATORS = ("ggn", "exact", "hutchinson", "hessian", "auto")
 
@@ -467,6 +468,7 @@ class Shifts:
 
     def __init__(self, model: nn.Module, readers: tuple[str, ...]) -> None:
         self.points: list[torch.Tensor] = []
+        self.read: list[torch.Tensor] = []
         self._of: dict[tuple[int, int], torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []
         layers = quantizable_layers(model)[0]
@@ -478,6 +480,7 @@ class Shifts:
         key = (id(x), x._version)
         if key not in self._of:
             self._alive.append(x)
+            self.read.append(x.detach().clone())
             self._of[key] = torch.zeros_like(x, requires_grad=True)
             self.points.append(self._of[key])
         return (x + self._of[key], *args[1:])
@@ -488,18 +491,19 @@ class Shifts:
             handle.remove()
 
 
-def _points(case: Case, site: Any) -> tuple[list[torch.Tensor], Any]:
+def _points(case: Case, site: Any) -> tuple[list[torch.Tensor], Any, list[torch.Tensor]]:
+    """What can be disturbed, the outputs, and for an activation site what was read at each point."""
     if site.kind == "weight":
         reader = quantizable_layers(case.net)[0][site.layers[0]]
         if not reader.recomputed:
-            return [reader.weight], case.net(case.batch[0])
-        return _made_weight(case, reader.module)
+            return [reader.weight], case.net(case.batch[0]), []
+        return *_made_weight(case, reader.module), []
     shifts = Shifts(case.net, site.layers)
     try:
         out = case.net(case.batch[0])
     finally:
         shifts.remove()
-    return shifts.points, out
+    return shifts.points, out, shifts.read
 
 
 def _made_weight(case: Case, module: nn.Module) -> tuple[list[torch.Tensor], Any]:
@@ -524,17 +528,43 @@ def _made_weight(case: Case, module: nn.Module) -> tuple[list[torch.Tensor], Any
         handle.remove()
 
 
-def dense(case: Case, site: Any) -> tuple[float, float]:
-    """Traces of the Gauss-Newton matrix and of the Hessian of the loss at a site, as ``measure`` says."""
-    points, outputs = _points(case, site)
+def plain_networks() -> contextlib.ExitStack:
+    """Inside, networks can be differentiated as often as :func:`dense` wants."""
+    stack = contextlib.ExitStack()
+    # neither the fused attention kernels nor the hard sigmoid have a second derivative
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(patch.object(F, "hardsigmoid", lambda x: F.relu6(x + 3) / 6))
+    stack.enter_context(patch.object(Checkpointed, "plain", True))
+    return stack
+
+
+def _factors(case: Case, points: list[torch.Tensor], outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss's Hessian in the outputs, and the Jacobian of these by the points, (outputs, elements of all points)."""
     f = flat(outputs)
     o = f.detach().requires_grad_()
     shapes = [v.shape for v in ([outputs] if isinstance(outputs, torch.Tensor) else
                                 list(outputs.values()) if isinstance(outputs, Mapping) else outputs)]  # fmt: skip
     pieces = [p.reshape(s) for p, s in zip(o.split([math.prod(s) for s in shapes]), shapes)]
     value = case.loss(pieces, case.batch)
-    hessian = _hessian(value, [o])[0]
-    jacobian = torch.cat(_rows_of(f, points), 1)
+    return _hessian(value, [o])[0], torch.cat(_rows_of(f, points), 1)
+
+
+def dense_forms(case: Case, site: Any, rounding: RoundingErrors) -> list[float]:
+    """``D^T J^T H J D`` of the rounding error D of every candidate of a site."""
+    points, outputs, read = _points(case, site)
+    hessian, jacobian = _factors(case, points, outputs)
+    if site.kind == "weight":
+        errors = [[d] for d in rounding.weights[site.name]]
+    else:
+        errors = [list(of_points) for of_points in zip(*(rounding.activations[site.name](x) for x in read))]
+    moved = [jacobian @ torch.cat([d.reshape(-1) for d in of_points]) for of_points in errors]
+    return [float(x @ hessian @ x) for x in moved]
+
+
+def dense(case: Case, site: Any) -> tuple[float, float]:
+    """Traces of the Gauss-Newton matrix and of the Hessian of the loss at a site, as ``measure`` says."""
+    points, outputs, _ = _points(case, site)
+    hessian, jacobian = _factors(case, points, outputs)
     gauss_newton = float((jacobian * (hessian @ jacobian)).sum())
     loss = case.loss(outputs, case.batch)
     slopes = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
@@ -597,12 +627,7 @@ def run_case(seed: int, estimators: Sequence[str] = ESTIMATORS) -> list[Miss]:
     """Measure the case of a seed with several estimators; whatever is not true of its own dense matrix."""
     case = make_case(seed)
     table = find_sites(case.net, lambda: case.loss_fn(case.net, case.batch), len(case.batch[0]))
-    # neither the fused attention kernels nor the hard sigmoid have a second derivative
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        patch.object(F, "hardsigmoid", lambda x: F.relu6(x + 3) / 6),
-        patch.object(Checkpointed, "plain", True),
-    ):
+    with plain_networks():
         truth = {s.name: dense(case, s) for s in table}
     expected = case.net.function_read_layers()
     told = {f.name for f in table.floats if "function reads" in f.reason}

@@ -168,3 +168,12 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
         callback.frontier  # noqa: B018
     assert len({s.bits for s in callback.plan.weights}) == 1
     assert (tmp_path / "plan.json").is_file() and not (tmp_path / "frontier.csv").exists()
+
+
+def test_quadratic_forms_come_with_the_traces_and_go_into_the_plan(tmp_path):
+    callback = hawq(quadratic_forms=True)
+    trainer(tmp_path, callback).fit(Classifier(), loader())
+    assert all(c.q is not None and c.q_stderr is not None for s in callback.plan.sites for c in s.options)
+    file = next(tmp_path.rglob("sensitivity.json"))
+    assert Sensitivity.load(file).forms == callback.sensitivity.forms
+    assert Plan.load(file.with_name("plan.json")) == callback.plan

@@ -16,7 +16,7 @@ import hawq_lightning as hl
 from hawq_lightning import HawqError, MeasureConfig, Plan, QuantizerConfig
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.layers import OPERANDS, AttentionProducts, makes_attention
-from hawq_lightning.quantization import candidates, enabled_bits, plan_of
+from hawq_lightning.quantization import candidates, enabled_bits, plan_of, rounding_errors
 from hawq_lightning.selection import COSTS, Problem, select
 
 WIDTH, HEADS, POSITIONS = 8, 2, 3
@@ -160,10 +160,14 @@ def test_every_way_of_writing_attention_has_four_sites_and_two_products(way, bat
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_traces_are_those_of_the_dense_gauss_newton_matrix(way, batch: Batch) -> None:
+def test_traces_and_forms_are_those_of_the_dense_gauss_newton_matrix(way, batch: Batch) -> None:
     net = network(way)
     table = hl.sites(net, batch[0], attention=True)
-    traces = hl.measure(net, [batch], loss_fn, sites=table, config=MeasureConfig(estimator="exact"), progress=False)
+    sites = operand_sites(net, batch)
+    rounding = rounding_errors(net, candidates(net, [batch], None, table, loss_fn, activation_bits=3), table)
+    traces = hl.measure(
+        net, [batch], loss_fn, sites=table, config=MeasureConfig(estimator="exact"), rounding=rounding, progress=False
+    )
     with torch.no_grad():
         w = net.head.weight
         p = net(batch[0]).softmax(-1)
@@ -184,15 +188,18 @@ def test_traces_are_those_of_the_dense_gauss_newton_matrix(way, batch: Batch) ->
             given[i] = x
             return logits(*given)[0]  # type: ignore[arg-type]
 
-        total = 0.0
+        total = form = 0.0
+        (error,) = rounding.activations[sites[name].name](x)
         for n in range(len(x)):
             jacobian = torch.autograd.functional.jacobian(lambda x, n=n: of(x, n), x[n : n + 1]).flatten(1)
             hessian = torch.diag(p[n]) - torch.outer(p[n], p[n])
             total += float((jacobian.T @ hessian @ jacobian).trace()) / len(x)
-        exact[name] = total
-    sites = operand_sites(net, batch)
-    for name, value in exact.items():
+            moved = jacobian @ error[n].flatten()
+            form += float(moved @ hessian @ moved) / len(x)
+        exact[name] = total, form
+    for name, (value, form) in exact.items():
         assert traces[sites[name].name].trace == pytest.approx(value, rel=1e-4), name
+        assert traces.forms[sites[name].name][0].value == pytest.approx(form, rel=1e-3), name
 
 
 def _heads(net: Net, x: torch.Tensor) -> list[torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from hawq_lightning.layers import LayerCall, by_kernel, inner_products
+from hawq_lightning.layers import LayerCall, by_kernel, inner_products, projected_products
 from tests.internals import internal
 
 LAYERS = {
@@ -48,7 +49,7 @@ def _uses(
 
 
 def _take(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    for module in ("layers._conv_gradients", "layers._linear"):
+    for module in ("layers._conv_gradients", "layers._linear", "layers._projections"):
         monkeypatch.setattr(internal(module), "gram_is_less", lambda *a: how == "ghost")
     monkeypatch.setattr(internal("layers._conv_gradients"), "by_kernel", lambda *a: how == "kernel")
 
@@ -69,6 +70,25 @@ def test_every_way_agrees_with_autograd(name, how, calls, two, per_image, monkey
         g, h = g.sum(0, keepdim=True), h.sum(0, keepdim=True)
     expected = (g * h).flatten(1).sum(1)
     assert torch.allclose(inner_products(uses, per_image), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("how", ["ghost", "product", "kernel"])
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_products_with_directions_agree_with_autograd(name, how, monkeypatch):
+    _take(monkeypatch, how)
+    for calls, two, per_image in itertools.product((1, 2), (True, False), (True, False)):
+        uses, first, second = _uses(name, 3, calls, two)
+        g, h = (torch.stack(x).sum(0) for x in (first, second if two else first))
+        if not per_image:
+            g, h = g.sum(0, keepdim=True), h.sum(0, keepdim=True)
+        for count in (1, 4):  # by the layer's forward pass with one direction, by forming the gradient with four
+            directions = torch.randn(count, *g.shape[1:], dtype=torch.float64)
+            found = projected_products(uses, per_image, directions)
+            along, other = (x.flatten(1) @ directions.flatten(1).T for x in (g, h))
+            for value, expected in ((found.along, along), (found.other, other), (found.squares, along * other)):
+                assert torch.allclose(value, expected, rtol=1e-10, atol=1e-10)
+            assert torch.allclose(found.inner, inner_products(uses, per_image), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("images", [1, 20])
@@ -102,3 +122,5 @@ def test_calls_without_images_count_for_nothing():
         inner_products([LayerCall(layer, x, g), none], False), inner_products([LayerCall(layer, x, g)], False)
     )
     assert inner_products([none], False).tolist() == [0.0] and inner_products([none], True).tolist() == []
+    nothing = projected_products([none], False, torch.ones(2, 3, 5))
+    assert nothing.inner.tolist() == [0.0] and nothing.squares.tolist() == [[0.0, 0.0]]

@@ -1,0 +1,118 @@
+"""What the quantizers of every candidate change: Q_w(W) - W of weights, Q_w(a) - a of activations as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from hawq_lightning._candidates import Candidates
+from hawq_lightning._errors import HawqError
+from hawq_lightning._plan import Candidate
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning._sites import quantizable_layers
+from hawq_lightning.layers import WeightReader, renew_weight
+from hawq_lightning.quantization._fake_quantize import even_levels
+from hawq_lightning.quantization._fold import norms_to_fold
+from hawq_lightning.quantization._quantizers import ActivationQuantizer
+from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+from hawq_lightning.sensitivity import RoundingErrors
+
+
+@torch.no_grad()
+def rounding_errors(model: nn.Module, candidates: Candidates, sites: SiteTable) -> RoundingErrors:
+    """The real rounding error of every candidate, for ``measure(..., rounding=)``.
+
+    Args:
+        model: whose weights are rounded; left as it was. The errors take as much memory as its weights, times the
+            candidates of each.
+        candidates: from :func:`hawq_lightning.candidates`; traces are not needed for them.
+        sites: table of the model.
+
+    Raises:
+        HawqError: candidates of a site that the model does not have.
+    """
+    spec = quantizer_named(candidates.quantizer, candidates.quantizer_options)
+    if missing := [n for n in candidates if n not in {s.name for s in sites}]:
+        raise HawqError(f"There are candidates for {missing[0]!r}, which is no site of this model.")
+    layers, _ = quantizable_layers(model)
+    norms = norms_to_fold(model, sites.layers)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    weights = {
+        s.name: weight_errors(layers[s.layers[0]], candidates[s.name], spec, norms.get(s.layers[0]))
+        for s in sites.weights
+        if s.name in candidates
+    }
+    activations = {
+        s.name: ActivationRounding(candidates[s.name], spec, device) for s in sites.activations if s.name in candidates
+    }
+    return RoundingErrors(candidates.by_site, weights, activations, _key(candidates))
+
+
+def weight_errors(
+    layer: WeightReader, candidates: Sequence[Candidate], spec: QuantizerSpec, norm: nn.Module | None = None
+) -> torch.Tensor:
+    """``Q_w(W) - W``, ``[candidates, *weight.shape]``.
+
+    Args:
+        layer: that reads the weight.
+        candidates: of its site.
+        spec: the quantizer.
+        norm: the BatchNorm behind the layer, for quantizers that fold it while training.
+    """
+    renew_weight(layer.module)
+    weight, axis = layer.weight.detach(), layer.channel_axis
+    quantizer = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
+    quantizer.fold(norm)
+    errors = []
+    for c in candidates:
+        quantizer.fit(weight, c.bits, c.code)
+        errors.append(quantizer.eval_weight(weight.float()).to(weight.dtype) - weight)
+    return torch.stack(errors)
+
+
+class ActivationRounding:
+    """Makes ``Q_w(a) - a`` of what one site reads, a candidate after the other.
+
+    Args:
+        candidates: with their grids.
+        spec: the quantizer.
+        device: of the model.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], spec: QuantizerSpec, device: torch.device) -> None:
+        self._quantizers: list[ActivationQuantizer] = []
+        for c in candidates:
+            if c.scale is None or c.zero_point is None:
+                raise HawqError(f"A candidate of {c.bits} bits of an activation has no grid; weigh it on batches.")
+            quantizer = spec.activation_quantizer().to(device).eval()
+            quantizer.enable(c.bits, c.scale, c.zero_point)
+            self._quantizers.append(quantizer)
+
+    def __call__(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One tensor of ``x``'s shape and type a candidate."""
+        read = x.float() if x.dtype == torch.float64 else x
+        plain = read.device.type == "cpu" and read.dtype == torch.float32
+        for quantizer in self._quantizers:
+            if plain and type(quantizer).quantize is ActivationQuantizer.quantize:
+                levels = even_levels(read, *_grid(quantizer))
+            else:
+                levels = quantizer(read)
+            levels = levels.to(x.dtype)
+            yield levels - x if levels.data_ptr() == x.data_ptr() else levels.sub_(x)
+
+
+def _grid(quantizer: ActivationQuantizer) -> tuple[float, int, int]:
+    """Step, and least and highest level in steps."""
+    zero = round(quantizer.zero)
+    return float(quantizer.scale), -zero, (1 << quantizer.bits) - 1 - zero
+
+
+def _key(candidates: Candidates) -> str:
+    """What tells these errors from others of the same weights."""
+    lines = [f"{candidates.quantizer} {dict(candidates.quantizer_options)}"]
+    for name, listed in candidates.items():
+        lines.append(f"{name} {[(c.bits, c.code, c.scale, c.zero_point) for c in listed]}")
+    return "rounding " + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
