@@ -83,9 +83,18 @@ def _export(
     free = cfg.get("free_batch", True)
     real = Images(net, batches, free)
     first = real.first()
-    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free}
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free, "free_size": cfg.free_size}
     record = write_onnx(
-        folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, calibration=seen, **how
+        folder,
+        net,
+        plan,
+        batches,
+        cfg.images,
+        score=cfg.score,
+        integer=cfg.integer,
+        calibration=seen,
+        seven_bits=cfg.seven_bits,
+        **how,
     )
     for runtime in runtimes[1:]:
         if cfg.images != 0:

@@ -75,6 +75,7 @@ def write_onnx(
     score: bool = False,
     integer: bool = True,
     calibration: Iterable[Batch] | None = None,
+    seven_bits: bool = False,
     **how: object,
 ) -> JsonObject:
     """Write ``model.onnx`` and ``export.json``, and print one line.
@@ -89,7 +90,8 @@ def write_onnx(
         score: of a RetinaNet, also measure mAP of the file and of the network.
         integer: also write ``model.integer.onnx``, for integer kernels.
         calibration: of training data, for the integer file's grids that the network lacks; ``None``: ``batches``.
-        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``.
+        seven_bits: hold its 8-bit weights by 7 bits.
+        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``, ``free_size``.
 
     Returns:
         what export.json holds.
@@ -117,7 +119,9 @@ def write_onnx(
     print(text)
     if integer:
         seen = real if calibration is None else Images(net, calibration, real.free_batch, real.size)
-        record["integer"] = _write_integer(folder / INTEGER_FILE, inner, plan, real, seen, images, how)
+        record["integer"] = _write_integer(
+            folder / INTEGER_FILE, inner, plan, real, seen, images, {**how, "seven_bits": seven_bits}
+        )
     if score and real.free_batch and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
@@ -133,7 +137,8 @@ def write_onnx(
 def _write_integer(
     path: Path, net: nn.Module, plan: Plan, real: Images, seen: Images, images: int | None, how: Mapping[str, object]
 ) -> JsonObject:
-    options = {k: v for k, v in how.items() if k in ("fold", "free_batch") or (k, v) == ("storage", "int8")}
+    taken = ("fold", "free_batch", "free_size", "seven_bits")
+    options = {k: v for k, v in how.items() if k in taken or (k, v) == ("storage", "int8")}
     first = real.first()
     deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(seen), **options)
     assert isinstance(deployed, Deployed)
@@ -147,6 +152,9 @@ def _write_integer(
         agreement = INTEGER.verify(net, path, real, images)
         record["agreement"] = agreement.to_dict()
         text += f"; {agreement}"
+    if deployed.narrowed:
+        record["narrowed"] = list(deployed.narrowed)
+        text += f"; {len(deployed.narrowed)} weights of 8 bits have 7"
     if left := record["still_float"]:
         text += f"; {len(left)} products stay float ({next(iter(left.values()))})"
     print(text)
