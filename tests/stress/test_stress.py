@@ -9,7 +9,9 @@ import pytest
 
 from hawq_lightning import HawqError
 from tests.console import python
+from tests.stress import zoo_traces
 from tests.stress.zoo import PARTLY, REFUSED, ZOO, one
+from tests.stress.zoo_small import SMALL
 from tests.trainers import assert_mixed_elsewhere
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,3 +81,13 @@ def test_every_command_on_a_run_folder_in_every_state_loses_nothing():
     found = json.loads(done.stdout)
     assert found["failures"] == [] and done.returncode == 0
     assert found["states"] >= 30 and found["pairs"] == 5 * found["states"]
+
+
+QUICK = "two towers, temperature"
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.stress) for n in SMALL if n != QUICK)])
+def test_traces_of_a_small_member_of_the_zoo_are_those_of_its_dense_matrices(name):
+    found = zoo_traces.one(name)
+    assert found["gauss_newton"] < 1e-6, "Llama and T5 normalise in float32"
+    assert isinstance(found["hessian"], str) or found["hessian"] < 4
