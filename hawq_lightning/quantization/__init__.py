@@ -38,6 +38,7 @@ from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quanti
 from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._forecast import Forecast, forecast
 from hawq_lightning.quantization._inputs import network_inputs
+from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
     QuantizedLayer,
     QuantizedWeight,
@@ -57,6 +58,18 @@ from hawq_lightning.quantization._registry import (
     quantizer_names,
     quantizer_of,
     register_quantizer,
+)
+from hawq_lightning.quantization._results import (
+    QuantizedResult,
+    bake_biases,
+    biases_of,
+    drop_results,
+    expect_results,
+    prepare_results_of,
+    put_biases,
+    put_results,
+    quantized_results,
+    with_result,
 )
 from hawq_lightning.quantization._rounding_errors import rounding_errors
 from hawq_lightning.quantization._storage import Storage
@@ -78,24 +91,30 @@ __all__ = [
     "GraphOutputs",
     "Head",
     "HeadOutputs",
+    "IntegerBias",
     "NetworkCopies",
     "QuantizedLayer",
     "QuantizedOperand",
+    "QuantizedResult",
     "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
     "Storage",
     "WeightQuantizer",
     "activation_step",
+    "bake_biases",
+    "biases_of",
     "candidates",
     "check_bits",
     "check_plan",
     "disable",
     "distance",
+    "drop_results",
     "enable",
     "enable_site",
     "enabled_bits",
     "expect_attention",
+    "expect_results",
     "fake_quant_disabled",
     "fake_quantize_tensor",
     "find_heads",
@@ -113,12 +132,16 @@ __all__ = [
     "prepare",
     "prepare_alike",
     "prepare_attention_of",
+    "prepare_results_of",
     "put_attention",
+    "put_biases",
+    "put_results",
     "quantizable_layers",
     "quantize",
     "quantized_layers",
     "quantized_operands",
     "quantized_reads",
+    "quantized_results",
     "quantizer_named",
     "quantizer_names",
     "quantizer_of",
@@ -141,4 +164,5 @@ __all__ = [
     "with_operand",
     "with_quantizer",
     "with_quantizers",
+    "with_result",
 ]
