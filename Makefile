@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo     train, quantize and report on real digits (under 4 minutes)
 #   make test     the tests, with coverage and its floor; make lint; make stress: long fault and load tests
+#   make test-lowest, make test-newest     with the lowest versions of everything, and with the newest that pip offers
 #   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included
 # The development environment uses the versions that the tests ran with; users of the package are not pinned.
@@ -16,7 +17,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test stress lint docs clean install
+.PHONY: demo test test-lowest test-newest stress lint docs clean install
 
 install: $(STAMP)
 
@@ -33,6 +34,16 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress" --cov --cov-report=
+
+VERSIONS_lowest = -c tests/versions/lowest.txt
+VERSIONS_newest = --upgrade --upgrade-strategy eager
+# what others deprecate is no fault of ours in versions that we do not develop with
+DEPRECATED = -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::PendingDeprecationWarning
+
+test-lowest test-newest: test-%: pyproject.toml
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(VERSIONS_$*)
+	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress" $(DEPRECATED)
 
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress
@@ -51,5 +62,5 @@ docs: .venv/.docs
 	@touch $@
 
 clean:
-	rm -rf .venv site build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-* site build dist *.egg-info runs outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ LIBRARY = [
     "export",
     "callbacks",
 ]  # each may import those before it
-APPLICATION = ["report", "tasks", "models", "data", "cli"]
+APPLICATION = ["pytorch_lightning", "report", "tasks", "models", "data", "cli"]
 APPLICATION_MAY = {("data", "models"), ("tasks", "models"), ("tasks", "data"), ("cli", "report"), ("cli", "tasks"),
                    ("cli", "models"), ("cli", "data")}  # fmt: skip
 
