@@ -35,6 +35,8 @@ from hawq_lightning.quantization._candidates import candidates, weight_candidate
 from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
+from hawq_lightning.quantization._float_distance import FloatDistance
+from hawq_lightning.quantization._forecast import Forecast, forecast
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
@@ -84,6 +86,8 @@ __all__ = [
     "ActivationQuantizer",
     "CodeFormat",
     "Enough",
+    "FloatDistance",
+    "Forecast",
     "GraphOutputs",
     "Head",
     "HeadOutputs",
@@ -116,6 +120,7 @@ __all__ = [
     "find_heads",
     "first_order_term",
     "float_classes",
+    "forecast",
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
