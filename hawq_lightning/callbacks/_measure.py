@@ -18,7 +18,7 @@ from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._stays_float import stays_float
 from hawq_lightning._types import Batch, JsonObject, LossFn
-from hawq_lightning.callbacks._announce import announce, warn_of_float
+from hawq_lightning.callbacks._announce import announce, warn_of_float, warn_of_no_codes
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._results import HasResults, Results, there
@@ -173,6 +173,8 @@ class MeasureTraces(HasResults, Callback):
             )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)
+            if self.quantizer.deploy == "integer":
+                warn_of_no_codes(table)
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}

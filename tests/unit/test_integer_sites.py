@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import hawq_lightning as hl
 from hawq_lightning import HawqError, Plan, QuantizerConfig
-from hawq_lightning.export import load_packed, packed_overhead, save_packed, to_onnx
+from hawq_lightning.export import load_packed, packed_overhead, save_packed, to_onnx, to_pt2e
 from hawq_lightning.quantization import (
     biases_of,
     enabled_bits,
@@ -223,6 +223,17 @@ def test_an_integer_file_computes_what_the_network_does(tmp_path: Path):
 @pytest.mark.parametrize(("seed", "bits"), [*itertools.product(range(12), (4, 8))])
 def test_generated_networks_compute_the_same(tmp_path: Path, seed: int, bits: int):
     deployed_as_trained(lambda: Generated(seed), IMAGE, bits, tmp_path / "a.onnx")
+
+
+@pytest.mark.stress
+def test_a_mobile_program_lacks_the_grid_of_the_output_alone():
+    net, plan = quantized(Residual, IMAGE)
+    x = torch.randn(BATCH, *IMAGE)
+    written = to_pt2e(net, plan, x, [x])
+    assert written.calibrated == 1 and written.planned == 5
+    with torch.no_grad():
+        far = (written.program.module()(x[:1]) - net(x[:1])).abs().max()
+    assert far <= 0.51 * written.output.scale
 
 
 @pytest.mark.stress
