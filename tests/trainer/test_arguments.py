@@ -171,9 +171,20 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
 
 
 def test_quadratic_forms_come_with_the_traces_and_go_into_the_plan(tmp_path):
-    callback = hawq(quadratic_forms=True)
+    callback = hawq(quadratic_forms=True, loss_per_site=True)
     trainer(tmp_path, callback).fit(Classifier(), loader())
+    with next(tmp_path.rglob("loss_check.csv")).open() as table:
+        rows = list(csv.DictReader(table))
+    assert all(float(r["kl"]) >= 0 and float(r["q"]) >= 0 for r in rows) and rows[0].keys() >= {"predicted", "measured"}
     assert all(c.q is not None and c.q_stderr is not None for s in callback.plan.sites for c in s.options)
     file = next(tmp_path.rglob("sensitivity.json"))
     assert Sensitivity.load(file).forms == callback.sensitivity.forms
     assert Plan.load(file.with_name("plan.json")) == callback.plan
+
+
+def test_a_score_by_quadratic_forms_has_them_measured(tmp_path):
+    callback = hawq(score="rounding")
+    trainer(tmp_path, callback).fit(Classifier(), loader())
+    assert callback.sensitivity.forms and callback.plan.settings["score"] == "rounding"
+    with pytest.raises(HawqError, match="stable_plan.*score='both'"):
+        hawq(score="both", stop_when="stable_plan")
