@@ -81,8 +81,10 @@ def _export(
     free = cfg.get("free_batch", True)
     real = Images(net, batches, free)
     first = real.first()
-    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free}
-    record = write_onnx(folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, **how)
+    how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free, "free_size": cfg.free_size}
+    record = write_onnx(
+        folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, seven_bits=cfg.seven_bits, **how
+    )
     for runtime in runtimes[1:]:
         if cfg.images != 0:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)

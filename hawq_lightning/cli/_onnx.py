@@ -71,6 +71,7 @@ def write_onnx(
     seconds: float = 0.0,
     score: bool = False,
     integer: bool = True,
+    seven_bits: bool = False,
     **how: object,
 ) -> JsonObject:
     """Write ``model.onnx`` and ``export.json``, and print one line.
@@ -84,7 +85,8 @@ def write_onnx(
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
         integer: also write ``model.integer.onnx``, for integer kernels.
-        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``.
+        seven_bits: hold its 8-bit weights by 7 bits.
+        how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``, ``free_size``.
 
     Returns:
         what export.json holds.
@@ -111,7 +113,9 @@ def write_onnx(
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
     if integer:
-        record["integer"] = _write_integer(folder / INTEGER_FILE, inner, plan, real, images, how)
+        record["integer"] = _write_integer(
+            folder / INTEGER_FILE, inner, plan, real, images, {**how, "seven_bits": seven_bits}
+        )
     if score and real.free_batch and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
@@ -127,7 +131,8 @@ def write_onnx(
 def _write_integer(
     path: Path, net: nn.Module, plan: Plan, real: Images, images: int | None, how: Mapping[str, object]
 ) -> JsonObject:
-    options = {k: v for k, v in how.items() if k in ("fold", "free_batch") or (k, v) == ("storage", "int8")}
+    taken = ("fold", "free_batch", "free_size", "seven_bits")
+    options = {k: v for k, v in how.items() if k in taken or (k, v) == ("storage", "int8")}
     first = real.first()
     deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(real), **options)
     assert isinstance(deployed, Deployed)
@@ -141,6 +146,9 @@ def _write_integer(
         agreement = INTEGER.verify(net, path, real, images)
         record["agreement"] = agreement.to_dict()
         text += f"; {agreement}"
+    if deployed.narrowed:
+        record["narrowed"] = list(deployed.narrowed)
+        text += f"; {len(deployed.narrowed)} weights of 8 bits have 7"
     if left := record["still_float"]:
         text += f"; {len(left)} products stay float ({next(iter(left.values()))})"
     print(text)

@@ -104,7 +104,7 @@ def show(record: JsonObject, note: str = "") -> None:
     if not vector_instructions():
         print(
             "This CPU has no VNNI: sums of 8-bit products may saturate in its integer kernels, which codes of 7 bits "
-            "or fewer cannot; compare the classes."
+            "or fewer cannot; compare the classes, or write model.integer.onnx with seven_bits=true."
         )
     if note:
         print(note)

@@ -33,6 +33,7 @@ from hawq_lightning.export.onnx import (
     to_onnx,
     to_program,
     to_qonnx,
+    to_tensorrt,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "to_program",
     "to_pt2e",
     "to_qonnx",
+    "to_tensorrt",
     "to_torchao",
     "unpack",
 ]

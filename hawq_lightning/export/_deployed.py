@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from hawq_lightning._errors import HawqError
+from hawq_lightning._errors import HawqError, some
 from hawq_lightning._float_rest import plain
 from hawq_lightning._plan import Plan
 from hawq_lightning.export import _operators as operators
@@ -104,6 +104,7 @@ class Deployed:
         folding: which BatchNorm went where, and which stayed and why.
         grids: how many grids an integer file has beside the plan's.
         still_float: products that an integer file computes in float -> why.
+        narrowed: weights whose 8-bit codes a file holds by 7 bits.
     """
 
     model: nn.Module
@@ -112,6 +113,7 @@ class Deployed:
     folding: Folding
     grids: int = 0
     still_float: Mapping[str, str] = field(default_factory=dict)
+    narrowed: tuple[str, ...] = ()
 
 
 def deploy(
@@ -155,7 +157,8 @@ def deploy(
     copied = _copy(model)
     inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():
-        for layer in quantized_layers(copied).values():
+        stored = quantized_layers(copied)
+        for layer in stored.values():
             bake_parametrizations(layer.module)
             _store(layer)
         for operand in quantized_operands(copied).values():
@@ -168,9 +171,11 @@ def deploy(
         except Exception as error:
             raise HawqError(f"The model does not run on the example input: {first_line(error)}") from error
         if any(map(_is_nan, tree_leaves(given))) and not any(map(_is_nan, tree_leaves(_on_cpu(model)(*inputs)))):
+            read = some(_read_by_function(copied, stored, inputs)) or "a layer"
             raise HawqError(
-                "The model does not run on the example input without its float weights: a function reads one that is "
-                "stored as codes. Leave that layer out (exclude=), or let a forward pass find the sites."
+                "The model does not run on the example input without its float weights: a function reads that of "
+                f"{read}, which is stored as codes. Leave that layer out (exclude=), or let a forward pass find the "
+                "sites."
             )
         folding = fold_batch_norm(copied, inputs) if fold else Folding()
     return Deployed(copied, plan, inputs, folding)
@@ -211,6 +216,23 @@ def _store_operand(operand: QuantizedOperand) -> None:
     on = q.bits > 0
     stored = QuantizeActivation(float(q.scale), round(float(q.zero_point)), q.bits) if on else FloatOperand()
     holder[operand.operand] = stored
+
+
+def _read_by_function(
+    model: nn.Module, layers: Mapping[str, QuantizedWeight], inputs: tuple[torch.Tensor, ...]
+) -> list[str]:
+    """Layers whose weight reaches the outputs past the layer: the one that is no number while the others are ones."""
+    places = {name: layer.holder for name, layer in layers.items()}
+    dropped = {n: h.__dict__[a] for n, (h, a) in places.items() if isinstance(h.__dict__.get(a), torch.Tensor)}
+    found = []
+    for name in dropped:
+        for other, nothing in dropped.items():
+            holder, attribute = places[other]
+            shown = nothing if other == name else nothing.new_ones(()).expand(nothing.shape)
+            holder.__dict__[attribute] = shown
+        if any(map(_is_nan, tree_leaves(model(*inputs)))):
+            found.append(name)
+    return found
 
 
 def _named_for(plan: Plan, model: nn.Module) -> Plan:

@@ -27,6 +27,7 @@ from hawq_lightning.export.onnx import (
     IntegerOnly,
     QonnxAgreement,
     Storage,
+    SymmetricFile,
     Widths,
     compare,
     compare_qonnx,
@@ -35,6 +36,7 @@ from hawq_lightning.export.onnx import (
     to_onnx,
     to_program,
     to_qonnx,
+    to_tensorrt,
 )
 
 
@@ -59,9 +61,13 @@ def _write_onnx(
     exact: bool = True,
     storage: Storage = "lookup",
     free_batch: bool = True,
+    free_size: bool = False,
 ) -> Deployed:
     assert example_input is not None
-    return to_onnx(model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch)
+    return to_onnx(
+        model, plan, example_input, path, fold=fold, exact=exact, storage=storage, free_batch=free_batch,
+        free_size=free_size,
+    )  # fmt: skip
 
 
 @register_exporter(
@@ -78,11 +84,13 @@ def _write_integer_onnx(
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
     free_batch: bool = True,
+    free_size: bool = False,
+    seven_bits: bool = False,
 ) -> Deployed:
     assert example_input is not None
     return to_onnx(
         model, plan, example_input, path, fold=fold, integer=True, storage=storage, calibration=calibration,
-        free_batch=free_batch,
+        free_batch=free_batch, free_size=free_size, seven_bits=seven_bits,
     )  # fmt: skip
 
 
@@ -99,11 +107,38 @@ def _write_integer_only(
     fold: bool = True,
     batches: Iterable[Inputs] | None = None,
     multiplier_bits: int = 31,
+    free_batch: bool = True,
 ) -> IntegerOnly:
     assert example_input is not None
     return to_integer_only(
-        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits
-    )
+        model, plan, example_input, path, fold=fold, batches=batches, multiplier_bits=multiplier_bits,
+        free_batch=free_batch,
+    )  # fmt: skip
+
+
+def _verify_outputs(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> Agreement:
+    return compare(model, path, batches, images=images, codes=False)
+
+
+@register_exporter(
+    "tensorrt",
+    suffix=".tensorrt.onnx",
+    packages=("onnx", "onnxscript"),
+    verify=_verify_outputs,
+    verify_packages=("onnxruntime",),
+)
+def _write_tensorrt(
+    model: nn.Module,
+    plan: Plan,
+    path: Path,
+    example_input: Inputs | None,
+    /,
+    *,
+    fold: bool = True,
+    free_batch: bool = True,
+) -> SymmetricFile:
+    assert example_input is not None
+    return to_tensorrt(model, plan, example_input, path, fold=fold, free_batch=free_batch)
 
 
 @register_exporter("program", suffix=".pt2")

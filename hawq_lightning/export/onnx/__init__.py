@@ -9,6 +9,7 @@ from hawq_lightning.export.onnx._qonnx import QonnxAgreement, Widths, compare_qo
 from hawq_lightning.export.onnx._session import RUNTIMES, check_runtime, integer_kernels, open_session, session
 from hawq_lightning.export.onnx._speed import layer_latencies, measure_file, vector_instructions, write_table
 from hawq_lightning.export.onnx._storage import Storage
+from hawq_lightning.export.onnx._tensorrt import SymmetricFile, to_tensorrt
 from hawq_lightning.export.onnx.integer_only import (
     IntegerNetwork,
     IntegerOnly,
@@ -30,6 +31,7 @@ __all__ = [
     "Port",
     "QonnxAgreement",
     "Storage",
+    "SymmetricFile",
     "Widths",
     "check_runtime",
     "compare",
@@ -47,6 +49,7 @@ __all__ = [
     "to_onnx",
     "to_program",
     "to_qonnx",
+    "to_tensorrt",
     "vector_instructions",
     "write_table",
 ]

@@ -15,6 +15,7 @@ from torch import nn
 from hawq_lightning._batches import default_forward, image_tensors, pieces
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
+from hawq_lightning.export.onnx._proto import has_data
 from hawq_lightning.export.onnx._session import integer_kernels, open_session, session
 from hawq_lightning.layers import WeightReader, kinds
 from hawq_lightning.quantization import QuantizedWeight, quantizable_layers, quantized_layers
@@ -108,7 +109,7 @@ def compare(
         path: written by :func:`to_onnx`.
         batches: tensors, or batches with the images first.
         images: stop after so many.
-        codes: also count the activation codes that differ; of onnxruntime only.
+        codes: also count the activation codes that differ; of onnxruntime, and files below 2 GiB, only.
         runtime: ``"onnxruntime"`` or ``"openvino"``.
 
     Raises:
@@ -117,7 +118,7 @@ def compare(
     """
     integers = integer_kernels(path)
     whole = open_session(runtime, path, integers=integers)
-    codes = codes and runtime == "onnxruntime"
+    codes = codes and runtime == "onnxruntime" and not has_data(Path(path))
     layers = quantized_layers(model)
     inside, reads, stored = _with_codes(path, quantizable_layers(model)[0], integers) if codes else (None, {}, set())
     alike = _alike(layers, stored) if codes else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,11 @@ from hawq_lightning._io import write_bytes
 from hawq_lightning._plan import Plan
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
-from hawq_lightning.export.onnx._proto import describe, write
+from hawq_lightning.export.onnx._proto import describe, too_large, write
 from hawq_lightning.export.onnx._session import EXACT, INTEGER, ROUNDED
+from hawq_lightning.export.onnx._seven_bits import at_most_seven_bits
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
-from hawq_lightning.export.onnx._translate import exporters_quiet, fixed_axis, free_batch_axes, hint, translated
+from hawq_lightning.export.onnx._translate import exporters_quiet, free_axes, hint, tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
 
 
@@ -43,6 +43,8 @@ def to_onnx(
     storage: Storage = "lookup",
     calibration: Iterable[Inputs] | None = None,
     free_batch: bool = True,
+    free_size: bool = False,
+    seven_bits: bool = False,
 ) -> Deployed:
     """Write a quantized model as an ONNX file; the model stays as it is.
 
@@ -64,6 +66,9 @@ def to_onnx(
             input. Some hundred images do.
         free_batch: let the first axis of every input be of any size, the same for all; else the file takes inputs of
             the example's shapes alone, as of graphs.
+        free_size: let the axes behind the channels, height and width, be of any size that the network takes.
+        seven_bits: of an integer file, hold 8-bit weights by 7 bits, each code rounded to an even one: on x86 with AVX2
+            and without VNNI sums of 8-bit products saturate in onnxruntime's kernels, and with 7 bits they cannot.
 
     Returns:
         the deployed network that the file holds, what became of every BatchNorm, and what of an integer file stays
@@ -76,15 +81,15 @@ def to_onnx(
     require("onnx")
     require("onnxscript")
     check_storage(storage, integer)
+    if seven_bits and not integer:
+        raise HawqError("seven_bits=True is for integer kernels, which sum products: give integer=True too.")
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
-    proto = translated(deployed.model, deployed.inputs, free_batch)
-    if free_batch and (size := fixed_axis(proto)) is not None:
-        warnings.warn(
-            f"{path} takes {size} samples at a time and no other number, as the network computes with it: x.shape[0] "
-            "leaves it free, len(x) and numbers in the code do not. If that is meant, give free_batch=False.",
-            stacklevel=2,
-        )
+    proto = translated(deployed.model, deployed.inputs, free_batch, free_size)
+    if free_batch:
+        tell_fixed_axis(proto, path)
+    if seven_bits:
+        deployed = replace(deployed, narrowed=at_most_seven_bits(proto))
     if integer:
         given = () if calibration is None else map(at_least_two if free_batch else checked, calibration)
         batches = (deployed.inputs,) if calibration is None else given
@@ -99,6 +104,10 @@ def to_onnx(
 def _integers(
     proto: Any, deployed: Deployed, batches: Iterable[tuple[torch.Tensor, ...]], storage: Storage
 ) -> Deployed:
+    if too_large(proto):
+        raise HawqError(
+            "An integer file's weights take less than 2 GiB, since its grids are calibrated on it as a whole."
+        )
     rewritten = to_integers(proto, batches)
     store_weights(proto, storage, exact=False)
     float_weights(proto, set(rewritten.codes))
@@ -151,7 +160,7 @@ def to_program(
     if path is not None:
         check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
-    shapes = free_batch_axes(deployed.model, deployed.inputs) if free_batch else None
+    shapes = free_axes(deployed.model, deployed.inputs, free_batch)
     try:
         with exporters_quiet():
             program = torch.export.export(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +49,67 @@ def strip(proto: Any) -> None:
     proto.graph.name = "main"
 
 
+DATA = ".data"
+"""What follows a file's name in that of its weights, where one file does not hold both."""
+_SMALL = 1024  # bytes of a tensor that stays in the graph
+_GRAPH = 1 << 26  # bytes that are left for the graph
+
+
 def write(proto: Any, path: Path) -> None:
-    """Write a graph that onnx's checker accepts.
+    """Write a graph that onnx's checker accepts; weights that make it larger than 2 GiB go into ``<name>.data``.
 
     Raises:
-        HawqError: it is refused, or too large for one file.
+        HawqError: it is refused.
     """
     onnx = require("onnx")
-    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise HawqError(f"The network takes {proto.ByteSize():,} bytes; an ONNX file holds less than 2 GiB.")
+    if too_large(proto):
+        _write_two(proto, path)
+        return
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise HawqError(f"onnx's checker refuses the exported model: {first_line(error)}") from error
     write_bytes(path, proto.SerializeToString())
+    path.with_name(path.name + DATA).unlink(missing_ok=True)  # of an older, larger network
+
+
+def has_data(path: Path) -> bool:
+    """Whether a file's weights lie beside it."""
+    return path.with_name(path.name + DATA).is_file()
+
+
+def content(path: Path) -> bytes:
+    """Of an ONNX file, and of the weights beside it."""
+    return path.read_bytes() + (path.with_name(path.name + DATA).read_bytes() if has_data(path) else b"")
+
+
+def too_large(proto: Any) -> bool:
+    """Whether one file cannot hold a graph with its weights: beyond 2 GiB no ONNX model can even tell its size."""
+    weights = sum(len(t.raw_data) or t.ByteSize() for t in proto.graph.initializer)
+    return weights >= int(require("onnx").checker.MAXIMUM_PROTOBUF) - _GRAPH
+
+
+def _write_two(proto: Any, path: Path) -> None:
+    """Weights first, then the graph, each at once."""
+    onnx = require("onnx")
+    name = path.name + DATA
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with (Path(folder) / name).open("wb") as file:
+            for tensor in proto.graph.initializer:
+                if len(tensor.raw_data) < _SMALL:
+                    continue
+                place = {"location": name, "offset": file.tell(), "length": len(tensor.raw_data)}
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in place.items():
+                    entry = tensor.external_data.add()
+                    entry.key, entry.value = key, str(value)
+        graph = Path(folder) / path.name
+        graph.write_bytes(proto.SerializeToString())
+        try:
+            onnx.checker.check_model(str(graph), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise HawqError(f"onnx's checker refuses the exported model: {first_line(error)}") from error
+        os.replace(Path(folder) / name, path.with_name(name))
+        os.replace(graph, path)

@@ -24,6 +24,7 @@ from hawq_lightning._float_rest import plain
 from hawq_lightning._io import write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning.export.onnx._openvino import refuse_two_bits
+from hawq_lightning.export.onnx._proto import content
 from hawq_lightning.export.onnx._session import check_runtime, integer_kernels, open_session
 from hawq_lightning.export.onnx.integer import LAYERS
 from hawq_lightning.layers import as_reader, find_kind, kind_of
@@ -83,7 +84,7 @@ def measure_file(
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it ended without a word"]
         raise HawqError(f"{runtime} cannot run {path}: {lines[-1]}")
-    raw = Path(path).read_bytes()
+    raw = content(Path(path))
     return Speed(len(raw), len(gzip.compress(raw, 6)), **json.loads(done.stdout.splitlines()[-1]))
 
 

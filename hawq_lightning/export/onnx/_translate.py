@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,20 +24,25 @@ OPSET = 21
 _UINT8_TOP = 255
 
 
-def translated(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: bool = True) -> Any:
+def translated(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: bool = True, free_size: bool = False
+) -> Any:
     """The ONNX graph of a deployed model as it comes from the exporter, without what it tells of this machine.
 
     Args:
         model: deployed: every weight behind ``dequantize``, every grid a ``snap``.
         inputs: example inputs.
         free_batch: the first axis of every input may have any size.
+        free_size: so may the axes behind the channels.
 
     Raises:
-        HawqError: an operation cannot be exported.
+        HawqError: an operation cannot be exported, or a size cannot be free.
     """
     names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
     with torch.no_grad():
         result = model(*inputs)
+    if free_size:
+        _check_sizes(model, inputs)
     try:
         with exporters_quiet():
             program = torch.onnx.export(
@@ -47,7 +53,7 @@ def translated(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: b
                 opset_version=OPSET,
                 input_names=names,
                 output_names=_output_names(result),
-                dynamic_shapes=free_batch_axes(model, inputs) if free_batch else None,
+                dynamic_shapes=free_axes(model, inputs, free_batch, free_size),
                 custom_translation_table=_translations(),
             )
         assert program is not None
@@ -55,6 +61,11 @@ def translated(model: nn.Module, inputs: tuple[torch.Tensor, ...], free_batch: b
     except Exception as error:
         raise HawqError(_why(error, free_batch)) from error
     strip(proto)
+    fixed = [d.dim_value for x in proto.graph.input for d in x.type.tensor_type.shape.dim[2:] if not d.dim_param]
+    if free_size and fixed:
+        raise HawqError(
+            f"The network fixes the size {fixed[0]} of its input; it cannot be exported with free_size=True."
+        )
     return proto
 
 
@@ -78,10 +89,24 @@ def _translations() -> dict[Any, Any]:
     return {ours.snap.default: snap, ours.dequantize.default: dequantize}
 
 
-def free_batch_axes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    """The first axis of every input; those that ``*args`` takes (wrappers have that) are one argument."""
-    batch = torch.export.Dim("batch")
-    each = [{0: batch} for _ in inputs]
+def free_axes(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], batch: bool = True, size: bool = False
+) -> tuple[Any, ...] | None:
+    """The first axis of every input, and those behind the channels, as ``torch.export`` is told that they are free.
+
+    Inputs that ``*args`` takes (wrappers have that) are one argument.
+
+    Args:
+        model: to be exported.
+        inputs: of it.
+        batch: free the first axis, one for all.
+        size: free the axes from the third on, each by itself.
+    """
+    if not (batch or size):
+        return None
+    first = {0: torch.export.Dim("batch")} if batch else {}
+    # AUTO, since some networks take multiples of a number only
+    each = [{**first, **(dict.fromkeys(range(2, x.ndim), torch.export.Dim.AUTO) if size else {})} for x in inputs]
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return tuple(each)
@@ -89,10 +114,36 @@ def free_batch_axes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple
     return (*each[:named], tuple(each[named:]))
 
 
+def _check_sizes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Twice the size in every direction: the exporter itself believes a layer whose width follows from the size."""
+    larger = tuple(x.repeat(1, 1, *[2] * (x.ndim - 2)) if x.ndim > 2 else x for x in inputs)
+    try:
+        with torch.no_grad():
+            model(*larger)
+    except Exception as error:
+        shapes = " and ".join(str(list(x.shape[2:])) for x in inputs if x.ndim > 2)
+        raise HawqError(
+            f"The network takes inputs of the size {shapes} alone, not twice as large ones ({first_line(error)}); "
+            "free_size=True is for networks that take any."
+        ) from error
+
+
 def fixed_axis(proto: Any) -> int | None:
     """Length of the first axis of an input that the exporter found no way to leave free; ``None``: all are free."""
     first = (i.type.tensor_type.shape.dim[0] for i in proto.graph.input)
     return next((int(axis.dim_value) for axis in first if axis.HasField("dim_value")), None)
+
+
+def tell_fixed_axis(proto: Any, path: str | Path) -> bool:
+    """Warn, for the caller of the caller, where a file takes one number of samples; whether it does."""
+    size = fixed_axis(proto)
+    if size is not None:
+        warnings.warn(
+            f"{path} takes {size} samples at a time and no other number, as the network computes with it: x.shape[0] "
+            "leaves it free, len(x) and numbers in the code do not. If that is meant, give free_batch=False.",
+            stacklevel=3,
+        )
+    return size is not None
 
 
 def _output_names(result: Any) -> list[str]:

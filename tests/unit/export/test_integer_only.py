@@ -209,6 +209,8 @@ def test_eight_odd_bits_and_several_inputs_take_integers_too(tmp_path):
     made, outputs = agree(net, plan, x, tmp_path / "m.onnx", multiplier_bits=16)
     assert len(made.network.inputs) == 2 and len(made.network.outputs) == 2
     assert np.abs(outputs - wanted).max() < 0.1
+    _, fixed = agree(net, plan, x, tmp_path / "fixed.onnx", multiplier_bits=16, free_batch=False)
+    assert np.array_equal(fixed, outputs) and session(tmp_path / "fixed.onnx").get_inputs()[0].shape == [7, 6]
     with pytest.raises(HawqError, match="networks with one input"):
         kernel_differences(made, [x[0]])
 

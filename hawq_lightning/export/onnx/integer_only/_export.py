@@ -12,13 +12,13 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
-from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, deploy
+from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._ports import INPUTS, OUTPUTS
 from hawq_lightning.export.onnx._proto import describe, write
 from hawq_lightning.export.onnx._session import INTEGER, INTEGER_ONLY
 from hawq_lightning.export.onnx._storage import store_weights
-from hawq_lightning.export.onnx._translate import translated
+from hawq_lightning.export.onnx._translate import tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import Graph, float_weights, still_float, to_integers
 from hawq_lightning.export.onnx.integer_only._certificate import Certificate
 from hawq_lightning.export.onnx.integer_only._network import IntegerNetwork
@@ -80,7 +80,8 @@ def to_integer_only(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     proto = translated(deployed.model, deployed.inputs, free_batch)
-    seen = (deployed.inputs,) if batches is None else map(at_least_two, batches)
+    free_batch = free_batch and not tell_fixed_axis(proto, path)
+    seen = (deployed.inputs,) if batches is None else map(at_least_two if free_batch else checked, batches)
     rewritten = to_integers(proto, seen)
     network = read(Graph(proto), multiplier_bits)
     shapes = {i.name: tuple(x.shape) for i, x in zip(proto.graph.input, deployed.inputs)}
