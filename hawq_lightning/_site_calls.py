@@ -24,6 +24,7 @@ from hawq_lightning.layers import WeightReader
 NOT_CALLED = "not called in the forward pass"
 BY_FUNCTION_ONLY = "a function reads its weight; the layer itself is not called"
 WITHOUT_GRADIENTS = "run without gradients, as teachers are"
+OTHER_LOSS = "trained by a later loss than the first that the step sends back by hand; loss_fn= can name one"
 NO_GRADIENT = "no gradient of the loss comes by it, as with teachers whose outputs are detached"
 FROZEN = "frozen, and nothing trained follows it, as with teachers and perceptual losses"
 
@@ -232,7 +233,8 @@ class SiteCalls:
 
     def _why(self, graph: set[Node], calls: Sequence[_Call]) -> str:
         if not any(c.with_gradients for c in calls):
-            return WITHOUT_GRADIENTS
+            others = self.trained is not None and self.trained.other_losses
+            return OTHER_LOSS if others and self._own[calls[0].layer] else WITHOUT_GRADIENTS
         return FROZEN if any(self._reached(graph, c) for c in calls) else NO_GRADIENT
 
 
