@@ -203,7 +203,7 @@ class SiteCalls:
 
         handles: list[RemovableHandle] = []
         for module in self.model.modules():
-            if next(module.children(), None) is not None:
+            if next(module.children(), None) is not None and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         return handles

@@ -185,7 +185,7 @@ HOLDER = "attention_quantizers"
 
 def holder_of(module: nn.Module) -> AttentionQuantizers | None:
     """The quantizers of a module's attention, if it has some."""
-    held = module._modules.get(HOLDER)
+    held = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(HOLDER)
     return held if isinstance(held, AttentionQuantizers) else None
 
 

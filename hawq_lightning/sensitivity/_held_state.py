@@ -69,6 +69,8 @@ class HeldNames:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._put_back: list[Callable[[], None]] = []
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it cannot name tensors anew
             self._put_back.append(partial(_names_again, module._buffers, dict(module._buffers)))
             self._put_back.append(partial(_names_again, module._parameters, dict(module._parameters)))
 
