@@ -11,7 +11,7 @@ from hawq_lightning._sites import sites
 from hawq_lightning._version import __version__
 from hawq_lightning.export import load_packed, save_packed
 from hawq_lightning.layers import register_layer
-from hawq_lightning.quantization import candidates, quantize, register_quantizer, unquantize
+from hawq_lightning.quantization import candidates, forecast, quantize, register_quantizer, unquantize
 from hawq_lightning.selection import (
     Frontier,
     Problem,
@@ -73,6 +73,7 @@ __all__ = [
     "SiteTable",
     "__version__",
     "candidates",
+    "forecast",
     "frontier",
     "load_from_checkpoint",
     "load_packed",

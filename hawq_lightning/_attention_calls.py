@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +11,18 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._loss_graph import nodes_of
-from hawq_lightning._patterns import Patterns, as_list, matches, named_modules
+from hawq_lightning._patterns import Patterns, as_list, matches, named_modules, plain_modules
 from hawq_lightning._reads import Key, Read, version_of
 from hawq_lightning._site_table import ActivationProduct, SiteTable
-from hawq_lightning.layers import OperandReader, holder_of, on_product, operand_name, operand_readers
+from hawq_lightning.layers import (
+    OperandReader,
+    ResultReader,
+    holder_of,
+    is_result,
+    on_product,
+    operand_name,
+    operand_readers,
+)
 
 _NAMES = {"query": "scores", "key": "scores", "probabilities": "values", "value": "values"}
 
@@ -145,8 +153,22 @@ def attention_operands(
 
 
 def operands_of(model: Module, table: SiteTable) -> dict[str, OperandReader]:
-    """Those of the attention operands that are sites of a table."""
-    if not table.products:
-        return {}
+    """Those of the attention operands that are sites of a table, and the results of functions that are."""
     reads = table.reads
-    return {n: x for n, x in attention_operands(model).items() if n in reads}
+    results: dict[str, OperandReader] = {**results_named(model, reads)}
+    if not table.products:
+        return results
+    return {n: x for n, x in attention_operands(model).items() if n in reads} | results
+
+
+def results_named(model: Module, names: Iterable[str]) -> dict[str, ResultReader]:
+    """Name -> reader, of those of some names that stand for results of modules that the model has.
+
+    Args:
+        model: any module.
+        names: what stands where layers have their names.
+    """
+    wanted = [n for n in names if is_result(n)]
+    modules = plain_modules(model) if wanted else {}
+    split = {n: n.rpartition(":") for n in wanted}
+    return {n: ResultReader(n, modules[m], label, model) for n, (m, _, label) in split.items() if m in modules}

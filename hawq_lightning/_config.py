@@ -21,6 +21,7 @@ from hawq_lightning._registry import check_registered
 from hawq_lightning._types import Batch, BatchSizeFn, Budget, LossFn
 
 CodeFormat = Literal["auto", "affine", "midrise"]
+Deploy = Literal["exact", "integer"]
 Sampling = Literal["auto", "all", "curvature"]
 L1Curvature = Literal["fisher", "zero"]
 Precision = Literal["float32", "bf16"]
@@ -93,6 +94,8 @@ class QuantizerConfig:
     """The same forms as ``include``, over which it wins."""
     attention: bool = False
     """Queries, keys, probabilities and values of attention are activation sites as well: what its products read."""
+    deploy: Deploy = "exact"
+    """``integer``: results that integer kernels keep as codes have grids of 8 bits, and biases are INT32."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight")
@@ -102,12 +105,23 @@ class QuantizerConfig:
             check_bits(self.input_bits, "input")
         if self.attention and self.activation_bits is None:
             raise HawqError("attention=True quantizes what attention reads; give activation_bits, such as 8.")
+        choice("deploy", self.deploy, get_args(Deploy))
+        if self.deploy == "integer" and self.activation_bits is None:
+            raise HawqError('deploy="integer" needs activations on grids; give activation_bits, such as 8.')
         choice("code_format", self.code_format, get_args(CodeFormat))
         for name in ("weight_bits", "activation_bits"):  # lists, as YAML has them, become what the default is
             value = getattr(self, name)
             if isinstance(value, Iterable):
                 object.__setattr__(self, name, tuple(value))
         _check(self)
+
+    @property
+    def integer_grids(self) -> Literal["none", "shared", "own"]:
+        """Of :func:`hawq_lightning.sites`: a result lies on the grid of layers that read it where that has 8 bits."""
+        if self.deploy != "integer" or self.activation_bits is None:
+            return "none"
+        whole_bytes = check_bits(self.activation_bits, "activation") == (8,) and self.input_bits in (8, None)
+        return "shared" if whole_bytes else "own"
 
 
 @dataclass(frozen=True)

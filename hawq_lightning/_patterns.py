@@ -21,6 +21,12 @@ def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under all of its names, without what wrappers add to them."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {".".join(p for p in name.split(".") if p not in WRAPPERS): m for name, m in modules}
+
+
 def as_list(patterns: Patterns) -> list[Pattern]:
     """Patterns of any form, one by one."""
     if patterns is None:

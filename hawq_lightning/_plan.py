@@ -55,6 +55,7 @@ class Plan:
         quantizer: registered name of the quantizer; its Omega is what was weighed.
         quantizer_options: keywords of that quantizer.
         products: of attention, with their activation sites and MACs: BOPs, too.
+        biases: layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing.
     """
 
     sites: tuple[PlanSite, ...]
@@ -67,6 +68,7 @@ class Plan:
     quantizer: str = "uniform"
     quantizer_options: Options = field(default_factory=dict)
     products: tuple[ActivationProduct, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -101,8 +103,9 @@ class Plan:
         body["sites"] = [_plain(asdict(s)) for s in self.sites]
         body["layers"] = [_plain(asdict(layer)) for layer in self.layers]
         body["products"] = [_plain(asdict(product)) for product in self.products]
-        if not self.products:
-            del body["products"]
+        for name in ("products", "biases"):
+            if not body[name]:
+                del body[name]
         numbers: JsonObject = without_infinity(body)  # the error of a single batch is infinite: not known
         return {"format": FORMAT, "version": VERSION} | numbers
 
@@ -132,6 +135,7 @@ class Plan:
                 fingerprint=str(data.get("fingerprint", "")),
                 quantizer=str(data.get("quantizer", "uniform")),  # version 1 knew no other
                 products=tuple(ActivationProduct.from_dict(p) for p in data.get("products", [])),
+                biases={str(k): str(v) for k, v in data.get("biases", {}).items()},
                 quantizer_options={str(k): v for k, v in data.get("quantizer_options", {}).items()},
             )
         except HawqError:

@@ -15,6 +15,7 @@ from hawq_lightning._batchnorm import norms_behind
 from hawq_lightning._depth import LayerDepths
 from hawq_lightning._function_reads import FunctionReads
 from hawq_lightning._fused import fused_transformers_off
+from hawq_lightning._integer_calls import IntegerCalls
 from hawq_lightning._loss_graph import Trained, graph_alone, graph_behind, nodes_of, tensors_of, trainable, walk
 from hawq_lightning._product_counter import ProductCounter
 from hawq_lightning._reads import Read, version_of
@@ -67,6 +68,7 @@ class SiteCalls:
         left: layer that was not found to be of the network -> why.
         read_by_function: layers whose weight a function reads.
         attention: modules whose attention is looked at, by name.
+        integer: looks at what integer kernels keep as codes; ``None``: nobody asks.
     """
 
     model: nn.Module
@@ -82,6 +84,7 @@ class SiteCalls:
     left: dict[str, str] = field(default_factory=dict)
     read_by_function: set[str] = field(default_factory=set)
     attention: AttentionCalls = field(default_factory=AttentionCalls)
+    integer: IntegerCalls | None = None
     _passes: int = 0
     _all_macs: dict[str, int] = field(default_factory=dict)
 
@@ -117,6 +120,8 @@ class SiteCalls:
             if name in self.left:
                 del self.left[name]
                 self.macs[name] = sum(c.macs for c in of_layer) // images
+        if self.integer is not None:
+            self.integer.pass_ended(dict.fromkeys(self.found), self.norms, images)
         for name in {c.layer for c in mine} & self.left.keys():
             self.left[name] = self._why(graph, [c for c in mine if c.layer == name])
         for name in {c.layer for c in calls} - self.macs.keys() - self._all_macs.keys():
@@ -171,6 +176,7 @@ class SiteCalls:
         handles = [handle for n, reader in self.every_layer.items() for handle in record_calls_of(n, reader)]
         handles += self._enclosing(inside, outputs)
         handles += self.attention.watch()
+        handles += [] if self.integer is None else self.integer.watch()
         modules = {n: reader.module for n, reader in self.layers.items()}
         try:
             with (

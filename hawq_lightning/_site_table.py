@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._shares import percent
 from hawq_lightning._types import JsonObject
+from hawq_lightning.layers import is_result
+
+RESULT_BITS = 8  # of what integer kernels give where no layer reads it
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,9 @@ class Site:
     """What gets a quantizer.
 
     Attributes:
-        name: ``<layer>.weight`` or ``<first reader>.input``.
+        name: ``<layer>.weight``, ``<first reader>.input``, or a result such as ``layer1.0:add``.
         kind: ``weight`` or ``activation``.
-        layers: the layers that use the weight, or that read the activation.
+        layers: the layers that use the weight, or that read the activation; and results that lie on its grid.
         shape: of the weight; of the first activation tensor without its batch axis.
         numel: weight elements; activation elements of one image, all tensors together.
         channels: number of weight scales (1 for activations).
@@ -29,6 +32,11 @@ class Site:
     shape: tuple[int, ...]
     numel: int
     channels: int = 1
+
+    @property
+    def fixed_bits(self) -> int | None:
+        """The one width of grids that integer kernels want where no layer reads; ``None``: there is a choice."""
+        return RESULT_BITS if all(map(is_result, self.layers)) else None
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class SiteTable:
     ``layers`` are in the order in which the forward pass first calls them; ``last`` names the one with most layers in a
     row before it, where a pass has shown that. ``floats`` are modules, ``float_tensors`` the tensors of the state dict
     that are no site's weight; ``None``: not known. ``products`` are those of attention whose factors are sites.
+    ``biases`` has the layers whose biases are INT32 -> the BatchNorm that they take in, or nothing.
     """
 
     sites: tuple[Site, ...]
@@ -126,6 +135,7 @@ class SiteTable:
     last: str = ""
     float_tensors: tuple[FloatTensor, ...] | None = None
     products: tuple[ActivationProduct, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=dict)
     _index: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

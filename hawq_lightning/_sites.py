@@ -8,6 +8,7 @@ works.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +21,7 @@ from hawq_lightning._attention_calls import AttentionCalls, attention_operands
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._float_rest import float_tensors
+from hawq_lightning._integer_calls import IntegerCalls
 from hawq_lightning._loss_graph import Trained
 from hawq_lightning._patterns import Patterns, as_list, matches, named_modules
 from hawq_lightning._reads import Key, Read
@@ -29,7 +31,7 @@ from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
-    AttentionQuantizers,
+    HeldQuantizers,
     WeightReader,
     find_kind,
     kind_of,
@@ -43,6 +45,8 @@ from hawq_lightning.layers import (
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
 Attention = bool | Literal["prepared"]
+IntegerGrids = Literal["none", "shared", "own"]
+"""Whether what integer kernels keep as codes are sites, on the grids of layers that read it or on its own."""
 _Node = str | Key  # of the graph of layers and tensors
 
 
@@ -69,7 +73,7 @@ def quantizable_layers(
     candidates: dict[str, WeightReader] = {}
     held: set[nn.Module] = set()  # parts of a layer: quantizers, and children whose weights it reads past their call
     for name, module in named_modules(model):
-        if isinstance(module, AttentionQuantizers):
+        if isinstance(module, HeldQuantizers):
             held |= set(module.modules())
         if module in held:
             continue
@@ -118,6 +122,7 @@ def find_sites(
     later: Iterable[tuple[Callable[[], object], int]] = (),
     trained: Trained | None = None,
     attention: Attention = False,
+    integer: IntegerGrids = "none",
 ) -> SiteTable:
     """Find all sites of ``model`` by one real forward pass ``run()`` over ``images`` images.
 
@@ -134,6 +139,8 @@ def find_sites(
         trained: the parameters that training moves; those that want gradients when not given.
         attention: queries, keys, probabilities and values of attention are sites as well; ``prepared``: of modules that
             have quantizers for them.
+        integer: results that integer kernels keep as codes are sites as well: ``shared`` with the layers that read
+            them, where those have 8 bits alone, or ``own``.
 
     Raises:
         HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
@@ -150,6 +157,8 @@ def find_sites(
         operands = attention_operands(model, include, exclude, prepared=attention == "prepared")
         modules = {x.name.rpartition(":")[0]: x.module for x in operands.values()}
         calls.attention = AttentionCalls(modules, operands)
+    if integer != "none":
+        calls.integer = IntegerCalls(model, layers)
     calls.run(run, images, named)
     for another, count in islice(later, MOST_PASSES):
         if not calls.left.keys() - calls.read_by_function:
@@ -175,6 +184,8 @@ def find_sites(
     left = calls.other_macs - sum(p.macs for p in products)
     floats = [*table.floats, *_functional(left, floats)]
     table = replace(table, products=products, floats=tuple(floats))
+    if calls.integer is not None:
+        table = _with_results(table, calls.integer, calls.norms, shared=integer == "shared")
     rest = float_tensors(model, ordered.values(), floats)
     return replace(table, last=calls.depths.last(ordered), float_tensors=rest)
 
@@ -187,6 +198,7 @@ def sites(
     include: Patterns = None,
     exclude: Patterns = None,
     attention: bool = False,
+    integer: IntegerGrids = "none",
 ) -> SiteTable:
     """Every site of a model, and what is *not* quantized, with shares of bytes and MACs.
 
@@ -197,6 +209,9 @@ def sites(
         include: glob on layer names, layer type, or ``f(name, module) -> bool``; a list means any of them.
         exclude: the same forms; wins over ``include``.
         attention: queries, keys, probabilities and values of attention are sites as well.
+        integer: results that integer kernels keep as codes are sites as well, and biases INT32, as of
+            ``QuantizerConfig(deploy="integer")``: ``shared`` with the layers that read them, for activations of 8 bits
+            alone, or ``own`` for others.
 
     Raises:
         HawqError: no quantizable layer, or a pattern that matches none.
@@ -208,7 +223,7 @@ def sites(
     try:
         return find_sites(
             model, lambda: forward(model, fresh_copy(example_batch)), batch_images(example_batch), include, exclude,
-            attention=attention,
+            attention=attention, integer=integer,
         )  # fmt: skip
     finally:
         for module, mode in modes.items():
@@ -280,6 +295,28 @@ def _assemble(
         Layer(n, x.type_name, weight_of[n], activation_of.get(n), macs[n], norms.get(n)) for n, x in layers.items()
     )
     return SiteTable(tuple(table), listed, tuple(floats), traced)
+
+
+def _with_results(table: SiteTable, found: IntegerCalls, norms: Mapping[str, str], shared: bool) -> SiteTable:
+    """With the results that lie on grids, and the layers with INT32 biases."""
+    listed, reads, own = {s.name: s for s in table.sites}, table.reads, []
+    layers = {x.name for x in table.layers}
+    for place in found.places:
+        sites = {reads[n] for n in place.layers if n in reads}
+        if shared and len(sites) == 1:
+            site = listed[sites.pop()]
+            listed[site.name] = replace(site, layers=(*site.layers, *place.results))
+        else:
+            names = tuple(place.results)
+            own.append(Site(names[0], "activation", names, place.shape, place.numel))
+    rounded = {n: norms.get(n, "") for n in found.rounded if n in layers}
+    users = Counter(rounded.values())
+    rounded = {
+        n: norm
+        for n, norm in rounded.items()
+        if (users[norm] == 1 if norm else getattr(found.layers[n].module, "bias", None) is not None)
+    }
+    return replace(table, sites=(*listed.values(), *own), biases=rounded)
 
 
 def _components(reads: Sequence[Read]) -> list[tuple[list[str], list[Read]]]:

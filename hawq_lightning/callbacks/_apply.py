@@ -38,6 +38,7 @@ from hawq_lightning.quantization import (
     enable,
     enabled_bits,
     expect_attention,
+    expect_results,
     plan_of,
     prepare,
     prepare_alike,
@@ -139,6 +140,7 @@ class ApplyPlan(Callback):
         attention = config.attention or (self.given_plan is not None and bool(self.given_plan.products))
         prepare(pl_module, config.include, self.excluded(pl_module), self.quantizer, attention)
         expect_attention(pl_module)
+        expect_results(pl_module)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._prepare(pl_module)

@@ -13,7 +13,13 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._patterns import WRAPPERS
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Options, StateDict
-from hawq_lightning.quantization import prepare, prepare_attention_of, quantizer_named, trained_quantizers
+from hawq_lightning.quantization import (
+    prepare,
+    prepare_attention_of,
+    prepare_results_of,
+    quantizer_named,
+    trained_quantizers,
+)
 
 Module = TypeVar("Module", bound=LightningModule)
 _SWAPPING = threading.RLock()
@@ -89,6 +95,7 @@ def _prepare_layers(
         if chosen := {id(modules[n]) for n in names if n in modules}:
             prepare(module, include=lambda name, layer, chosen=chosen: id(layer) in chosen, quantizer=spec)
     prepare_attention_of(module, state_dict)
+    prepare_results_of(module, state_dict)
 
 
 def _options(callbacks: StateDict, quantizer: str) -> Options:

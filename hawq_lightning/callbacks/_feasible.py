@@ -88,6 +88,7 @@ def preview(
                 later=passes,
                 trained=trained,
                 attention="prepared" if quantizer.attention else False,
+                integer=quantizer.integer_grids,
             )
 
         table = find()
@@ -105,9 +106,10 @@ def preview(
                 ),
             )
     quantized = [s for s in table if s.kind == "weight" or activation_bits is not None]
+    overhead = packed_overhead(module, quantized, spec, table.biases)
     problem = nominal_problem(
         table, weight_bits=weight_bits, activation_bits=activation_bits, input_bits=quantizer.input_bits,
-        inputs=inputs, quantizer=spec, file_overhead=packed_overhead(module, quantized, spec), **constraints,
+        inputs=inputs, quantizer=spec, file_overhead=overhead, **constraints,
     )  # fmt: skip
     check_feasible(problem, budget, select.selector, select.bits)
     return table, problem

@@ -13,7 +13,7 @@ import torch
 
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning.quantization import quantized_layers, quantized_operands, quantizers_in
+from hawq_lightning.quantization import quantized_layers, quantized_operands, quantized_results, quantizers_in
 
 
 class Handoff:
@@ -37,7 +37,7 @@ class Handoff:
         }
         buffers |= {
             f"{operand.prefix}{operand.operand}.{key}": value.detach().cpu()
-            for operand in quantized_operands(module).values()
+            for operand in (*quantized_operands(module).values(), *quantized_results(module).values())
             for key, value in operand.input_quantizer.state_dict().items()
         }
         torch.save({"plan": plan.to_dict(), "buffers": buffers, "weights": weights_hash(module)}, self.path)

@@ -270,7 +270,10 @@ class MeasureTraces(HasResults, Callback):
         if "loss" in self._selector.needs:
             quantizer = quantizer_of(self.quantizer)
             attention = self.quantizer.attention
-            with loss_of_plan(pl_module, batches, loss_fn, quantizer=quantizer, attention=attention) as measure_loss:
+            names = [n for s in self.sites for n in s.layers]
+            with loss_of_plan(
+                pl_module, batches, loss_fn, quantizer=quantizer, attention=attention, results=names
+            ) as measure_loss:
                 return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
         return pick()
 
@@ -302,6 +305,7 @@ class MeasureTraces(HasResults, Callback):
         widths = check_bits(q.weight_bits, "weight")
         others = None if q.activation_bits is None else check_bits(q.activation_bits, "activation")
         attention = " attention" if q.attention else ""
+        attention += " integer" if q.deploy == "integer" else ""
         return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}{attention}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from lightning.pytorch.core.hooks import DataHooks
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -21,6 +22,7 @@ from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._build import make_data, make_net, make_task
+from hawq_lightning.cli._calibration import IMAGES, CalibrationBatches
 from hawq_lightning.cli._onnx import FILE, INTEGER, INTEGER_FILE, ONNX, Images, write_onnx
 from hawq_lightning.cli._resume import check_checkpoint
 from hawq_lightning.cli._run_folder import RunFolder
@@ -33,7 +35,6 @@ from hawq_lightning.report import model_card, write_report
 
 _TABLES = ("latency.csv", "latency_openvino.csv")
 _WRITTEN = (*_TABLES, "export.json")
-_CALIBRATION = 256  # images, enough to see ranges on
 # 0.1.0 named files, which are private now: hawq_lightning.data.digits.DigitsDataModule
 _TARGET_OF_0_1_0 = re.compile(r"hawq_lightning\.(data|models)\.[a-z0-9_]+\.(?P<name>\w+)")
 _NO_DOWNLOAD = {"weights": None, "pretrained": False, "pretrained_backbone": False}
@@ -77,13 +78,23 @@ def _export(
     net = load_packed(folder / "model.safetensors", _fresh(run)).eval()
     for exporter in exporters:
         exporter.check(network_of(net), verify=cfg.images != 0)
-    batches = _batches(run)
+    hooks, batches = _batches(run)
+    seen = CalibrationBatches(hooks, batches)
     free = cfg.get("free_batch", True)
     real = Images(net, batches, free)
     first = real.first()
     how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free, "free_size": cfg.free_size}
     record = write_onnx(
-        folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, seven_bits=cfg.seven_bits, **how
+        folder,
+        net,
+        plan,
+        batches,
+        cfg.images,
+        score=cfg.score,
+        integer=cfg.integer,
+        calibration=seen,
+        seven_bits=cfg.seven_bits,
+        **how,
     )
     for runtime in runtimes[1:]:
         if cfg.images != 0:
@@ -92,7 +103,7 @@ def _export(
             print(f"{FILE}: {agreement}")
     for exporter in (e for e in exporters if e not in (ONNX, INTEGER)):
         path = folder / f"model{exporter.suffix}"
-        offered = how | {"batches": image_tensors(real, _CALIBRATION)}
+        offered = how | {"batches": image_tensors(Images(net, seen, free, real.size), IMAGES)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
         export(network_of(net), plan, path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
@@ -197,13 +208,13 @@ def _fresh(run: DictConfig) -> nn.Module:
     return make_task(run) if run.get("model") is None else make_net(run)
 
 
-def _batches(run: DictConfig) -> Iterable[Batch]:
+def _batches(run: DictConfig) -> tuple[DataHooks, Iterable[Batch]]:
+    """Who has the loaders, and the validation batches."""
     data = make_data(run)
     hooks = make_task(run) if data is None else data
     hooks.prepare_data()
     hooks.setup("validate")
-    batches: Iterable[Batch] = hooks.val_dataloader()
-    return batches
+    return hooks, hooks.val_dataloader()
 
 
 def _float_network(run: DictConfig, folder: Path) -> tuple[nn.Module, str]:

@@ -15,13 +15,13 @@ from hawq_lightning._extra import require
 from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, JsonObject
+from hawq_lightning.cli._calibration import IMAGES
 from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import EXPORTERS, Deployed, export, network_of
 from hawq_lightning.quantization import unquantize
 
 ONNX, INTEGER = EXPORTERS["onnx"], EXPORTERS["onnx_integer"]
 FILE, INTEGER_FILE = f"model{ONNX.suffix}", f"model{INTEGER.suffix}"
-_CALIBRATION = 256  # images that the integer file's additional grids are made on
 
 
 class Images:
@@ -33,11 +33,14 @@ class Images:
         net: the whole network.
         batches: images first, with or without targets.
         free_batch: a file of them takes any number at a time; else as many as the first batch holds.
+        size: of an image, where it is known already.
     """
 
-    def __init__(self, net: nn.Module, batches: Iterable[Batch], free_batch: bool = True) -> None:
+    def __init__(
+        self, net: nn.Module, batches: Iterable[Batch], free_batch: bool = True, size: torch.Size | None = None
+    ) -> None:
         self.net, self.batches, self.free_batch = net, batches, free_batch
-        self.size: torch.Size | None = None
+        self.size = size
         self.left_out = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -71,6 +74,7 @@ def write_onnx(
     seconds: float = 0.0,
     score: bool = False,
     integer: bool = True,
+    calibration: Iterable[Batch] | None = None,
     seven_bits: bool = False,
     **how: object,
 ) -> JsonObject:
@@ -85,6 +89,7 @@ def write_onnx(
         seconds: also measure float, uniform 8 bits and the plan for so long each, and print their table.
         score: of a RetinaNet, also measure mAP of the file and of the network.
         integer: also write ``model.integer.onnx``, for integer kernels.
+        calibration: of training data, for the integer file's grids that the network lacks; ``None``: ``batches``.
         seven_bits: hold its 8-bit weights by 7 bits.
         how: options of the exporter: ``fold``, ``exact``, ``storage``, ``free_batch``, ``free_size``.
 
@@ -113,8 +118,9 @@ def write_onnx(
             text += f"; {real.left_out} images of another size than {tuple(real.size or ())[1:]} left out"
     print(text)
     if integer:
+        seen = real if calibration is None else Images(net, calibration, real.free_batch, real.size)
         record["integer"] = _write_integer(
-            folder / INTEGER_FILE, inner, plan, real, images, {**how, "seven_bits": seven_bits}
+            folder / INTEGER_FILE, inner, plan, real, seen, images, {**how, "seven_bits": seven_bits}
         )
     if score and real.free_batch and images != 0 and getattr(inner, "boxes", None) is not None and not real.left_out:
         record["map"] = mean_average_precision(net, path, batches, images)
@@ -129,12 +135,12 @@ def write_onnx(
 
 
 def _write_integer(
-    path: Path, net: nn.Module, plan: Plan, real: Images, images: int | None, how: Mapping[str, object]
+    path: Path, net: nn.Module, plan: Plan, real: Images, seen: Images, images: int | None, how: Mapping[str, object]
 ) -> JsonObject:
     taken = ("fold", "free_batch", "free_size", "seven_bits")
     options = {k: v for k, v in how.items() if k in taken or (k, v) == ("storage", "int8")}
     first = real.first()
-    deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(real), **options)
+    deployed = export(net, plan, path, INTEGER.name, example_input=first, calibration=_some(seen), **options)
     assert isinstance(deployed, Deployed)
     record: JsonObject = {
         "bytes": path.stat().st_size,
@@ -158,7 +164,7 @@ def _write_integer(
 def _some(real: Images) -> Iterator[torch.Tensor]:
     count = 0
     for x in real:
-        if count >= _CALIBRATION:
+        if count >= IMAGES:
             break
         yield x
         count += len(x)

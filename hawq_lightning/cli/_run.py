@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
@@ -32,6 +33,7 @@ from hawq_lightning.cli._build import (
     make_task,
     make_trainer,
 )
+from hawq_lightning.cli._calibration import CalibrationBatches
 from hawq_lightning.cli._figures import PaperFigures
 from hawq_lightning.cli._hydra_files import files_named, write_hydra_files, writes_hydra_files
 from hawq_lightning.cli._onnx import FILE, ONNX, write_onnx
@@ -94,7 +96,7 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
             hooks = hooks_of(task, data)
             hooks.setup("validate")
             load_packed(folder / "model.safetensors", task)
-            write_onnx(folder, task, Plan.load(folder / "plan.json"), hooks.val_dataloader(), seconds=0.5)
+            _write_onnx(folder, task, hooks)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -123,13 +125,17 @@ def _run(cfg: DictConfig, progress: RunState) -> JsonObject:
     written: JsonObject = read_record(folder / "metrics.json")
     try:
         if cfg.onnx:
-            write_onnx(
-                folder, task, Plan.load(folder / "plan.json"), hooks_of(task, data).val_dataloader(), seconds=0.5
-            )
+            _write_onnx(folder, task, hooks_of(task, data))
     finally:  # also where the network turns out not to be exportable
         _report(cfg, folder)
     show(written, folder)
     return written
+
+
+def _write_onnx(folder: Path, task: pl.LightningModule, hooks: DataHooks) -> None:
+    batches = hooks.val_dataloader()
+    seen = CalibrationBatches(hooks, batches)
+    write_onnx(folder, task, Plan.load(folder / "plan.json"), batches, seconds=0.5, calibration=seen)
 
 
 def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> JsonObject:

@@ -83,13 +83,17 @@ def _at(site: PlanSite, bits: int) -> PlanSite:
 def inner(plan: Plan, net: nn.Module) -> Plan:
     """The plan with the names of the network alone; runs name it ``net`` inside their task."""
     names = {n for n, _ in net.named_modules()}
-    if all(layer in names for s in plan.sites for layer in s.layers):
+    if all(
+        layer.rpartition(":")[0] in names if ":" in layer else layer in names for s in plan.sites for layer in s.layers
+    ):
         return plan
-    sites = tuple(
-        replace(s, name=s.name.removeprefix(TASK), layers=tuple(x.removeprefix(TASK) for x in s.layers))
-        for s in plan.sites
-    )
-    return plan.replace(sites=sites, layers=())
+    root = TASK.rstrip(".")
+
+    def own(name: str) -> str:
+        return name.removeprefix(root) if name.startswith(f"{root}:") else name.removeprefix(TASK)
+
+    sites = tuple(replace(s, name=own(s.name), layers=tuple(map(own, s.layers))) for s in plan.sites)
+    return plan.replace(sites=sites, layers=(), biases={own(n): own(norm) for n, norm in plan.biases.items()})
 
 
 def show(record: JsonObject, note: str = "") -> None:

@@ -83,10 +83,12 @@ class PackedFile:
     Attributes:
         sites: weights before activations.
         rest: state-dict keys of one tensor -> the tensor, stored as it was.
+        biases: layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing.
     """
 
     sites: tuple[StoredSite, ...]
     rest: Mapping[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[StoredSite, ...]:
@@ -98,7 +100,7 @@ class PackedFile:
         """Sites with bits, code formats and activation grids; no traces and no costs."""
         names = (s.quantizer for s in self.sites if s.quantizer != _PLAIN)
         sites = tuple(s.site for s in self.sites)
-        return Plan(sites, selector="packed file", quantizer=next(names, _PLAIN))
+        return Plan(sites, selector="packed file", quantizer=next(names, _PLAIN), biases=self.biases)
 
     @property
     def codes(self) -> dict[str, torch.Tensor]:
@@ -110,16 +112,20 @@ class PackedFile:
         return {s.site.name: s for s in self.sites}[name]
 
 
-def metadata_of(sites: Mapping[str, JsonObject], rest: Mapping[tuple[str, ...], object]) -> dict[str, str]:
+def metadata_of(
+    sites: Mapping[str, JsonObject], rest: Mapping[tuple[str, ...], object], biases: Mapping[str, str]
+) -> dict[str, str]:
     """The metadata of a file, without its checksum.
 
     Args:
         sites: of :func:`site_entry`.
         rest: keys of each tensor; those that one tensor has besides its first are told as aliases.
+        biases: layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing.
     """
     aliases = {keys[0]: keys[1:] for keys in rest if len(keys) > 1}
     metadata = {"format": FORMAT, "version": VERSION, "description": DESCRIPTION, "sites": _text(sites)}
-    return metadata | ({"aliases": _text(aliases)} if aliases else {})
+    metadata |= {"aliases": _text(aliases)} if aliases else {}
+    return metadata | ({"biases": _text(dict(biases))} if biases else {})
 
 
 def site_entry(stored: StoredSite) -> JsonObject:
@@ -168,9 +174,12 @@ def contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     Raises:
         ValueError: they are not what :func:`metadata_of` tells.
     """
-    if set(metadata) - {"aliases"} != {"format", "version", "description", "sites"}:
+    if set(metadata) - {"aliases", "biases"} != {"format", "version", "description", "sites"}:
         raise ValueError("its metadata hold other entries than they should")
     entries, aliases = _object(metadata["sites"]), _object(metadata.get("aliases", "{}"))
+    biases = _object(metadata.get("biases", "{}"))
+    if not all(isinstance(norm, str) for norm in biases.values()):
+        raise ValueError("its biases name no norms")
     sites: list[StoredSite] = []
     left = dict(tensors)
     for name, entry in entries.items():
@@ -188,7 +197,7 @@ def contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
         raise ValueError("its aliases do not fit its tensors")
     if not any(s.codes is not None for s in sites):
         raise ValueError("it holds no codes")
-    return PackedFile(tuple(sites), rest)
+    return PackedFile(tuple(sites), rest, biases)
 
 
 def _read_site(name: str, entry: JsonObject, left: dict[str, torch.Tensor]) -> StoredSite:

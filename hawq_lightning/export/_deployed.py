@@ -22,14 +22,17 @@ from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_name, quantizers_of
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
-from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight
+from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight, results_of
 from hawq_lightning.quantization import (
     QuantizedOperand,
+    QuantizedResult,
     QuantizedWeight,
+    bake_biases,
     plan_of,
     plan_with_copies,
     quantized_layers,
     quantized_operands,
+    quantized_results,
     warn_off_grid,
 )
 
@@ -161,11 +164,12 @@ def deploy(
     copied = _copy(model)
     inputs = at_least_two(example_input) if free_batch else checked(example_input)
     with torch.no_grad():
+        bake_biases(copied)
         stored = quantized_layers(copied)
         for layer in stored.values():
             bake_parametrizations(layer.module)
             _store(layer)
-        for operand in quantized_operands(copied).values():
+        for operand in (*quantized_operands(copied).values(), *quantized_results(copied).values()):
             _store_operand(operand)
         copied = copied.to("cpu").float().eval().requires_grad_(False)
         try:
@@ -215,7 +219,8 @@ def _store(layer: QuantizedWeight) -> None:
 
 
 def _store_operand(operand: QuantizedOperand) -> None:
-    q, holder = operand.input_quantizer, holder_of(operand.module)
+    q = operand.input_quantizer
+    holder = results_of(operand.module) if isinstance(operand, QuantizedResult) else holder_of(operand.module)
     assert holder is not None
     on = q.bits > 0
     stored = QuantizeActivation(float(q.scale), round(float(q.zero_point)), q.bits) if on else FloatOperand()
@@ -253,7 +258,8 @@ def _named_for(plan: Plan, model: nn.Module) -> Plan:
     products = tuple(
         replace(x, name=rename(x.name), left=renamed(x.left), right=renamed(x.right)) for x in plan.products
     )
-    return plan.replace(sites=sites, layers=layers, products=products)
+    biases = {rename(n): norm and rename(norm) for n, norm in plan.biases.items()}
+    return plan.replace(sites=sites, layers=layers, products=products, biases=biases)
 
 
 def _is_nan(x: object) -> bool:

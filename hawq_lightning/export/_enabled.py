@@ -15,15 +15,16 @@ from hawq_lightning.quantization import (
     QuantizedWeight,
     Quantizer,
     WeightQuantizer,
+    quantized_results,
     with_operand,
     with_quantizers,
 )
 
 
 def quantized_reads_by_name(model: nn.Module) -> dict[str, QuantizedWeight | QuantizedOperand]:
-    """What stands where plans name layers, under all names: weights of fake-quant layers, and operands of attention."""
+    """What stands where plans name layers, under all names: weights, operands of attention, results."""
     operands = {n: with_operand(x) for n, x in operands_by_name(model).items() if holder_of(x.module) is not None}
-    return {**quantized_by_name(model), **operands}
+    return {**quantized_by_name(model), **operands, **quantized_results(model)}
 
 
 def quantized_by_name(model: nn.Module) -> dict[str, QuantizedWeight]:

@@ -15,8 +15,16 @@ from hawq_lightning._plan import PlanSite
 from hawq_lightning._site_table import Site
 from hawq_lightning.export._contents import PackedFile
 from hawq_lightning.export._safetensors import DTYPES
-from hawq_lightning.layers import OperandReader, WeightReader, find_kind, operand_readers, readers_of, split_operand
-from hawq_lightning.quantization import Quantizer
+from hawq_lightning.layers import (
+    OperandReader,
+    WeightReader,
+    find_kind,
+    is_result,
+    operand_readers,
+    readers_of,
+    split_operand,
+)
+from hawq_lightning.quantization import IntegerBias, Quantizer
 
 
 def readers_by_name(model: nn.Module) -> dict[str, WeightReader]:
@@ -40,7 +48,7 @@ def weight_of(site: Site | PlanSite, readers: Mapping[str, WeightReader]) -> Wei
     Raises:
         HawqError: the site is another model's, or its weight has a type that the file cannot hold.
     """
-    if missing := [n for n in site.layers if n not in readers and not split_operand(n)]:
+    if missing := [n for n in site.layers if n not in readers and not split_operand(n) and not is_result(n)]:
         raise HawqError(f"Site {site.name!r} was made for another model: this one has no layer {missing[0]!r}.")
     if site.kind != "weight":
         return None
@@ -78,7 +86,7 @@ def owned_by(sites: Iterable[Site | PlanSite], readers: Mapping[str, WeightReade
 
 def rest_of(model: nn.Module, owned: Owned) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Keys and tensor of all that a file stores as it is, see :func:`hawq_lightning._float_rest.rest_of`."""
-    for keys, value in all_the_rest(model, owned, lambda module: isinstance(module, Quantizer)):
+    for keys, value in all_the_rest(model, owned, lambda module: isinstance(module, (Quantizer, IntegerBias))):
         if not isinstance(value, torch.Tensor):
             raise HawqError(
                 f"The model's state holds {keys[0]!r}, a {type(value).__name__}; only tensors can be packed."
@@ -95,7 +103,11 @@ class Renaming:
 
     def __call__(self, name: str) -> str:
         """The model's name for the file's ``name``."""
-        return self.add + name.removeprefix(self.drop)
+        root = self.drop.rstrip(".")
+        if root and name.startswith(f"{root}:"):  # a result of what was wrapped
+            name = self.drop + name[len(root) :]
+        inner = name.removeprefix(self.drop)
+        return self.add.rstrip(".") + inner if inner.startswith(":") else self.add + inner
 
     def keys(self, stored: Iterable[str]) -> tuple[str, ...]:
         """The model's keys for the file's; what belongs to a wrapper alone falls away."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import results_named
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import JsonObject, Model
@@ -46,13 +47,17 @@ from hawq_lightning.layers import bake_parametrizations
 from hawq_lightning.quantization import (
     QuantizedWeight,
     Quantizer,
+    drop_results,
     plan_with_copies,
     put_attention,
+    put_biases,
+    put_results,
     quantizer_named,
     to_fake_quantized,
     warn_off_grid,
     with_operand,
     with_quantizers,
+    with_result,
 )
 
 
@@ -83,9 +88,9 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
     layers = quantized_reads_by_name(model)
     warn_off_grid({n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)})
     rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
-    metadata = metadata_of(entries, rest)
+    metadata = metadata_of(entries, rest, plan.biases)
     spec = layers[plan.sites[0].layers[0]].spec
-    header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec))
+    header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec, plan.biases))
     return _safetensors.write(path, ordered(tensors, rest), metadata, header_bytes)
 
 
@@ -115,7 +120,7 @@ def read_packed(path: str | Path) -> PackedFile:
             sites.append(stored.checked())
         except HawqError as error:
             raise _corrupt(path, f"of {stored.site.name!r} {error}") from error
-    return PackedFile(tuple(sites), file.rest)
+    return PackedFile(tuple(sites), file.rest, file.biases)
 
 
 def load_packed(path: str | Path, model: Model) -> Model:
@@ -149,11 +154,12 @@ def load_packed(path: str | Path, model: Model) -> Model:
         for keys, tensor in file.rest.items()
         if (names := rename.keys(keys)) and (names in targets or served.isdisjoint(names))
     }
-    operands = operands_by_name(model)
-    check_same(file, {**readers, **operands}, targets, rest, rename)
     named = [n for site in renamed for n in site.layers]
+    results = results_named(model, named)
+    operands = {**operands_by_name(model), **results}
+    check_same(file, {**readers, **operands}, targets, rest, rename)
     layers = {n: with_quantizers(readers[n]) for n in named if n in readers}
-    reads = {n: with_operand(operands[n]) for n in named if n in operands}
+    reads = {n: with_result(results[n]) if n in results else with_operand(operands[n]) for n in named if n in operands}
     # one for a module, which may have several weights; the codes as they are: nothing of what learned them is left
     quantizers = {id(layer.module): "uniform" for layer in layers.values()}
     quantizers |= {
@@ -168,7 +174,12 @@ def load_packed(path: str | Path, model: Model) -> Model:
             bake_parametrizations(layer.module)  # codes have taken the place of what they were computed from
             to_fake_quantized(layer.module, quantizers[id(layer.module)])
         of_operand = {n: s.quantizer for s, site in zip(file.sites, renamed) for n in site.layers if n in reads}
+        drop_results(model)
+        of_result = next((of_operand[n] for n in named if n in results), "uniform")
+        put_results(model, results.values(), quantizer_named(of_result))
         for name, operand in reads.items():
+            if name in results:
+                continue
             put_attention(operand.module, quantizer_named(of_operand[name]))
         for stored, site in zip(file.sites, renamed):
             for name in site.layers:
@@ -183,6 +194,7 @@ def load_packed(path: str | Path, model: Model) -> Model:
             if stored.codes is not None:
                 for name in site.layers:
                     _untie(layers[name], stored.codes)
+    put_biases(model, {rename(layer): norm and rename(norm) for layer, norm in file.biases.items()})
     return model
 
 

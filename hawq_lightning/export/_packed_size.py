@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -24,7 +24,10 @@ _LONGEST = 1.2345678901234567e-05  # no positive float32 takes more digits
 
 
 def packed_overhead(
-    model: nn.Module, sites: Iterable[Site | PlanSite], quantizer: str | QuantizerSpec = "uniform"
+    model: nn.Module,
+    sites: Iterable[Site | PlanSite],
+    quantizer: str | QuantizerSpec = "uniform",
+    biases: Mapping[str, str] | None = None,
 ) -> int:
     """Bytes of the packed file that no choice of bits changes: all but the codes of weights and their scales or bases.
 
@@ -32,13 +35,14 @@ def packed_overhead(
         model: float or with fake-quant layers.
         sites: the sites that the plan will have: a ``SiteTable``, ``plan.sites``, or any part of them.
         quantizer: that the plan will have.
+        biases: of the table or the plan: layers whose biases are INT32.
 
     Raises:
         HawqError: the model holds something that the file cannot.
     """
     sites, spec = tuple(sites), quantizer_named(quantizer)
     readers = readers_by_name(model)
-    specs, metadata = largest(model, sites, spec)
+    specs, metadata = largest(model, sites, spec, biases or {})
     size = _safetensors.header_bytes(specs, metadata) + sum(s.nbytes for s in specs.values())
     for site in sites:
         if (layer := weight_of(site, readers)) is not None:
@@ -49,7 +53,7 @@ def packed_overhead(
 
 
 def largest(
-    model: nn.Module, sites: tuple[Site | PlanSite, ...], quantizer: QuantizerSpec
+    model: nn.Module, sites: tuple[Site | PlanSite, ...], quantizer: QuantizerSpec, biases: Mapping[str, str]
 ) -> tuple[dict[str, Spec], dict[str, str]]:
     """Tensors and metadata that take at least the bytes of those of any plan over these sites."""
     readers = readers_by_name(model)
@@ -66,7 +70,7 @@ def largest(
         if layer is not None:
             tensors[f"{site.name}.{CODES}"] = Spec("U8", (packed_bytes(site.numel, forms[-1].site.bits),))
     rest = {keys: spec_of(t) for keys, t in rest_to_store(model, sites).items()}
-    return ordered(tensors, rest), metadata_of(entries, rest)
+    return ordered(tensors, rest), metadata_of(entries, rest, biases)
 
 
 def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: WeightReader | None) -> Iterator[StoredSite]:

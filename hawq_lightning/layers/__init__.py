@@ -6,7 +6,6 @@ from hawq_lightning.layers._attention_products import (
     HOLDER,
     OPERANDS,
     AttentionProducts,
-    AttentionQuantizers,
     drop_holder,
     holder_of,
     holder_values,
@@ -30,6 +29,7 @@ from hawq_lightning.layers._fake_quant import (
 from hawq_lightning.layers._float_modules import ATTENTION, RECURRENT, why_float
 from hawq_lightning.layers._function_linear import FunctionLinearKind
 from hawq_lightning.layers._gradients import row_dots
+from hawq_lightning.layers._held import AttentionQuantizers, HeldQuantizers, ResultQuantizers
 from hawq_lightning.layers._hooked import made_by_hook, renew_weight
 from hawq_lightning.layers._kind import (
     LAYER_KINDS,
@@ -62,14 +62,30 @@ from hawq_lightning.layers._read_inside import ReadInsideKind
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
 from hawq_lightning.layers._recurrent import RecurrentKind
+from hawq_lightning.layers._results import (
+    BIAS,
+    OUTPUT,
+    RESULTS,
+    Following,
+    Listener,
+    ReadTensor,
+    ResultReader,
+    follow_all,
+    is_result,
+    results_of,
+    unfollow_all,
+)
 from hawq_lightning.layers._same_padding import SamePaddingKind
 
 __all__ = [
     "ATTENTION",
+    "BIAS",
     "HOLDER",
     "LAYER_KINDS",
     "OPERANDS",
+    "OUTPUT",
     "RECURRENT",
+    "RESULTS",
     "ActivationQ",
     "AttentionKind",
     "AttentionProducts",
@@ -79,17 +95,23 @@ __all__ = [
     "EmbeddingBagKind",
     "EmbeddingKind",
     "FakeQuantLayer",
+    "Following",
     "FunctionLinearKind",
+    "HeldQuantizers",
     "InnerProductsKind",
     "LayerCall",
     "LayerKind",
     "LinearKind",
+    "Listener",
     "MatrixGradients",
     "OperandReader",
     "ProjectedProducts",
     "QOtherLinear",
     "ReadInsideKind",
+    "ReadTensor",
     "RecurrentKind",
+    "ResultQuantizers",
+    "ResultReader",
     "SamePaddingKind",
     "WeightQ",
     "WeightRead",
@@ -102,10 +124,12 @@ __all__ = [
     "drop_holder",
     "fake_quant_class",
     "find_kind",
+    "follow_all",
     "holder_of",
     "holder_values",
     "inner_products",
     "input_quantizer_attribute",
+    "is_result",
     "kind_of",
     "kinds",
     "layer_type",
@@ -125,9 +149,11 @@ __all__ = [
     "recorded",
     "register_layer",
     "renew_weight",
+    "results_of",
     "row_dots",
     "split_operand",
     "type_names",
+    "unfollow_all",
     "visited",
     "weight_of",
     "why_float",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hawq_lightning._types import Options
+from hawq_lightning.layers._held import AttentionQuantizers
 
 OPERANDS = ("query", "key", "probabilities", "value")
 SCORES, VALUES = ("query", "key"), ("probabilities", "value")
@@ -165,19 +165,6 @@ def _terms(equation: str, left: torch.Tensor) -> int:
     sizes = dict(zip(before, left.shape)) | (dict(zip(after[::-1], reversed(left.shape))) if dots else {})
     kept = output if arrow else [c for c in first + second if (first + second).count(c) == 1]
     return torch.Size(n for c, n in sizes.items() if c in second and c not in kept).numel()
-
-
-class AttentionQuantizers(nn.ModuleDict):
-    """Quantizers of what a module's attention reads, by operand, as the module's child :data:`HOLDER`.
-
-    Attributes:
-        quantizer_name: registered.
-        quantizer_options: keywords that they were made with.
-    """
-
-    def __init__(self, quantizers: Mapping[str, nn.Module], name: str, options: Options) -> None:
-        super().__init__(quantizers)
-        self.quantizer_name, self.quantizer_options = name, dict(options)
 
 
 HOLDER = "attention_quantizers"

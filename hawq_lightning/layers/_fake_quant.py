@@ -14,7 +14,7 @@ from torch import nn
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Options, StateDict
-from hawq_lightning.layers._attention_products import AttentionQuantizers
+from hawq_lightning.layers._held import HeldQuantizers
 from hawq_lightning.layers._recompute import Recomputable, recompute_in_backward
 
 WeightQ = TypeVar("WeightQ", bound=nn.Module)
@@ -97,8 +97,8 @@ def input_quantizer_attribute(parameter: str) -> str:
 
 
 def quantizers_by_attribute(layer: nn.Module) -> dict[str, nn.Module]:
-    """What a fake-quant layer holds as its quantizers, or the holder of an attention's; nothing of other modules."""
-    if isinstance(layer, AttentionQuantizers):
+    """What a fake-quant layer holds as its quantizers, or what else holds some; nothing of other modules."""
+    if isinstance(layer, HeldQuantizers):
         return {name: child for name, child in layer._modules.items() if child is not None}
     held = layer._modules.items() if isinstance(layer, FakeQuantLayer) else ()
     return {name: child for name, child in held if child is not None and name.endswith("_quantizer")}

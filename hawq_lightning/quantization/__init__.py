@@ -35,7 +35,10 @@ from hawq_lightning.quantization._candidates import candidates, weight_candidate
 from hawq_lightning.quantization._copies import NetworkCopies, copies_told, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
+from hawq_lightning.quantization._float_distance import FloatDistance
+from hawq_lightning.quantization._forecast import Forecast, forecast
 from hawq_lightning.quantization._inputs import network_inputs
+from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
     QuantizedLayer,
     QuantizedWeight,
@@ -56,6 +59,18 @@ from hawq_lightning.quantization._registry import (
     quantizer_of,
     register_quantizer,
 )
+from hawq_lightning.quantization._results import (
+    QuantizedResult,
+    bake_biases,
+    biases_of,
+    drop_results,
+    expect_results,
+    prepare_results_of,
+    put_biases,
+    put_results,
+    quantized_results,
+    with_result,
+)
 from hawq_lightning.quantization._rounding_errors import rounding_errors
 from hawq_lightning.quantization._storage import Storage
 from hawq_lightning.quantization._trial import (
@@ -71,33 +86,42 @@ __all__ = [
     "ActivationQuantizer",
     "CodeFormat",
     "Enough",
+    "FloatDistance",
+    "Forecast",
     "GraphOutputs",
     "Head",
     "HeadOutputs",
+    "IntegerBias",
     "NetworkCopies",
     "QuantizedLayer",
     "QuantizedOperand",
+    "QuantizedResult",
     "QuantizedWeight",
     "Quantizer",
     "QuantizerSpec",
     "Storage",
     "WeightQuantizer",
     "activation_step",
+    "bake_biases",
+    "biases_of",
     "candidates",
     "check_bits",
     "check_plan",
     "copies_told",
     "disable",
     "distance",
+    "drop_results",
     "enable",
     "enable_site",
     "enabled_bits",
     "expect_attention",
+    "expect_results",
     "fake_quant_disabled",
     "fake_quantize_tensor",
     "find_heads",
     "first_order_term",
     "float_classes",
+    "forecast",
     "import_quantizers",
     "loss_of_plan",
     "loss_per_site",
@@ -109,12 +133,16 @@ __all__ = [
     "prepare",
     "prepare_alike",
     "prepare_attention_of",
+    "prepare_results_of",
     "put_attention",
+    "put_biases",
+    "put_results",
     "quantizable_layers",
     "quantize",
     "quantized_layers",
     "quantized_operands",
     "quantized_reads",
+    "quantized_results",
     "quantizer_named",
     "quantizer_names",
     "quantizer_of",
@@ -137,4 +165,5 @@ __all__ = [
     "with_operand",
     "with_quantizer",
     "with_quantizers",
+    "with_result",
 ]

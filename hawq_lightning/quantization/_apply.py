@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from hawq_lightning._attention_calls import attention_operands
+from hawq_lightning._attention_calls import attention_operands, results_named
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan, PlanSite
@@ -18,7 +18,14 @@ from hawq_lightning._site_table import Site
 from hawq_lightning._sites import quantizable_layers, site_name
 from hawq_lightning._types import Model
 from hawq_lightning._values import check_has_values
-from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, renew_weight, split_operand
+from hawq_lightning.layers import (
+    FakeQuantLayer,
+    OperandReader,
+    ResultReader,
+    WeightReader,
+    renew_weight,
+    split_operand,
+)
 from hawq_lightning.quantization._attention import (
     QuantizedOperand,
     drop_attention,
@@ -31,6 +38,15 @@ from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, to_fake_quantized, to_float, with_quantizers
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+from hawq_lightning.quantization._results import (
+    biases_of,
+    drop_biases,
+    drop_results,
+    put_biases,
+    put_results,
+    quantized_results,
+    with_result,
+)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -40,8 +56,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def quantized_reads(model: nn.Module) -> dict[str, QuantizedWeight | QuantizedOperand]:
-    """Name -> what stands where plans name layers: weights of fake-quant layers, and operands of attention."""
-    return {**quantized_layers(model), **quantized_operands(model)}
+    """Name -> what stands where plans name layers: weights of fake-quant layers, operands of attention, results."""
+    return {**quantized_layers(model), **quantized_operands(model), **quantized_results(model)}
 
 
 def prepare(
@@ -86,6 +102,7 @@ def unquantize(model: Model) -> Model:
     for layer in quantized_layers(model).values():
         to_float(layer.module)
     drop_attention(model)
+    drop_results(model)
     return model
 
 
@@ -176,9 +193,15 @@ def enable(model: nn.Module, plan: Plan) -> None:
         if name in planned:
             to_fake_quantized(weight.module, spec)
             layers[name] = with_quantizers(weight)
+    results: list[ResultReader] = []
     for name, operand in _operands_of(model, plan).items():
-        put_attention(operand.module, spec)
-        layers[name] = with_operand(operand)
+        if isinstance(operand, ResultReader):
+            results.append(operand)
+        else:
+            put_attention(operand.module, spec)
+            layers[name] = with_operand(operand)
+    put_results(model, results, spec)
+    layers |= {x.name: with_result(x) for x in results}
     norms = norms_to_fold(model, plan.layers)
     disable(model)
     try:
@@ -189,11 +212,14 @@ def enable(model: nn.Module, plan: Plan) -> None:
     except HawqError:
         disable(model)  # all or nothing
         raise
+    put_biases(model, plan.biases)
 
 
 def _operands_of(model: nn.Module, plan: Plan) -> dict[str, OperandReader]:
-    names = {n for s in plan.sites for n in s.layers if split_operand(n)}
-    return {n: x for n, x in attention_operands(model).items() if n in names} if names else {}
+    every = dict.fromkeys(n for s in plan.sites for n in s.layers)
+    names = {n for n in every if split_operand(n)}
+    operands = {n: x for n, x in attention_operands(model).items() if n in names} if names else {}
+    return {**operands, **results_named(model, every)}
 
 
 def tie_scales(model: nn.Module, plan: Plan) -> None:
@@ -244,6 +270,7 @@ def disable(model: nn.Module) -> None:
     """Switch every quantizer off."""
     for quantizer in quantizers(model):
         quantizer.disable()
+    drop_biases(model)
 
 
 def quantize(model: Model, plan: Plan) -> Model:
@@ -297,7 +324,8 @@ def enabled_bits(model: nn.Module) -> dict[str, int]:
             parts = {**parts, site_name(name, "input"): layer.input_quantizer}
         out |= {part: q.bits for part, q in parts.items() if q.bits}
     operands = quantized_operands(model).items()
-    return out | {site_name(n, "input"): q.bits for n, x in operands if (q := x.input_quantizer).bits}
+    out |= {site_name(n, "input"): q.bits for n, x in operands if (q := x.input_quantizer).bits}
+    return out | {n: q.bits for n, x in quantized_results(model).items() if (q := x.input_quantizer).bits}
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -320,19 +348,21 @@ def plan_of(model: nn.Module) -> Plan:
             sites["weight"].append(PlanSite(layer.site, "weight", sharing, shape, layer.weight.numel(), w.bits, w.code))
         if a.bits and layer.read.reads_activation:
             sites["activation"].append(_activation_site(name, a))
-    operands = quantized_operands(model)
+    operands: dict[str, QuantizedOperand] = quantized_operands(model)
     sites["activation"] += [_activation_site(n, q) for n, x in operands.items() if (q := x.input_quantizer).bits]
+    results = quantized_results(model)
+    sites["activation"] += [_activation_site(n, q, n) for n, x in results.items() if (q := x.input_quantizer).bits]
     if not sites["weight"] and not sites["activation"]:
         raise HawqError("No quantizer of this model is enabled.")
     on = (x.spec for x in layers.values() if x.weight_quantizer.bits or x.input_quantizer.bits)
-    spec = next(chain(on, (x.spec for x in operands.values())))
+    spec = next(chain(on, (x.spec for x in (*operands.values(), *results.values()))))
     return Plan(
         sites=(*sites["weight"], *sites["activation"]), selector="restored", quantizer=spec.name,
-        quantizer_options=dict(spec.options),
+        quantizer_options=dict(spec.options), biases=biases_of(model),
     )  # fmt: skip
 
 
-def _activation_site(name: str, quantizer: Quantizer) -> PlanSite:
+def _activation_site(name: str, quantizer: Quantizer, site: str = "") -> PlanSite:
     scale, zero_point = float(quantizer.scale), round(float(quantizer.zero_point))
-    site = site_name(name, "input")
+    site = site or site_name(name, "input")
     return PlanSite(site, "activation", (name,), (), 0, quantizer.bits, "affine", scale, zero_point)

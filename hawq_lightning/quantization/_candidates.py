@@ -19,7 +19,7 @@ from hawq_lightning._errors import HawqError, choice, nearest
 from hawq_lightning._loss_graph import graph_alone, graph_behind, nodes_of
 from hawq_lightning._plan import Candidate
 from hawq_lightning._progress import progress_bar
-from hawq_lightning._site_table import SiteTable
+from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.layers import OperandReader, WeightReader
@@ -40,6 +40,9 @@ from hawq_lightning.sensitivity import (
 )
 
 _Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
+# Layers round once more what lies on the grid of a result. Steps of least squared error are ratios of small integers:
+# codes would lie in the middle between two, where float rounding decides, in every runtime otherwise.
+_APART = 1.00291237
 _SAMPLE_A_BATCH = 16_384  # values of each activation site: enough for the clipping range, small beside the batch
 
 
@@ -210,12 +213,17 @@ def _calibrated(
     inputs = frozenset() if at_input is None else network_inputs(run.model, run.batches[0], run.loss_fn, sites)
     ranges = _Ranges(spec)
     run.all("Activation ranges", lambda batch: ranges.look)
-    return {
-        site.name: {
-            bits: ranges.step(site.name, bits) for bits in (at_input if at_input and site.name in inputs else widths)
-        }
-        for site in sites.activations
-    }
+
+    def offered(site: Site) -> tuple[int, ...]:
+        if site.fixed_bits is not None:
+            return (site.fixed_bits,)
+        return at_input if at_input and site.name in inputs else widths
+
+    def grid(site: Site, bits: int) -> tuple[float, int]:
+        step, zero = ranges.step(site.name, bits)
+        return (step if site.fixed_bits is None else step * _APART), zero
+
+    return {s.name: {bits: grid(s, bits) for bits in offered(s)} for s in sites.activations}
 
 
 class _Runs:

@@ -26,6 +26,7 @@ from hawq_lightning.quantization._apply import enabled_bits, plan_of
 from hawq_lightning.quantization._attention import put_attention, quantized_operands, spec_of_attention
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._results import biases_of, put_alike, quantized_results
 
 OF_A_COPY = "of a copy of what is quantized, which is quantized as well if it follows the weights"
 _NOT_FOUND = (NOT_CALLED, WITHOUT_GRADIENTS, NO_GRADIENT)
@@ -122,14 +123,19 @@ def plan_with_copies(model: nn.Module, plan: Plan) -> Plan:
         ``plan``, with further sites where every enabled quantizer that it has not is one of a copy's.
     """
     planned = {n for s in plan.sites for n in s.layers}
-    layers: dict[str, WeightReader | OperandReader] = {**quantizable_layers(model)[0], **quantized_operands(model)}
+    layers: dict[str, WeightReader | OperandReader] = {
+        **quantizable_layers(model)[0],
+        **quantized_operands(model),
+        **quantized_results(model),
+    }
     if planned - layers.keys() or not enabled_bits(model):
         return plan
     on = {s.name: s for s in plan_of(model).sites if planned.isdisjoint(s.layers)}
     copied = set() if not on else {id(m) for module, _ in _alike(model, plan, [model]) for m in module.modules()}
     if any(id(layers[n].module) not in copied for s in on.values() for n in s.layers):
         return plan
-    return plan.replace(sites=(*plan.sites, *on.values()))
+    biases = {n: norm for n, norm in biases_of(model).items() if id(layers[n].module) in copied}
+    return plan.replace(sites=(*plan.sites, *on.values()), biases={**plan.biases, **biases})
 
 
 def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
@@ -157,6 +163,7 @@ def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
         for inner, alike in _attention_of(module, source):
             if holder_of(inner) is None:
                 put_attention(inner, spec_of_attention(alike)).requires_grad_(False)
+        put_alike(module, source)
 
 
 def copies_told(model: nn.Module, table: SiteTable, trained: Trained) -> SiteTable:
@@ -274,6 +281,11 @@ def _take(pair: _Pair, everything: bool) -> None:
     for module, alike in _attention_of(pair.copy, source):
         put_attention(module, spec_of_attention(alike))
         _take_state(_of_attention(module), _of_attention(alike), everything)
+    if everything:
+        put_alike(pair.copy, source)
+    theirs = quantized_results(source)
+    mine = {n: x.input_quantizer for n, x in quantized_results(pair.copy).items() if n in theirs}
+    _take_state(mine, {n: theirs[n].input_quantizer for n in mine}, everything)
 
 
 def _take_state(mine: Mapping[str, Quantizer], theirs: Mapping[str, Quantizer], everything: bool) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from hawq_lightning.layers import (
+    BIAS,
     HOLDER,
+    RESULTS,
     FakeQuantLayer,
     WeightReader,
     fake_quant_class,
-    holder_of,
     input_quantizer_attribute,
     kind_of,
     layer_type,
@@ -127,11 +128,12 @@ def to_float(layer: nn.Module) -> nn.Module:
 @contextmanager
 def float_classes(model: nn.Module) -> Iterator[None]:
     """The float network for a while, in classes and children as well: what code sees that asks for exact types."""
-    layers = [m for m in model.modules() if isinstance(m, FakeQuantLayer) or holder_of(m) is not None]
+    held = {HOLDER, RESULTS, BIAS}
+    layers = [m for m in model.modules() if isinstance(m, FakeQuantLayer) or not held.isdisjoint(m._modules)]
     kept = [(layer, type(layer), layer._modules) for layer in layers]
     try:
         for layer in layers:
-            hidden = {*quantizers_in(layer), HOLDER}
+            hidden = {*quantizers_in(layer), *held}
             layer.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k not in hidden}
             layer.__class__ = layer_type(layer)
         yield

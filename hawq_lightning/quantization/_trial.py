@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from hawq_lightning._attention_calls import results_named
 from hawq_lightning._batches import batch_images
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._progress import progress_bar
@@ -27,12 +28,16 @@ from hawq_lightning.quantization._attention import QuantizedOperand, drop_attent
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+from hawq_lightning.quantization._results import drop_results, put_aside, put_back, put_results, quantized_results
 from hawq_lightning.sensitivity import EffectiveWeights, isolated_eval, on_device, repeatable
 
 
 @contextmanager
 def temporarily_quantized(
-    model: nn.Module, quantizer: str | QuantizerSpec | None = None, attention: bool = False
+    model: nn.Module,
+    quantizer: str | QuantizerSpec | None = None,
+    attention: bool = False,
+    results: Iterable[str] = (),
 ) -> Iterator[dict[str, QuantizedWeight | QuantizedOperand]]:
     """Inside, every quantizable layer is a fake-quant layer with its quantizers off; afterwards all is as it was.
 
@@ -40,19 +45,24 @@ def temporarily_quantized(
         model: float, or with quantizers in any state.
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float layer.
         attention: modules whose forward makes attention have quantizers for what that reads, too.
+        results: names of those that have quantizers, too, among layers' names.
     """
+    of_results, biases = put_aside(model)
     holders = {m: h for m in model.modules() if (h := holder_of(m)) is not None}
     modules = {id(x.module): x.module for x in quantized_layers(model).values()}
     before = {key: (quantizers_in(m), m.quantizer_options) for key, m in modules.items()}
     states = [(q, [(t, t.detach().clone()) for t in q._tensors()], _plain(q)) for q in quantizers(model)]
     layers = prepare(model, quantizer=quantizer, attention=attention)
+    put_results(model, results_named(model, results).values(), quantizer_named(quantizer or "uniform"))
     disable(model)
     for q in quantizers(model):
         q.fake_quant_disabled = False
     try:
-        yield {**layers, **quantized_operands(model)}
+        yield {**layers, **quantized_operands(model), **quantized_results(model)}
     finally:
         drop_attention(model)
+        drop_results(model)
+        put_back(model, of_results, biases)
         for layer in layers.values():
             if id(layer.module) not in before:
                 to_float(layer.module)
@@ -99,7 +109,7 @@ def loss_per_site(
     trials = [(s, c) for s in sites for c in candidates.get(s.name, ())]
     rows: list[dict[str, str | float]] = []
     with (
-        temporarily_quantized(model, quantizer, bool(sites.products)) as layers,
+        temporarily_quantized(model, quantizer, bool(sites.products), [n for s in sites for n in s.layers]) as layers,
         isolated_eval(model),
         progress_bar("Loss change, site by site", len(trials), progress) as advance,
     ):
@@ -126,6 +136,7 @@ def loss_of_plan(
     batch_size_fn: BatchSizeFn = batch_images,
     quantizer: str | QuantizerSpec | None = None,
     attention: bool = False,
+    results: Iterable[str] = (),
 ) -> Iterator[Callable[[Plan], float]]:
     """Inside, a function from a plan to the mean loss of the network quantized by it, without fine-tuning.
 
@@ -138,6 +149,7 @@ def loss_of_plan(
         batch_size_fn: number of samples in a batch.
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
         attention: plans have sites of attention.
+        results: those of the plans' sites, among layers' names.
     """
     mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
     enabled: dict[str, PlanSite] = {}
@@ -154,7 +166,7 @@ def loss_of_plan(
                 enabled[site.name] = site
         return mean_loss()
 
-    with temporarily_quantized(model, quantizer, attention) as layers, isolated_eval(model):
+    with temporarily_quantized(model, quantizer, attention, results) as layers, isolated_eval(model):
         yield loss_of
 
 

@@ -47,6 +47,7 @@ def nominal_problem(
     }
     for s in sites.activations if activation_bits is not None else ():
         widths = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
+        widths = widths if s.fixed_bits is None else (s.fixed_bits,)
         candidates[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in widths)
     return Problem(sites, candidates, None, file_overhead, **(constraints | {"score": DEFAULT_SCORE}))  # type: ignore[arg-type]
 

@@ -69,6 +69,7 @@ def make_plan(
         sites=tuple(sites),
         layers=problem.layers,
         products=problem.products,
+        biases=problem.biases,
         costs=costs_of(problem, choice),
         budget=_plain(budget),
         selector=selector,
@@ -109,7 +110,7 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
     if scales is not None:  # sites made from arrays have none
         overhead += 4 * (int(scales) - sum(s.channels for s in sites if s.kind == "weight"))
     score = str(plan.settings.get("score", DEFAULT_SCORE))
-    table = SiteTable(tuple(sites), plan.layers, float_tensors=_rest(plan), products=plan.products)
+    table = SiteTable(tuple(sites), plan.layers, float_tensors=_rest(plan), products=plan.products, biases=plan.biases)
     return Problem(table, candidates, sensitivity, overhead, latency=latency, score=score)
 
 

@@ -116,6 +116,11 @@ class Problem:
         """Of attention, with multiply-accumulates."""
         return self.table.products if isinstance(self.table, SiteTable) else ()
 
+    @property
+    def biases(self) -> Mapping[str, str]:
+        """Layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing."""
+        return self.table.biases if isinstance(self.table, SiteTable) else {}
+
     @cached_property
     def first_to_last(self) -> tuple[Layer, ...]:
         """:attr:`layers`, the network's last one at the end: what ``first`` and ``last`` mean."""

@@ -4,7 +4,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._cache import TraceCache, read_intact
+from hawq_lightning.sensitivity._cache import TraceCache, batch_digest, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
@@ -99,6 +99,7 @@ __all__ = [
     "TraceStatistics",
     "WholeBatches",
     "backpropagate",
+    "batch_digest",
     "batch_images",
     "check_linearity",
     "chunks",

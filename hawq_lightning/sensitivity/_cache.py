@@ -158,6 +158,14 @@ def fingerprint(
     return f"sha256:{digest.hexdigest()}"
 
 
+def batch_digest(batch: Batch) -> str:
+    """A hash of all that a batch holds, on whatever device."""
+    digest = hashlib.sha256()
+    with torch._C.DisableTorchFunction():  # reads only
+        _hash_tensors(batch, digest)
+    return digest.hexdigest()
+
+
 def _idle_quantizers(model: nn.Module) -> Iterator[str]:
     # a fake-quant layer whose quantizers are off has the traces of the float layer, whichever quantizers it holds
     for name, layer in model.named_modules():

@@ -21,10 +21,11 @@ class EffectiveWeights:
 
     Args:
         readers: site -> layer; layers whose weight is a parameter are left alone.
+        offsets: site -> what is added to a computed weight.
     """
 
-    def __init__(self, readers: Mapping[str, WeightReader]) -> None:
-        self._readers = readers
+    def __init__(self, readers: Mapping[str, WeightReader], offsets: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._readers, self._offsets = readers, offsets or {}
         self._leaves: dict[str, torch.Tensor] = {}
         self._put_back: dict[str, Callable[[], None]] = {}
         self._handles: list[RemovableHandle] = []
@@ -56,6 +57,8 @@ class EffectiveWeights:
     def _hook(self, site: str, reader: WeightReader) -> Callable[[nn.Module, object], None]:
         def replace(module: nn.Module, args: object) -> None:
             weight = reader.weight.detach()
+            if site in self._offsets:
+                weight = weight + self._offsets[site]
             leaf = self._leaves.get(site)
             if leaf is None:
                 leaf = self._leaves[site] = weight.clone().requires_grad_(True)

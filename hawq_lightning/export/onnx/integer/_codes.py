@@ -35,7 +35,7 @@ class Codes:
             if not values.coded:
                 continue
             grid = values.grid or calibrated[values.root]
-            self._clamp(values, grid, calibrated)
+            self._clamp(values, grid)
             self._keep(values, grid)
         for values in self.coded.values:
             if not values.coded:
@@ -46,8 +46,12 @@ class Codes:
                     if own is not None:
                         node.input[slot] = self._snapped(node.input[slot], own)
 
-    def _clamp(self, values: Values, grid: Grid, calibrated: Mapping[str, Grid]) -> None:
-        """Leave to the grid what it does; a clamp that it does not do gets a grid in front."""
+    def _clamp(self, values: Values, grid: Grid) -> None:
+        """Leave to the grid what it does; a clamp that it does not do gets the same grid in front, too.
+
+        That changes nothing: rounding keeps the order of numbers, so of what lies beyond the clamp's ends nothing comes
+        to lie between them.
+        """
         clamp, source = self.coded.clamp(values), self.coded.source(values)
         if clamp is None or source is None:
             return
@@ -56,16 +60,7 @@ class Codes:
             made.output[:] = [values.root if o == clamp.input[0] else o for o in made.output]
             self.graph.drop([clamp])
         elif source.op_type != "Gemm" and (clamp.op_type == "Clip" or grid.zero):
-            clamp.input[0] = self._snapped(clamp.input[0], calibrated[clamp.input[0]])
-
-    def needs(self, values: Values) -> bool:
-        """Whether the clamp in front of values needs a grid of its own before it."""
-        clamp, source = self.coded.clamp(values), self.coded.source(values)
-        if clamp is None or source is None or source.op_type == "Gemm":
-            return False
-        if values.grid is None:
-            return bool(clamp.op_type == "Clip")
-        return not self._does(values.grid, clamp) if clamp.op_type == "Clip" else values.grid.zero != 0
+            clamp.input[0] = self._snapped(clamp.input[0], grid)
 
     def _does(self, grid: Grid, clip: Node) -> bool:
         low, high = (

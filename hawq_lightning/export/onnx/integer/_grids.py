@@ -35,14 +35,16 @@ Reads = dict[tuple[int, int], Grid]
 """(``id`` of a node, which of its inputs) -> the grid that it reads by."""
 
 
-def lift(graph: Graph) -> Reads:
+def lift(graph: Graph) -> tuple[Reads, dict[str, Grid]]:
     """Take QuantizeLinear, Clip and DequantizeLinear of activations out, in place.
 
     Returns:
-        which input of which node read by which grid.
+        which input of which node read by which grid; and tensors that whatever reads them reads by one grid, before
+        any other, as those that the network was trained with at sums.
     """
     makers, readers = graph.makers(), graph.readers()
     found: Reads = {}
+    own: dict[str, Grid] = {}
     gone: list[Node] = []
     for node in graph.nodes:
         if node.op_type != "DequantizeLinear":
@@ -55,8 +57,16 @@ def lift(graph: Graph) -> Reads:
             continue
         gone += [node, *between, codes]
         grid = Grid(float(graph.array(codes.input[1])), int(graph.array(codes.input[2])), top)
-        for reader, slot in readers[node.output[0]]:
-            reader.input[slot] = codes.input[0]
+        read, result = codes.input[0], node.output[0]
+        alone = read in makers and len(readers[read]) == 1 and readers[read][0][0] is codes
+        if alone and result in graph.outputs:  # what makes it makes the output, which its codes will stand behind
+            made = makers[read]
+            made.output[:] = [result if o == read else o for o in made.output]
+            read, makers[result] = result, made
+        if alone:
+            own[read] = grid
+        for reader, slot in readers[result]:
+            reader.input[slot] = read
             found[id(reader), slot] = grid
     graph.drop(gone)
-    return found
+    return found, own

@@ -50,14 +50,14 @@ def to_integers(proto: Any, batches: Iterable[tuple[torch.Tensor, ...]]) -> Rewr
     graph.store()
     before = require("onnx").ModelProto.FromString(proto.SerializeToString())
     graph = Graph(proto)
-    plan = lift(graph)
-    coded = Coded(graph, plan)
+    plan, own = lift(graph)
+    coded = Coded(graph, plan, own)
     codes = Codes(graph, coded)
-    found = ranges(before, _unknown(coded, codes), batches)
+    found = ranges(before, _unknown(coded), batches)
     calibrated = {name: Grid.over(*limits) for name, limits in found.items()}
-    own = {v.root: v.grid for v in coded.values if v.coded and v.grid is not None}
+    known = {v.root: v.grid for v in coded.values if v.coded and v.grid is not None}
     layers = dict(coded.layers)
-    codes.write({**calibrated, **own})
+    codes.write({**calibrated, **known})
     biases = round_biases(graph, layers, coded.plan)
     makers = graph.makers()
     products = [n for n in graph.nodes if (id(n), 0) in coded.plan]
@@ -67,17 +67,13 @@ def to_integers(proto: Any, batches: Iterable[tuple[torch.Tensor, ...]]) -> Rewr
     return Rewritten(frozenset(k for k in kept if sizes[k] == 1), len(calibrated), biases)
 
 
-def _unknown(coded: Coded, codes: Codes) -> list[str]:
+def _unknown(coded: Coded) -> list[str]:
     """Tensors whose range is needed."""
     found = []
     for values in coded.values:
-        if values.coded:
-            if values.grid is None:
-                found.append(values.root)
-            if codes.needs(values):
-                clamp = coded.clamp(values)
-                assert clamp is not None
-                found.append(clamp.input[0])
-        elif any(id(n) in coded.joins for n, _ in values.reads):
+        if (values.coded and values.grid is None) or (
+            not values.coded
+            and any(id(n) in coded.joins and (id(n), slot) not in coded.plan for n, slot in values.reads)
+        ):
             found.append(values.root)
     return list(dict.fromkeys(found))

@@ -18,7 +18,7 @@ from hawq_lightning.export.onnx._ports import INPUTS, OUTPUTS
 from hawq_lightning.export.onnx._proto import describe, write
 from hawq_lightning.export.onnx._session import INTEGER, INTEGER_ONLY
 from hawq_lightning.export.onnx._storage import store_weights
-from hawq_lightning.export.onnx._translate import tell_fixed_axis, translated
+from hawq_lightning.export.onnx._translate import fixed_axis, tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import Graph, float_weights, still_float, to_integers
 from hawq_lightning.export.onnx.integer_only._certificate import Certificate
 from hawq_lightning.export.onnx.integer_only._network import IntegerNetwork
@@ -80,12 +80,14 @@ def to_integer_only(
     check_writable(Path(path))
     deployed = deploy(model, plan, example_input, fold=fold, free_batch=free_batch)
     proto = translated(deployed.model, deployed.inputs, free_batch)
-    free_batch = free_batch and not tell_fixed_axis(proto, path)
-    seen = (deployed.inputs,) if batches is None else map(at_least_two if free_batch else checked, batches)
+    free = free_batch and fixed_axis(proto) is None
+    seen = (deployed.inputs,) if batches is None else map(at_least_two if free else checked, batches)
     rewritten = to_integers(proto, seen)
     network = read(Graph(proto), multiplier_bits)
+    if free_batch:
+        tell_fixed_axis(proto, path)
     shapes = {i.name: tuple(x.shape) for i, x in zip(proto.graph.input, deployed.inputs)}
-    certificate = Certificate(network, shapes, free_batch).proto()
+    certificate = Certificate(network, shapes, free).proto()
     kernels = onnx.ModelProto.FromString(proto.SerializeToString())
     store_weights(kernels, "int8", exact=False)
     float_weights(kernels, set(rewritten.codes))

@@ -1,0 +1,127 @@
+"""How far a network's outputs are from those that it had as a float network: a loss that needs no labels.
+
+At the float network it is zero and flat, so that what quantization adds to it is of second order. The labelled loss
+has a slope there, which is mostly noise of the images at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from hawq_lightning._errors import HawqError
+from hawq_lightning._types import Batch, LossFn
+from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
+from hawq_lightning.sensitivity import batch_digest, isolated_eval, on_device, repeatable
+
+_Tensors = dict[str, list[torch.Tensor]]
+
+
+class FloatDistance:
+    """``loss_fn(model, batch)``: the distance of the outputs to those of the same model when this was made.
+
+    Outputs that the loss takes a softmax of: KL(float || now), the mean over positions. Other outputs: the squared
+    error over the variance of the float ones. See :func:`hawq_lightning.quantization.distance`.
+
+    Args:
+        model: float, or with quantizers off; left as it was. Its outputs are kept for every batch.
+        batches: the batches that will be asked for.
+        loss_fn: runs the model on a batch; which outputs count, and as what, is seen in its graph.
+        by_batch: BatchNorm takes the statistics of the batch, here and in every call.
+
+    Attributes:
+        heads: the last layers before the loss.
+
+    Raises:
+        HawqError: the loss depends on no layer's output that can be seen.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, by_batch: bool = False) -> None:
+        self._loss_fn = repeatable(model, loss_fn)
+        self._by_batch = by_batch
+        self._float: dict[str, _Tensors] = {}
+        self.heads: list[Head] = []
+        self._copy = False
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with isolated_eval(model):
+            for batch in on_device(batches, device):
+                if not self.heads:
+                    self._find(model, batch)
+                with torch.no_grad():
+                    self._float[batch_digest(batch)] = self._outputs(model, batch)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The distance on one batch, a scalar with its graph.
+
+        Raises:
+            HawqError: a batch that is new, or for which the layers are called otherwise than before.
+        """
+        then = self._then(batch)
+        return distance(self.heads, self._outputs(model, batch, then), then)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether every output goes into a softmax, so that there are predictions to agree on."""
+        return all(head.axis is not None for head in self.heads)
+
+    @torch.no_grad()
+    def agreement(self, model: nn.Module, batch: Batch) -> float:
+        """Share of the predictions that are those of the float network; of outputs that go into a softmax."""
+        then = self._then(batch)
+        now = self._outputs(model, batch, then)
+        same, count = 0, 0
+        for head in self.heads:
+            if head.axis is not None:
+                for a, b in zip(now[head.name], then[head.name]):
+                    hits = a.argmax(head.axis) == b.argmax(head.axis)
+                    same, count = same + int(hits.sum()), count + hits.numel()
+        return same / max(count, 1)
+
+    def _find(self, model: nn.Module, batch: Batch) -> None:
+        with GraphOutputs(model) as outputs, torch.enable_grad():
+            for p in model.parameters():
+                p.requires_grad_(p.is_floating_point())
+            loss = self._run(model, batch)
+        self.heads = find_heads(loss, outputs)
+        if not self.heads:
+            raise HawqError("The loss depends on no layer's output that can be seen, so there is nothing to compare.")
+        names = {h.name for h in self.heads}
+        seen = zip(outputs.names, outputs.tensors, outputs.versions)
+        self._copy = any(name in names and tensor._version != version for name, tensor, version in seen)
+
+    def _run(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        with batch_statistics(model) if self._by_batch else contextlib.nullcontext():
+            return self._loss_fn(model, batch)
+
+    def _then(self, batch: Batch) -> _Tensors:
+        then = self._float.get(batch_digest(batch))
+        if then is None:
+            raise HawqError("This batch is none of those that the float network's outputs are known of.")
+        return then
+
+    def _outputs(self, model: nn.Module, batch: Batch, then: _Tensors | None = None) -> _Tensors:
+        enough = None if then is None else sum(len(t) for t in then.values())
+        with HeadOutputs(model, self.heads, enough, self._copy) as seen, contextlib.suppress(Enough):
+            self._run(model, batch)
+        if then is not None and any(
+            [t.shape for t in then[n]] != [t.shape for t in tensors] for n, tensors in seen.tensors.items()
+        ):
+            raise HawqError("The network gives other outputs than as a float network; they cannot be compared.")
+        return seen.tensors
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, every BatchNorm takes the statistics of its batch, and its running ones stay."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m, m.training, m.momentum) for m in norms]
+    try:
+        for m in norms:
+            m.training, m.momentum = True, 0.0
+        yield
+    finally:
+        for m, training, momentum in before:
+            m.training, m.momentum = training, momentum

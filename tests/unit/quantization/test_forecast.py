@@ -1,0 +1,149 @@
+"""Forecasts of whole plans by path attribution, and the distance to the float network that they are of."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from hawq_lightning import Candidates, HawqError, Plan, candidates, forecast, sites
+from hawq_lightning.quantization import FloatDistance, loss_of_plan, rounding_errors
+from hawq_lightning.selection import Problem, select
+
+WIDTHS = {"weight_bits": (2, 4, 8), "activation_bits": (4, 8), "input_bits": None}
+
+
+def network(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(16) if norm else nn.Identity()
+    net = nn.Sequential(nn.Linear(6, 16), middle, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    if norm:
+        net(torch.randn(256, 6))
+    return net
+
+
+def batches(count: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(32 * (i + 1), 6, generator=g), torch.arange(32 * (i + 1)) % 4) for i in range(count)]
+
+
+def classified(model: nn.Module, batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def regressed(model: nn.Module, batch) -> torch.Tensor:
+    return F.mse_loss(model(batch[0]), F.one_hot(batch[1], 4).float())
+
+
+def kl(then: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    p, q = then.log_softmax(1), now.log_softmax(1)
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
+def planned(net: nn.Module, data, loss_fn=classified, bits: dict[str, int] | None = None) -> tuple[Plan, Problem]:
+    table = sites(net, data[0][0])
+    problem = Problem(table, candidates(net, data, None, table, loss_fn, **WIDTHS))
+    return select(problem, None, "manual", bits=bits or {s.name: 4 for s in table}), problem
+
+
+@pytest.mark.parametrize(("loss_fn", "norm"), [(classified, False), (regressed, False), (classified, True)])
+@pytest.mark.parametrize("after", ["quantizing", "batchnorm"])
+def test_shares_add_up_to_the_uniform_network(loss_fn, norm, after):
+    net, data = network(norm), batches()
+    table = sites(net, data[0][0])
+    weighed = candidates(net, data, None, table, loss_fn, **WIDTHS)
+    state = copy.deepcopy(net.state_dict())
+    made = forecast(net, data, loss_fn, table, weighed, mode="accurate", after=after)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and net.training
+    for bits, measured in made.measured_uniform.items():
+        assert made.forecast_uniform[bits] == pytest.approx(measured, rel=0.15), bits
+        assert made.residual(bits) == pytest.approx(made.forecast_uniform[bits] / measured - 1)
+    uniform = {s.name: 4 for s in table}
+    assert made.of(uniform) == pytest.approx(made.forecast_uniform[4])
+    assert made.error(uniform) == pytest.approx(
+        abs(made.residual(4)) * sum(abs(share[4]) for share in made.shares.values())
+    )
+
+
+def test_the_measured_uniform_network_is_the_quantized_one():
+    net, data = network(), batches()
+    plan, problem = planned(net, data)
+    made = forecast(net, data, classified, problem.table, problem.candidates)
+    target = FloatDistance(net, data, classified)
+    with loss_of_plan(net, data, target) as measured:
+        assert measured(plan) == pytest.approx(made.measured_uniform[4], rel=1e-4)
+
+
+def test_shares_are_the_path_integral():
+    """By two hundred points and plain autograd, weights alone."""
+    net, data = network().double(), batches(1)
+    x = data[0][0].double()
+    table = sites(net, x)
+    weighed = candidates(net, [(x, data[0][1])], None, table, classified, weight_bits=(2, 4), activation_bits=None)
+    made = forecast(net, [(x, data[0][1])], classified, table, weighed, mode="accurate")
+    errors, then, total = rounding_errors(net, weighed, table).weights, net(x).detach(), dict.fromkeys(weighed, 0.0)
+    for k in range(200):
+        moved = copy.deepcopy(net)
+        weights = dict(moved.named_parameters())
+        with torch.no_grad():
+            for name, of_site in errors.items():
+                weights[name].add_((k + 0.5) / 200 * of_site[0])
+        slopes = torch.autograd.grad(kl(then, moved(x)), [weights[n] for n in errors])
+        for (name, of_site), slope in zip(errors.items(), slopes):
+            total[name] += float((slope * of_site[0]).sum()) / 200
+    size = max(map(abs, total.values()))
+    for name, share in total.items():
+        assert made.shares[name][2] == pytest.approx(share, rel=1e-3, abs=1e-3 * size)
+
+
+def test_weights_that_are_computed_and_shared_ones_move_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6))
+    net[3].weight = net[2].weight
+    data = batches(1)
+    table = sites(net, data[0][0])
+    weighed = candidates(net, data, None, table, classified, weight_bits=(3, 8), activation_bits=None)
+    made = forecast(net, data, classified, table, weighed, mode="accurate")
+    assert set(made.shares) == {s.name for s in table.weights} and len(made.shares) == 2
+    assert all(share[3] != 0 for share in made.shares.values())
+    for bits, measured in made.measured_uniform.items():
+        assert made.forecast_uniform[bits] == pytest.approx(measured, rel=0.1), bits
+
+
+def test_the_distance_is_the_mean_divergence_and_knows_its_batches():
+    net, data = network().eval(), batches()
+    target = FloatDistance(net, data, classified)
+    assert [h.distance for h in target.heads] == ["kl"] and target.classifies
+    assert float(target(net, data[0])) == pytest.approx(0.0, abs=1e-7) and target.agreement(net, data[0]) == 1.0
+    then = net(data[1][0]).detach()
+    with torch.no_grad():
+        net[0].weight.mul_(1.3)
+    now = net(data[1][0])
+    assert float(target(net, data[1])) == pytest.approx(float(kl(then, now)), rel=1e-5)
+    assert target.agreement(net, data[1]) == float((then.argmax(1) == now.argmax(1)).double().mean())
+    relabelled = (data[1][0].clone(), data[1][1].clone())
+    assert float(target(net, relabelled)) == pytest.approx(float(kl(then, now)), rel=1e-5)
+    with pytest.raises(HawqError, match="none of those"):
+        target(net, (data[0][0] + 1, data[0][1]))
+
+
+def test_what_was_not_looked_at_is_refused():
+    net, data = network(), batches(1)
+    plan, problem = planned(net, data)
+    made = forecast(net, data, classified, problem.table, problem.candidates)
+    assert made.of(plan) == pytest.approx(made.of(plan.bits))
+    with pytest.raises(HawqError, match="3 bits, but at 2, 4, 8"):
+        made.of(plan.bits | {"0.weight": 3})
+    with pytest.raises(HawqError, match="'0.weigth'.*0.weight"):
+        made.of({"0.weigth": 4})
+    with pytest.raises(HawqError, match="exact"):
+        forecast(net, data, classified, problem.table, problem.candidates, mode="exact")
+    with pytest.raises(HawqError, match="no candidates"):
+        forecast(net, data, classified, problem.table, Candidates({}))
