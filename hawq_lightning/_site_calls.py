@@ -285,6 +285,8 @@ def _by_layer(calls: Iterable[_Call]) -> dict[str, list[_Call]]:
 
 def _is_identity(x: torch.Tensor) -> bool:
     """Whether a layer reads the identity matrix, as DoRA does to get its weight: that is no activation."""
+    if x.layout != torch.strided:
+        return False
     square = x.ndim == 2 and x.shape[0] == x.shape[1] > 1 and x.is_floating_point() and not x.is_meta
     return square and torch.equal(x, torch.eye(len(x), dtype=x.dtype, device=x.device))
 

@@ -239,4 +239,5 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    lazy = isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    return not tensor.is_meta and not lazy and tensor.layout == torch.strided  # a graph's sparse matrix stays as it is

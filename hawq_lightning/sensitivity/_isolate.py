@@ -100,7 +100,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     attributes = HeldAttributes(_without_quantizers(model))
     names = HeldNames(_without_quantizers(model))
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.layout == torch.strided]
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     remembered = ExitStack()
     remembered.enter_context(trainable_remembered(model))
