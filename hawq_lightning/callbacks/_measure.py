@@ -36,7 +36,6 @@ from hawq_lightning.callbacks._trainer import (
 from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import (
     candidates,
-    copies_told,
     fake_quant_disabled,
     loss_of_plan,
     loss_per_site,
@@ -171,7 +170,6 @@ class MeasureTraces(HasResults, Callback):
                 self.quantizer, self.select, pl_module, batches[0], loss_fn, later=batches[1:],
                 trained=trained, size_of=config.samples,
             )  # fmt: skip
-            table = copies_told(pl_module, table, trained)
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)
             if trainer.is_global_zero:

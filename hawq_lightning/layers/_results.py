@@ -95,7 +95,7 @@ _VISITS: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Visit]]] = weakref
 
 def results_of(module: nn.Module) -> ResultQuantizers | None:
     """The quantizers of a module's results, if it has some."""
-    held = module._modules.get(RESULTS)
+    held = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(RESULTS)
     return held if isinstance(held, ResultQuantizers) else None
 
 

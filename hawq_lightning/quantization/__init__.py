@@ -32,7 +32,7 @@ from hawq_lightning.quantization._attention import (
     with_operand,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
-from hawq_lightning.quantization._copies import NetworkCopies, copies_told, plan_with_copies, prepare_alike
+from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._float_distance import FloatDistance
@@ -107,7 +107,6 @@ __all__ = [
     "candidates",
     "check_bits",
     "check_plan",
-    "copies_told",
     "disable",
     "distance",
     "drop_results",

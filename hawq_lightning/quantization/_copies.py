@@ -7,7 +7,7 @@ gradients. A frozen teacher of the same make does not move, and stays float.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -15,11 +15,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
-from hawq_lightning._float_rest import plain
-from hawq_lightning._loss_graph import Trained
 from hawq_lightning._plan import Plan
-from hawq_lightning._site_calls import NO_GRADIENT, NOT_CALLED, WITHOUT_GRADIENTS
-from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, holder_of, layer_type
 from hawq_lightning.quantization._apply import enabled_bits, plan_of
@@ -28,8 +24,6 @@ from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._results import biases_of, put_alike, quantized_results
 
-OF_A_COPY = "of a copy of what is quantized, which is quantized as well if it follows the weights"
-_NOT_FOUND = (NOT_CALLED, WITHOUT_GRADIENTS, NO_GRADIENT)
 _CHECKS = 16  # batches after which weights are looked at no longer at every one
 _VALUES = 64  # of a weight, to see whether it moves
 _COSINE = 0.5  # cosine between an average of a network's weights and the weights; two trained layers of one form have 0
@@ -166,36 +160,12 @@ def prepare_alike(model: nn.Module, outside: Iterable[nn.Module]) -> None:
         put_alike(module, source)
 
 
-def copies_told(model: nn.Module, table: SiteTable, trained: Trained) -> SiteTable:
-    """A table that says of copies of what is quantized, which may follow its weights, what becomes of them.
-
-    Args:
-        model: the network, and whatever else its module holds.
-        table: of it.
-        trained: what is trained is no copy: an expert that no sample has used looks like the others.
-    """
-    alike = [m for m, _ in _alike(model, table, [model])]
-    copied = [m for m in alike if trained.ids.isdisjoint(map(id, m.parameters()))]
-    names = [plain(name) for name, module in model.named_modules() if any(module is m for m in copied)]
-
-    def told(name: str, reason: str) -> str:
-        return OF_A_COPY if reason in _NOT_FOUND and any(f"{name}.".startswith(f"{n}.") for n in names) else reason
-
-    floats = tuple(replace(f, reason=told(f.name, f.reason)) for f in table.floats)
-    if table.float_tensors is None:
-        return replace(table, floats=floats)
-    tensors = tuple(replace(t, reason=told(t.name, t.reason)) for t in table.float_tensors)
-    return replace(table, floats=floats, float_tensors=tensors)
-
-
-def _alike(
-    model: nn.Module, plan: Plan | SiteTable, roots: Iterable[nn.Module]
-) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def _alike(model: nn.Module, plan: Plan, roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Modules of the form of parts of the network, no plan is for them -> the parts; the outermost ones.
 
     Args:
         model: the network.
-        plan: of it, or its sites.
+        plan: of it.
         roots: where to look.
     """
     layers, roots = quantizable_layers(model)[0], [*roots]

@@ -255,25 +255,3 @@ def test_a_module_with_a_copy_is_packed_whole_and_a_fresh_one_loads_it(tmp_path,
     assert same_bits(getattr(fresh.average, "module", fresh.average), fresh.net)
     deployed = deploy(model.net, plan, x)
     assert torch.allclose(deployed.model(x), model.net(x), atol=1e-4)
-
-
-@pytest.mark.filterwarnings("default:HAWQ. Much of the network stays float")
-@pytest.mark.parametrize("kind", [Submodule, TorchAverage], ids=lambda k: k.__name__)
-def test_a_copy_is_told_as_one_and_what_is_trained_is_none(tmp_path, kind):
-    class Spare(kind):
-        """With a head of the form of another that no batch has used yet."""
-
-        def __init__(self):
-            super().__init__()
-            self.spare = copy.deepcopy(self.net[-1])
-
-        def configure_optimizers(self):
-            return torch.optim.Adam([*self.net.parameters(), *self.spare.parameters()], 1e-2)
-
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="of a copy of what is quantized, which is quantized as well if it follows"):
-        callback = fit(tmp_path, Spare(), loader(), max_epochs=1)
-    reasons = {f.name: f.reason for f in callback.sites.floats}
-    assert reasons["spare"] == "not called in the forward pass"
-    told = {n for n, r in reasons.items() if "of a copy" in r}
-    assert len(told) == 3 and all(n.startswith("average.") for n in told)

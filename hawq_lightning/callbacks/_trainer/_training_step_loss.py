@@ -136,8 +136,8 @@ def _loss(
     try:
         try:
             out = run(args)
-        except Exception:  # a schedule by len(self.trainer.train_dataloader), which is not there yet
-            if spare is None or not _set_up_train_data(module.trainer):
+        except (TypeError, AttributeError) as error:  # len(self.trainer.train_dataloader): it is not there yet
+            if spare is None or "NoneType" not in str(error) or not _set_up_train_data(module.trainer):
                 raise
             out = run(spare)
     except LossCaptured as captured:
