@@ -54,6 +54,15 @@ def warn_of_float(table: SiteTable) -> None:
         rank_zero_warn(f"HAWQ: {sentence}")
 
 
+def warn_of_no_codes(table: SiteTable) -> None:
+    """Warn where ``deploy="integer"`` changes nothing, since integer kernels keep nothing of the network as codes."""
+    if not table.biases and not any(s.fixed_bits for s in table.activations):
+        rank_zero_warn(
+            'HAWQ: deploy="integer" changes nothing here: no layer of this network gives codes to another by an '
+            "integer kernel."
+        )
+
+
 def describe(plan: Plan) -> str:
     """One line about a plan."""
     counts: dict[int, int] = {}

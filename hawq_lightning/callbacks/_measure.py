@@ -18,7 +18,7 @@ from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
 from hawq_lightning._stays_float import stays_float
 from hawq_lightning._types import Batch, JsonObject, LossFn
-from hawq_lightning.callbacks._announce import announce, warn_of_float
+from hawq_lightning.callbacks._announce import announce, warn_of_float, warn_of_no_codes
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._results import HasResults, Results, there
@@ -99,6 +99,8 @@ class MeasureTraces(HasResults, Callback):
             raise HawqError(
                 f"stop_when='stable_plan' selects again and again, by {able}; not by {self.select.selector!r}."
             )
+        if self.measure.stop_when == "stable_plan" and "quadratic_forms" in SCORES[self.select.score].needs:
+            raise HawqError(f"stop_when='stable_plan' redraws traces, which score={self.select.score!r} does not read.")
         self.given = Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity
         self.dirpath, self.progress = dirpath, progress
         self.results = Results()
@@ -172,6 +174,8 @@ class MeasureTraces(HasResults, Callback):
             )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)
+            if self.quantizer.deploy == "integer":
+                warn_of_no_codes(table)
             if trainer.is_global_zero:
                 check_folder(folder)
             constraints = {**constraints_of(self.select), "steps": tuple(nominal.steps)}
@@ -186,8 +190,8 @@ class MeasureTraces(HasResults, Callback):
                 sensitivity = self.given
                 if sensitivity is None and not self.without_traces:
                     rounding = None
-                    if config.quadratic_forms:
-                        rounding = rounding_errors(pl_module, weigh(None, progress=show), table)
+                    if self._measures_forms:
+                        rounding = rounding_errors(pl_module, weigh(None, progress=show), table, batches, loss_fn)
                     sensitivity = measure(
                         pl_module, batches, loss_fn, config=config, sites=table, progress=show,
                         shard=shard_of(trainer), reuse=traces.find, resume=traces.partial,
@@ -293,8 +297,12 @@ class MeasureTraces(HasResults, Callback):
     def without_traces(self) -> bool:
         """Whether no traces are measured, since nothing reads them."""
         reads_none = "without_traces" in self._selector.offers and "traces" not in SCORES[self.select.score].needs
-        reads_none = reads_none and not (self.measure.loss_per_site or self.measure.quadratic_forms)
+        reads_none = reads_none and not (self.measure.loss_per_site or self._measures_forms)
         return self.only_needed and reads_none and self.given is None
+
+    @property
+    def _measures_forms(self) -> bool:
+        return self.measure.quadratic_forms or "quadratic_forms" in SCORES[self.select.score].needs
 
     @property
     def _question(self) -> str:

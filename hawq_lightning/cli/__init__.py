@@ -1,6 +1,7 @@
 """Console scripts: Hydra mains and what they run."""
 
 from hawq_lightning.cli._build import make_companions, make_data, make_task, make_trainer
+from hawq_lightning.cli._calibration import CalibrationBatches
 from hawq_lightning.cli._collect import main as collect_main
 from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
 from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_dirname_overrides
@@ -18,6 +19,7 @@ from hawq_lightning.cli._speeds import uniform
 from hawq_lightning.cli._trusted import check_targets
 
 __all__ = [
+    "CalibrationBatches",
     "Images",
     "PlainProgressBar",
     "Recorder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from lightning.pytorch.core.hooks import DataHooks
 
@@ -14,7 +15,7 @@ IMAGES = 256  # enough to see ranges on
 
 
 class CalibrationBatches:
-    """Training batches, as training sees them, augmented; none is loaded before somebody asks.
+    """Training batches, as training sees them, augmented; none is loaded before somebody asks, and each time the same.
 
     Files are compared with the network on validation images, which must not choose their grids. Where there are no
     training images, validation images do, and that is printed.
@@ -26,28 +27,24 @@ class CalibrationBatches:
 
     def __init__(self, hooks: DataHooks, validation: Iterable[Batch]) -> None:
         self._hooks, self._validation = hooks, validation
-        self._drawn: list[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._drawn is None:
-            try:
-                self._drawn = self._draw()
-            except Exception as error:  # whatever the user's own loader raises
-                print(f"The integer file's grids are made on validation images: there are none of training ({error}).")
-                self._drawn = _first(self._validation)
-        return iter(self._drawn)
+        batches, count = self._start(), 0
+        while count < IMAGES:
+            with random_states_kept(count):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            count += batch_images(batch)
 
-    def _draw(self) -> list[Batch]:
-        with random_states_kept(0):
-            self._hooks.setup("fit")
-            return _first(self._hooks.train_dataloader())
-
-
-def _first(batches: Iterable[Batch]) -> list[Batch]:
-    drawn, count = [], 0
-    for batch in batches:
-        drawn.append(batch)
-        count += batch_images(batch)
-        if count >= IMAGES:
-            break
-    return drawn
+    def _start(self) -> Iterator[Batch]:
+        try:
+            with random_states_kept(0):
+                self._hooks.setup("fit")
+                batches = iter(self._hooks.train_dataloader())
+                return chain([next(batches)], batches)
+        except Exception as error:  # whatever the user's own loader raises
+            why = f"{type(error).__name__}: {error}".rstrip(": .")
+            print(f"The integer file's grids are made on validation images: there are none of training ({why}).")
+            return iter(self._validation)

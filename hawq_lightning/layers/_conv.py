@@ -20,7 +20,7 @@ from hawq_lightning.layers._conv_modules import (
 from hawq_lightning.layers._gradients import Pairs
 from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
 from hawq_lightning.layers._projections import ProjectedProducts
-from hawq_lightning.layers._unfold import as_conv, patch_counts, patch_view, with_batch_axis
+from hawq_lightning.layers._unfold import as_conv, convolved, patch_counts, patch_view, with_batch_axis
 
 
 class ConvKind(LayerKind):
@@ -45,6 +45,10 @@ class ConvKind(LayerKind):
     ) -> ProjectedProducts:
         """By whatever is least work."""
         return conv_projected_products(calls, per_sample, self.transposed, directions)
+
+    def product(self, module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`LayerKind.product`."""
+        return convolved(as_conv(module), x, weight, self.transposed)
 
     def output_axes(self, module: nn.Module) -> int:
         """Samples, channels and the spatial axes."""

@@ -159,6 +159,10 @@ class LayerKind:
         """The same, and ``<G_n, D>`` of ``directions`` ``[directions, *weight.shape]``. Override it with the other."""
         return projected_pairs(self.weight_gradients(calls, per_sample), directions)
 
+    def product(self, module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the layer would give with another weight, and without a bias; of kinds that are :attr:`foldable`."""
+        raise NotImplementedError
+
     def output_axes(self, module: nn.Module) -> int:
         """Number of axes of the output when axis 1 holds its channels, so that a BatchNorm can be folded."""
         return 2

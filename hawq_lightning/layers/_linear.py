@@ -82,6 +82,10 @@ class LinearKind(MatrixGradients):
     foldable = True
     reconstructs = True
 
+    def product(self, module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :meth:`LayerKind.product`."""
+        return F.linear(x, weight)
+
     def onnx_attributes(self, module: nn.Module) -> dict[str, object]:
         """See :meth:`LayerKind.onnx_attributes`."""
         return {"transB": 1}

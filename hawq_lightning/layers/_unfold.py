@@ -76,3 +76,16 @@ def unfold(layer: Conv, x: torch.Tensor, like: torch.Tensor, transposed: bool = 
     positions = like.shape[2:]
     view = patch_view(layer, x, positions, transposed)
     return view.reshape(len(x), layer.groups, -1, int(torch.Size(positions).numel()))
+
+
+def convolved(layer: Conv, x: torch.Tensor, weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """``[N, C, *spatial]`` of a convolution with another weight, and without its bias."""
+    x = with_batch_axis(layer, x)
+    pads, dims = paddings(layer, transposed), len(layer.kernel_size)
+    if (layer.padding_mode != "zeros" and not transposed) or any(pads[2 * i] != pads[2 * i + 1] for i in range(dims)):
+        x = F.pad(x, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+        pads = [0] * (2 * dims)
+    return torch.convolution(
+        x, weight.to(x.dtype), None, layer.stride, list(reversed(pads[::2])), layer.dilation, transposed,
+        layer.output_padding, layer.groups,
+    )  # fmt: skip

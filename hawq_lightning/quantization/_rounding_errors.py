@@ -13,16 +13,24 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
+from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import WeightReader, renew_weight
 from hawq_lightning.quantization._fake_quantize import even_levels
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
+from hawq_lightning.quantization._renormalised import renormalised
 from hawq_lightning.sensitivity import RoundingErrors
 
 
 @torch.no_grad()
-def rounding_errors(model: nn.Module, candidates: Candidates, sites: SiteTable) -> RoundingErrors:
+def rounding_errors(
+    model: nn.Module,
+    candidates: Candidates,
+    sites: SiteTable,
+    batches: Sequence[Batch] = (),
+    loss_fn: LossFn | None = None,
+) -> RoundingErrors:
     """The real rounding error of every candidate, for ``measure(..., rounding=)``.
 
     Args:
@@ -30,6 +38,8 @@ def rounding_errors(model: nn.Module, candidates: Candidates, sites: SiteTable) 
             candidates of each.
         candidates: from :func:`hawq_lightning.candidates`; traces are not needed for them.
         sites: table of the model.
+        batches: by which BatchNorm is measured again: then there are the errors that it leaves, too.
+        loss_fn: runs the model on a batch.
 
     Raises:
         HawqError: candidates of a site that the model does not have.
@@ -48,7 +58,19 @@ def rounding_errors(model: nn.Module, candidates: Candidates, sites: SiteTable) 
     activations = {
         s.name: ActivationRounding(candidates[s.name], spec, device) for s in sites.activations if s.name in candidates
     }
-    return RoundingErrors(candidates.by_site, weights, activations, _key(candidates))
+    key = _key(candidates)
+    offsets: dict[str, torch.Tensor] = {}
+    if batches and loss_fn is not None:
+        own = {
+            s.name: (layers[s.layers[0]], norms[s.layers[0]])
+            for s in sites.weights
+            if s.name in weights and s.layers[0] in norms
+        }
+        for name, (left, added) in renormalised(model, batches, loss_fn, own, weights).items():
+            weights[name] = torch.cat([weights[name], left])
+            offsets[name] = torch.cat([torch.zeros_like(added), added])
+        key += " and BatchNorm"
+    return RoundingErrors(candidates.by_site, weights, activations, key, offsets)
 
 
 def weight_errors(

@@ -29,6 +29,7 @@ from hawq_lightning.selection._scores import SCORES, Score, register_score
 from hawq_lightning.selection._select import select
 from hawq_lightning.selection._selectors import SELECTORS, Selector, register_selector
 from hawq_lightning.selection._settings import constraints_of
+from hawq_lightning.selection._smallest_plan import smallest_plan
 from hawq_lightning.selection._stable_plan import StablePlan
 from hawq_lightning.selection._sweep import Frontier, frontier, sweep
 from hawq_lightning.selection._tradeoff import sample_set_b, save_tradeoff, set_b_count, tradeoff, uniform_points
@@ -84,6 +85,7 @@ __all__ = [
     "set_b",
     "set_b_count",
     "set_b_size",
+    "smallest_plan",
     "solve",
     "sweep",
     "table_of",

@@ -212,7 +212,8 @@ class GradCapture:
         per_sample, cross_pair = self.per_sample.get(site, False), self._last == 1
         calls = self._calls.get(site)
         if calls is not None:
-            products = weight_products(calls, per_sample, cross_pair, self._rounding.weights.get(site))
+            directions, offsets = self._rounding.weights.get(site), self._rounding.offsets.get(site)
+            products = weight_products(calls, per_sample, cross_pair, directions, offsets)
         else:
             calls = self._reads[site]
             products = read_products(calls, per_sample, cross_pair, self._rounding.activations.get(site))

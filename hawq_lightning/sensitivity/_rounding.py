@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -32,19 +32,23 @@ class RoundingErrors:
 
     Attributes:
         candidates: site -> its candidates, as many as there are errors.
-        weights: weight site -> ``Q_w(W) - W``, ``[candidates, *weight.shape]``.
+        weights: weight site -> ``Q_w(W) - W``, ``[candidates, *weight.shape]``. A layer with a BatchNorm of its own may
+            have as many rows more, ``sd / sd_q Q_w(W) - W`` by channel: what is left once that is measured again.
         activations: activation site -> what makes ``Q_w(a) - a``.
         key: what they depend on beside weights and data, for fingerprints.
+        offsets: weight site with such rows -> what is added to the channels of the output besides, a row each: zeros,
+            then ``mu - sd / sd_q mu_q``.
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     activations: Mapping[str, ActivationErrors] = field(default_factory=dict)
     key: str = ""
+    offsets: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def count(self, site: str) -> int:
-        """Candidates of a site; 0 where there are none."""
-        return len(self.candidates.get(site, ()))
+        """Quadratic forms of a site: one a candidate, and one more where there is a BatchNorm."""
+        return len(self.candidates.get(site, ())) * (2 if site in self.offsets else 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class QuadraticForm:
         value: the quadratic form; of activations that of one image's loss, averaged over images.
         stderr: standard error against all columns on the same images.
         stderr_data: with the sampling of the images from their population added.
+        renormalised: the form of what is left once the BatchNorm behind the layer is measured again; ``None``: it has
+            none of its own, or no batches were given to :func:`hawq_lightning.quantization.rounding_errors`.
+        renormalised_stderr: of that.
     """
 
     bits: int
@@ -66,15 +73,23 @@ class QuadraticForm:
     value: float
     stderr: float
     stderr_data: float
+    renormalised: float | None = None
+    renormalised_stderr: float | None = None
 
     def to_dict(self) -> JsonObject:
         """Plain JSON types; an error that is not known is null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        values = asdict(self)
+        values = values if self.renormalised is not None else {k: values[k] for k in _ALWAYS}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def is_of(self, candidate: Candidate) -> bool:
         """Whether this is the quadratic form of a candidate's rounding error."""
         same = (self.bits, self.code) == (candidate.bits, candidate.code)
         return same and math.isclose(self.perturbation, candidate.perturbation, rel_tol=1e-3, abs_tol=1e-30)
+
+
+_LEFT = ("renormalised", "renormalised_stderr")
+_ALWAYS = tuple(n for n in QuadraticForm.__dataclass_fields__ if n not in _LEFT)
 
 
 def read_forms(data: JsonObject, kinds: Mapping[str, str]) -> dict[str, tuple[QuadraticForm, ...]]:
@@ -98,7 +113,7 @@ def read_forms(data: JsonObject, kinds: Mapping[str, str]) -> dict[str, tuple[Qu
 def _form(name: str, raw: object) -> QuadraticForm:
     what = f"a form of {name!r}"
     data = table(raw, what)
-    check_names(data, what, list(QuadraticForm.__dataclass_fields__))
+    check_names(data, what, _ALWAYS, _LEFT)
     code = text(data["code"], f"code of {what}")
     if code not in CODE_FORMATS:
         raise HawqError(f"code of {what} is {code!r}; there are {', '.join(CODE_FORMATS)}")
@@ -106,4 +121,12 @@ def _form(name: str, raw: object) -> QuadraticForm:
         key: math.inf if data[key] is None and key.startswith("stderr") else number(data[key], f"{key} of {what}", low)
         for key, low in (("perturbation", 0.0), ("value", -math.inf), ("stderr", 0.0), ("stderr_data", 0.0))
     }
-    return QuadraticForm(whole(data["bits"], f"bits of {what}", 1, 8), code, **numbers)
+    form = QuadraticForm(whole(data["bits"], f"bits of {what}", 1, 8), code, **numbers)
+    if data.get("renormalised") is None:
+        return form
+    error = data.get("renormalised_stderr")
+    return replace(
+        form,
+        renormalised=number(data["renormalised"], f"renormalised of {what}"),
+        renormalised_stderr=math.inf if error is None else number(error, f"renormalised_stderr of {what}", 0.0),
+    )

@@ -51,7 +51,11 @@ class SiteProducts:
 
 
 def weight_products(
-    calls: Sequence[CallRecord], per_sample: bool, cross_pair: bool, directions: torch.Tensor | None
+    calls: Sequence[CallRecord],
+    per_sample: bool,
+    cross_pair: bool,
+    directions: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
 ) -> SiteProducts | None:
     """Products of the gradients of one weight, of all calls together; ``None`` if none came.
 
@@ -59,7 +63,8 @@ def weight_products(
         calls: that read it.
         per_sample: a row is a sample; else the batch.
         cross_pair: of the gradients of two backward passes; else of one with itself.
-        directions: rounding errors ``[candidates, *weight.shape]``.
+        directions: changes of the weight, ``[candidates, *weight.shape]``.
+        offsets: of the channels of the layer's output, ``[candidates, channels]``.
     """
     live = [c for c in calls if c.grads[0] is not None and (not cross_pair or c.grads[1] is not None)]
     for c in live:
@@ -80,7 +85,25 @@ def weight_products(
     if directions is None:
         return SiteProducts(inner_products(uses, per_sample).cpu())
     both = projected_products(uses, per_sample, directions)
-    return SiteProducts(both.inner.cpu(), both.squares.cpu())
+    if offsets is None:
+        return SiteProducts(both.inner.cpu(), both.squares.cpu())
+    along = both.along + _shifted(live, 0, per_sample, offsets)
+    other = both.other + _shifted(live, 1, per_sample, offsets) if cross_pair else along
+    return SiteProducts(both.inner.cpu(), (along * other).cpu())
+
+
+def _shifted(calls: Sequence[CallRecord], slot: int, per_sample: bool, offsets: torch.Tensor) -> torch.Tensor:
+    """``sum over positions of <gradient at the output, offset of its channel>`` (rows, candidates)."""
+    total: torch.Tensor | float = 0.0
+    for c in calls:
+        grad = c.grads[slot]
+        if c.layer is None or grad is None or not grad.numel():
+            continue
+        last = grad.movedim(c.layer.kind.channels_from_end(c.layer.module), -1)
+        sums = last.reshape(len(last) if per_sample else 1, -1, last.shape[-1]).sum(1)
+        total = total + (sums.to(offsets) @ offsets.T).double()
+    assert isinstance(total, torch.Tensor)
+    return total
 
 
 def read_products(

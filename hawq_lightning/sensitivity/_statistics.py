@@ -201,11 +201,16 @@ class TraceStatistics:
             w = self.weight[site]
             stderr = self.forms.stderr(site, w, self.probes)
             data = self.forms.stderr_data(site, w, self.probes)
-            columns = (self.forms.value(site, w), torch.zeros_like(stderr) if exact else stderr, data)
+            value = self.forms.value(site, w)
+            stderr = torch.zeros_like(stderr) if exact else stderr
+            listed, many = candidates[site], len(candidates[site])
             out[site] = tuple(
-                QuadraticForm(c.bits, c.code, c.perturbation, *(float(x) for x in numbers))
-                for c, *numbers in zip(candidates[site], *columns)
-            )
+                QuadraticForm(
+                    c.bits, c.code, c.perturbation, float(value[k]), float(stderr[k]), float(data[k]),
+                    *((float(x[many + k]) for x in (value, stderr)) if len(value) > many else ()),
+                )
+                for k, c in enumerate(listed)
+            )  # fmt: skip
         return out
 
     def records(self, exact: bool = False) -> tuple[SiteTrace, ...]:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hawq_lightning import HawqError, Plan, Problem, candidates, measure, select, sites
-from hawq_lightning.cli import Images, explain, export_run, uniform, write_onnx
+from hawq_lightning.cli import CalibrationBatches, Images, explain, export_run, uniform, write_onnx
 from hawq_lightning.export import network_of
 from hawq_lightning.export.onnx import layer_latencies, measure_file, write_table
 from hawq_lightning.models import resnet20
@@ -265,6 +267,21 @@ def test_files_that_are_no_network_cannot_be_measured(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"no")
     with pytest.raises(HawqError, match="onnxruntime cannot run"):
         measure_file(tmp_path / "a.onnx", (3, 8, 8))
+
+
+def test_grids_are_made_on_training_images_each_time_the_same(capsys):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.arange(40.0)[:, None]), 16, shuffle=True)
+
+    state = torch.get_rng_state()
+    batches = CalibrationBatches(Data(), [])
+    first, again = ([b[0] for b in batches] for _ in range(2))
+    assert len(first) == 3 and all(map(torch.equal, first, again)) and torch.equal(state, torch.get_rng_state())
+    assert not capsys.readouterr().out
+    own = [(torch.zeros(2, 1),)]
+    assert list(CalibrationBatches(LightningDataModule(), own)) == own
+    assert "made on validation images" in capsys.readouterr().out
 
 
 @pytest.mark.stress

@@ -177,3 +177,11 @@ def test_quadratic_forms_come_with_the_traces_and_go_into_the_plan(tmp_path):
     file = next(tmp_path.rglob("sensitivity.json"))
     assert Sensitivity.load(file).forms == callback.sensitivity.forms
     assert Plan.load(file.with_name("plan.json")) == callback.plan
+
+
+def test_a_score_by_quadratic_forms_has_them_measured(tmp_path):
+    callback = hawq(score="rounding")
+    trainer(tmp_path, callback).fit(Classifier(), loader())
+    assert callback.sensitivity.forms and callback.plan.settings["score"] == "rounding"
+    with pytest.raises(HawqError, match="stable_plan.*score='both'"):
+        hawq(score="both", stop_when="stable_plan")

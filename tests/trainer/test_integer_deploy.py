@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hawq_lightning import HAWQ, MeasureConfig, QuantizerConfig, SelectConfig, load_from_checkpoint
 from hawq_lightning.quantization import biases_of, quantized_results
-from tests.trainers import Classifier, same_states, trainer
+from tests.trainers import Classifier, loader, same_states, trainer
 
 
 class Block(nn.Module):
@@ -61,6 +61,18 @@ def test_a_resumed_run_ends_as_an_undisturbed_one_and_others_load_it(tmp_path):
     t.save_checkpoint(tmp_path / "whole.ckpt")
     loaded = load_from_checkpoint(Task, tmp_path / "whole.ckpt")
     assert biases_of(loaded) == callback.plan.biases and quantized_results(loaded).keys() == results.keys()
+
+
+def test_a_network_without_integer_kernels_is_told_of(tmp_path):
+    class Nothing(Classifier):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.net = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+    quantizer, select = QuantizerConfig(deploy="integer"), SelectConfig("4x", "uniform")
+    callback = HAWQ(quantizer=quantizer, select=select, dirpath=tmp_path)
+    with pytest.warns(UserWarning, match="no layer of this network gives codes"):
+        trainer(tmp_path, callback, max_steps=1).fit(Nothing(), loader())
 
 
 @pytest.mark.stress

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hawq_lightning as hl
 from hawq_lightning import HawqError, Plan, QuantizerConfig
-from hawq_lightning.export import load_packed, packed_overhead, save_packed, to_onnx
+from hawq_lightning.export import load_packed, packed_overhead, save_packed, to_onnx, to_pt2e
 from hawq_lightning.quantization import (
     biases_of,
     enabled_bits,
@@ -187,6 +188,14 @@ def test_training_moves_what_stands_in_front_of_a_result_and_learned_steps_of_it
     assert float(result.scale) == float(layer.scale)
 
 
+def test_activation_checkpointing_gives_the_same_gradients():
+    net, _ = quantized(Residual, IMAGE)
+    x, (whole, again) = torch.randn(BATCH, *IMAGE), (copy.deepcopy(net).train() for _ in range(2))
+    loss_fn(whole, x).backward()
+    checkpoint(lambda x: loss_fn(again, x), x, use_reentrant=False).backward()
+    assert torch.equal(whole.stem.weight.grad, again.stem.weight.grad)
+
+
 def test_a_config_that_cannot_be_deployed_is_refused():
     assert QuantizerConfig(deploy="integer").integer_grids == "shared"
     assert QuantizerConfig(deploy="integer", activation_bits=(4, 8)).integer_grids == "own"
@@ -198,14 +207,16 @@ def test_a_config_that_cannot_be_deployed_is_refused():
         QuantizerConfig(deploy="integr")  # type: ignore[arg-type]
 
 
-def deployed_as_trained(make: Callable[[], nn.Module], shape: tuple[int, ...], bits: int, path: Path) -> None:
+def deployed_as_trained(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], bits: int, path: Path, free_batch: bool = True
+) -> None:
     """An integer file needs no calibration, and gives what the network gives."""
     pytest.importorskip("onnxruntime")
     from hawq_lightning.export.onnx import session
 
     net, plan = quantized(make, shape, bits)
     z = torch.randn(BATCH, *shape)
-    written = to_onnx(net, plan, z, path, integer=True, calibration=[])
+    written = to_onnx(net, plan, z, path, integer=True, calibration=[], free_batch=free_batch)
     assert written.grids == 0, "what integer kernels keep as codes has no grid in the network"
     (given,) = session(path).run(None, {"input": z.numpy()})
     with torch.no_grad():
@@ -226,6 +237,17 @@ def test_generated_networks_compute_the_same(tmp_path: Path, seed: int, bits: in
 
 
 @pytest.mark.stress
+def test_a_mobile_program_lacks_the_grid_of_the_output_alone():
+    net, plan = quantized(Residual, IMAGE)
+    x = torch.randn(BATCH, *IMAGE)
+    written = to_pt2e(net, plan, x, [x])
+    assert written.calibrated == 1 and written.planned == 5
+    with torch.no_grad():
+        far = (written.program.module()(x[:1]) - net(x[:1])).abs().max()
+    assert far <= 0.51 * written.output.scale
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("name", [n for n in NETWORKS if "transpose" not in n])
 def test_networks_of_all_kinds_compute_the_same(tmp_path: Path, name: str):
-    deployed_as_trained(*NETWORKS[name], 8, tmp_path / "a.onnx")
+    deployed_as_trained(*NETWORKS[name], 8, tmp_path / "a.onnx", free_batch=name != "transformer_block")

@@ -37,6 +37,9 @@ CHAINS = {
     "batch norm": [node("BatchNormalization", *NORM)],
     "convolution of eight odd bits": [node("Conv", "w", np.float32([0.3, -0.2]), group=2, pads=[1, 0, 1, 1])],
     "dilated, to a clamped sum": [node("Conv", "w", group=2, dilations=[2, 1]), node("Relu"), node("Neg")],
+    "transposed convolution": [node("ConvTranspose", "u", np.float32([0.3, -0.2, 0, 0.1, 0, 1]), group=2,
+                                    strides=[3, 2], pads=[1, 0, 0, 2], output_padding=[1, 0])],
+    "transposed, dilated": [node("ConvTranspose", "u", group=2, dilations=[1, 2]), node("Relu")],
     "product over the last axis": [node("MatMul", "v"), node("Add", np.float32([0.5, 0, -1, 0.25, 1]))],
     "concat": [node("Concat", "y", axis=1), node("Relu")],
     "concat of functions": [node("Sigmoid"), node("Concat", "y", axis=3)],
@@ -78,10 +81,8 @@ def graph(chain, rounded: bool, zero: int):
     rng = np.random.default_rng(0)
     wide = 2 * rng.integers(-128, 128, (2, 2, 3, 3)) + 1  # midrise levels of 8 bits
     wide[0, 0, 0, :2] = -255, 255
-    for name, codes, axis in (
-        ("w", wide.astype(np.int16), 0),
-        ("v", rng.integers(-128, 128, (6, 5)).astype(np.int8), 1),
-    ):
+    flat, deep = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((6, 5), (4, 3, 3, 3)))
+    for name, codes, axis in (("w", wide.astype(np.int16), 0), ("v", flat, 1), ("u", deep, 1)):
         scales = np.float32([0.002, -0.001, 0.003, 0.004, 0.0])[: codes.shape[axis]]
         reads = [keep(f"{name}.codes", codes), keep(f"{name}.scale", scales)]
         nodes.append(helper.make_node("DequantizeLinear", reads, [name], axis=axis))

@@ -30,6 +30,7 @@ from hawq_lightning.selection import (
     select,
     set_b_count,
     set_b_size,
+    smallest_plan,
     tradeoff,
     uniform_points,
     with_bootstrap_stability,
@@ -594,3 +595,62 @@ def test_stability_counts_bootstraps_that_pick_the_same_bits():
 def test_a_tie_is_a_list():
     with pytest.raises(HawqError, match="A tie is a list"):
         hl.frontier([[3, 1]], [[1, 2]], ties=[0])
+
+
+def test_scores_by_quadratic_forms_choose_by_them_and_need_them(tmp_path):
+    numbers = {"bits": 2, "code": "affine", "perturbation": 1.0}
+    table = SiteTable(tuple(Site(n, "weight", (n,), (10, 10), 100, 10) for n in "ab"), ())
+    omega, q = {"a": 9.0, "b": 1.0}, {"a": 0.01, "b": 2.0}
+
+    def weighed(forms: bool) -> dict[str, tuple[Candidate, ...]]:
+        return {
+            n: (
+                Candidate(omega=omega[n], **numbers, q=q[n] if forms else None),
+                Candidate(8, "affine", 0.0, 0.0, q=0.0 if forms else None),
+            )
+            for n in "ab"
+        }
+
+    low = {}
+    for score in ("omega", "rounding", "both"):
+        problem = Problem(table, weighed(True), score=score)
+        low[score] = min(select(problem, "6x").bits.items(), key=lambda x: x[1])[0]
+    assert low == {"omega": "b", "rounding": "a", "both": "a"}  # 0.3 against 1.4 for both
+    for score in ("rounding", "both"):
+        with pytest.raises(HawqError, match="'a' has none at 2 bits: measure with.*quadratic_forms=True"):
+            Problem(table, weighed(False), score=score)
+    plan = select(Problem(table, weighed(True), score="rounding"), "6x")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan and problem_of(plan).score == "rounding"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smallest_plan_by_loss_is_that_of_trying_all(seed):
+    rng = np.random.default_rng(seed)
+    front = plan_frontier(random_network(seed, 8, (2, 3, 4, 8))[0])
+    order = np.argsort(front.cost, kind="stable")
+    losses = {int(i): float(front.omega[i]) ** 1.5 * float(rng.uniform(0.98, 1.02)) for i in order}
+    points = {tuple(sorted(front.bits(i).items())): i for i in losses}
+    tried: list[int] = []
+
+    def measured(plan):
+        tried.append(points[tuple(sorted(plan.bits.items()))])
+        return losses[tried[-1]]
+
+    def expected(bits):
+        return 0.3 * float(front.omega[points[tuple(sorted(bits.items()))]])
+
+    for share in (0.1, 0.5, 0.9):
+        limit = sorted(losses.values())[int(share * (len(losses) - 1))]
+        least = min(front.cost[i] for i in losses if losses[i] <= limit)
+        for guess in (None, expected):
+            tried.clear()
+            plan, loss = smallest_plan(front, limit, measured, guess)
+            assert loss <= limit and loss == plan.settings["measured_loss"]
+            assert plan.costs["weight_bytes"] <= 1.05 * least, (share, guess)
+            assert len(tried) <= 14
+    plan, _ = smallest_plan(front, limit, measured, max_cost=float(np.median(front.cost)) * 10)
+    with pytest.raises(HawqError, match="the nearest has"):
+        smallest_plan(front, min(losses.values()) / 2, measured, expected)
+    with pytest.raises(HawqError, match="No plan costs so little"):
+        smallest_plan(front, limit, measured, max_cost=0.0)

@@ -46,8 +46,9 @@ def values(measured: Sensitivity) -> dict[tuple[str, int], float]:
 
 def test_asking_for_forms_moves_no_trace(trained):
     net, batches, table, rounding, _ = trained
-    plain = measure(net, batches, LOSS, sites=table, seed=1, progress=False)
-    both = measure(net, batches, LOSS, sites=table, seed=1, rounding=rounding, progress=False)
+    keywords = {"sites": table, "seed": 1, "max_probes": 8, "progress": False}
+    plain = measure(net, batches, LOSS, **keywords)
+    both = measure(net, batches, LOSS, rounding=rounding, **keywords)
     assert [r.trace for r in both] == pytest.approx([r.trace for r in plain], rel=1e-12) and plain.forms == {}
     assert plain.fingerprint != both.fingerprint
 
@@ -167,7 +168,7 @@ def test_one_batch_that_couples_its_images_has_no_error_of_the_data():
 def test_an_estimator_without_forms_says_so(trained):
     net, batches, table, rounding, _ = trained
     measured = measure(
-        net, batches[:1], LOSS, sites=table, estimator="hutchinson", rounding=rounding, rtol=0.5, progress=False
+        net, batches[:1], LOSS, sites=table, estimator="hutchinson", rounding=rounding, max_probes=2, progress=False
     )
     assert measured.forms == {} and any("quadratic forms" in n and "'ggn'" in n for n in measured.notes)
 
@@ -206,3 +207,68 @@ def test_forms_predict_the_loss_of_a_regression_exactly(bits):
         assert float(loss(moved, batch)) == pytest.approx(form.value / 2, rel=1e-4)
     (error,) = rounding.activations["0.input"](x)
     assert float(loss(net, (x + error, batch[1]))) == pytest.approx(measured.forms["0.input"][0].value / 2, rel=1e-3)
+
+
+class Normed(nn.Module):
+    """Layers with a BatchNorm of their own, one with a bias, a grouped one, one over positions; and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1 = nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
+        self.grouped, self.bn2 = nn.Conv2d(4, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4)
+        self.lin, self.bn3 = nn.Linear(16, 5), nn.BatchNorm1d(5)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn2(self.grouped(F.relu(self.bn1(self.conv(x))))))
+        return self.fc(F.relu(self.bn3(self.lin(x.flatten(1)))))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "auto"])
+def test_what_batchnorm_takes_back_is_left_out(estimator):
+    """Against the second derivative along the change of the layer's output that is left, in float64."""
+    torch.manual_seed(0)
+    net = Normed().double()
+    x = torch.randn(64, 2, 8, 8, dtype=torch.float64)
+    for _ in range(30):
+        net(x)
+    net.eval()
+    batches = [(x[:40], torch.arange(40) % 3), (x[40:], torch.arange(24) % 3)]
+    table = find_sites(net, lambda: LOSS(net, batches[0]), 40)
+    weighed = candidates(net, batches, None, table, LOSS, weight_bits=(1, 2, 4), activation_bits=None)
+    rounding = rounding_errors(net, weighed, table, batches, LOSS)
+    assert set(rounding.offsets) == {"conv.weight", "grouped.weight", "lin.weight"}
+    found = measure(
+        net, batches, LOSS, sites=table, estimator=estimator, rounding=rounding, max_probes=40, progress=False
+    )
+    assert all(f.renormalised is None for f in found.forms["fc.weight"])
+    for site in rounding.offsets:
+        layer = net.get_submodule(site.removesuffix(".weight"))
+        read: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda m, args, read=read: read.append(args[0].detach()))
+        net(x)
+        handle.remove()
+        before = layer(read[0]).detach()
+        for error, form in zip(rounding.weights[site], found.forms[site]):
+            kept = layer.weight.data
+            layer.weight.data = kept + error
+            after = layer(read[0]).detach()
+            layer.weight.data = kept
+            axes = [0, *range(2, before.ndim)]
+            bn = {"conv": net.bn1, "grouped": net.bn2, "lin": net.bn3}[site.removesuffix(".weight")]
+            moments = [
+                (y.mean(axes, keepdim=True), (y.var(axes, correction=0, keepdim=True) + bn.eps).sqrt())
+                for y in (before, after)
+            ]
+            (mu, sd), (mu_q, sd_q) = moments
+            left = sd / sd_q * (after - mu_q) + mu - before
+            shift = torch.zeros_like(before, requires_grad=True)
+            handle = layer.register_forward_hook(lambda m, args, out, shift=shift: out + shift)
+            loss = F.cross_entropy(net(x), torch.cat([b[1] for b in batches]))
+            handle.remove()
+            (slope,) = torch.autograd.grad(loss, shift, create_graph=True)
+            (product,) = torch.autograd.grad((slope * left).sum(), shift)
+            right = float((product * left).sum())
+            assert form.renormalised is not None and form.renormalised_stderr is not None
+            assert abs(form.renormalised - right) <= 1e-6 * right + 4.5 * form.renormalised_stderr, (site, form)
+    assert Sensitivity.from_dict(found.to_dict()).forms == found.forms

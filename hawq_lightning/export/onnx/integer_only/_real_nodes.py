@@ -13,7 +13,7 @@ from hawq_lightning.export.onnx.integer import Graph, Node
 from hawq_lightning.export.onnx.integer_only._moves import MOVES, SHAPES
 from hawq_lightning.export.onnx.integer_only._network import IntegerNetwork
 from hawq_lightning.export.onnx.integer_only._pools import average, mean, nearest
-from hawq_lightning.export.onnx.integer_only._products import convolution, linear
+from hawq_lightning.export.onnx.integer_only._products import convolution, linear, transposed
 from hawq_lightning.export.onnx.integer_only._reading import Reading, refusal
 from hawq_lightning.export.onnx.integer_only._steps import Multiplication
 from hawq_lightning.export.onnx.integer_only._values import CODES, Function, Integers, Parts, Real, Term, Value
@@ -189,6 +189,7 @@ _TAKES: dict[str, Callable[[Reading, Node], Value]] = {
     "Clip": _clamp,
     "Concat": _concat,
     "Conv": convolution,
+    "ConvTranspose": transposed,
     "Div": _multiply,
     "Gemm": linear,
     "GlobalAveragePool": mean,
