@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
-from hawq_lightning._csv import csv_text
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
 from hawq_lightning._plan import Plan
@@ -21,6 +20,7 @@ from hawq_lightning._types import Batch, JsonObject, LossFn
 from hawq_lightning.callbacks._announce import announce, warn_of_float, warn_of_no_codes
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
+from hawq_lightning.callbacks._loss_check import check_csv, check_of_sites
 from hawq_lightning.callbacks._results import HasResults, Results, there
 from hawq_lightning.callbacks._shared import shared_traces
 from hawq_lightning.callbacks._trainer import (
@@ -38,7 +38,6 @@ from hawq_lightning.quantization import (
     candidates,
     fake_quant_disabled,
     loss_of_plan,
-    loss_per_site,
     quantizer_of,
     rounding_errors,
 )
@@ -216,11 +215,11 @@ class MeasureTraces(HasResults, Callback):
                 self._draw_frontier(problem, folder if trainer.is_global_zero else None)
                 warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
-                losses = self.results.loss_per_site = loss_per_site(
-                    pl_module, batches, loss_fn, table, choices, quantizer=quantizer, progress=show
+                losses = self.results.loss_per_site = check_of_sites(
+                    pl_module, batches, loss_fn, table, choices, quantizer, show
                 )
                 if trainer.is_global_zero:
-                    write_text(folder / "loss_check.csv", _csv(losses))
+                    write_text(folder / "loss_check.csv", check_csv(losses))
         announce(trainer, sensitivity, plan)
         return plan
 
@@ -318,8 +317,3 @@ class MeasureTraces(HasResults, Callback):
 def _without_omega(plan: Plan) -> Plan:
     """A plan that no traces led to: what stands for Ω in it is the perturbation alone."""
     return plan.replace(sites=tuple(replace(s, omega=None) for s in plan.sites))
-
-
-def _csv(rows: Sequence[Mapping[str, object]]) -> str:
-    columns = ("site", "kind", "bits", "predicted", "measured")
-    return csv_text(columns, ([row.get(c) for c in columns] for row in rows), lineterminator="\r\n")

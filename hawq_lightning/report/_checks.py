@@ -22,36 +22,48 @@ _LEVELS = {  # dashed lines
 
 
 def draw_loss_check(run: Run) -> ReportFigure | None:
-    """Half Omega against the measured change of the loss, each site and width by itself, log-log."""
+    """What is predicted against what is measured, each site and width by itself, log-log.
+
+    Half Omega against the change of the loss; where quadratic forms were measured, half of these against the distance
+    to the float network, and half Omega beside.
+    """
     rows = list(run.loss_check)
-    drawn = [r for r in rows if r.predicted > 0 and r.measured > 0]
+    drawn = [r for r in rows if r.expected > 0 and r.outcome > 0]
+    forms = any(r.q is not None for r in rows)
+    of, what = ("½Q", "KL to the float network") if forms else ("½Ω", "rise of the loss")
     if len(drawn) < 2:
         return None
     ranks = rank_correlations(rows)
     tooltips = []
     with canvas(1, 5.2) as (figure, axes):
         ax = axes[0]
-        low = min(min(r.predicted, r.measured) for r in drawn) / 2
-        high = max(max(r.predicted, r.measured) for r in drawn) * 2
+        low = min(min(r.expected, r.outcome) for r in drawn) / 2
+        high = max(max(r.expected, r.outcome) for r in drawn) * 2
         ax.plot([low, high], [low, high], "--", color=SOFT, linewidth=1, zorder=1, label="as predicted")
+        beside = [r for r in drawn if r.q is not None and r.predicted > 0]
+        if beside:
+            ax.plot(
+                [r.predicted for r in beside], [r.outcome for r in beside], "x", color=SOFT, markersize=5, alpha=0.6,
+                zorder=1, label="½Ω in its place",
+            )  # fmt: skip
         for kind, (label, colour, marker) in KINDS.items():
             part = [r for r in drawn if r.kind == kind]
             if part:
                 text = f"{label}, rank correlation {ranks[kind]:.2f}" if kind in ranks else label
-                xs, ys = [r.predicted for r in part], [r.measured for r in part]
+                xs, ys = [r.expected for r in part], [r.outcome for r in part]
                 ax.plot(xs, ys, marker, color=colour, markersize=6, alpha=0.8, label=text, zorder=2)
         tooltips = [
             Tooltip(
                 ax,
-                r.predicted,
-                r.measured,
-                f"{r.site}\n{r.bits} bits\npredicted {r.predicted:.3g}\nmeasured {r.measured:.3g}",
+                r.expected,
+                r.outcome,
+                f"{r.site}\n{r.bits} bits\npredicted {r.expected:.3g}\nmeasured {r.outcome:.3g}",
             )
             for r in drawn
         ]
         log_scale(ax, "x", "y")
-        ax.set_xlabel("predicted rise of the loss, ½Ω", color=SOFT)
-        ax.set_ylabel("measured rise of the loss", color=SOFT)
+        ax.set_xlabel(f"predicted {what}, {of}", color=SOFT)
+        ax.set_ylabel(f"measured {what}", color=SOFT)
         ax.legend(loc="upper left")
     hidden = len(rows) - len(drawn)
     correlations = ", ".join(f"{v:.2f} for {KINDS[k][0] if k in KINDS else 'all'}" for k, v in ranks.items())
@@ -64,10 +76,14 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
         f"{len(rows)}: {correlations or 'not defined'}."
         + (f" {hidden} with a measured change at or below zero cannot be drawn on a log scale." if hidden else ""),
         figure,
-        ["site", "kind", "bits", "predicted", "measured"],
-        [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}"] for r in rows],
+        ["site", "kind", "bits", "predicted", "measured", *(["q", "kl"] if forms else [])],
+        [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}", *_of_forms(r, forms)] for r in rows],
         tooltips,
     )
+
+
+def _of_forms(row: LossCheck, forms: bool) -> list[str]:
+    return [("" if x is None else f"{x:.6g}") for x in (row.q, row.kl)] if forms else []
 
 
 def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
@@ -75,8 +91,8 @@ def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:
     correlations = {}
     for kind in ("all", *KINDS):
         part = [r for r in rows if kind in ("all", r.kind)]
-        if len({r.predicted for r in part}) > 1 and len({r.measured for r in part}) > 1:
-            correlations[kind] = float(spearmanr([r.predicted for r in part], [r.measured for r in part]).statistic)
+        if len({r.expected for r in part}) > 1 and len({r.outcome for r in part}) > 1:
+            correlations[kind] = float(spearmanr([r.expected for r in part], [r.outcome for r in part]).statistic)
     return correlations
 
 

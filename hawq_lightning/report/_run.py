@@ -45,13 +45,35 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class LossCheck:
-    """Half Omega against the measured change of the loss when one site alone is quantized."""
+    """Half Omega against the measured change of the loss when one site alone is quantized.
+
+    Attributes:
+        site: its name.
+        kind: ``weight`` or ``activation``.
+        bits: of the site.
+        predicted: half of Omega.
+        measured: the change of the loss.
+        q: half of the quadratic form of the rounding error, if it was measured.
+        kl: the distance to the float network, which that predicts.
+    """
 
     site: str
     kind: str
     bits: int
     predicted: float
     measured: float
+    q: float | None = None
+    kl: float | None = None
+
+    @property
+    def expected(self) -> float:
+        """The better prediction that there is."""
+        return self.predicted if self.q is None else self.q
+
+    @property
+    def outcome(self) -> float:
+        """What came of it."""
+        return self.measured if self.kl is None else self.kl
 
 
 @dataclass(frozen=True)
@@ -199,7 +221,14 @@ def _read_frontier(path: Path) -> list[FrontierPoint]:
 
 def _read_loss_check(path: Path) -> list[LossCheck]:
     return [
-        LossCheck(r["site"], r["kind"], int(r["bits"]), float(r["predicted"]), float(r["measured"]))
+        LossCheck(
+            r["site"],
+            r["kind"],
+            int(r["bits"]),
+            float(r["predicted"]),
+            float(r["measured"]),
+            *(float(r[k]) if r.get(k) else None for k in ("q", "kl")),
+        )
         for r in _rows(path)
     ]
 

@@ -145,7 +145,7 @@ def doubts(run: Run) -> list[str]:
             lines.append(f"The choice changes when the images are drawn anew: {text.names(shaky)}.")
     ranks = rank_correlations(run.loss_check)
     if loose := [f"{KINDS[k][0]} ({v:.2f})" for k, v in ranks.items() if k in KINDS and v < _LOOSE]:
-        free = sum(c.measured <= 0 for c in run.loss_check)
+        free = sum(c.outcome <= 0 for c in run.loss_check)
         lines.append(
             f"Predicted and measured loss changes rank differently for {' and '.join(loose)}; {free} of "
             f"{len(run.loss_check)} measured changes are zero or negative, too small to rank."

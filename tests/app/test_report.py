@@ -241,6 +241,26 @@ def test_strings_from_files_are_escaped(tmp_path: Path) -> None:
     assert any(NASTY in (a["aria-label"] or "") for a in page.of("svg"))
 
 
+def test_quadratic_forms_are_held_against_the_divergence(tmp_path: Path) -> None:
+    plan = fill(tmp_path)
+    (tmp_path / "loss_check.csv").write_text(
+        "site,kind,bits,predicted,measured,q,kl\n"
+        + "".join(
+            f"{s.name},weight,{o.bits},{o.omega / 2},{-1e-4},{o.omega},{o.omega * 1.1}\n"
+            for s in plan.weights
+            for o in s.options
+        )
+        + f"{plan.sites[0].name},weight,7,0.1,0.1,,\n"
+    )
+    run = read_run(tmp_path)
+    assert run.loss_check[-1].q is None and run.loss_check[-1].outcome == 0.1
+    drawings, absent = draw_all(run)
+    assert not absent
+    drawing = next(d for d in drawings if d.name == "loss_check")
+    assert "KL" in drawing.figure.axes[0].get_ylabel() and drawing.columns[-2:] == ["q", "kl"]
+    assert drawing.rows[-1][-2:] == ["", ""]
+
+
 FILES = ["plan.json", "sensitivity.json", "frontier.csv", "metrics.json", "loss_check.csv"]
 
 

@@ -171,8 +171,11 @@ def test_a_plan_is_kept_where_the_frontier_would_be_too_large(tmp_path):
 
 
 def test_quadratic_forms_come_with_the_traces_and_go_into_the_plan(tmp_path):
-    callback = hawq(quadratic_forms=True)
+    callback = hawq(quadratic_forms=True, loss_per_site=True)
     trainer(tmp_path, callback).fit(Classifier(), loader())
+    with next(tmp_path.rglob("loss_check.csv")).open() as table:
+        rows = list(csv.DictReader(table))
+    assert all(float(r["kl"]) >= 0 and float(r["q"]) >= 0 for r in rows) and rows[0].keys() >= {"predicted", "measured"}
     assert all(c.q is not None and c.q_stderr is not None for s in callback.plan.sites for c in s.options)
     file = next(tmp_path.rglob("sensitivity.json"))
     assert Sensitivity.load(file).forms == callback.sensitivity.forms
