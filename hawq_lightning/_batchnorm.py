@@ -65,6 +65,8 @@ class NormReads(TorchDispatchMode):
         """Run the model; what it returns counts as read."""
         handles = []
         for key, module in [*self.layers.items(), *self.norms.items()]:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             handles.append(module.register_forward_pre_hook(self._enter(key)))
             handles.append(module.register_forward_hook(self._leave(key), always_call=True))
         try:

@@ -70,7 +70,7 @@ class FunctionReads(TorchDispatchMode):
         for storage in several:  # parts of one flat tensor cannot be told apart
             self._constant[storage] = _NONE
         for module in self._model.modules():  # of a target too, no site of which is looked after
-            if id(module) not in self._holders and any(p is not None for p in module._parameters.values()):
+            if id(module) not in self._holders and not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_pre_hook(self._know_memory_of))
         for module, keys in self._holders.values():
             self._handles.append(module.register_forward_pre_hook(self._enter(module, keys)))

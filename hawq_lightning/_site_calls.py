@@ -25,6 +25,7 @@ from hawq_lightning.layers import WeightReader
 NOT_CALLED = "not called in the forward pass"
 BY_FUNCTION_ONLY = "a function reads its weight; the layer itself is not called"
 WITHOUT_GRADIENTS = "run without gradients, as teachers are"
+OTHER_LOSS = "trained by a later loss than the first that the step sends back by hand; loss_fn= can name one"
 NO_GRADIENT = "no gradient of the loss comes by it, as with teachers whose outputs are detached"
 FROZEN = "frozen, and nothing trained follows it, as with teachers and perceptual losses"
 
@@ -208,7 +209,7 @@ class SiteCalls:
 
         handles: list[RemovableHandle] = []
         for module in self.model.modules():
-            if next(module.children(), None) is not None:
+            if next(module.children(), None) is not None and not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         return handles
@@ -238,7 +239,8 @@ class SiteCalls:
 
     def _why(self, graph: set[Node], calls: Sequence[_Call]) -> str:
         if not any(c.with_gradients for c in calls):
-            return WITHOUT_GRADIENTS
+            others = self.trained is not None and self.trained.other_losses
+            return OTHER_LOSS if others and self._own[calls[0].layer] else WITHOUT_GRADIENTS
         return FROZEN if any(self._reached(graph, c) for c in calls) else NO_GRADIENT
 
 
@@ -283,6 +285,8 @@ def _by_layer(calls: Iterable[_Call]) -> dict[str, list[_Call]]:
 
 def _is_identity(x: torch.Tensor) -> bool:
     """Whether a layer reads the identity matrix, as DoRA does to get its weight: that is no activation."""
+    if x.layout != torch.strided:
+        return False
     square = x.ndim == 2 and x.shape[0] == x.shape[1] > 1 and x.is_floating_point() and not x.is_meta
     return square and torch.equal(x, torch.eye(len(x), dtype=x.dtype, device=x.device))
 

@@ -32,6 +32,7 @@ from hawq_lightning.callbacks._trainer import (
     sync_averages,
 )
 from hawq_lightning.callbacks.fault_tolerance import ResumedStates
+from hawq_lightning.layers import forget_calls
 from hawq_lightning.quantization import (
     QuantizedWeight,
     check_plan,
@@ -272,6 +273,7 @@ class ApplyPlan(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Shards are matched by name before anything of ours sees them, and 0.1.0 had other names."""
+        forget_calls()
         if "Missing key in checkpoint" in str(exception) and "_quantizer.num_bits" in str(exception):
             rank_zero_warn(
                 "HAWQ: this folder of shards is of release 0.1.0, whose quantizers have other names there: make one "

@@ -166,9 +166,10 @@ class MeasureTraces(HasResults, Callback):
         ):
             batches = train_batches(trainer, pl_module, config, config.images)
             self._check_types(pl_module, batches[0], loss_fn)
+            trained = trained_by(trainer, pl_module)
             table, nominal = preview(
                 self.quantizer, self.select, pl_module, batches[0], loss_fn, later=batches[1:],
-                trained=trained_by(trainer, pl_module), size_of=config.samples,
+                trained=trained, size_of=config.samples,
             )  # fmt: skip
             self.results.sites, overhead = table, nominal.file_overhead
             warn_of_float(table)

@@ -143,6 +143,10 @@ def deploy(
         raise HawqError("The model is float; call quantize(model, plan) or load_packed(path, model) before the export.")
     if not any(q.bits for m in layers.values() for q in quantizers_of(m)):
         raise HawqError("The model's quantizers were never enabled; call quantize(model, plan) before the export.")
+    if scripted := [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
+        raise HawqError(
+            f"{scripted[0] or 'The model'} is TorchScript, which torch.export cannot follow: export without it."
+        )
     plan = plan_of(model) if plan is None else _named_for(plan, model)
     if uneven := [s for s in plan.sites if s.code not in ("affine", "midrise")]:
         raise HawqError(

@@ -87,7 +87,12 @@ def save_packed(model: nn.Module, plan: Plan, path: str | Path) -> int:
             tensors[f"{name}.{CODES}"] = torch.from_numpy(pack(stored.codes, stored.site.bits))
     layers = quantized_reads_by_name(model)
     warn_off_grid({n: x for n, x in layers.items() if isinstance(x, QuantizedWeight)})
-    rest = {keys: t.detach().cpu().contiguous() for keys, t in rest_to_store(model, plan.sites).items()}
+    beside = rest_to_store(model, plan.sites)
+    if sparse := [keys[0] for keys, t in beside.items() if t.layout != torch.strided]:
+        raise HawqError(
+            f"{sparse[0]!r} is sparse, which the packed file cannot hold: register it with persistent=False."
+        )
+    rest = {keys: t.detach().cpu().contiguous() for keys, t in beside.items()}
     metadata = metadata_of(entries, rest, plan.biases)
     spec = layers[plan.sites[0].layers[0]].spec
     header_bytes = _safetensors.header_bytes(*largest(model, plan.sites, spec, plan.biases))

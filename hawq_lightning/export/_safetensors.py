@@ -24,7 +24,7 @@ from hawq_lightning._types import JsonObject
 DTYPES = {
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.float32: "F32", torch.int32: "I32",
     torch.uint32: "U32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int16: "I16", torch.uint16: "U16",
-    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
 TORCH_TYPES = {name: dtype for dtype, name in DTYPES.items()}
 MOST_ELEMENTS = 1 << 40

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
 from hawq_lightning.layers._held import AttentionQuantizers
@@ -172,7 +172,7 @@ HOLDER = "attention_quantizers"
 
 def holder_of(module: nn.Module) -> AttentionQuantizers | None:
     """The quantizers of a module's attention, if it has some."""
-    held = module._modules.get(HOLDER)
+    held = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(HOLDER)
     return held if isinstance(held, AttentionQuantizers) else None
 
 
@@ -244,6 +244,27 @@ def holder_values(module: nn.Module) -> list[nn.Module]:
 def _learns_or_is_on(quantizer: nn.Module) -> bool:
     """DistributedDataParallel wants gradients of learned steps that are off, too."""
     return is_on(quantizer) or (quantizer.training and next(quantizer.parameters(), None) is not None)
+
+
+def leave_modes(left: Sequence[TorchFunctionMode]) -> None:
+    """Take modes off torch's stack, whatever was put on it since.
+
+    Args:
+        left: modes that nobody will leave any more.
+    """
+    above = []
+    for _ in range(len(_get_current_function_mode_stack())):
+        if (mode := _pop_mode()) not in left:
+            above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
+
+
+def forget_products() -> None:
+    """Leave modules whose forward was cut off by an exception that hooks are not told of (``BaseException``)."""
+    left, _ACTIVE.modes[:] = [*_ACTIVE.modes], []
+    if left:
+        leave_modes(left)
 
 
 class Visited:

@@ -246,6 +246,8 @@ def register_layer(name: str) -> Callable[[Kind], Kind]:
 
 def find_kind(module: nn.Module) -> LayerKind | None:
     """The kind of a layer, float or fake-quant; ``None`` for modules that are no layers, or have to stay float."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # its weights cannot be read through a quantizer
     kind = _kind_of_type(layer_type(module))
     if kind is None:
         return next((k for k in _BY_CONTENTS if isinstance(module, k.fake_quant_type) or k.holds(module)), None)

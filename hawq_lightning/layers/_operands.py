@@ -97,6 +97,8 @@ def makes_attention(module: nn.Module) -> bool:
     kind = find_kind(module)
     if isinstance(kind, AttentionKind):
         return True
+    if isinstance(module, torch.jit.ScriptModule):  # its products cannot be intercepted
+        return False
     return not (kind is not None and kind.by_contents) and _class_makes_attention(layer_type(module))  # type: ignore[arg-type]
 
 

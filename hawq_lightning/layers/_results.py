@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning._types import Options
-from hawq_lightning.layers._attention_products import OPERANDS
+from hawq_lightning.layers._attention_products import OPERANDS, forget_products, leave_modes
 from hawq_lightning.layers._held import HeldQuantizers, ResultQuantizers
 from hawq_lightning.layers._kind import find_kind
 from hawq_lightning.layers._operands import OperandReader
@@ -95,7 +95,7 @@ _VISITS: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Visit]]] = weakref
 
 def results_of(module: nn.Module) -> ResultQuantizers | None:
     """The quantizers of a module's results, if it has some."""
-    held = module._modules.get(RESULTS)
+    held = None if isinstance(module, torch.jit.ScriptModule) else module._modules.get(RESULTS)
     return held if isinstance(held, ResultQuantizers) else None
 
 
@@ -255,6 +255,15 @@ def _leave(module: nn.Module, args: Sequence[object], output: object) -> object:
     if not frames and _NOW.listener is not None:
         _NOW.listener.given(given)
     return None if given is output else given
+
+
+def forget_calls() -> None:
+    """Leave modules whose forward was cut off by an exception that hooks are not told of (``BaseException``)."""
+    forget_products()
+    _NOW.frames.clear()
+    if _NOW.mode is not None:
+        leave_modes([_NOW.mode])
+        _NOW.mode = None
 
 
 def _seen(module: nn.Module, label: str, x: Any) -> Any:

@@ -164,7 +164,7 @@ def _alike(model: nn.Module, plan: Plan, roots: Iterable[nn.Module]) -> Iterator
     """Modules of the form of parts of the network, no plan is for them -> the parts; the outermost ones.
 
     Args:
-        model: the quantized network.
+        model: the network.
         plan: of it.
         roots: where to look.
     """

@@ -10,11 +10,11 @@ import torch
 from hawq_lightning._errors import some
 from hawq_lightning.quantization._fake_quantize import fake_quantize_channels
 from hawq_lightning.quantization._modules import QuantizedWeight
+from hawq_lightning.quantization._ranges import weight_step
 
 _VALUES = 16384  # of a weight that are looked at
-_FACTORS = tuple(3.0**k for k in range(-10, 7) if k)
 _LOST = 0.5  # share of a weight's energy that its levels lack
-_BETTER = 0.5  # what another grid leaves of that
+_BETTER = 0.5  # what a grid that is fitted anew leaves of that
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def off_grid(weights: Mapping[str, QuantizedWeight]) -> list[str]:
     """Names of layers whose weight is far beyond its grid, or so small that the grid rounds it away.
 
     Rounding to a fitted grid has about the least squared error, and training leaves it near. A weight counts as off its
-    grid where half of its energy is lost, and grids that are wider or finer a channel would lose half of that.
+    grid where half of its energy is lost, and a grid of the same kind, fitted anew, would lose half of that.
 
     Args:
         weights: layer name -> weight with its quantizer; those that are off, and quantizers whose levels are no even
@@ -58,15 +58,9 @@ def _is_off(weight: QuantizedWeight) -> bool:
     channels = max(1, len(rows) // 128)
     rows, scale = rows[::channels], scale[::channels]
     rows = rows[:, :: max(1, rows.numel() // _VALUES)].float()
-    energy = float(rows.square().sum())
 
-    def error(factor: float) -> torch.Tensor:
-        half = 1 << (quantizer.bits - 1)
-        levels = fake_quantize_channels(rows, scale * factor, quantizer.zero_point, 0, half)
-        return (levels - rows).square().sum(1)
-
-    now = float(error(1.0).sum())
-    if not _LOST * energy < now < float("inf"):
+    half = 1 << (quantizer.bits - 1)
+    now = float((fake_quantize_channels(rows, scale, quantizer.zero_point, 0, half) - rows).square().sum())
+    if not _LOST * float(rows.square().sum()) < now < float("inf"):
         return False
-    best = torch.stack([error(factor) for factor in _FACTORS]).amin(0)
-    return float(best.sum()) < _BETTER * now
+    return weight_step(rows, quantizer.bits, quantizer.code, 0, quantizer.ranges)[1] < _BETTER * now

@@ -6,7 +6,7 @@ fake-quant network computes what the kernels do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -145,13 +145,13 @@ def put_alike(model: nn.Module, source: nn.Module) -> None:
 
 def drop_biases(model: nn.Module) -> None:
     """Float biases again."""
-    for module in model.modules():
+    for module in _python_modules(model):
         module._modules.pop(BIAS, None)
 
 
 def drop_results(model: nn.Module) -> None:
     """Undo :func:`put_results` and :func:`put_biases`."""
-    found = [m for m in model.modules() if not {RESULTS, BIAS}.isdisjoint(m._modules)]
+    found = [m for m in _python_modules(model) if not {RESULTS, BIAS}.isdisjoint(m._modules)]
     for module in found:
         module._modules.pop(RESULTS, None)
         module._modules.pop(BIAS, None)
@@ -162,9 +162,15 @@ def drop_results(model: nn.Module) -> None:
 Aside = dict[nn.Module, nn.Module]
 
 
+def _python_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All but scripted ones, which take no quantizers."""
+    return (m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
+
+
 def put_aside(model: nn.Module) -> tuple[Aside, Aside]:
     """Take quantizers of results and INT32 biases out for a while: module -> what it had, of either kind."""
-    held = tuple({m: x for m in model.modules() if (x := m._modules.get(key)) is not None} for key in (RESULTS, BIAS))
+    modules = [*_python_modules(model)]
+    held = tuple({m: x for m in modules if (x := m._modules.get(key)) is not None} for key in (RESULTS, BIAS))
     drop_results(model)
     return held  # type: ignore[return-value]
 
@@ -182,7 +188,7 @@ def biases_of(model: nn.Module) -> dict[str, str]:
     """Layers that add INT32 biases -> the BatchNorm that each takes in, or nothing."""
     names = {id(m): n for n, m in reversed(plain_modules(model).items())}
     out = {}
-    for module in model.modules():
+    for module in _python_modules(model):
         bias = module._modules.get(BIAS)
         if isinstance(bias, IntegerBias):
             out[names[id(bias.layer)]] = "" if bias.norm is None else names[id(bias.norm)]

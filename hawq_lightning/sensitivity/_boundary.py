@@ -74,7 +74,9 @@ class Outputs:
 
     def __enter__(self) -> Outputs:
         for name, module in self._model.named_modules():
-            if name not in self._skip and next(module.parameters(recurse=False), None) is not None:
+            if name in self._skip or isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
+            if next(module.parameters(recurse=False), None) is not None:
                 # before the user's hooks, which may keep what they see for the loss
                 self._handles.append(module.register_forward_hook(self._hook(name), prepend=True))
         return self

@@ -148,7 +148,8 @@ def fingerprint(
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                value = value if value.layout == torch.strided else value.to_dense()
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for batch in batches.kept:
         _hash_tensors(batch, digest)
     with torch.enable_grad():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Self
+from functools import partial
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from hawq_lightning._types import FunctionInputs, Options
 # ways to a tensor's memory through which it can be changed unseen; requires_grad_ changes no value
 _DOORS = {"__setitem__", "numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "set_"}
 _HARMLESS = {"requires_grad_", "retain_grad_"}
+_Held = TypeVar("_Held")
 _RENORMALISING = {"embedding", "embedding_bag"}  # with max_norm, their fourth argument
 
 
@@ -55,6 +57,33 @@ class HeldState:
                     tensor.data = data
                 if not torch.equal(tensor.detach(), value):
                     tensor.data.copy_(value)
+
+
+class HeldNames:
+    """Which tensors modules hold under which names: a step may put others there, ``self.centre = 0.9 * self.centre``.
+
+    Args:
+        modules: of a model.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._put_back: list[Callable[[], None]] = []
+        for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it cannot name tensors anew
+            self._put_back.append(partial(_names_again, module._buffers, dict(module._buffers)))
+            self._put_back.append(partial(_names_again, module._parameters, dict(module._parameters)))
+
+    def put_back(self) -> None:
+        """The same tensors under the same names, in their order."""
+        for put_back in self._put_back:
+            put_back()
+
+
+def _names_again(names: MutableMapping[str, _Held], held: Mapping[str, _Held]) -> None:
+    if names.keys() != held.keys() or any(names[n] is not t for n, t in held.items()):
+        names.clear()
+        names.update(held)
 
 
 _TO_PUT_BACK: list[list[KeptParameters]] = []
@@ -210,4 +239,5 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    lazy = isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+    return not tensor.is_meta and not lazy and tensor.layout == torch.strided  # a graph's sparse matrix stays as it is

@@ -20,7 +20,7 @@ from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes
-from hawq_lightning.sensitivity._held_state import put_back_at_end
+from hawq_lightning.sensitivity._held_state import HeldNames, put_back_at_end
 
 # what makes one image's loss depend on chance or on the other images; containers keep their mode, since detection
 # models return losses, and Inception its auxiliary head, in training mode only
@@ -99,7 +99,8 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     attributes = HeldAttributes(_without_quantizers(model))
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    names = HeldNames(_without_quantizers(model))
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.layout == torch.strided]
     needs = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     remembered = ExitStack()
     remembered.enter_context(trainable_remembered(model))
@@ -121,6 +122,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             yield
     finally:
         attributes.put_back()
+        names.put_back()
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

@@ -32,7 +32,7 @@ def loss_signature(context: MeasureContext, first: Batch, batches: Sequence[Batc
         batches: all of them; the first two and at most eight others, evenly over all, are looked at.
         seed: of what the loss draws itself.
     """
-    buffers = [(b, b.detach().clone()) for b in context.model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in context.model.buffers() if b.layout == torch.strided]
     weights = [layer.weight for layer in context.layers.values()]
     weights = [w for w in dict.fromkeys(weights) if isinstance(w, torch.Tensor) and w.is_leaf]
     words = []

@@ -19,7 +19,7 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._fixed_draws import FixedDraws
-from hawq_lightning.sensitivity._held_state import HeldState, KeptParameters, memory_of
+from hawq_lightning.sensitivity._held_state import HeldNames, HeldState, KeptParameters, memory_of
 
 _LOOKS = 2  # calls after which it is known which buffers a loss moves
 
@@ -62,6 +62,7 @@ class _Repeatable:
         self._parameters = KeptParameters(_state(model, nn.Module.parameters))
         self._buffers: list[HeldState] = []
         self._calls = 0
+        self._quantizers = quantizer_parts(model)
         self.draws = FixedDraws(model)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -79,12 +80,16 @@ class _Repeatable:
         for mode in _get_current_dispatch_mode_stack():
             if isinstance(mode, FunctionReads):
                 mode.given_back()
+        names = HeldNames(m for m in model.modules() if m not in self._quantizers)
         moves = not shape_only() and (looking or self._parameters.written or buffers)  # nearly no loss does
         with (
             self._parameters,
             _saved_as_used(self._parameters, buffers) if moves else nullcontext(),
         ):
-            loss = self._loss(model, batch)
+            try:
+                loss = self._loss(model, batch)
+            finally:
+                names.put_back()
         if looking:
             known = {id(t) for earlier in self._buffers for t in earlier.tensors()}
             with _disable_current_modes():

@@ -124,7 +124,7 @@ def exported(task: Task, member: Member, batch: Any, file: Path) -> float | str:
         return "forward takes no positional tensors"
     inputs = member.inputs(batch)
     try:
-        to_onnx(task.net, None, inputs if len(inputs) > 1 else inputs[0], file)
+        to_onnx(task.net, None, inputs if len(inputs) > 1 else inputs[0], file, free_batch=member.free_batch)
     except HawqError as error:
         return str(error).split("\n")[0]
     import onnxruntime

@@ -22,12 +22,14 @@ class Member:
         batch: what its loss reads.
         loss: network, batch -> scalar.
         inputs: batch -> positional inputs of ``forward`` for an exported file; ``None``: it takes no such.
+        free_batch: the first axis of every input is a batch of any size; graphs are exported at their own.
     """
 
     make: Make
     batch: Callable[[], Any]
     loss: Callable[[nn.Module, Any], Tensor]
     inputs: Callable[[Any], tuple[Tensor, ...]] | None = lambda b: (b[0],)
+    free_batch: bool = True
 
 
 def images(size: int, count: int = 2, classes: int = 5) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -201,7 +201,7 @@ def graph_network(kind: str) -> Member:
     def batch() -> tuple[Tensor, Tensor, Tensor]:
         return torch.randn(12, 8), torch.randint(0, 12, (2, 40)), torch.arange(12) % 3
 
-    return Member(make, batch, lambda net, b: F.cross_entropy(net(b[0], b[1]), b[2]), lambda b: (b[0], b[1]))
+    return Member(make, batch, lambda net, b: F.cross_entropy(net(b[0], b[1]), b[2]), lambda b: (b[0], b[1]), False)
 
 
 def _vae_loss(net: nn.Module, batch: Any) -> Tensor:

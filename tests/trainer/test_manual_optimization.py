@@ -117,6 +117,40 @@ def test_manual_optimization(tmp_path, kind):
     assert all(p.requires_grad for p in model.parameters())
 
 
+class ActorCritic(LightningModule):
+    """The critic first, on what the actor says without gradients; its target follows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.actor = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.critic, self.target = (
+            nn.Sequential(nn.Linear(FEATURES + 2, 16), nn.ReLU(), nn.Linear(16, 1)) for _ in range(2)
+        )
+
+    def training_step(self, batch, batch_idx):
+        of_critic, of_actor = self.optimizers()
+        x = batch[0]
+        with torch.no_grad():
+            goal = 1 + 0.9 * self.target(torch.cat([x, self.actor(x)], 1))
+        of_critic.zero_grad()
+        self.manual_backward(F.mse_loss(self.critic(torch.cat([x, torch.zeros(len(x), 2)], 1)), goal))
+        of_critic.step()
+        of_actor.zero_grad()
+        self.manual_backward(-self.critic(torch.cat([x, self.actor(x)], 1)).mean())
+        of_actor.step()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.critic.parameters(), 1e-3), torch.optim.Adam(self.actor.parameters(), 1e-3)
+
+
+def test_a_network_that_a_later_loss_trains_is_no_teacher(tmp_path):
+    with pytest.warns(UserWarning, match=r"actor.0.weight \(.*trained by a later loss.*target") as told:
+        fit(tmp_path, ActorCritic(), loader(), max_epochs=1)
+    (text,) = [str(w.message) for w in told if "stays float" in str(w.message)]
+    assert "target.0.weight (896 B; run without gradients, as teachers are)" in text
+
+
 def test_measuring_takes_no_manual_step(tmp_path):
     results = []
     for name in ("alone", "beside"):

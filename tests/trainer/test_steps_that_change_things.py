@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from hawq_lightning import HAWQ, HawqError, candidates, load_from_checkpoint, measure, sites
+from hawq_lightning import HAWQ, HawqError, MeasureConfig, candidates, load_from_checkpoint, measure, sites
 from hawq_lightning.sensitivity import repeatable
 
 
@@ -257,3 +257,33 @@ def test_a_layer_under_several_names_is_loaded_from_a_checkpoint(tmp_path):
     batch = next(iter(rows()))
     assert torch.equal(again.eval().training_step(batch, 0), net.eval().training_step(batch, 0))
     assert again.b["x"] is again.stem
+
+
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")  # the teacher
+@pytest.mark.parametrize("how", ["length", "batches", "attribute", "in_place"])
+def test_a_schedule_that_asks_the_trainer_for_its_loader(tmp_path, how):
+    class Scheduled(Net):
+        def training_step(self, batch, i):
+            x = batch[0].mul_(0.5) if how == "in_place" else batch[0] * 0.5
+            loader = self.trainer.train_dataloader
+            steps = {"batches": lambda: self.trainer.num_training_batches, "attribute": lambda: len(loader.dataset)}
+            share = self.trainer.global_step / steps.get(how, lambda: len(loader))()
+            return F.cross_entropy(self.net(x), batch[1]) * (1 + share)
+
+    traces = {}
+    for kind in (Scheduled, Net):
+        torch.manual_seed(0)
+        hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / kind.__name__)
+        if kind is Net:
+            hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / "net", measure=MeasureConfig(loss_fn=_halved))
+        trainer = Trainer(
+            max_epochs=1, limit_train_batches=2, callbacks=[hawq], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(kind("copy"), rows())
+        traces[kind] = {r.name: r.trace for r in hawq.sensitivity}
+    assert traces[Scheduled] == traces[Net]
+
+
+def _halved(module, batch):
+    return F.cross_entropy(module.net(batch[0] * 0.5), batch[1])

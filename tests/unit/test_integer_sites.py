@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hawq_lightning as hl
 from hawq_lightning import HawqError, Plan, QuantizerConfig
 from hawq_lightning.export import load_packed, packed_overhead, save_packed, to_onnx, to_pt2e
+from hawq_lightning.layers import forget_calls
 from hawq_lightning.quantization import (
     biases_of,
     enabled_bits,
@@ -194,6 +195,23 @@ def test_activation_checkpointing_gives_the_same_gradients():
     loss_fn(whole, x).backward()
     checkpoint(lambda x: loss_fn(again, x), x, use_reentrant=False).backward()
     assert torch.equal(whole.stem.weight.grad, again.stem.weight.grad)
+
+
+def test_a_pass_that_hooks_are_not_told_the_end_of_leaves_nothing_behind():
+    class Cut(BaseException):
+        pass
+
+    def cut(*_: object) -> None:
+        raise Cut
+
+    net, _ = quantized(Residual, IMAGE)
+    handle = net.head.register_forward_pre_hook(cut)
+    with pytest.raises(Cut):
+        net(torch.randn(BATCH, *IMAGE))
+    handle.remove()
+    forget_calls()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert "norm2:output" in {s.name for s in hl.sites(net, torch.randn(BATCH, *IMAGE), integer="shared")}
 
 
 def test_a_config_that_cannot_be_deployed_is_refused():

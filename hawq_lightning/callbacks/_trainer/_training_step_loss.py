@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
+from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
-from hawq_lightning.sensitivity import HeldAttributes
+from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
 
 
 class _Backward(TorchFunctionMode):
@@ -88,6 +89,19 @@ def loss_from_training_step(
         trainer.state.stage = stage
 
 
+def _has_train_data(trainer: Trainer) -> bool:
+    return trainer.train_dataloader is not None
+
+
+def _set_up_train_data(trainer: Trainer) -> bool:
+    """Make the loaders that ``fit`` would make next, as ``estimated_stepping_batches`` does; whether there are any."""
+    if trainer.state.fn != "fit":
+        return False
+    with random_states_kept():
+        trainer.fit_loop.setup_data()
+    return _has_train_data(trainer)
+
+
 def _loss(
     before: Callable[[], None],
     loss_fn: LossFn | None,
@@ -116,9 +130,19 @@ def _loss(
         AttributeError,
         *kinds("utilities.exceptions.MisconfigurationException", fabric=True),
     )
-    try:
+    spare = None if _has_train_data(module.trainer) else fresh_copy(args)
+
+    def run(args: tuple[object, ...]) -> object:
         with manual_backward(module) if manual else _Backward(backward):
-            out = step(*args)
+            return step(*args)
+
+    try:
+        try:
+            out = run(args)
+        except (TypeError, AttributeError) as error:  # len(self.trainer.train_dataloader): it is not there yet
+            if spare is None or "NoneType" not in str(error) or not _set_up_train_data(module.trainer):
+                raise
+            out = run(spare)
     except LossCaptured as captured:
         return captured.loss
     except expected as error:

@@ -80,7 +80,7 @@ def enable(model: nn.Module, plan: Plan) -> nn.Module:
                     .amax([d for d in range(twin.weight.ndim) if d != twin.weight_quantizer.axis])
                 )
                 twin.weight_quantizer.enable(
-                    s.bits, peak / 2 ** (s.bits - 1) + 1e-4, -0.5 if s.code == "midrise" else 0.0
+                    s.bits, peak / max(2, 2 ** (s.bits - 1)) + 1e-4, -0.5 if s.code == "midrise" else 0.0
                 )
     return model
 

@@ -1,0 +1,82 @@
+"""Sparse matrices of graphs and complex spectral weights beside layers: measured as dense ones, packed or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hawq_lightning as hl
+
+NODES = 9
+
+
+class Graph(nn.Module):
+    def __init__(self, layout: str, persistent: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        dense = torch.rand(NODES, NODES) * (torch.rand(NODES, NODES) < 0.3)
+        forms = {"dense": dense, "coo": dense.to_sparse(), "csr": dense.to_sparse_csr()}
+        self.register_buffer("adjacency", forms[layout], persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.adjacency @ self.first(x))
+        return self.adjacency @ self.second(h)
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.spectrum = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.spectrum, n=8))
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def planned(net: nn.Module, batch, estimator: str) -> tuple[dict[str, float], hl.Plan]:
+    table = hl.sites(net, batch[0])
+    traces = hl.measure(net, [batch], loss, sites=table, estimator=estimator, max_probes=3, rtol=9.0, progress=False)
+    problem = hl.Problem(table, hl.candidates(net, [batch], traces, table, loss), traces)
+    return {r.name: r.trace for r in traces}, hl.select(problem, "6x")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_a_sparse_matrix_is_measured_as_a_dense_one(tmp_path, layout, estimator):
+    torch.manual_seed(1)
+    batch = torch.randn(NODES, 4), torch.arange(NODES) % 3
+    expected, _ = planned(Graph("dense").eval(), batch, estimator)
+    net = Graph(layout, persistent=False).eval()
+    found, plan = planned(net, batch, estimator)
+    assert found == pytest.approx(expected, rel=1e-3)
+    hl.quantize(net, plan)
+    hl.save_packed(net, plan, tmp_path / "net.safetensors")
+    again = hl.load_packed(tmp_path / "net.safetensors", Graph(layout, persistent=False).eval())
+    assert torch.equal(again(batch[0]), net(batch[0]))
+    kept = hl.quantize(Graph(layout).eval(), plan)
+    with pytest.raises(hl.HawqError, match="'adjacency' is sparse.*persistent=False"):
+        hl.save_packed(kept, plan, tmp_path / "kept.safetensors")
+
+
+def test_complex_parameters_are_packed(tmp_path):
+    torch.manual_seed(1)
+    net, batch = Spectral().eval(), (torch.randn(6, 8), torch.arange(6) % 3)
+    _, plan = planned(net, batch, "exact")
+    hl.quantize(net, plan)
+    size = hl.save_packed(net, plan, tmp_path / "net.safetensors")
+    assert size == (tmp_path / "net.safetensors").stat().st_size
+    fresh = Spectral().eval()
+    fresh.spectrum.data.zero_()
+    assert torch.equal(hl.load_packed(tmp_path / "net.safetensors", fresh)(batch[0]), net(batch[0]))
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
+        assert file.get_slice("spectrum").get_dtype() == "C64"
