@@ -3,9 +3,9 @@
     python benchmarks/integer_training.py --weights resnet20_cifar10.pt --root cifar10 [--images 5000] [--steps 60]
 
 Trained ResNet20 is quantized by the callback (8x, activations of 8 and of 4 bits), fine-tuned for some steps on
-CIFAR-10 and written as an integer file and as an exact one; both run in onnxruntime. With ``deploy="exact"`` the integer
-file's own grids are calibrated on 512 training images; with ``deploy="integer"`` nothing is. The packed file must reload
-to the bit.
+CIFAR-10 and written as an integer file and as an exact one; both run in onnxruntime. With ``deploy="exact"`` the
+integer file's own grids are calibrated on 512 training images; with ``deploy="integer"`` nothing is. The packed file
+must reload to the bit.
 """
 
 from __future__ import annotations
