@@ -40,6 +40,7 @@ from hawq_lightning.models import resnet20
 RESULTS = Path(__file__).parent / "results" / "other_tools.json"
 WIDTHS = (4, 5, 6, 8)
 Row = dict[str, object]
+TURN = 0.04  # seconds of one program's calls at a time
 
 
 def images(root: Path, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,16 +134,21 @@ def torchao(args: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def interleaved(runs: list[Callable[[], object]], rounds: int = 40) -> list[float]:
-    """Median milliseconds of CPU time of each, all in turn."""
+def interleaved(runs: list[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Median milliseconds of CPU time of a call of each, in turns of many calls."""
+    calls = [max(1, int(TURN / max(_seconds(run, 3), 1e-6))) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
-    for i in range(rounds + 3):
-        for run, taken in zip(runs, times):
-            start = time.process_time()
-            run()
-            if i >= 3:
-                taken.append(1000 * (time.process_time() - start))
+    for _ in range(rounds):
+        for run, taken, n in zip(runs, times, calls):
+            taken.append(1000 * _seconds(run, n))
     return [statistics.median(t) for t in times]
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
 
 
 def openvino(args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -162,14 +168,17 @@ def openvino(args: argparse.Namespace, folder: Path) -> list[Row]:
         row: Row = {"runtime": runtime, "same class": f"{agreement.same} of {agreement.images}",
                     "accuracy": f"{100 * (logits.argmax(1) == classes.numpy()).mean():.2f}"}  # fmt: skip
         for n, feed in feeds.items():
-            times = interleaved([partial(run.run, None, feed) for run in runs.values()], 200 if n == 1 else 30)
+            times = interleaved([partial(run.run, None, feed) for run in runs.values()])
             row |= {f"float, ms, {n}": f"{times[0]:.2f}", f"x of its float, {n}": f"{times[0] / times[1]:.2f}"}
         rows.append(row)
     return rows
 
 
 def executorch(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(1)  # its pool has as many threads as the machine has cores
 
     def load(path: Path) -> Callable[[torch.Tensor], object]:
         program = Runtime.get().load_program(str(path))
@@ -212,7 +221,7 @@ def mobile(args, folder, name, write, compare_with, load) -> list[Row]:  # type:
         agreement = compare_with(net, path, [pictures])
         feed = {"input": one.numpy()}
         run = load(path)
-        times = interleaved([partial(whole.run, None, feed), partial(run, one)], 300)
+        times = interleaved([partial(whole.run, None, feed), partial(run, one)])
         rows.append({
             "weights": "/".join(map(str, widths)), "bytes": path.stat().st_size,
             "grids": f"{written.integers.planned} planned, {written.integers.calibrated} calibrated",
@@ -226,11 +235,8 @@ def mobile(args, folder, name, write, compare_with, load) -> list[Row]:  # type:
 
 TOOLS: dict[str, tuple[Callable[[argparse.Namespace, Path], list[Row]], str]] = {
     "openvino": (openvino, "## OpenVINO (f32 hint, one thread) and the exact file of 8 bits everywhere,"),
-    "executorch": (
-        executorch,
-        "## ExecuTorch (XNNPACK, one image; CPU time of its pool of two threads, on a busy machine),",
-    ),
-    "litert": (litert, "## LiteRT (int8 in and out, one image), ai-edge-litert"),
+    "executorch": (executorch, "## ExecuTorch (XNNPACK, one image, one thread),"),
+    "litert": (litert, "## LiteRT (int8 in and out, one image, one thread), ai-edge-litert"),
     "qonnx": (qonnx, "## QONNX, run and counted by qonnx"),
     "aimet": (aimet, "## AIMET encodings, loaded by AIMET-ONNX's simulator"),
     "torchao": (torchao, "## torchao, linear layers alone, one thread"),

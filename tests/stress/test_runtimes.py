@@ -15,6 +15,7 @@ import torch
 
 from hawq_lightning import Plan, PlanSite, quantize, sites
 from hawq_lightning.export import to_onnx
+from hawq_lightning.export.onnx import open_session
 from tests.deployed_networks import NETWORKS
 
 pytest.importorskip("onnx")
@@ -111,6 +112,28 @@ def test_all_files_run_in_old_and_new_runtimes(version, files, tmp_path):
         packages = installed(tmp_path / "packages", f"onnxruntime=={version}", *older)
     found = run(files, packages)
     assert len(found) == 4 * len(NETWORKS) and not disagree(found)
+
+
+@pytest.mark.stress
+def test_all_files_run_in_openvino(files):
+    pytest.importorskip("openvino")
+    found: dict[str, float | str] = {}
+    for file in sorted(files.glob("*.onnx")):
+        held = np.load(f"{str(file).rpartition('-')[0]}.npz")
+        try:
+            opened = open_session("openvino", file, 1)
+            (outputs,) = opened.run(None, {opened.get_inputs()[0].name: held["x"]})
+            found[file.stem] = float(np.abs(outputs - held["wanted"]).mean() / held["wanted"].std())
+        except Exception as error:
+            found[file.stem] = f"{type(error).__name__}: {str(error)[:300]}"
+    print(json.dumps(found, indent=1))
+    assert len(found) == 4 * len(NETWORKS)
+    failed = {k: v for k, v in found.items() if isinstance(v, str)}
+    assert not failed, failed
+    # its own integer kernels run the exact file too, so that it moves as the integer one does
+    most = {"eight-exact": 0.06, "mixed-exact": 0.25, "eight-integer": 0.06, "mixed-integer": 0.25}
+    apart = {k: v for k, v in found.items() if v > next(m for end, m in most.items() if k.endswith(end))}
+    assert not apart, apart
 
 
 SIMPLIFY = {

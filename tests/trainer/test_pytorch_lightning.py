@@ -81,7 +81,14 @@ def fit(pl, folder, module, callbacks, epochs=2, ckpt_path=None, **more):
 
 
 @pytest.mark.feature("Modules", "the namespace `pytorch_lightning`", "works: HAWQ in its Trainer's list of callbacks")
-@pytest.mark.parametrize("kind", ["plain", "manual", "builds later", "one callback", "distillation"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "manual",
+        "one callback",
+        *(pytest.param(k, marks=pytest.mark.stress) for k in ("plain", "builds later", "distillation")),
+    ],
+)
 def test_the_same_plan_and_weights_under_both_names(tmp_path, kind):
     found = {}
     for name, pl in NAMES.items():
