@@ -202,12 +202,13 @@ def stop(message: object) -> NoReturn:
 
 def quiet_down() -> None:
     """Hide Lightning's advertisements and advice that does not concern this program's users; the rest is logged."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # through Hydra's handlers, into the log file
+    # through Hydra's handlers, into the log file; which name of Lightning speaks is the last one's that was imported
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.captureWarnings(True)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_ours)
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_ours)
     for text in _ADVICE:
         warnings.filterwarnings("ignore", text)
 

@@ -13,7 +13,7 @@ from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization._ranges import weight_step
 
 _VALUES = 16384  # of a weight that are looked at
-_LOST = 0.5  # share of a weight's energy that its levels lack
+_LOST = 0.8  # share of a weight's energy that its levels lack
 _BETTER = 0.5  # what a grid that is fitted anew leaves of that
 
 
@@ -22,7 +22,7 @@ def off_grid(weights: Mapping[str, QuantizedWeight]) -> list[str]:
     """Names of layers whose weight is far beyond its grid, or so small that the grid rounds it away.
 
     Rounding to a fitted grid has about the least squared error, and training leaves it near. A weight counts as off its
-    grid where half of its energy is lost, and a grid of the same kind, fitted anew, would lose half of that.
+    grid where four fifths of its energy are lost, and a grid of the same kind, fitted anew, would lose half of that.
 
     Args:
         weights: layer name -> weight with its quantizer; those that are off, and quantizers whose levels are no even

@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     return base / "run"
 
 
+@pytest.mark.stress
 def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
     command = [
         BIN / "hawq-lightning-export", f"run_folder={folder}", "images=100", "seconds=0.05", "batch_size=4",
@@ -68,6 +69,7 @@ def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
     assert {f"{r['layer']}.weight" for r in rows} == {s.name for s in plan.weights}, "the run's own names"
 
 
+@pytest.mark.stress
 def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
     (tmp_path / "halving.py").write_text(
         "from hawq_lightning.quantization import WeightQuantizer, register_quantizer\n\n\n"
@@ -87,6 +89,7 @@ def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
     assert done.returncode == 0 and "images (" in done.stdout, done.stderr
 
 
+@pytest.mark.stress
 def test_what_failed_to_export_is_exported_by_the_same_command(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     for name in ("model.onnx", "export.json"):

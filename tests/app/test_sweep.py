@@ -16,7 +16,15 @@ from hydra.core.global_hydra import GlobalHydra
 
 from hawq_lightning import HawqError, Plan, Sensitivity, sites
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
-from hawq_lightning.cli import Recorder, check_choices, make_trainer, run, settings_hash, sweep_dirname_overrides
+from hawq_lightning.cli import (
+    Recorder,
+    check_choices,
+    make_task,
+    make_trainer,
+    run,
+    settings_hash,
+    sweep_dirname_overrides,
+)
 from hawq_lightning.models import resnet20
 from hawq_lightning.report import collect
 from hawq_lightning.sensitivity import TraceCache
@@ -194,12 +202,13 @@ def test_launchers_name_their_extra(monkeypatch):
 
 def test_script_started_processes_are_refused_in_a_sweep(tmp_path, monkeypatch):
     cfg = settings(tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    make_trainer(cfg, "float", [])  # alone it is fine
+    task = make_task(cfg)
+    make_trainer(cfg, "float", [], task)  # alone it is fine
     monkeypatch.setattr(internal("cli._build"), "_in_sweep", lambda: True)
     with pytest.raises(HawqError, match=r"ddp_spawn.*tasks_per_node=2"):
-        make_trainer(cfg, "float", [])
+        make_trainer(cfg, "float", [], task)
     cfg = settings(tmp_path, "trainer=ddp_spawn")
-    assert make_trainer(cfg, "float", []).world_size == 2
+    assert make_trainer(cfg, "float", [], task).world_size == 2
 
 
 def start(cwd, *arguments, **environment):

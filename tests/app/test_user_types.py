@@ -94,6 +94,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
+@pytest.mark.stress
 def test_mypy_strict_knows_what_the_public_names_give_and_sees_wrong_choices(tmp_path):
     (tmp_path / "script.py").write_text(marked("type: ignore"), "utf-8")
     settings = ("--strict", f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}")
@@ -101,6 +102,7 @@ def test_mypy_strict_knows_what_the_public_names_give_and_sees_wrong_choices(tmp
     assert not said, said
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pip install pyright (needs node)")
 def test_pyright_strict_agrees(tmp_path):
     # torch's own stubs are partly unknown to it in strict mode: that is not of this package

@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone"), "auto", 1)[0]
 
 
-STRATEGIES = ["ddp", "ddp_spawn", pytest.param("ddp_fork", marks=pytest.mark.stress)]
+STRATEGIES = ["ddp", *(pytest.param(s, marks=pytest.mark.stress) for s in ("ddp_spawn", "ddp_fork"))]
 
 
 @pytest.mark.feature(
@@ -65,6 +65,7 @@ def test_two_processes(tmp_path, alone, strategy):
     assert not torch.equal(first["state"]["net.0.weight"], alone["state"]["net.0.weight"])  # they did train apart
 
 
+@pytest.mark.stress
 def test_learned_steps_of_two_processes_are_those_of_one(tmp_path):
     first, second = run(tmp_path, "ddp", 2, "lsq")
     (tmp_path / "alone").mkdir()

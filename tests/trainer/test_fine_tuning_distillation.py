@@ -265,6 +265,7 @@ torch.save({"state": model.state_dict(), "distilled": t.logged_metrics["train/di
 """
 
 
+@pytest.mark.stress
 def test_two_processes(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(DDP)

@@ -347,6 +347,7 @@ def test_l1_losses_get_the_fisher_information_of_a_laplace_distribution():
         assert abs(r.trace - found[r.name].trace) <= 4.5 * r.stderr + 1e-9 * r.trace
 
 
+@pytest.mark.stress
 def test_l1_information_beside_a_loss_of_no_closed_form():
     net, batch = build(SharedHead), batch_for(SharedHead)
 
