@@ -31,7 +31,7 @@ def checked(done):
     "results or the packed file",
     "started again it ends with the same plan, weights and packed file to the bit; no finished batch is measured again",
 )
-@pytest.mark.parametrize("count", [2, pytest.param(200, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.stress)])
 def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
     program = "import runpy; runpy.run_module('tests.stress.kills', run_name='__main__')"
     found = checked(python(program, count, 1, cwd=ROOT, timeout=3600))
@@ -44,7 +44,7 @@ def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
     "refused, identical, measured anew, or (what still makes sense) loaded with a warning that it was changed; nothing "
     "is run",
 )
-@pytest.mark.parametrize("count", [50, pytest.param(10_000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.stress)])
 def test_damaged_files_are_refused_or_identical(count):
     # a new Python, so that every import of what was loaded is seen
     command = [sys.executable, "-m", "tests.stress.mutations", str(count), "1"]
