@@ -1,7 +1,7 @@
 """What a back-propagated image costs: a Gauss-Newton probe against a training step, on the paper's and other networks.
 
     pip install 'hawq-lightning[vision,detection]' timm transformers
-    python benchmarks/trace_cost.py [--models resnet50 ...] [--repeat 5]
+    python benchmarks/trace_cost.py [--models resnet50 ...] [--repeat 5] [--no-double]
 
 Random weights, random images of the usual size, one batch. A *training step* is forward and backward in training mode
 with all gradients, without the optimizer. A *probe* is one pass of :func:`hawq_lightning.measure`'s loop: a forward
@@ -158,7 +158,7 @@ def work(name: str, what: str, threads: int) -> None:
         )
 
 
-def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
+def compare(name: str, repeat: int, threads: int, doubled: bool) -> dict[str, Any]:
     processes = {
         what: subprocess.Popen(
             [sys.executable, __file__, "--worker", name, what, "--threads", str(threads)],
@@ -166,14 +166,14 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for what in ("step", "probe", "forms", *(["double"] if name in DOUBLE else []))
+        for what in ("step", "probe", "forms", *(["double"] if doubled else []))
     }
     thin = {what: int(_answer(process)) for what, process in processes.items()}["probe"]
     kinds = {what: (what, 1.0 if thin == 1 or what == "step" else 0.0) for what in ("step", "probe", "forms")}
     if thin > 1:
         kinds["probe with the concave part"] = ("probe", float(thin))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    if name in DOUBLE:
+    if doubled:
         kinds["double backward"] = ("double", 1.0)
         seconds["double backward"] = []
     memory = dict.fromkeys(processes, 0.0)
@@ -191,7 +191,7 @@ def compare(name: str, repeat: int, threads: int) -> dict[str, Any]:
     middle = {kind: statistics.median(v) / count for kind, v in seconds.items()}
     probe = (middle["probe"] * (thin - 1) + middle.get("probe with the concave part", middle["probe"])) / thin
     double = {}
-    if name in DOUBLE:
+    if doubled:
         times = middle["double backward"] / middle["step"]
         double = {"double_backward": {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}}
     return double | {
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-double", action="store_true", help="without double backward, which takes minutes a probe")
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -274,7 +275,8 @@ def main() -> None:
         "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": known,
     }  # fmt: skip
     for name in args.models:
-        report["models"][name] = compare(name, args.repeat, args.threads) | {"date": report["date"]}
+        doubled = name in DOUBLE and not args.no_double
+        report["models"][name] = compare(name, args.repeat, args.threads, doubled) | {"date": report["date"]}
         print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
