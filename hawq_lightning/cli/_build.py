@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
@@ -41,11 +41,10 @@ def make_data(cfg: DictConfig) -> pl.LightningDataModule | None:
     """
     if cfg.get("data") is None:
         return None
-    data: Any = made(cfg.data, "data")
+    data = made(cfg.data, "data")
     if not isinstance(data, kinds("LightningDataModule")):
         raise HawqError(_of_another_kind("data", cfg.data._target_, data, "LightningDataModule"))
-    found: pl.LightningDataModule = data
-    return found
+    return cast(pl.LightningDataModule, data)
 
 
 def make_task(cfg: DictConfig) -> pl.LightningModule:
@@ -62,8 +61,7 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
     needs_net = target is None or argument is not None
     net = make_net(cfg) if cfg.get("model") is not None and needs_net else None
     if own_task and isinstance(net, kinds("LightningModule")):
-        own: pl.LightningModule = net
-        return own
+        return cast(pl.LightningModule, net)
     if target is None:
         raise HawqError(
             "task=null needs a model that is a LightningModule; there is "
@@ -78,11 +76,10 @@ def make_task(cfg: DictConfig) -> pl.LightningModule:
         raise HawqError(
             f"model=null leaves {cfg.task._target_} without a network: give task=lightning_module, or a model."
         )
-    task: Any = made(cfg.task, "task", **({} if net is None else {str(argument): net}))
+    task = made(cfg.task, "task", **({} if net is None else {str(argument): net}))
     if not isinstance(task, kinds("LightningModule")):
         raise HawqError(_of_another_kind("task", cfg.task._target_, task, "LightningModule"))
-    found: pl.LightningModule = task
-    return found
+    return cast(pl.LightningModule, task)
 
 
 def hooks_of(task: pl.LightningModule, data: pl.LightningDataModule | None) -> pl.core.hooks.DataHooks:

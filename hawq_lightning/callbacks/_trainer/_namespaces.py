@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hawq_lightning._errors import HawqError
 
-OURS = "lightning.pytorch"
-_FABRIC = {OURS: "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+_OURS = "lightning.pytorch"
+_FABRIC = {_OURS: "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
 
 def kinds(path: str, fabric: bool = False) -> tuple[type[Any], ...]:
@@ -40,7 +40,7 @@ def kind_beside(obj: object, path: str, fabric: bool = False) -> Any:
         path: as of :func:`kinds`.
         fabric: the same.
     """
-    name = namespace_of(obj) or OURS
+    name = namespace_of(obj) or _OURS
     return _named(_FABRIC[name] if fabric else name, path)
 
 
