@@ -52,6 +52,11 @@ def _basis_bytes(channels: int, bits: int) -> int:
     return FLOAT_BYTES * channels * bits
 
 
+def _table_bytes(channels: int, bits: int) -> int:
+    return FLOAT_BYTES << bits
+
+
 register_code_format("affine")
 register_code_format("midrise")
 register_code_format("codebook", _basis_bytes)
+register_code_format("table", _table_bytes)

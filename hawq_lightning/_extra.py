@@ -12,6 +12,7 @@ _EXTRA_OF = {
     "onnx": "export", "onnxscript": "export", "onnxruntime": "export",
     "qonnx": "qonnx", "torchao": "torchao", "openvino": "openvino",
     "executorch": "executorch", "litert_torch": "litert", "ai_edge_litert": "litert",
+    "bitarray": "huffman",
 }  # fmt: skip
 
 

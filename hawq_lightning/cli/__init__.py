@@ -1,10 +1,12 @@
 """Console scripts: Hydra mains and what they run."""
 
+from hawq_lightning.cli._analyze import main as analyze_main
 from hawq_lightning.cli._build import make_companions, make_data, make_task, make_trainer
 from hawq_lightning.cli._calibration import CalibrationBatches
 from hawq_lightning.cli._collect import main as collect_main
 from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
 from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_dirname_overrides
+from hawq_lightning.cli._export import main as export_main
 from hawq_lightning.cli._export_run import export_run
 from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier
 from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
@@ -16,6 +18,7 @@ from hawq_lightning.cli._renamed_keys import check_renamed
 from hawq_lightning.cli._resume import settings_hash
 from hawq_lightning.cli._run import run
 from hawq_lightning.cli._speeds import uniform
+from hawq_lightning.cli._train import main as train_main
 from hawq_lightning.cli._trusted import check_targets
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "Images",
     "PlainProgressBar",
     "Recorder",
+    "analyze_main",
     "budget_ranges",
     "check_choices",
     "check_renamed",
@@ -31,6 +35,7 @@ __all__ = [
     "dry_run",
     "estimate_seconds",
     "explain",
+    "export_main",
     "export_run",
     "frontier_rows",
     "keep_per_image",
@@ -47,6 +52,7 @@ __all__ = [
     "settings_hash",
     "show_frontier",
     "sweep_dirname_overrides",
+    "train_main",
     "uniform",
     "write_onnx",
 ]

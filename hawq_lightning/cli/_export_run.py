@@ -57,7 +57,8 @@ def export_run(cfg: DictConfig) -> JsonObject:
     folder = Path(cfg.run_folder)
     imports = [cfg.imports] if isinstance(cfg.get("imports"), str) else list(cfg.get("imports") or ())
     run = _settings(folder, cfg.data_root, imports)
-    names = dict.fromkeys((ONNX.name, *([INTEGER.name] if cfg.get("integer") else []), *(cfg.get("formats") or ())))
+    of_onnx = [ONNX.name, *([INTEGER.name] if cfg.get("integer") else [])] if cfg.get("onnx", True) else []
+    names = dict.fromkeys((*of_onnx, *(cfg.get("formats") or ())))
     exporters = [EXPORTERS[name] for name in names]
     written = (*(name for e in exporters for name in e.files("model")), *_WRITTEN)
     place = RunFolder(folder, written)
@@ -84,20 +85,14 @@ def _export(
     real = Images(net, batches, free)
     first = real.first()
     how = {"fold": cfg.fold, "exact": cfg.exact, "storage": cfg.storage, "free_batch": free, "free_size": cfg.free_size}
-    record = write_onnx(
-        folder,
-        net,
-        plan,
-        batches,
-        cfg.images,
-        score=cfg.score,
-        integer=cfg.integer,
-        calibration=seen,
-        seven_bits=cfg.seven_bits,
-        **how,
-    )
+    with_onnx, record = ONNX in exporters, {}
+    if with_onnx:
+        record = write_onnx(
+            folder, net, plan, batches, cfg.images, score=cfg.score, integer=cfg.integer, calibration=seen,
+            seven_bits=cfg.seven_bits, **how,
+        )  # fmt: skip
     for runtime in runtimes[1:]:
-        if cfg.images != 0:
+        if cfg.images != 0 and with_onnx:
             agreement = compare(network_of(net), folder / FILE, real, images=cfg.images, runtime=runtime)
             record[f"agreement_{runtime}"] = agreement.to_dict()
             print(f"{FILE}: {agreement}")
@@ -105,14 +100,14 @@ def _export(
         path = folder / f"model{exporter.suffix}"
         offered = how | {"batches": image_tensors(Images(net, seen, free, real.size), IMAGES)}
         options = {k: v for k, v in offered.items() if k in inspect.signature(exporter.write).parameters}
-        export(network_of(net), plan, path, exporter.name, example_input=first, **options)
+        export(network_of(net), inner(plan, net), path, exporter.name, example_input=first, **options)
         sizes = record.setdefault("files", {})
         sizes |= {name: (folder / name).stat().st_size for name in exporter.files("model")}
         if exporter.verify is not None and cfg.images != 0:
             verified = exporter.verify(network_of(net), path, real, cfg.images)
             record.setdefault("verified", {})[path.name] = verified.to_dict()
             print(f"{path.name}: {verified}")
-    if cfg.speed:
+    if cfg.speed and with_onnx:
         whole, note = _float_network(run, folder)
         fast = folder / INTEGER_FILE if cfg.integer else None
         record |= speeds(
@@ -120,7 +115,7 @@ def _export(
             batch_size=cfg.batch_size, seconds=cfg.seconds, how=how, runtimes=runtimes,
         )  # fmt: skip
         show(record, note)
-    if cfg.table:
+    if cfg.table and with_onnx:
         inner_plan = inner(plan, net)
         for runtime, name in zip(runtimes, _TABLES):
             rows = layer_latencies(

@@ -7,6 +7,14 @@ from hawq_lightning.export._deployed import Deployed, deploy, portable, stored_l
 from hawq_lightning.export._exporters import EXPORTERS, Exporter, Verification, export, register_exporter
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export._folding import Folding, fold_batch_norm
+from hawq_lightning.export._huffman import (
+    HuffmanCheck,
+    HuffmanSize,
+    huffman_size,
+    load_huffman,
+    read_huffman,
+    save_huffman,
+)
 from hawq_lightning.export._integer_ranges import Grid
 from hawq_lightning.export._mobile import (
     MobileAgreement,
@@ -44,6 +52,8 @@ __all__ = [
     "Exporter",
     "Folding",
     "Grid",
+    "HuffmanCheck",
+    "HuffmanSize",
     "IntegerOnly",
     "IntegerProgram",
     "KernelDifferences",
@@ -60,14 +70,18 @@ __all__ = [
     "deploy",
     "export",
     "fold_batch_norm",
+    "huffman_size",
     "kernel_differences",
+    "load_huffman",
     "load_packed",
     "network_of",
     "pack",
     "packed_overhead",
     "portable",
+    "read_huffman",
     "read_packed",
     "register_exporter",
+    "save_huffman",
     "save_packed",
     "stored_layers",
     "stored_sites",

@@ -32,6 +32,7 @@ DESCRIPTION = (
     "of the stored number is the sign of basis k. Activations: (code - zero_point) * scale. Other tensors: as in the "
     "state dict."
 )
+_TABLES = " table: the stored number is that of a level in the table."
 CODES = "codes"
 _PLAIN = "uniform"  # the quantizer that reads even steps
 _FIELDS = ("bits", "code", "shape", "layers", "axis", "dtype", "quantizer")
@@ -123,7 +124,8 @@ def metadata_of(
         biases: layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing.
     """
     aliases = {keys[0]: keys[1:] for keys in rest if len(keys) > 1}
-    metadata = {"format": FORMAT, "version": VERSION, "description": DESCRIPTION, "sites": _text(sites)}
+    tables = _TABLES if any(entry.get("code") == "table" for entry in sites.values()) else ""
+    metadata = {"format": FORMAT, "version": VERSION, "description": DESCRIPTION + tables, "sites": _text(sites)}
     metadata |= {"aliases": _text(aliases)} if aliases else {}
     return metadata | ({"biases": _text(dict(biases))} if biases else {})
 

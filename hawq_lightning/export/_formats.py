@@ -12,6 +12,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch
 from hawq_lightning.export._deployed import Deployed, Inputs
 from hawq_lightning.export._exporters import register_exporter
+from hawq_lightning.export._huffman import HuffmanCheck, HuffmanSize, save_huffman, verify_huffman
 from hawq_lightning.export._mobile import (
     MobileAgreement,
     MobileFile,
@@ -47,6 +48,18 @@ def _verify_onnx(model: nn.Module, path: Path, batches: Iterable[Batch], images:
 @register_exporter("packed", suffix=".safetensors", code_formats=None, even_steps=False, needs_example=False)
 def _write_packed(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> int:
     return save_packed(model, plan, path)
+
+
+def _verify_huffman(model: nn.Module, path: Path, batches: Iterable[Batch], images: int | None) -> HuffmanCheck:
+    return verify_huffman(model, path)
+
+
+@register_exporter(
+    "huffman", suffix=".huffman.safetensors", packages=("bitarray",), code_formats=None, even_steps=False,
+    needs_example=False, verify=_verify_huffman,
+)  # fmt: skip
+def _write_huffman(model: nn.Module, plan: Plan, path: Path, example_input: Inputs | None, /) -> HuffmanSize:
+    return save_huffman(model, plan, path)
 
 
 @register_exporter("onnx", suffix=".onnx", packages=("onnx", "onnxscript"), verify=_verify_onnx)

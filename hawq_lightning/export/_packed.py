@@ -143,7 +143,11 @@ def load_packed(path: str | Path, model: Model) -> Model:
         HawqError: the file is no packed file, damaged, or made for another model (names the sites that differ); the
             model is then as it was.
     """
-    file = read_packed(path)
+    return put_packed(read_packed(path), model)
+
+
+def put_packed(file: PackedFile, model: Model) -> Model:
+    """What :func:`load_packed` does, with a file that was read."""
     check_has_values(model, "load_packed")
     readers = readers_by_name(model)
     rename = renaming(file.weights[0].site.layers[0], list(readers))

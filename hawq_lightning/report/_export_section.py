@@ -12,11 +12,10 @@ _LOOSE = 0.998  # share of images that should keep their class
 
 
 def sentences(run: Run) -> list[str]:
-    """What was exported and how well it agrees, a fact a sentence; empty without an ONNX file."""
+    """What was exported and how well it agrees, a fact a sentence."""
     record = run.export
-    if (size := finite(record.get("onnx_bytes"))) is None:
-        return []
-    lines = [f"model.onnx takes {text.size(size)} ({size:,.0f} bytes)."]
+    of_onnx = finite(record.get("onnx_bytes"))
+    lines = [] if of_onnx is None else [f"model.onnx takes {text.size(of_onnx)} ({of_onnx:,.0f} bytes)."]
     files = record.get("files")
     for name, taken in (files if isinstance(files, Mapping) else {}).items():
         if (size := finite(taken)) is not None:

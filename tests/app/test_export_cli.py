@@ -70,6 +70,19 @@ def test_a_run_is_exported_compared_and_measured(folder, tmp_path):
 
 
 @pytest.mark.stress
+def test_deep_compression_is_a_run_and_a_huffman_file(tmp_path):
+    asked = ["quantizer=kmeans", "quantizer.weight_bits=3", "quantizer.activation_bits=null", "select=uniform"]
+    done = shell("hawq-lightning", *FAST, *asked, "select.budget=10x", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0 and "at 3 bit" in done.stdout + done.stderr, done.stderr
+    done = shell("hawq-lightning-export", "run_folder=run", "onnx=false", "formats=[huffman]", cwd=tmp_path)
+    assert done.returncode == 0 and "the same state, bit for bit" in done.stdout, done.stderr
+    record = json.loads((tmp_path / "run" / "export.json").read_text())
+    verified = record["verified"]["model.huffman.safetensors"]
+    assert verified["same_state"] and verified["mean_bits"] < 3.2
+    assert record["files"]["model.huffman.safetensors"] == verified["file_bytes"]
+
+
+@pytest.mark.stress
 def test_a_quantizer_of_ones_own_is_imported_again(tmp_path):
     (tmp_path / "halving.py").write_text(
         "from hawq_lightning.quantization import WeightQuantizer, register_quantizer\n\n\n"

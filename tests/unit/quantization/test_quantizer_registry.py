@@ -36,8 +36,9 @@ from hawq_lightning.quantization import (
 from tests.trainers import Classifier, hawq, loader, trainer
 from tests.unit.export.test_packed import built, random_plan
 
-PAPERS = ("uniform", "lsq", "pact", "dorefa", "lq_nets", "int_only", "fqn")
+PAPERS = ("uniform", "lsq", "pact", "dorefa", "lq_nets", "int_only", "fqn", "kmeans")
 LEARNED = ("lsq", "pact")
+UNEVEN = {"lq_nets": "codebook", "kmeans": "table"}  # their code formats
 
 USER_FILE = '''
 import torch
@@ -73,14 +74,16 @@ def test_packed_files_give_the_same_logits(tmp_path, name, seed):
     size = save_packed(net, plan, tmp_path / "net")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     net.eval()
-    numbers = {s.name: plan.bits[s.name] if name == "lq_nets" else 1 for s in table.weights}  # a channel
-    variable = sum((s.numel * plan.bits[s.name] + 7) // 8 + 4 * s.channels * numbers[s.name] for s in table.weights)
+    numbers = {s.name: s.channels * (plan.bits[s.name] if name == "lq_nets" else 1) for s in table.weights}
+    if name == "kmeans":
+        numbers = {s.name: 2 ** plan.bits[s.name] for s in table.weights}  # a layer
+    variable = sum((s.numel * plan.bits[s.name] + 7) // 8 + 4 * numbers[s.name] for s in table.weights)
     assert size == packed_overhead(net, table, name) + variable
     back = load_packed(tmp_path / "net", built())
     with torch.no_grad():
         assert torch.equal(net(x), back(x))
-        if name == "lq_nets":
-            with pytest.raises(HawqError, match="codebook, for which ONNX and torch.export have no type"):
+        if name in UNEVEN:
+            with pytest.raises(HawqError, match=f"{UNEVEN[name]}, for which ONNX and torch.export have no type"):
                 deploy(net, plan, x)
         else:
             assert torch.equal(deploy(net, plan, x, fold=False).model(x), net(x))
@@ -124,6 +127,10 @@ def test_integer_arithmetic_on_packed_codes_is_the_fake_quantized_layer(tmp_path
                     sign = ((number >> k) & 1) * 2 - 1
                     shape = [1, -1] + [1] * (x.ndim - 2)
                     out = out + run(codes, sign.double()) * basis[:, k].view(shape)
+            elif site.code == "table":  # sums of the inputs that share an entry, one product for every entry
+                table = file[site.name].storage.tensors["table"].double()
+                number = stored + (1 << (bits - 1))
+                out = sum(run(codes, (number == k).double()) * table[k] for k in range(len(table)))
             else:
                 double = (
                     2 * stored + 1
