@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import torch
 
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._gradients import Pairs, gram_is_less, gram_products, row_dots
 
 Part: TypeAlias = Callable[[slice], torch.Tensor]
@@ -56,7 +57,7 @@ def row_projections(g: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return along.double()
 
 
-def projected_pairs(pairs: Pairs, directions: torch.Tensor) -> ProjectedProducts:
+def projected_pairs(pairs: Pairs, directions: Directions) -> ProjectedProducts:
     """From the gradients themselves, as :meth:`LayerKind.weight_gradients` gives them.
 
     Args:
@@ -127,8 +128,8 @@ def _by_blocks(u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, directi
         block = slice(start, start + step)
         g = torch.matmul(d[:, :, block], u.mT)
         h = g if e is None else torch.matmul(e[:, :, block], u.mT)
-        along = partial(row_projections, directions=directions(block))
-        parts.append(_projected(iter([(g, h)]), along))
+        project = partial(row_projections, directions=directions(block))
+        parts.append(_projected(iter([(g, h)]), project))
     inner, along, other = (
         torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("inner", "along", "other")
     )

@@ -37,9 +37,10 @@ def squeezenext_cifar(num_classes: int = 10, width: float = 1.0, weights: str | 
     channels = [[int(32 * 2**stage * width)] * count for stage, count in enumerate(SQUEEZENEXT_BLOCKS)]
 
     def make(_download: bool) -> nn.Module:
-        net: nn.Module = blocks.SqueezeNext(channels, first, last, in_size=(32, 32), num_classes=num_classes)
-        net.features.init_block = convolutions.conv3x3_block(in_channels=3, out_channels=first, stride=2, bias=True)
-        net.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        model = blocks.SqueezeNext(channels, first, last, in_size=(32, 32), num_classes=num_classes)
+        model.features.init_block = convolutions.conv3x3_block(in_channels=3, out_channels=first, stride=2, bias=True)
+        model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        net: nn.Module = model
         return net
 
     return build("squeezenext_cifar", make, weights=weights, head="output")
