@@ -67,7 +67,7 @@ def adaround(
         with progress_bar("Rounding", len(order), progress) as advance:
             for done, (name, calls) in enumerate(order.items()):
                 layer = layers[name]
-                if _on_even_grid(layer) and not _shared(layer, model):
+                if on_even_grid(layer) and not shared(layer, model):
                     moments = _moments(model, layer, calls, calibration, forward, reference)
                     report[name] = _round(layer, moments, ridge)
                 advance(done + 1)
@@ -137,7 +137,7 @@ def _error(
     return float(((v @ gram - 2 * rows @ mixed) * v).sum() + power.sum())
 
 
-def _on_even_grid(layer: QuantizedWeight) -> bool:
+def on_even_grid(layer: QuantizedWeight) -> bool:
     """Whether codes can be chosen freely: a weight put on any grid point is quantized to that very point."""
     quantizer = layer.weight_quantizer
     if (
@@ -155,5 +155,5 @@ def _on_even_grid(layer: QuantizedWeight) -> bool:
     return torch.equal(quantizer.codes(points), codes.to(torch.int32))
 
 
-def _shared(layer: QuantizedWeight, model: nn.Module) -> bool:
+def shared(layer: QuantizedWeight, model: nn.Module) -> bool:
     return sum(p is layer.weight for m in model.modules() for p in m._parameters.values()) > 1

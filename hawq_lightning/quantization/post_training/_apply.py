@@ -13,6 +13,7 @@ from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.quantization.post_training._adaround import adaround
 from hawq_lightning.quantization.post_training._batchnorm import reestimate_batchnorm
 from hawq_lightning.quantization.post_training._bias_correction import bias_correction
+from hawq_lightning.quantization.post_training._blocks import reconstruct_blocks
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward
 from hawq_lightning.sensitivity import OnDevice
 
@@ -37,6 +38,7 @@ def _rounding(layers: JsonObject) -> str:
 
 METHODS = {
     "adaround": Method(adaround, _rounding),
+    "blocks": Method(reconstruct_blocks, _rounding),
     "bias_correction": Method(
         bias_correction, lambda layers: f"means shifted by {_mean(layers.values()):.3g} standard deviations"
     ),

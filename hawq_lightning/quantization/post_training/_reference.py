@@ -95,7 +95,7 @@ def calls_in_order(
     return counts
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """The rest of the pass is of no interest."""
 
 
@@ -115,11 +115,11 @@ def look_at(
         look(x, output)
         seen += 1
         if seen >= calls:
-            raise _Reached
+            raise Reached
 
     handle = layer.on_call(record)
     try:
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Reached):
             forward(model, batch)
     finally:
         forget_calls()
