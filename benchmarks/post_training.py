@@ -155,7 +155,7 @@ def main() -> None:
             net.load_state_dict(known[done])
             start = time.process_time()
             for method in methods[len(done) :]:
-                METHODS[method](net, calibration, reference=reference)
+                METHODS[method].run(net, calibration, reference=reference)
             seconds = time.process_time() - start
             known[methods] = _copied(net)
             rows.append({

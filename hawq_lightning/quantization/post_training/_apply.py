@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ def check_methods(methods: bool | str | Sequence[str] | None) -> tuple[str, ...]
             raise HawqError(
                 f"post_training={name!r} is unknown; use one of {', '.join(METHODS)}.{nearest(str(name), METHODS)}"
             )
+    if "blocks" in listed and "bias_correction" in listed[listed.index("blocks") :]:
+        warnings.warn(
+            "post_training: bias_correction behind blocks moves the means inside of blocks, which were learned for "
+            "those that they had, and can undo all of it; leave it out, or put it first.",
+            stacklevel=3,
+        )
     return listed
 
 

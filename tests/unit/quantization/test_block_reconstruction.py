@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import PlanSite, load_packed, save_packed, sites
+from hawq_lightning import PlanSite, PostTraining, load_packed, save_packed, sites
 from hawq_lightning.quantization import quantize, quantized_layers
 from hawq_lightning.quantization.post_training import FloatReference, post_training, reconstruct_blocks
 from tests.cases import ConvNet, Sequence1d, SharedHead, Tied, Volume, build
@@ -137,3 +137,9 @@ def test_activations_stay_quantized_inside_of_a_block():
     before = F.mse_loss(model(x), wanted)
     reconstruct_blocks(model, [x], steps=100)
     assert F.mse_loss(model(x), wanted) < 0.97 * before
+
+
+def test_a_correction_that_would_undo_it_is_warned_of():
+    with pytest.warns(UserWarning, match="bias_correction behind blocks"):
+        PostTraining(["blocks", "bias_correction"])
+    PostTraining(["bias_correction", "blocks"])
