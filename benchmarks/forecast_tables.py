@@ -10,7 +10,12 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 DRAWS, LEVEL = 2000, 0.90  # of the bootstrap over plans
-FORECASTS = (("Ω / 2", "omega"), ("P, one point", "fast"), ("P, three points", "accurate"))
+FORECASTS = (
+    ("Ω / 2", "omega"),
+    ("P, one point", "fast"),
+    ("P, three points", "accurate"),
+    ("P, 24 random plans", "paths"),
+)
 STAGES = ("quantizing", "batchnorm")
 Rows = Sequence[Mapping[str, Any]]
 
