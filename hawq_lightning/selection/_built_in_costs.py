@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from hawq_lightning._code_formats import CODE_FORMATS
+from hawq_lightning._code_formats import CODE_FORMATS, code_bytes
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import Layer, Site
 from hawq_lightning.selection._constraints import FLOAT_BITS
@@ -17,6 +17,16 @@ from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._units import BIT_OPERATIONS, BYTES, MILLISECONDS
+
+
+def _code(problem: Problem, site: Site, bits: int) -> str:
+    """The code format of a site's candidate; ``affine`` where it has none of these bits."""
+    return next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
+
+
+def _alive(problem: Problem, elements: Mapping[str, int]) -> Callable[[Site, int], float]:
+    """What a site takes at a time step, of so many elements that are alive then."""
+    return lambda site, bits: code_bytes(elements.get(site.name, 0), bits, _code(problem, site, bits))
 
 
 def _elements(problem: Problem, kind: str) -> int:
@@ -32,8 +42,8 @@ class WeightBytes(SiteCost):
     examples = ('"12x"', '"3.5bit"', '"8MiB"')
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
-        """Bits of the codes / 8, without padding."""
-        return site.numel * bits / 8
+        """Bits of the codes / 8, without padding, and what the format keeps at full precision."""
+        return code_bytes(site.numel, bits, _code(problem, site, bits))
 
     def figures(self, problem: Problem, cost: float) -> dict[str, float]:
         """Size at float32, mean bits, W-Comp."""
@@ -51,8 +61,8 @@ class StoredBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Whole bytes, and the scales or whatever else the code format stores."""
-        code = next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
-        return math.ceil(site.numel * bits / 8) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
+        code = _code(problem, site, bits)
+        return math.ceil(code_bytes(site.numel, bits, code)) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
 
 
 @register_cost("file_bytes")
@@ -134,7 +144,7 @@ class ActivationBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Of one image."""
-        return site.numel * bits / 8
+        return code_bytes(site.numel, bits, _code(problem, site, bits))
 
     def missing(self, problem: Problem) -> str:
         """Activation sites."""
@@ -160,7 +170,7 @@ class PeakActivationBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Of one image; what is alive at a time scales it."""
-        return site.numel * bits / 8
+        return code_bytes(site.numel, bits, _code(problem, site, bits))
 
     def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
         """Steps with the same live sites are one row."""
@@ -169,8 +179,7 @@ class PeakActivationBytes(SiteCost):
             key = tuple(sorted(live.items(), key=lambda item: problem.index[item[0]]))
             most_waiting[key] = max(most_waiting.get(key, 0.0), waiting * FLOAT_BITS / 8)
         return tuple(
-            site_row(problem, lambda s, b, e=dict(key): e.get(s.name, 0) * b / 8, self.kind, waiting)  # type: ignore[misc]
-            for key, waiting in most_waiting.items()
+            site_row(problem, _alive(problem, dict(key)), self.kind, waiting) for key, waiting in most_waiting.items()
         )
 
     def float32(self, problem: Problem) -> float:
