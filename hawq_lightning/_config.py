@@ -204,7 +204,7 @@ class SelectConfig:
     """
 
     budget: Budget | None = "8x"
-    """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``"8MiB"``, ``{"bops": "50%"}``, ``{"act": "7.6x"}``, several, ``None``."""
+    """``"8x"``, ``"3.5bit"``, ``"8MB"``, ``{"bops": "50%"}``, ``{"kl": 0.02}``, ``{"agreement": "99%"}``, several."""
     selector: str = "pareto"
     """Registered name: ``pareto`` (exact), ``monotone`` (the paper's set B), ``uniform`` ..."""
     score: str = "omega"

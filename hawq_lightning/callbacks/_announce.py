@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -73,4 +74,18 @@ def describe(plan: Plan) -> str:
     of_what = compression_text(plan.costs)
     known = any(s.omega is not None for s in plan.sites)
     predicted = f"Omega {plan.omega:.3g}" if known else "Omega not known"
-    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {of_what}; {predicted}."
+    return f"HAWQ plan: {spread}; weights {size / 1024:.1f} KiB, {of_what}; {predicted}.{_of_loss(plan)}"
+
+
+def _of_loss(plan: Plan) -> str:
+    """What a budget by loss led to, as a sentence; nothing where there was none."""
+    by_loss = plan.settings.get("by_loss")
+    if not isinstance(by_loss, Mapping):
+        return ""
+    again = ", BatchNorm measured again" if by_loss.get("after") != "quantizing" else ""
+    kl, agreement = by_loss["kl"], by_loss.get("agreement")
+    parts = [f"KL {kl['measured']:.3g}" + (f" (at most {kl['limit']:g})" if "limit" in kl else "")]
+    if agreement is not None:
+        least = f" (at least {100 * agreement['limit']:g}%)" if "limit" in agreement else ""
+        parts.append(f"{100 * agreement['measured']:.4g}% of the predictions unchanged{least}")
+    return f" Measured on {by_loss.get('measured_on', 'held-out data')}{again}: {', '.join(parts)}."

@@ -20,12 +20,14 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.export import packed_overhead
-from hawq_lightning.quantization import first_order_term, network_inputs, quantizer_of
+from hawq_lightning.quantization import FloatDistance, first_order_term, network_inputs, quantizer_of
 from hawq_lightning.selection import (
+    NO_CLASSES,
     Problem,
     activation_steps,
     check_feasible,
     constraints_of,
+    loss_budget,
     nominal_problem,
     tables_of_budget,
 )
@@ -69,7 +71,8 @@ def preview(
         size_of: number of samples in a batch.
 
     Raises:
-        HawqError: no sites, constraints that contradict each other, or what no plan can meet.
+        HawqError: no sites, constraints that contradict each other, what no plan can meet, or a budget by loss of
+            outputs that cannot be compared.
     """
     spec, budget = quantizer_of(quantizer), select.budget
     weight_bits = check_bits(quantizer.weight_bits, "weight")
@@ -112,6 +115,10 @@ def preview(
         inputs=inputs, quantizer=spec, file_overhead=overhead, **constraints,
     )  # fmt: skip
     check_feasible(problem, budget, select.selector, select.bits)
+    if (loss := loss_budget(budget)) is not None:
+        target = FloatDistance(module, [fresh_copy(batch)], plain)
+        if loss.changed is not None and not target.classifies:
+            raise HawqError(NO_CLASSES)
     return table, problem
 
 

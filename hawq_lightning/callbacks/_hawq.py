@@ -35,7 +35,8 @@ class HAWQ(HasResults, ApplyPlan):
     Args:
         weight_bits: short for ``QuantizerConfig(weight_bits=...)``: widths that weights may take.
         activation_bits: short for ``QuantizerConfig(activation_bits=...)``; ``None`` leaves activations float.
-        budget: short for ``SelectConfig(budget=...)``: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``{"bops": "50%"}`` ...
+        budget: short for ``SelectConfig(budget=...)``: ``"8x"``, ``"3.5bit"``, ``"8MB"``, ``{"bops": "50%"}`` ...;
+            or by loss, ``{"kl": 0.02}``, ``{"agreement": "99%"}``: the smallest plan that measures so on held-out data.
         quantizer: which layers get quantizers, of which kind, and the widths to choose from; a registered name will do.
             ``None``: the kind that ``plan`` was made for, or ``uniform``.
         measure: how traces are measured.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
@@ -18,6 +18,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._stays_float import stays_float
 from hawq_lightning._types import Batch, JsonObject, LossFn
 from hawq_lightning.callbacks._announce import announce, warn_of_float, warn_of_no_codes
+from hawq_lightning.callbacks._choose import Choice
 from hawq_lightning.callbacks._exact_types import check_exact_types
 from hawq_lightning.callbacks._feasible import check_covers, preview, warn_untrained
 from hawq_lightning.callbacks._loss_check import check_csv, check_of_sites
@@ -37,7 +38,6 @@ from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import (
     candidates,
     fake_quant_disabled,
-    loss_of_plan,
     quantizer_of,
     rounding_errors,
 )
@@ -47,11 +47,11 @@ from hawq_lightning.selection import (
     Problem,
     StablePlan,
     constraints_of,
+    loss_budget,
     plan_frontier,
-    select,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, top_eigenvalues
+from hawq_lightning.sensitivity import OnDevice, Sensitivity, guarded_mean_traces, measure
 
 
 class MeasureTraces(HasResults, Callback):
@@ -97,6 +97,10 @@ class MeasureTraces(HasResults, Callback):
             able = " or ".join(n for n in SELECTORS if "stable_plan" in SELECTORS[n].offers)
             raise HawqError(
                 f"stop_when='stable_plan' selects again and again, by {able}; not by {self.select.selector!r}."
+            )
+        if self.measure.stop_when == "stable_plan" and loss_budget(self.select.budget) is not None:
+            raise HawqError(
+                "stop_when='stable_plan' selects again and again, which a budget by loss is too costly for."
             )
         if self.measure.stop_when == "stable_plan" and "quadratic_forms" in SCORES[self.select.score].needs:
             raise HawqError(f"stop_when='stable_plan' redraws traces, which score={self.select.score!r} does not read.")
@@ -206,7 +210,7 @@ class MeasureTraces(HasResults, Callback):
                 traces.forget_partial(sensitivity.fingerprint)
             choices = self.results.candidates = weigh(sensitivity, progress=show)
             problem = Problem(table, choices, sensitivity, overhead, **constraints)
-            plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, problem)
+            plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, choices, problem)
             if trainer.is_global_zero:
                 plan.save(folder / "plan.json")
             if sensitivity is None:
@@ -230,10 +234,21 @@ class MeasureTraces(HasResults, Callback):
             check_exact_types(pl_module, batch, loss_fn)
 
     def _choose(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batches: OnDevice,
+        loss_fn: LossFn,
+        choices: Candidates,
+        problem: Problem,
     ) -> Plan:
         """The plan, the same on every process, with what it came from."""
-        chosen = self._select(trainer, pl_module, batches, loss_fn, problem)
+        choice = Choice(
+            trainer, pl_module, batches, loss_fn, self.quantizer, self.measure, self.select, self.sites,
+            choices, self.progress and shows_progress(trainer),
+        )  # fmt: skip
+        chosen = choice.plan_of(problem)
+        self.eigenvalues = dict(choice.eigenvalues or {})
         if "bootstrap" in self._selector.offers and self.stability_draws:
             chosen = with_bootstrap_stability(problem, chosen, bootstraps=self.stability_draws)
         sensitivity = self.results.sensitivity
@@ -246,40 +261,8 @@ class MeasureTraces(HasResults, Callback):
         settings = {**chosen.settings, **of_traces, "seed": self.measure.seed}
         if sentence := stays_float(self.sites):
             settings["stays_float"] = sentence
-        chosen = self._with_quantizer(chosen).replace(
-            settings=settings, fingerprint="" if sensitivity is None else sensitivity.fingerprint
-        )
+        chosen = chosen.replace(settings=settings, fingerprint="" if sensitivity is None else sensitivity.fingerprint)
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
-
-    def _select(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], loss_fn: LossFn, problem: Problem
-    ) -> Plan:
-        """The plan, with what its selector needs beside traces: eigenvalues, or the measured loss of plans."""
-        config, seed = self.select, self.measure.seed if self.select.seed is None else self.select.seed
-        pick = partial(select, problem, config.budget, config.selector, seed=seed, bits=config.bits)
-        if "eigenvalues" in self._selector.needs:
-            names = [s.name for s in problem.sites if len({c.bits for c in problem.candidates[s.name]}) > 1]
-            eigenvalues = top_eigenvalues(
-                pl_module, batches, loss_fn, sites=self.sites, only=names, rtol=self.measure.rtol,
-                seed=self.measure.seed, progress=self.progress and shows_progress(trainer), shard=shard_of(trainer),
-            )  # fmt: skip
-            if wrong := [n for n, v in eigenvalues.items() if not math.isfinite(v)]:
-                raise HawqError(f"The top eigenvalue of site {wrong[0]!r} is not a finite number; exclude the site.")
-            self.eigenvalues = {n: max(0.0, v) for n, v in eigenvalues.items()}
-            chosen = pick(eigenvalues=self.eigenvalues)
-            return chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
-        if "loss" in self._selector.needs:
-            quantizer = quantizer_of(self.quantizer)
-            attention = self.quantizer.attention
-            names = [n for s in self.sites for n in s.layers]
-            with loss_of_plan(
-                pl_module, batches, loss_fn, quantizer=quantizer, attention=attention, results=names
-            ) as measure_loss:
-                return pick(measure_loss=lambda plan: measure_loss(self._with_quantizer(plan)))
-        return pick()
-
-    def _with_quantizer(self, plan: Plan) -> Plan:
-        return plan.replace(quantizer=self.quantizer.name, quantizer_options=dict(self.quantizer.options))
 
     def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
         try:

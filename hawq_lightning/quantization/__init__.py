@@ -35,8 +35,8 @@ from hawq_lightning.quantization._candidates import candidates, weight_candidate
 from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
-from hawq_lightning.quantization._float_distance import FloatDistance
-from hawq_lightning.quantization._forecast import Forecast, forecast
+from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
+from hawq_lightning.quantization._forecast import After, Forecast, Mode, forecast
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
@@ -48,6 +48,7 @@ from hawq_lightning.quantization._modules import (
     with_quantizers,
 )
 from hawq_lightning.quantization._off_grid import off_grid, warn_off_grid
+from hawq_lightning.quantization._plan_distance import distance_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
 from hawq_lightning.quantization._ranges import activation_step, weight_step
@@ -77,6 +78,7 @@ from hawq_lightning.quantization._trial import (
     first_order_term,
     loss_of_plan,
     loss_per_site,
+    plans_in_place,
     temporarily_quantized,
 )
 
@@ -84,6 +86,7 @@ __all__ = [
     "CODE_FORMATS",
     "MIDRISE_ZERO",
     "ActivationQuantizer",
+    "After",
     "CodeFormat",
     "Enough",
     "FloatDistance",
@@ -92,7 +95,9 @@ __all__ = [
     "Head",
     "HeadOutputs",
     "IntegerBias",
+    "Mode",
     "NetworkCopies",
+    "PlanLoss",
     "QuantizedLayer",
     "QuantizedOperand",
     "QuantizedResult",
@@ -109,6 +114,7 @@ __all__ = [
     "check_plan",
     "disable",
     "distance",
+    "distance_of_plan",
     "drop_results",
     "enable",
     "enable_site",
@@ -129,6 +135,7 @@ __all__ = [
     "per_channel_view",
     "plan_of",
     "plan_with_copies",
+    "plans_in_place",
     "prepare",
     "prepare_alike",
     "prepare_attention_of",

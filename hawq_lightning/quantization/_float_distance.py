@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +19,21 @@ from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head
 from hawq_lightning.sensitivity import batch_digest, isolated_eval, on_device, repeatable
 
 _Tensors = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class PlanLoss:
+    """What quantizing changed in the outputs, the mean over some samples.
+
+    Attributes:
+        kl: KL(float || quantized) of outputs that go into a softmax, in nats; of others the squared error over the
+            variance of the float ones.
+        changed: share of the predictions that are others than the float network's; ``None``: nothing is predicted,
+            since some output goes into no softmax.
+    """
+
+    kl: float
+    changed: float | None = None
 
 
 class FloatDistance:
@@ -71,7 +87,21 @@ class FloatDistance:
     def agreement(self, model: nn.Module, batch: Batch) -> float:
         """Share of the predictions that are those of the float network; of outputs that go into a softmax."""
         then = self._then(batch)
+        return self._agreement(self._outputs(model, batch, then), then)
+
+    @torch.no_grad()
+    def compare(self, model: nn.Module, batch: Batch) -> PlanLoss:
+        """Distance and changed predictions of one batch, in one pass.
+
+        Raises:
+            HawqError: as a call.
+        """
+        then = self._then(batch)
         now = self._outputs(model, batch, then)
+        kl = float(distance(self.heads, now, then))
+        return PlanLoss(kl, 1 - self._agreement(now, then) if self.classifies else None)
+
+    def _agreement(self, now: _Tensors, then: _Tensors) -> float:
         same, count = 0, 0
         for head in self.heads:
             if head.axis is not None:

@@ -152,22 +152,49 @@ def loss_of_plan(
         results: those of the plans' sites, among layers' names.
     """
     mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
+    with plans_in_place(model, quantizer, attention, results) as put:
+
+        def loss_of(plan: Plan) -> float:
+            put(plan)
+            return mean_loss()
+
+        yield loss_of
+
+
+@contextmanager
+def plans_in_place(
+    model: nn.Module,
+    quantizer: str | QuantizerSpec | None = None,
+    attention: bool = False,
+    results: Iterable[str] = (),
+    anew: bool = False,
+) -> Iterator[Callable[[Plan], None]]:
+    """Inside, a function that quantizes the model, in evaluation mode, by a plan; afterwards all is as it was.
+
+    Only sites whose bits differ from the last plan's are enabled again.
+
+    Args:
+        model: float, or with quantizers in any state.
+        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        attention: plans have sites of attention.
+        results: those of the plans' sites, among layers' names.
+        anew: all sites are enabled again, since what their ranges depend on is changed between two plans.
+    """
     enabled: dict[str, PlanSite] = {}
 
-    def loss_of(plan: Plan) -> float:
+    def put(plan: Plan) -> None:
         if not enabled:
             check_plan(model, plan)
         norms = norms_to_fold(model, plan.layers)
         for site in plan.sites:
             last = enabled.get(site.name)
-            if last is None or (last.bits, last.code) != (site.bits, site.code):
+            if last is None or anew or (last.bits, last.code) != (site.bits, site.code):
                 for name in site.layers:
                     enable_site(layers[name], site, norms.get(name))
                 enabled[site.name] = site
-        return mean_loss()
 
     with temporarily_quantized(model, quantizer, attention, results) as layers, isolated_eval(model):
-        yield loss_of
+        yield put
 
 
 def first_order_term(

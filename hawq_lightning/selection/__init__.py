@@ -18,6 +18,7 @@ from hawq_lightning.selection._coupling import group_frontier
 from hawq_lightning.selection._feasible import check_feasible, nominal_problem
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
+from hawq_lightning.selection._loss_budget import LossBudget, loss_budget
 from hawq_lightning.selection._milp import solve
 from hawq_lightning.selection._monotone import monotone_frontier, set_b, set_b_size, trace_order
 from hawq_lightning.selection._pareto import Block
@@ -27,6 +28,7 @@ from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
 from hawq_lightning.selection._scores import SCORES, Score, register_score
 from hawq_lightning.selection._select import select
+from hawq_lightning.selection._select_by_loss import NO_CLASSES, select_by_loss
 from hawq_lightning.selection._selectors import SELECTORS, Selector, register_selector
 from hawq_lightning.selection._settings import constraints_of
 from hawq_lightning.selection._smallest_plan import smallest_plan
@@ -40,6 +42,7 @@ __all__ = [
     "BYTES",
     "COSTS",
     "MILLISECONDS",
+    "NO_CLASSES",
     "SCORES",
     "SELECTORS",
     "Block",
@@ -48,6 +51,7 @@ __all__ = [
     "LatencyTable",
     "LayerCost",
     "LinearCost",
+    "LossBudget",
     "PlanFrontier",
     "Problem",
     "Request",
@@ -69,6 +73,7 @@ __all__ = [
     "format_cost",
     "frontier",
     "group_frontier",
+    "loss_budget",
     "monotone_frontier",
     "nominal_problem",
     "parse_budget",
@@ -82,6 +87,7 @@ __all__ = [
     "sample_set_b",
     "save_tradeoff",
     "select",
+    "select_by_loss",
     "set_b",
     "set_b_count",
     "set_b_size",

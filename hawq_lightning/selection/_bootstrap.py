@@ -10,7 +10,9 @@ import numpy as np
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
-from hawq_lightning.selection._budget import parse_budget
+from hawq_lightning.selection._budget import UpperLimit, parse_budget
+from hawq_lightning.selection._costs import cost_of
+from hawq_lightning.selection._loss_budget import loss_budget
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
 from hawq_lightning.selection._selectors import SELECTORS
@@ -117,6 +119,8 @@ def bootstrap_stability(
         raise HawqError(f"The selector {plan.selector!r} is not repeated under noise; stability is for {able}.")
     limits = parse_budget(plan.budget, problem)
     chosen = problem.choice_of(plan.bits)
+    if loss_budget(plan.budget) is not None:  # met by the plan's size: what would others of that size be?
+        limits = (*limits, UpperLimit("weight_bytes", cost_of(problem, "weight_bytes", chosen), "its size"))
     same = np.zeros(len(problem.groups))
     regret = []
     for factors in bootstrap_factors(problem, seed, bootstraps):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning.selection._cost import Cost
 from hawq_lightning.selection._costs import COSTS, cost_named, cost_rows
+from hawq_lightning.selection._loss_budget import AFTER, LOSS_EXAMPLES, LOSS_WORDS, loss_budget
 from hawq_lightning.selection._problem import Problem
 
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)")
@@ -38,7 +39,9 @@ class BudgetTerm:
 
 
 def read_budget(budget: object, extra_costs: Collection[str] = ()) -> tuple[BudgetTerm, ...]:
-    """Understand a budget, whatever it will mean for a network.
+    """Understand what a budget says of costs, whatever it will mean for a network.
+
+    What it says of the loss is checked, and is what :func:`loss_budget` returns.
 
     Args:
         budget: text, or a mapping of a cost's word or name to text. ``x`` means times smaller than float32, ``%`` of
@@ -57,7 +60,9 @@ def read_budget(budget: object, extra_costs: Collection[str] = ()) -> tuple[Budg
     if isinstance(budget, Mapping):
         if not budget:
             raise HawqError(f"The budget is empty; {_forms()}.")
-        return tuple(_read_entry(key, value, extra_costs) for key, value in budget.items())
+        loss_budget(budget)
+        costs = {k: v for k, v in budget.items() if k in extra_costs or k not in (*LOSS_WORDS, AFTER)}
+        return tuple(_read_entry(key, value, extra_costs) for key, value in costs.items())
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
         raise HawqError(
             f'A budget of {budget} has no unit; did you mean "{budget:g}x", "{budget:g}bit" or "{budget:g}MB"?'
@@ -66,7 +71,7 @@ def read_budget(budget: object, extra_costs: Collection[str] = ()) -> tuple[Budg
 
 
 def parse_budget(budget: object, problem: Problem) -> tuple[UpperLimit, ...]:
-    """Turn a budget into limits on costs.
+    """Turn a budget into limits on costs; there are none in a budget that is by loss alone.
 
     Args:
         budget: see :func:`read_budget`.
@@ -103,7 +108,7 @@ def _read_entry(key: object, value: object, extra_costs: Collection[str]) -> Bud
         raise HawqError(f"The budget {{{key}: {value!r}}} is not understood; use a number.")
     cost = next((COSTS[n] for n in COSTS if key == n or key in COSTS[n].words), None)
     if cost is None:
-        words = [*((COSTS[n].words or (n,))[0] for n in COSTS), *extra_costs]
+        words = [*((COSTS[n].words or (n,))[0] for n in COSTS), *LOSS_WORDS, *extra_costs]
         raise HawqError(f"There is no budget for {key!r}; use {', '.join(words)}.{nearest(str(key), words)}")
     if isinstance(value, (int, float)) and not isinstance(value, bool) and key == cost.name:
         return BudgetTerm(cost.name, _positive(float(value), text), "", text)  # its name says the unit
@@ -154,7 +159,7 @@ def _forms() -> str:
     """One sentence: what a budget may look like."""
     bare = [e for name in COSTS if COSTS[name].bare for e in COSTS[name].examples[:2]]
     named = [f"{{{_word(COSTS[n])}: {COSTS[n].examples[0]}}}" for n in COSTS if not COSTS[n].bare]
-    return f"use {', '.join((*bare, *named))}, or several in one mapping"
+    return f"use {', '.join((*bare, *named, *LOSS_EXAMPLES))}, or several in one mapping"
 
 
 def _word(cost: Cost) -> str:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning.selection._budget import parse_budget
+from hawq_lightning.selection._loss_budget import loss_budget
 from hawq_lightning.selection._plans import make_plan
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._request import Request
@@ -32,7 +34,8 @@ def select(
     Args:
         problem: sites, candidates, constraints, score.
         budget: such as ``"12x"`` or ``{"weights": "12x", "act": "7.6x"}`` (see
-            :func:`hawq_lightning.selection.parse_budget`); may be None for ``manual``.
+            :func:`hawq_lightning.selection.parse_budget`); may be None for ``manual``. Not by loss: see
+            :func:`hawq_lightning.selection.select_by_loss`.
         selector: registered name, see :data:`hawq_lightning.selection.SELECTORS`.
         seed: of ``random``.
         eigenvalues: site name -> top Hessian eigenvalue, for ``top_eigenvalue`` and ``hawq``.
@@ -45,6 +48,11 @@ def select(
     """
     entry = SELECTORS[selector]
     entry.check(budget, bits)
+    if (loss := loss_budget(budget)) is not None:
+        raise HawqError(
+            f"The budget {loss.words()!r} is by loss, for which plans have to be measured: use the callback HAWQ, or "
+            "hawq_lightning.selection.select_by_loss."
+        )
     limits = () if budget is None else parse_budget(budget, problem)
     request = Request(problem, limits, seed, eigenvalues, measure_loss, bits)
     began = time.perf_counter()

@@ -23,7 +23,7 @@ from hawq_lightning.selection._request import Request
 
 Choose = Callable[[Request], list[int]]
 Need = Literal["budget", "bits", "budget or bits", "traces", "eigenvalues", "loss"]
-Offer = Literal["stable_plan", "bootstrap", "preview", "without_traces"]
+Offer = Literal["stable_plan", "bootstrap", "preview", "without_traces", "frontier"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Selector:
             Hessian), ``loss`` (of plans, measured): who asks the selector measures these for it.
         offers: ``stable_plan``: measuring may stop when its plan no longer changes; ``bootstrap``: it is repeated under
             redrawn traces; ``preview``: it chooses the same whatever the scores are, so it is tried before anything is
-            measured; ``without_traces``: it reads neither Ω nor traces, so that ``HAWQ`` measures none for it.
+            measured; ``without_traces``: it reads neither Ω nor traces, so that ``HAWQ`` measures none for it;
+            ``frontier``: under a budget of one cost its plans are those of :func:`plan_frontier`.
     """
 
     name: str
@@ -87,7 +88,7 @@ def register_selector(
     return add
 
 
-@register_selector("pareto", offers=("stable_plan", "bootstrap"))
+@register_selector("pareto", offers=("stable_plan", "bootstrap", "frontier"))
 def pareto(request: Request) -> list[int]:
     """Least total score, Ω by default, under the budgets, exactly."""
     return request.argmin()

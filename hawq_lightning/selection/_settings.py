@@ -10,7 +10,9 @@ from hawq_lightning._config import SelectConfig, config_check
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import PLAN_JSON, read_json
 from hawq_lightning.selection._budget import tables_of_budget
+from hawq_lightning.selection._by_size import check_sizes
 from hawq_lightning.selection._latency import LatencyTable
+from hawq_lightning.selection._loss_budget import loss_budget
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._scores import DEFAULT_SCORE, SCORES
 from hawq_lightning.selection._selectors import SELECTORS
@@ -30,6 +32,8 @@ def check_select(config: SelectConfig) -> None:
     """
     SELECTORS[config.selector].check(config.budget, config.bits)
     SCORES.check(config.score)
+    if loss_budget(config.budget) is not None:
+        check_sizes(config.selector)
     if isinstance(config.bits, (str, Path)):
         read_json(config.bits, "manual plan", PLAN_JSON)
     for key in config.constraints or {}:

@@ -1,8 +1,9 @@
-"""A budget by loss: the smallest plan of a frontier whose measured loss is low enough."""
+"""The smallest of some plans whose measured loss is low enough, found by a few measurements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from hawq_lightning.selection._plan_frontier import PlanFrontier
 
 Expected = Callable[[Mapping[str, int]], float]
 """From the bits of every site to the loss that is expected, such as :meth:`hawq_lightning.quantization.Forecast.of`."""
+TOLERANCE = 0.02
 
 
 def smallest_plan(
@@ -22,7 +24,7 @@ def smallest_plan(
     expected: Expected | None = None,
     *,
     max_cost: float | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
 ) -> tuple[Plan, float]:
     """The smallest plan on a frontier that keeps a limit when its loss is measured.
 
@@ -51,48 +53,71 @@ def smallest_plan(
     if not order:
         least = format_cost(front.problem, front.cost_name, float(cost.min()))
         raise HawqError(f"No plan costs so little: the smallest is {least}.")
-    seen: dict[int, float] = {}
-
-    def passes(k: int) -> bool:
-        seen[k] = measured(front.plan(order[k]))
-        return seen[k] <= limit
-
-    fails, right, ratio = -1, len(order), 1.0
-    while right - fails > 1:
-        if fails >= 0 and right < len(order) and cost[order[right]] <= cost[order[fails]] * (1 + tolerance):
-            break
-        k = _guess(front, order, fails, right, limit / ratio, expected)
-        if passes(k):
-            right = k
-        else:
-            fails = k
-        if expected is not None and (value := expected(front.bits(order[k]))) > 0 and seen[k] > 0:
-            ratio = seen[k] / value
-    if right == len(order):
+    found, seen = first_within(
+        [float(cost[i]) for i in order],
+        limit,
+        lambda k: measured(front.plan(order[k])),
+        None if expected is None else lambda k: expected(front.bits(order[k])),
+        tolerance,
+    )
+    if found is None:
         nearest = min(seen, key=lambda k: seen[k])
         size = format_cost(front.problem, front.cost_name, float(cost[order[nearest]]))
         raise HawqError(
             f"No plan keeps the loss at {limit:g}: the nearest has {seen[nearest]:.3g}, at {size}. Allow more widths, "
             "or a higher loss."
         )
-    plan = front.plan(order[right])
-    return plan.replace(settings={**plan.settings, "measured_loss": seen[right]}), seen[right]
+    plan = front.plan(order[found])
+    return plan.replace(settings={**plan.settings, "measured_loss": seen[found]}), seen[found]
 
 
-def _guess(
-    front: PlanFrontier, order: list[int], fails: int, right: int, limit: float, expected: Expected | None
-) -> int:
-    """The next point to measure, strictly between ``fails`` and ``right``."""
+def first_within(
+    costs: Sequence[float],
+    limit: float,
+    measured: Callable[[int], float],
+    expected: Callable[[int], float] | None = None,
+    tolerance: float = TOLERANCE,
+) -> tuple[int | None, dict[int, float]]:
+    """The first of some plans, in ascending cost, that keeps a limit; for losses that fall along them, but for noise.
+
+    Args:
+        costs: of the plans, ascending.
+        limit: the most that is allowed.
+        measured: number of a plan -> its loss; asked once each.
+        expected: number of a plan -> the loss that is expected, up to a factor that is learned; ``None``: nothing is.
+        tolerance: share of its cost by which the plan found may be larger than one that was seen to fail.
+
+    Returns:
+        its number, ``None`` if none was found, and what was measured.
+    """
+    seen: dict[int, float] = {}
+    fails, right, ratio = -1, len(costs), 1.0
+    while right - fails > 1:
+        if fails >= 0 and right < len(costs) and costs[right] <= costs[fails] * (1 + tolerance):
+            break
+        k = _guess(len(costs), fails, right, limit / ratio, expected)
+        seen[k] = measured(k)
+        if seen[k] <= limit:
+            right = k
+        else:
+            fails = k
+        if expected is not None and 0 < (value := expected(k)) < math.inf and 0 < seen[k] < math.inf:
+            ratio = seen[k] / value
+    return (None if right == len(costs) else right), seen
+
+
+def _guess(count: int, fails: int, right: int, limit: float, expected: Callable[[int], float] | None) -> int:
+    """The next plan to measure, strictly between ``fails`` and ``right``."""
     low, high = fails + 1, right - 1
     if expected is None:
         return (low + high) // 2
     while low < high:  # the first of which so little is expected
         middle = (low + high) // 2
-        if expected(front.bits(order[middle])) <= limit:
+        if expected(middle) <= limit:
             high = middle
         else:
             low = middle + 1
     # a guess at either end hardly narrows the interval: not twice the same side in a row
     width = right - fails
     at_edge = 8 * min(low - fails, right - low) < width
-    return (fails + right) // 2 if at_edge and fails >= 0 and right < len(order) else low
+    return (fails + right) // 2 if at_edge and fails >= 0 and right < count else low

@@ -75,5 +75,16 @@ def main(folder, strategy, devices):
     print("done", flush=True)
 
 
+def by_loss(folder, strategy, devices):
+    """Fit with a budget by loss, whose plans every process measures."""
+    torch.set_num_threads(1)
+    seed_everything(SEED, verbose=False)
+    callback = hawq(weight_bits=(2, 3, 4, 8), budget={"kl": 0.004, "after": "batchnorm"})
+    settings = {"strategy": strategy, "devices": devices, "max_epochs": 1}
+    t = trainer(folder, callback, Report(folder, callback), **settings)
+    t.fit(Classifier(), loader(8), loader(8, shuffle=False))
+    print("done", flush=True)
+
+
 if __name__ == "__main__":
     (learn if len(sys.argv) > 4 else main)(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

@@ -3,7 +3,7 @@
 Tested with lightning 2.6; every private name that the package uses is used here.
 """
 
-from hawq_lightning.callbacks._trainer._data import train_batches
+from hawq_lightning.callbacks._trainer._data import held_out_batches, train_batches
 from hawq_lightning.callbacks._trainer._namespaces import check_trainer, kind_beside, kinds, namespace_of, overrides
 from hawq_lightning.callbacks._trainer._patched_step import (
     StepOutput,
@@ -50,6 +50,7 @@ __all__ = [
     "float_copy",
     "gathered",
     "has_parent",
+    "held_out_batches",
     "in_middle_of_epoch",
     "insert_after",
     "is_sharded",

@@ -53,6 +53,17 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
     return batches
 
 
+def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn) -> list[Batch]:
+    """The first images of the first validation loader; none where there is none, or it is what was measured on."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if trainer.state.fn != "fit" or not source.is_defined() or trainer.limit_val_batches == 0:
+        return []
+    with random_states_kept(seed):
+        loaders = source.dataloader()
+        leaves = tree_flatten(loaders)[0] if isinstance(loaders, (dict, list, tuple)) else [loaders]
+        return _from_loader(leaves[0], images, seed, 0, size_of) if leaves and leaves[0] is not None else []
+
+
 def _loaders(trainer: Trainer) -> Loaders:
     source = trainer.fit_loop._data_source
     if trainer.state.fn == "fit":
@@ -141,6 +152,43 @@ def _until(stream: Iterator[Batch], images: int, size_of: BatchSizeFn) -> list[B
         if count >= images:
             break
     return out
+
+
+def held_out_batches(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    config: MeasureConfig,
+    measured_on: OnDevice,
+    validation: bool = True,
+) -> tuple[OnDevice, OnDevice, str]:
+    """Data to judge plans on, that no forecast has seen: validation data, or train data that are kept apart.
+
+    Args:
+        trainer: whose data are meant.
+        pl_module: its module.
+        config: images, seed, and how samples are counted.
+        measured_on: what traces were measured on, as :func:`train_batches` gave it.
+        validation: use validation data where there are any.
+
+    Returns:
+        batches to judge on, those that are left to forecast on, and what the former are, in words.
+    """
+    size_of, images = config.samples, config.images
+    drawn = _draw_validation(trainer, images, config.seed, size_of) if validation else []
+    what = "validation samples"
+    if not drawn:
+        seen = sum(measured_on.samples(size_of))
+        drawn = draw_batches(trainer, seen + images, config.seed, size_of)[len(measured_on) :]
+        what = "train samples that nothing was measured on"
+    rest = measured_on
+    if drawn:
+        held_out = onto_device(trainer, pl_module, drawn, size_of)
+    elif (count := len(measured_on)) > 1:  # there are no more of them
+        kept = max(1, count // 4)
+        held_out, rest, what = measured_on[-kept:], measured_on[:-kept], "train samples that nothing was forecast from"
+    else:
+        held_out, what = measured_on, "samples, all that there are"
+    return held_out, rest, f"{sum(held_out.samples(size_of))} {what}"
 
 
 def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int) -> OnDevice:

@@ -24,6 +24,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export._deployed import Deployed, Inputs, at_least_two, checked, deploy, first_line, portable
 from hawq_lightning.export._files import check_writable
 from hawq_lightning.export.onnx._proto import describe, too_large, write
+from hawq_lightning.export.onnx._reductions import part_reductions
 from hawq_lightning.export.onnx._session import EXACT, INTEGER, ROUNDED
 from hawq_lightning.export.onnx._seven_bits import at_most_seven_bits
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
@@ -96,6 +97,7 @@ def to_onnx(
         deployed = _integers(proto, deployed, batches, storage)
     else:
         store_weights(proto, storage, exact=exact)
+    part_reductions(proto)
     describe(proto, deployed, INTEGER if integer else EXACT if exact else ROUNDED)
     write(proto, Path(path))
     return deployed

@@ -1,0 +1,119 @@
+"""What plans change in the outputs, measured on data that no forecast has seen; alike on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from hawq_lightning._candidates import Candidates
+from hawq_lightning._config import MeasureConfig, QuantizerConfig
+from hawq_lightning._plan import Plan
+from hawq_lightning._site_table import SiteTable
+from hawq_lightning._types import LossFn
+from hawq_lightning.callbacks._trainer import held_out_batches
+from hawq_lightning.quantization import (
+    After,
+    FloatDistance,
+    Forecast,
+    Mode,
+    PlanLoss,
+    distance_of_plan,
+    forecast,
+    quantizer_of,
+)
+from hawq_lightning.quantization.post_training import reestimate_batchnorm
+from hawq_lightning.sensitivity import OnDevice
+
+
+class HeldOut:
+    """Held-out data, and what is left of the others to forecast on.
+
+    Args:
+        trainer: whose data they are.
+        pl_module: its module, with quantizers off.
+        batches: what traces were measured on.
+        loss_fn: of a batch.
+        config: images, seed, how samples are counted.
+
+    Attributes:
+        what: the data to judge on, in words.
+        target: the distance to the float network on them.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batches: OnDevice,
+        loss_fn: LossFn,
+        config: MeasureConfig,
+    ) -> None:
+        self._trainer, self._module, self._loss_fn, self._config = trainer, pl_module, loss_fn, config
+        draw = partial(held_out_batches, trainer, pl_module, config, batches)
+        self._batches, self._rest, self.what = draw()
+        try:
+            self.target = FloatDistance(pl_module, self._batches, loss_fn)
+        except Exception as error:  # whatever a step makes of batches of another kind
+            if "validation" not in self.what:
+                raise
+            rank_zero_info(f"HAWQ: plans are judged on train data: training_step takes no validation batch ({error}).")
+            self._batches, self._rest, self.what = draw(validation=False)
+            self.target = FloatDistance(pl_module, self._batches, loss_fn)
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether measuring BatchNorm statistics again changes anything."""
+        norms = (m for m in self._module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        return any(m.running_mean is not None for m in norms)
+
+    def forecast(self, table: SiteTable, candidates: Candidates, mode: Mode, after: After, progress: bool) -> Forecast:
+        """What plans will cost, from the data that are not held out.
+
+        Args:
+            table: the sites.
+            candidates: that were weighed.
+            mode: ``fast`` or ``accurate``.
+            after: of which network.
+            progress: show a bar.
+        """
+        made = forecast(
+            self._module, self._rest, self._loss_fn, table, candidates, mode=mode, after=after,
+            batch_size_fn=self._config.samples, progress=progress,
+        )  # fmt: skip
+        if self._trainer.world_size > 1:  # sums of one processor may differ from another's in the last digit
+            made = self._trainer.strategy.broadcast(made)
+        return made
+
+    @contextmanager
+    def measured(
+        self, table: SiteTable, quantizer: QuantizerConfig, after: After
+    ) -> Iterator[Callable[[Plan], PlanLoss]]:
+        """Inside, a function from a plan to what it changes.
+
+        Args:
+            table: the sites.
+            quantizer: the layers'.
+            after: of which network.
+        """
+        settle = None
+        if after != "quantizing" and self.has_norms:
+            settle = partial(reestimate_batchnorm, batches=self._rest, forward=self._loss_fn)
+        with distance_of_plan(
+            self._module, self._batches, self.target, settle=settle, batch_size_fn=self._config.samples,
+            quantizer=quantizer_of(quantizer), attention=quantizer.attention,
+            results=[n for s in table for n in s.layers],
+        ) as distance:  # fmt: skip
+
+            def of(plan: Plan) -> PlanLoss:
+                named = plan.replace(quantizer=quantizer.name, quantizer_options=dict(quantizer.options))
+                loss = distance(named)
+                if self._trainer.world_size > 1:
+                    loss = self._trainer.strategy.broadcast(loss)
+                return loss
+
+            yield of
