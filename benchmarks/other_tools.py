@@ -206,6 +206,31 @@ def litert(args: argparse.Namespace, folder: Path) -> list[Row]:
     return mobile(args, folder, "litert", to_litert, compare_litert, load)
 
 
+def micro(path: Path, pictures: torch.Tensor) -> str:
+    """Classes of the file in the microcontrollers' interpreter beside those in LiteRT's."""
+    try:
+        from tflite_micro import runtime
+    except ModuleNotFoundError:
+        return "no tflite-micro"
+    from ai_edge_litert.interpreter import Interpreter
+
+    whole = Interpreter(str(path), num_threads=1)
+    whole.allocate_tensors()
+    takes, gives = whole.get_input_details()[0], whole.get_output_details()[0]
+    small = runtime.Interpreter.from_file(str(path), arena_size=4 << 20)
+    scale, zero = takes["quantization"]
+    same = equal = 0
+    for image in pictures.numpy():
+        codes = np.clip(np.round(image[None] / scale) + zero, -128, 127).astype(np.int8)
+        whole.set_tensor(takes["index"], codes)
+        whole.invoke()
+        small.set_input(codes, 0)
+        small.invoke()
+        a, b = whole.get_tensor(gives["index"]), small.get_output(0)
+        same, equal = same + int(a.argmax() == b.argmax()), equal + int((a == b).all())
+    return f"{same} of {len(pictures)}, {equal} bit for bit"
+
+
 def mobile(args, folder, name, write, compare_with, load) -> list[Row]:  # type: ignore[no-untyped-def]
     torch.set_num_threads(1)
     x, _ = images(args.root, "train", 256)
@@ -227,6 +252,7 @@ def mobile(args, folder, name, write, compare_with, load) -> list[Row]:  # type:
             "grids": f"{written.integers.planned} planned, {written.integers.calibrated} calibrated",
             "codes clamped": sum(written.integers.clamped.values()),
             **({"delegates": written.delegates, "left": len(written.left)} if name == "executorch" else {}),
+            **({"TFLM gives LiteRT's class": micro(path, pictures)} if name == "litert" else {}),
             "same class": f"{agreement.same} of {agreement.images} ({agreement.same / agreement.images:.1%})",
             "ms": f"{times[1]:.3f}", "x of onnxruntime float": f"{times[0] / times[1]:.2f}",
         })  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hawq_lightning._extra import require
-from hawq_lightning.export.onnx._low_bits import replace_nodes, weights
+from hawq_lightning.export.onnx._low_bits import keep_tensors, replace_nodes, weights
 
 # code width -> codes a row
 _ROW = {1: 8, 2: 4, 3: 3, 4: 2, 5: 2, 6: 2, 8: 1}
@@ -76,10 +76,7 @@ def look_up_weights(proto: Any) -> dict[str, int]:
     tensors: dict[str, Any] = {}
     for name, levels in chosen.items():
         nodes += _unpacked(name, arrays[name], levels, tensors)
-    kept = [t for t in proto.graph.initializer if t.name not in chosen]
-    rest = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(rest)
+    keep_tensors(proto, {t.name for t in proto.graph.initializer} - set(chosen))
     replace_nodes(proto, [*nodes, *proto.graph.node], [onnx.numpy_helper.from_array(a, n) for n, a in tensors.items()])
     return {n: chosen[n].bits if n in chosen else 8 * arrays[n].itemsize for n in arrays}
 

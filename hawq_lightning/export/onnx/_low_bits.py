@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,11 +113,18 @@ def replace_nodes(proto: Any, nodes: Sequence[Any], more: Sequence[Any]) -> None
     onnx = require("onnx")
     copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
     read = set(_read_by(copies))
-    stored = [onnx.TensorProto.FromString(t.SerializeToString()) for t in (*proto.graph.initializer, *more)]
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(t for t in stored if t.name in read)
+    proto.graph.initializer.extend(more)
+    keep_tensors(proto, read)
+
+
+def keep_tensors(proto: Any, names: Container[str]) -> None:
+    """Drop initializers of other names, without a copy of those that stay: they may take gigabytes."""
+    stored = proto.graph.initializer
+    for index in reversed(range(len(stored))):
+        if stored[index].name not in names:
+            del stored[index]
 
 
 def _read_by(nodes: Iterable[Any]) -> Iterator[str]:

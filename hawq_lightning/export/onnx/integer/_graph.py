@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from hawq_lightning._extra import require
-from hawq_lightning.export.onnx._low_bits import replace_nodes
+from hawq_lightning.export.onnx._low_bits import keep_tensors, replace_nodes
 
 Node: TypeAlias = Any
 """An ``onnx.NodeProto``."""
@@ -81,11 +81,7 @@ class Graph:
     def store(self) -> None:
         """Write nodes in an order in which they can run, and new constants, into the model."""
         onnx = require("onnx")
-        kept = [
-            onnx.TensorProto.FromString(t.SerializeToString()) for n, t in self._stored.items() if n not in self._new
-        ]
-        del self.proto.graph.initializer[:]
-        self.proto.graph.initializer.extend(kept)
+        keep_tensors(self.proto, set(self._stored) - set(self._new))
         del self.proto.graph.value_info[:]
         replace_nodes(self.proto, self._ordered(), [onnx.numpy_helper.from_array(a, n) for n, a in self._new.items()])
 
