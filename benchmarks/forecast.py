@@ -1,19 +1,23 @@
 """What rounding will cost, forecast and measured: single sites by quadratic forms, whole plans by path attribution.
 
     python benchmarks/forecast.py --data cifar10 --weights resnet20_cifar10.pt [--plans 64] [--threads 1]
+    python benchmarks/forecast.py --network squeezenext_cifar --weights squeezenext_cifar.pt
+    python benchmarks/forecast.py --network vit_digits --weights vit-1.pt --parts single plans
 
-ResNet20 as trained, images of CIFAR-10, batches of 128. Judged by the KL divergence from the float network's outputs.
+A trained network, images of CIFAR-10 (or of scikit-learn's digits, for the vision transformer of
+recipes/small_transformers), batches of 128. Judged by the KL divergence from the float network's outputs.
 
 1. Single sites at 2, 3 and 4 bits, weights and activations: Omega / 2 and Q / 2, by all output columns and by drawn
    probes, against the KL when that site alone is quantized, on the same images.
 2. Random plans of the weights with 2.5 and 3 bits on average (widths 2, 3, 4, 6, 8 drawn evenly, then single sites
    moved until the mean is met), against the KL on held-out images: right after quantizing, and with BatchNorm
    statistics measured again on the images that the forecast saw. Forecasts: Omega / 2; P with one point and with three.
+3. ``mixed``: the same with activations of 4 bits on average, drawn likewise.
 
 Spearman's rank correlation, and the median of measured / forecast. Every part is kept in the results file as soon as it
 is there, and not made again: delete the file to begin anew.
 
-Results: benchmarks/results/forecast.{json,md}.
+Results: benchmarks/results/forecast_NETWORK.{json,md}.
 """
 
 from __future__ import annotations
@@ -21,21 +25,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
+from forecast_tables import tables
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from hawq_lightning import Candidates, Problem, SiteTable, candidates, measure, quantize, sites
-from hawq_lightning.data import ImageFolderDataModule
-from hawq_lightning.models import resnet20
+from hawq_lightning import Candidates, Problem, Site, SiteTable, candidates, measure, models, quantize, sites
+from hawq_lightning.data import DigitsDataModule, ImageFolderDataModule
 from hawq_lightning.quantization import (
     FloatDistance,
     forecast,
@@ -48,8 +51,9 @@ from hawq_lightning.selection import select
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SINGLE, WIDTHS = (2, 3, 4), (2, 3, 4, 6, 8)
-MEANS = (2.5, 3.0)
-BATCH = 128
+MEANS, ACTIVATION_MEAN = (2.5, 3.0), 4.0
+NETWORKS = ("resnet20", "squeezenext_cifar", "mobilenet_cifar", "vit_digits")
+BATCH, PARTS = 128, ("single", "plans", "mixed")
 Batches = list[Any]
 
 
@@ -60,7 +64,15 @@ def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def images_of(args: argparse.Namespace) -> tuple[nn.Module, Batches, Batches]:
     """The trained network, train images for forecasts, held-out images for measurements."""
-    data = ImageFolderDataModule(args.data, num_classes=10, augment="none", memory=False)
+    if args.network == "vit_digits":
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "small_transformers"))
+        import nets
+
+        data, net = DigitsDataModule(), nets.Grey()
+        models.load_weights(net, args.weights)
+    else:
+        data = ImageFolderDataModule(args.data, num_classes=10, augment="none", memory=False)
+        net = getattr(models, args.network)(weights=args.weights)
     data.setup("fit")
 
     def draw(dataset: Any) -> Batches:
@@ -68,8 +80,7 @@ def images_of(args: argparse.Namespace) -> tuple[nn.Module, Batches, Batches]:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].tolist()
         return list(DataLoader(Subset(dataset, order), BATCH))
 
-    net = resnet20(weights=args.weights).eval()
-    return net, draw(data.train_dataloader().dataset), draw(data.val_dataloader().dataset)
+    return net.eval(), draw(data.train_dataloader().dataset), draw(data.val_dataloader().dataset)
 
 
 def single_sites(net: nn.Module, batches: Batches, table: SiteTable) -> dict[str, Any]:
@@ -79,9 +90,9 @@ def single_sites(net: nn.Module, batches: Batches, table: SiteTable) -> dict[str
     took: dict[str, float] = {}
     weighed: dict[str, Candidates] = {}
     for name, settings in (("all columns", {"estimator": "exact"}), ("drawn probes", {})):
-        began = time.perf_counter()
+        began = time.process_time()
         traces = measure(net, batches, loss_fn, sites=table, rounding=rounding, progress=False, **settings)
-        took[name] = time.perf_counter() - began
+        took[name] = time.process_time() - began
         weighed[name] = candidates(net, batches, traces, table, loss_fn, **widths)
     rows = loss_per_site(net, batches, FloatDistance(net, batches, loss_fn), table, weighed["all columns"])
     for row in rows:
@@ -91,46 +102,51 @@ def single_sites(net: nn.Module, batches: Batches, table: SiteTable) -> dict[str
     return {"rows": rows, "seconds": took}
 
 
-def random_bits(table: SiteTable, mean: float, generator: torch.Generator) -> dict[str, int]:
-    """Weight bits whose mean over elements is ``mean``, within a twentieth of a bit."""
-    weights, total = table.weights, sum(s.numel for s in table.weights)
-    steps = torch.randint(0, len(WIDTHS), (len(weights),), generator=generator).tolist()
+def random_bits(of: Sequence[Site], mean: float, generator: torch.Generator) -> dict[str, int]:
+    """Bits of sites whose mean over elements is ``mean``, within a twentieth of a bit."""
+    total = sum(s.numel for s in of)
+    steps = torch.randint(0, len(WIDTHS), (len(of),), generator=generator).tolist()
     while True:
-        off = sum(WIDTHS[k] * s.numel for k, s in zip(steps, weights)) / total - mean
+        off = sum(WIDTHS[k] * s.numel for k, s in zip(steps, of)) / total - mean
         if abs(off) <= 0.05:
-            return {s.name: WIDTHS[k] for s, k in zip(weights, steps)}
-        i = int(torch.randint(0, len(weights), (1,), generator=generator))
+            return {s.name: WIDTHS[k] for s, k in zip(of, steps)}
+        i = int(torch.randint(0, len(of), (1,), generator=generator))
         moved = steps[i] - (1 if off > 0 else -1)
         # a step that overshoots is taken now and then, so that no plan is a dead end
-        change = (WIDTHS[moved] - WIDTHS[steps[i]]) * weights[i].numel / total if 0 <= moved < len(WIDTHS) else 0.0
+        change = (WIDTHS[moved] - WIDTHS[steps[i]]) * of[i].numel / total if 0 <= moved < len(WIDTHS) else 0.0
         if change and (abs(off + change) < abs(off) or float(torch.rand(1, generator=generator)) < 0.1):
             steps[i] = moved
 
 
 def whole_plans(
     net: nn.Module, batches: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any], plans: int,
-    keep: Callable[[], None],
+    keep: Callable[[], None], mixed: bool = False,
 ) -> None:  # fmt: skip
-    """Part 2, into ``part``: forecasts first, then a row a plan."""
-    widths = {"weight_bits": WIDTHS, "activation_bits": None}
+    """Parts 2 and 3, into ``part``: forecasts first, then a row a plan."""
+    widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
     traces = measure(net, batches, loss_fn, sites=table, progress=False)
     weighed = candidates(net, batches, traces, table, loss_fn, **widths)
     found = part.setdefault("forecasts", {})
     forecasts = {}
-    for after in ("quantizing", "batchnorm"):
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    for after in ("quantizing", "batchnorm")[: 1 + has_norm]:
         for mode in ("fast", "accurate"):
-            began = time.perf_counter()
+            began = time.process_time()
             made = forecasts[after, mode] = forecast(net, batches, loss_fn, table, weighed, mode=mode, after=after)
             found[f"{mode}, after {after}"] = {
-                "seconds": time.perf_counter() - began, "forecast": dict(made.forecast_uniform),
+                "seconds": time.process_time() - began, "forecast": dict(made.forecast_uniform),
                 "measured": dict(made.measured_uniform),
             }  # fmt: skip
     keep()
-    problem = Problem(SiteTable(table.weights, table.layers), weighed, traces)
+    chosen = SiteTable([s for s in table if s.name in weighed], table.layers)
+    problem = Problem(chosen, weighed, traces)
     target = FloatDistance(net, held_out, loss_fn)
     rows = part.setdefault("rows", [])
     generator = torch.Generator().manual_seed(1)
-    drawn = [(mean, random_bits(table, mean, generator)) for _ in range(plans) for mean in MEANS]
+    drawn = []
+    for mean in MEANS * plans:
+        bits = random_bits(chosen.weights, mean, generator)
+        drawn.append((mean, bits | (random_bits(chosen.activations, ACTIVATION_MEAN, generator) if mixed else {})))
     float_state = {k: v.clone() for k, v in net.state_dict().items()}
     for mean, bits in drawn[len(rows) :]:
         plan = select(problem, None, "manual", bits=bits)
@@ -139,9 +155,10 @@ def whole_plans(
             row[f"{mode}, after {after}"] = made.of(bits)
         quantize(net, plan)
         row["after quantizing"] = kl(net, held_out, target)
-        reestimate_batchnorm(net, batches)
-        net.eval()
-        row["after batchnorm"] = kl(net, held_out, target)
+        if has_norm:
+            reestimate_batchnorm(net, batches)
+            net.eval()
+            row["after batchnorm"] = kl(net, held_out, target)
         unquantize(net)
         net.load_state_dict(float_state)
         rows.append(row)
@@ -156,99 +173,44 @@ def kl(net: nn.Module, batches: Batches, target: FloatDistance) -> float:
     return sum(float(target(net, b)) * len(b[1]) for b in batches) / sum(len(b[1]) for b in batches)
 
 
-def correlation(rows: Sequence[Mapping[str, Any]], predicted: str, measured: str) -> tuple[float, float]:
-    """Spearman's, and the median of measured / predicted."""
-    a, b = [r[predicted] for r in rows], [r[measured] for r in rows]
-    return float(spearmanr(a, b).statistic), statistics.median(y / x for x, y in zip(a, b) if x > 0)
-
-
-def tables(report: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# What rounding costs, forecast and measured", "",
-        f"{report['date']}, ResNet20 on CIFAR-10, {report['images']} images, torch {report['torch']}, "
-        f"{report['threads']} threads. Made by `benchmarks/forecast.py`, whose head says how.",
-    ]  # fmt: skip
-    if rows := report.get("single", {}).get("rows"):
-        lines += [
-            "", "## Single sites", "", "Spearman with the measured KL; median measured / (predicted / 2).", "",
-            "| sites | predicted by | " + " | ".join(f"{b} bits" for b in SINGLE) + " |",
-            "|---|---|" + "---|" * len(SINGLE),
-        ]  # fmt: skip
-        for kind in ("weight", "activation"):
-            for what in ("omega", "q"):
-                for how in ("all columns", "drawn probes"):
-                    cells = []
-                    for bits in SINGLE:
-                        some = [r for r in rows if r["kind"] == kind and r["bits"] == bits]
-                        rank, ratio = correlation(some, f"{what}, {how}", "measured")
-                        cells.append(f"{rank:.3f}; {2 * ratio:.2f}")
-                    name = {"omega": "Ω", "q": "Q"}[what]
-                    lines.append(f"| {kind}s | {name}, {how} | " + " | ".join(cells) + " |")
-        seconds = report["single"]["seconds"]
-        lines += ["", "Seconds to measure: " + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()) + "."]
-    if rows := report.get("plans", {}).get("rows"):
-        lines += [
-            "", "## Whole plans", "",
-            f"{len(rows)} random plans of the weights, {report['plan images']} images for the forecast and as many "
-            "held-out ones for the KL. Spearman with it; median measured / forecast.", "",
-            "| mean bits | forecast | right after quantizing | BatchNorm measured again |", "|---|---|---|---|",
-        ]  # fmt: skip
-        for mean in MEANS:
-            some = [r for r in rows if r["mean"] == mean]
-            for name, key in (("Ω / 2", "omega"), ("P, one point", "fast"), ("P, three points", "accurate")):
-                cells = []
-                for after in ("quantizing", "batchnorm"):
-                    predicted = key if key == "omega" else f"{key}, after {after}"
-                    cells.append("{:.3f}; {:.2f}".format(*correlation(some, predicted, f"after {after}")))
-                lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
-        lines += [
-            "",
-            "Uniform networks on the images of the forecast, forecast / measured (the sum of the shares):",
-            "",
-        ]
-        lines += ["| forecast | " + " | ".join(f"{b} bits" for b in WIDTHS) + " |", "|---|" + "---|" * len(WIDTHS)]
-        for name, made in report["plans"]["forecasts"].items():
-            cells = [f"{made['forecast'][str(b)]:.3g} / {made['measured'][str(b)]:.3g}" for b in WIDTHS]
-            lines.append(f"| {name} ({made['seconds']:.0f} s) | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Make what is missing of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/tmp/data/cifar10"), help="folder with train/ and val/")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--plan-images", type=int, default=256, help="for the second part")
     parser.add_argument("--plans", type=int, default=64, help="of each mean")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--parts", nargs="+", default=["single", "plans"], choices=["single", "plans"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "forecast.json"
+    file = args.out / f"forecast_{args.network}.json"
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     report |= {
         "date": time.strftime("%Y-%m-%d"), "images": args.images, "plan images": args.plan_images,
-        "torch": torch.__version__, "threads": args.threads,
+        "torch": torch.__version__, "network": args.network, "threads": args.threads,
     }  # fmt: skip
 
     def keep() -> None:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(report) + "\n", encoding="utf-8")
         part.replace(file)
-        (args.out / "forecast.md").write_text(tables(json.loads(json.dumps(report))), encoding="utf-8")
+        file.with_suffix(".md").write_text(tables(json.loads(json.dumps(report))), encoding="utf-8")
 
     net, batches, held_out = images_of(args)
     table = sites(net, batches[0][0])
     if "single" in args.parts and "single" not in report:
         report["single"] = single_sites(net, batches[: -(-args.images // BATCH)], table)
         keep()
-    if "plans" in args.parts:
-        few = slice(-(-args.plan_images // BATCH))
-        whole_plans(net, batches[few], held_out[few], table, report.setdefault("plans", {}), args.plans, keep)
+    few = slice(-(-args.plan_images // BATCH))
+    for name in ("plans", "mixed"):
+        if name in args.parts:
+            part = report.setdefault(name, {})
+            whole_plans(net, batches[few], held_out[few], table, part, args.plans, keep, mixed=name == "mixed")
     print(tables(json.loads(json.dumps(report))))
 
 

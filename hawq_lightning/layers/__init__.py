@@ -14,6 +14,7 @@ from hawq_lightning.layers._attention_products import (
 from hawq_lightning.layers._computed import bake_parametrizations
 from hawq_lightning.layers._conv import ConvKind, ConvTransposeKind
 from hawq_lightning.layers._conv_gradients import by_kernel
+from hawq_lightning.layers._directions import Directions, KeptDirections, Rows
 from hawq_lightning.layers._embedding import EmbeddingBagKind, EmbeddingKind
 from hawq_lightning.layers._fake_quant import (
     ActivationQ,
@@ -93,6 +94,7 @@ __all__ = [
     "AttentionQuantizers",
     "ConvKind",
     "ConvTransposeKind",
+    "Directions",
     "EmbeddingBagKind",
     "EmbeddingKind",
     "FakeQuantLayer",
@@ -100,6 +102,7 @@ __all__ = [
     "FunctionLinearKind",
     "HeldQuantizers",
     "InnerProductsKind",
+    "KeptDirections",
     "LayerCall",
     "LayerKind",
     "LinearKind",
@@ -113,6 +116,7 @@ __all__ = [
     "RecurrentKind",
     "ResultQuantizers",
     "ResultReader",
+    "Rows",
     "SamePaddingKind",
     "WeightQ",
     "WeightRead",

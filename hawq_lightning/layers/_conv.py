@@ -17,6 +17,7 @@ from hawq_lightning.layers._conv_modules import (
     QConvTranspose2d,
     QConvTranspose3d,
 )
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._gradients import Pairs
 from hawq_lightning.layers._kind import LayerCall, LayerKind, register_layer
 from hawq_lightning.layers._projections import ProjectedProducts
@@ -41,7 +42,7 @@ class ConvKind(LayerKind):
         return conv_inner_products(calls, per_sample, self.transposed)
 
     def projected_products(
-        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: Directions
     ) -> ProjectedProducts:
         """By whatever is least work."""
         return conv_projected_products(calls, per_sample, self.transposed, directions)

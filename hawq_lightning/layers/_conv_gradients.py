@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._gradients import (
     Factors,
     Pairs,
@@ -45,16 +46,19 @@ def conv_inner_products(calls: Sequence[LayerCall], per_sample: bool, transposed
 
 
 def conv_projected_products(
-    calls: Sequence[LayerCall], per_sample: bool, transposed: bool, directions: torch.Tensor
+    calls: Sequence[LayerCall], per_sample: bool, transposed: bool, directions: Directions
 ) -> ProjectedProducts:
     """See :meth:`hawq_lightning.layers.LayerKind.projected_products`."""
     if _least_work(calls, per_sample, transposed)[1]:
         return projected_pairs(conv_gradients(calls, per_sample, transposed), directions)
     layer = as_conv(calls[0].layer)
     u, d, e = joined([_factors(call, per_sample, transposed) for call in calls])
-    matrices = directions.reshape(len(directions), layer.groups, layer.weight.shape[0] // layer.groups, -1)
-    none = all(call.other is None for call in calls)
-    return projected_factors(u, d, None if none else e, matrices.mT if transposed else matrices)
+    other = None if all(call.other is None for call in calls) else e
+    if int(layer.groups) == 1 and not transposed:
+        return projected_factors(u, d, other, len(directions), lambda b: directions.part(0, b).flatten(2)[:, None])
+    matrices = directions.whole().reshape(len(directions), layer.groups, layer.weight.shape[0] // layer.groups, -1)
+    matrices = matrices.mT if transposed else matrices
+    return projected_factors(u, d, other, len(directions), lambda b: matrices[:, :, b])
 
 
 def _least_work(calls: Sequence[LayerCall], per_sample: bool, transposed: bool) -> tuple[bool, bool]:

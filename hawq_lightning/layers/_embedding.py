@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ
 from hawq_lightning.layers._gradients import Pairs, row_dots
 from hawq_lightning.layers._kind import LayerCall, LayerKind, WeightRead, register_layer, weight_of
@@ -89,15 +90,16 @@ class _TableKind(LayerKind):
         return torch.cat(out)
 
     def projected_products(
-        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: Directions
     ) -> ProjectedProducts:
         """``<G_n, D_w> = sum_t <d_t, D_w[x_t]>``: the rows of ``D_w`` looked up."""
         of_calls = [_positions(call, per_sample) for call in calls]
         index, d, e = (torch.cat(x, 1) for x in zip(*of_calls))
         same = all(call.other is None for call in calls)
         along, other = [], []
-        for direction in directions:
-            looked_up = F.embedding(index, direction.to(d))
+        rows, where = index.unique(return_inverse=True)
+        for direction in directions.part(0, rows):
+            looked_up = F.embedding(where, direction.to(d))
             along.append(row_dots(d, looked_up))
             other.append(along[-1] if same else row_dots(e, looked_up))
         first = torch.stack(along, 1)

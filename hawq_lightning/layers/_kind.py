@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hawq_lightning._errors import HawqError
 from hawq_lightning._registry import Registry
 from hawq_lightning.layers._adopted import changes, is_parametrized, qualified_names
+from hawq_lightning.layers._directions import Directions, KeptDirections
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
 from hawq_lightning.layers._gradients import Pairs, row_dots
 from hawq_lightning.layers._projections import ProjectedProducts, projected_pairs
@@ -154,7 +155,7 @@ class LayerKind:
         return torch.cat([row_dots(g, h) for g, h in self.weight_gradients(calls, per_sample)])
 
     def projected_products(
-        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: Directions
     ) -> ProjectedProducts:
         """The same, and ``<G_n, D>`` of ``directions`` ``[directions, *weight.shape]``. Override it with the other."""
         return projected_pairs(self.weight_gradients(calls, per_sample), directions)
@@ -321,7 +322,9 @@ def inner_products(calls: Sequence[LayerCall], per_sample: bool) -> torch.Tensor
     return row_dots(*_summed(of_kind, per_sample))
 
 
-def projected_products(calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor) -> ProjectedProducts:
+def projected_products(
+    calls: Sequence[LayerCall], per_sample: bool, directions: Directions | torch.Tensor
+) -> ProjectedProducts:
     """What :func:`inner_products` gives, and ``<G_n, D_w>`` of every row and direction.
 
     Args:
@@ -329,6 +332,8 @@ def projected_products(calls: Sequence[LayerCall], per_sample: bool, directions:
         per_sample: a row is an index of the first axis; otherwise all of the batch is one row.
         directions: ``[directions, *weight.shape]``.
     """
+    if isinstance(directions, torch.Tensor):
+        directions = KeptDirections(directions)
     of_kind = _by_kind(calls)
     if not of_kind:
         inner = _no_rows(calls, per_sample)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._fake_quant import ActivationQ, FakeQuantLayer, WeightQ
 from hawq_lightning.layers._gradients import (
     Factors,
@@ -55,12 +56,16 @@ class MatrixGradients(LayerKind):
         return torch.cat([row_dots(g, h) for g, h in self._products(calls, factors)])
 
     def projected_products(
-        self, calls: Sequence[LayerCall], per_sample: bool, directions: torch.Tensor
+        self, calls: Sequence[LayerCall], per_sample: bool, directions: Directions
     ) -> ProjectedProducts:
         """By whatever is least work."""
         u, d, e = joined(_factors(calls, per_sample))
         none = all(call.other is None for call in calls)
-        return projected_factors(u, d, None if none else e, self.matrices(directions)[:, None])
+
+        def part(rows: slice) -> torch.Tensor:
+            return self.matrices(directions.part(self.channel_axis, rows))[:, None]
+
+        return projected_factors(u, d, None if none else e, len(directions), part)
 
     def matrices(self, directions: torch.Tensor) -> torch.Tensor:
         """Tensors ``[n, *weight.shape]`` as matrices ``[n, C, K]``."""

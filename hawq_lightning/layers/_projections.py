@@ -7,15 +7,22 @@ the gradient is formed anyway, this takes one dot product a direction. Where it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
+from hawq_lightning.layers._directions import Directions
 from hawq_lightning.layers._gradients import Pairs, gram_is_less, gram_products, row_dots
 
+Part: TypeAlias = Callable[[slice], torch.Tensor]
+"""From a range of channels to what directions are there."""
+
 _FORMING = 8  # what writing and reading a gradient costs, in multiplications an element
-_CACHED = 1 << 18  # elements of gradients formed at a time on a CPU
-_CHUNK = 1 << 25  # and elsewhere
+_CACHED = 1 << 20  # elements of gradients formed at a time on a CPU; with fewer, products of few rows are slow
+_CHUNK = 1 << 25  # and elsewhere; elements of directions at a time
 
 
 @dataclass(frozen=True)
@@ -50,24 +57,37 @@ def row_projections(g: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return along.double()
 
 
-def projected_pairs(pairs: Pairs, directions: torch.Tensor) -> ProjectedProducts:
+def projected_pairs(pairs: Pairs, directions: Directions) -> ProjectedProducts:
     """From the gradients themselves, as :meth:`LayerKind.weight_gradients` gives them.
 
     Args:
         pairs: G and G', some rows at a time.
-        directions: ``[directions, *shape]`` of one gradient.
+        directions: of the gradients' shape.
     """
+    few = _CHUNK // max(1, directions.shape.numel() // directions.shape[1]) or 1
+    if few >= directions.shape[1]:
+        whole = directions.whole()
+        return _projected(pairs, lambda g: row_projections(g, whole))
+
+    def by_rows(g: torch.Tensor) -> torch.Tensor:  # of a table of many words
+        blocks = (slice(start, start + few) for start in range(0, directions.shape[1], few))
+        return torch.stack([row_projections(g[:, b], directions.part(0, b)) for b in blocks]).sum(0)
+
+    return _projected(pairs, by_rows)
+
+
+def _projected(pairs: Pairs, project: Callable[[torch.Tensor], torch.Tensor]) -> ProjectedProducts:
     inner, along, other = [], [], []
     for g, h in pairs:
         inner.append(row_dots(g, h))
-        along.append(row_projections(g, directions))
-        other.append(along[-1] if h is g else row_projections(h, directions))
+        along.append(project(g))
+        other.append(along[-1] if h is g else project(h))
     first = torch.cat(along)
     return ProjectedProducts(torch.cat(inner), first, first if _same(along, other) else torch.cat(other))
 
 
 def projected_factors(
-    u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, directions: torch.Tensor
+    u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, count: int, directions: Part
 ) -> ProjectedProducts:
     """Of gradients ``D U^T``, by whatever is less work.
 
@@ -75,9 +95,10 @@ def projected_factors(
         u: ``[rows, groups, K, T]``.
         d: ``[rows, groups, C, T]``.
         e: D' of the same shape; ``None`` where it is D.
-        directions: ``[directions, groups, C, K]``.
+        count: of directions.
+        directions: ``[directions, groups, C, K]``, of some C.
     """
-    (count, groups, c, k), positions = directions.shape, u.shape[-1]
+    (groups, c), (k, positions) = d.shape[1:3], u.shape[2:]
     by_gram = gram_is_less(positions, c, k)
     # either way T C K multiplications make a gradient, or one direction's forward pass
     if not by_gram or positions + count + _FORMING < count * positions:
@@ -85,14 +106,19 @@ def projected_factors(
         if not by_gram or positions**2 * (c + k) > _FORMING * c * k:
             return formed
         return replace(formed, inner=gram_products(u, d, d if e is None else e))
-    rows = directions.permute(1, 0, 2, 3).reshape(groups, count * c, k).to(u)
-    ahead = torch.matmul(rows, u).view(len(u), groups, count, c, positions)
-    along = _along(ahead, d)
+    step = max(1, _CHUNK // (count * groups * k))
+    parts = []
+    for start in range(0, c, step):
+        block = slice(start, start + step)
+        rows = directions(block).permute(1, 0, 2, 3).reshape(groups, -1, k).to(u)
+        ahead = torch.matmul(rows, u).unflatten(2, (count, -1))
+        parts.append([_along(ahead, x[:, :, block]) for x in ((d,) if e is None else (d, e))])
+    sides = [side[0] if len(side) == 1 else torch.stack(side).sum(0) for side in zip(*parts)]
     inner = gram_products(u, d, d if e is None else e)
-    return ProjectedProducts(inner, along, along if e is None else _along(ahead, e))
+    return ProjectedProducts(inner, sides[0], sides[-1])
 
 
-def _by_blocks(u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, directions: torch.Tensor) -> ProjectedProducts:
+def _by_blocks(u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, directions: Part) -> ProjectedProducts:
     """From gradients formed some channels at a time: each part is used up while it is in the cache."""
     samples, groups, c, _ = d.shape
     most = _CACHED if u.device.type == "cpu" else _CHUNK
@@ -102,7 +128,8 @@ def _by_blocks(u: torch.Tensor, d: torch.Tensor, e: torch.Tensor | None, directi
         block = slice(start, start + step)
         g = torch.matmul(d[:, :, block], u.mT)
         h = g if e is None else torch.matmul(e[:, :, block], u.mT)
-        parts.append(projected_pairs(iter([(g, h)]), directions[:, :, block]))
+        project = partial(row_projections, directions=directions(block))
+        parts.append(_projected(iter([(g, h)]), project))
     inner, along, other = (
         torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("inner", "along", "other")
     )

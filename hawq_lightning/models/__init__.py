@@ -1,5 +1,6 @@
-"""Networks: ResNet20 for small images, and the paper's four."""
+"""Networks: ResNet20 and two compact ones for small images, and the paper's four."""
 
+from hawq_lightning.models._compact import mobilenet_cifar, squeezenext_cifar
 from hawq_lightning.models._inception_v3 import inception_blocks, inception_v3
 from hawq_lightning.models._resnet20 import resnet20
 from hawq_lightning.models._resnet50 import resnet50
@@ -19,10 +20,12 @@ __all__ = [
     "inception_blocks",
     "inception_v3",
     "load_weights",
+    "mobilenet_cifar",
     "resnet20",
     "resnet50",
     "retinanet_resnet18",
     "retinanet_resnet50",
     "retinanet_torchvision",
     "squeezenext",
+    "squeezenext_cifar",
 ]

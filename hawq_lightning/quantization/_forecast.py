@@ -172,7 +172,7 @@ class _Path:
         self._model = model
         self._weights = {s.name: layers[s.layers[0]] for s in sites.weights if s.name in candidates}
         self._errors = {
-            s.name: weight_errors(layers[s.layers[0]], [self.chosen[s.name]], spec, norms.get(s.layers[0]))[0]
+            s.name: weight_errors(layers[s.layers[0]], [self.chosen[s.name]], spec, norms.get(s.layers[0])).whole()[0]
             for s in sites.weights
             if s.name in candidates
         }

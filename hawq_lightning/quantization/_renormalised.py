@@ -16,7 +16,7 @@ from torch import nn
 
 from hawq_lightning._batches import plain_tensor
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.layers import WeightReader
+from hawq_lightning.layers import Directions, Rows, WeightReader
 from hawq_lightning.sensitivity import isolated_eval, on_device, repeatable
 
 
@@ -47,8 +47,8 @@ def renormalised(
     batches: Sequence[Batch],
     loss_fn: LossFn,
     layers: Mapping[str, tuple[WeightReader, nn.Module]],
-    errors: Mapping[str, torch.Tensor],
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    errors: Mapping[str, Directions],
+) -> dict[str, tuple[Directions, torch.Tensor]]:
     """What is left of the rounding errors of weights whose layer has a BatchNorm of its own.
 
     Args:
@@ -56,10 +56,10 @@ def renormalised(
         batches: whose statistics are compared, before and after rounding.
         loss_fn: runs the model on a batch.
         layers: weight site -> its only layer, and the BatchNorm behind it.
-        errors: weight site -> ``Q_w(W) - W``, ``[candidates, *weight.shape]``.
+        errors: weight site -> ``Q_w(W) - W`` of every candidate.
 
     Returns:
-        weight site -> ``r Q_w(W) - W`` by channel, of the errors' shape; ``mu - r mu_q``, ``[candidates, channels]``.
+        weight site -> the errors, then ``r Q_w(W) - W`` by channel; ``mu - r mu_q``, ``[candidates, channels]``.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     loss_fn = repeatable(model, loss_fn)
@@ -75,7 +75,7 @@ def renormalised(
 
 @contextmanager
 def _watched(
-    layers: Mapping[str, tuple[WeightReader, nn.Module]], errors: Mapping[str, torch.Tensor]
+    layers: Mapping[str, tuple[WeightReader, nn.Module]], errors: Mapping[str, Directions]
 ) -> Iterator[dict[str, _Moments]]:
     """Inside, every call of a layer adds to the moments of its outputs: of the float weight, then of the rounded."""
     moments: dict[str, _Moments] = {}
@@ -103,8 +103,8 @@ def _watched(
 
 
 def _left(
-    reader: WeightReader, norm: nn.Module, errors: torch.Tensor, moments: _Moments
-) -> tuple[torch.Tensor, torch.Tensor]:
+    reader: WeightReader, norm: nn.Module, errors: Directions, moments: _Moments
+) -> tuple[Directions, torch.Tensor]:
     eps = float(getattr(norm, "eps", 0.0))
     deviation = (moments.m2 / max(moments.count, 1) + eps).sqrt()
     ratio = deviation[:1] / deviation[1:].clamp_min(torch.finfo(torch.float64).tiny)
@@ -112,5 +112,25 @@ def _left(
     weight, axis = reader.weight.detach(), reader.channel_axis
     shape = [len(errors), *(1 for _ in weight.shape)]
     shape[1 + axis] = -1
-    left = ratio.reshape(shape).to(weight.dtype) * (weight + errors) - weight
-    return left, offsets.to(weight.dtype)
+    return Renormalised(errors, weight, ratio.reshape(shape).to(weight.dtype)), offsets.to(weight.dtype)
+
+
+class Renormalised(Directions):
+    """Rounding errors ``Q_w(W) - W``, and after them ``r Q_w(W) - W``.
+
+    Args:
+        errors: of every candidate.
+        weight: float.
+        ratio: r of every candidate and channel, shaped so that it broadcasts against the errors.
+    """
+
+    def __init__(self, errors: Directions, weight: torch.Tensor, ratio: torch.Tensor) -> None:
+        super().__init__(2 * len(errors), weight.shape)
+        self._errors, self._weight, self._ratio = errors, weight, ratio
+
+    def part(self, axis: int, rows: Rows) -> torch.Tensor:
+        """See :meth:`Directions.part`."""
+        at = (slice(None),) * axis + (rows,)
+        errors, weight = self._errors.part(axis, rows), self._weight[at]
+        ratio = self._ratio[(slice(None), *at)] if self._ratio.shape[1 + axis] > 1 else self._ratio
+        return torch.cat([errors, ratio * (weight + errors) - weight])

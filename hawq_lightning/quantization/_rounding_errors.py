@@ -1,4 +1,8 @@
-"""What the quantizers of every candidate change: Q_w(W) - W of weights, Q_w(a) - a of activations as they are read."""
+"""What the quantizers of every candidate change: Q_w(W) - W of weights, Q_w(a) - a of activations as they are read.
+
+Errors of weights are made from the weight whenever a layer is reached: those of five widths would take five times its
+memory, and to read so much takes as long as to round again what is in the cache.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.layers import WeightReader, renew_weight
-from hawq_lightning.quantization._fake_quantize import even_levels
+from hawq_lightning.layers import Directions, KeptDirections, Rows, WeightReader, renew_weight
+from hawq_lightning.quantization._fake_quantize import even_channel_levels, even_levels, per_channel_view
 from hawq_lightning.quantization._fold import norms_to_fold
-from hawq_lightning.quantization._quantizers import ActivationQuantizer
+from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization._renormalised import renormalised
 from hawq_lightning.sensitivity import RoundingErrors
@@ -34,8 +38,7 @@ def rounding_errors(
     """The real rounding error of every candidate, for ``measure(..., rounding=)``.
 
     Args:
-        model: whose weights are rounded; left as it was. The errors take as much memory as its weights, times the
-            candidates of each.
+        model: whose weights are rounded; left as it was. They must not change while the errors are in use.
         candidates: from :func:`hawq_lightning.candidates`; traces are not needed for them.
         sites: table of the model.
         batches: by which BatchNorm is measured again: then there are the errors that it leaves, too.
@@ -50,7 +53,7 @@ def rounding_errors(
     layers, _ = quantizable_layers(model)
     norms = norms_to_fold(model, sites.layers)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    weights = {
+    weights: dict[str, Directions] = {
         s.name: weight_errors(layers[s.layers[0]], candidates[s.name], spec, norms.get(s.layers[0]))
         for s in sites.weights
         if s.name in candidates
@@ -67,7 +70,7 @@ def rounding_errors(
             if s.name in weights and s.layers[0] in norms
         }
         for name, (left, added) in renormalised(model, batches, loss_fn, own, weights).items():
-            weights[name] = torch.cat([weights[name], left])
+            weights[name] = left
             offsets[name] = torch.cat([torch.zeros_like(added), added])
         key += " and BatchNorm"
     return RoundingErrors(candidates.by_site, weights, activations, key, offsets)
@@ -75,8 +78,8 @@ def rounding_errors(
 
 def weight_errors(
     layer: WeightReader, candidates: Sequence[Candidate], spec: QuantizerSpec, norm: nn.Module | None = None
-) -> torch.Tensor:
-    """``Q_w(W) - W``, ``[candidates, *weight.shape]``.
+) -> Directions:
+    """``Q_w(W) - W`` of every candidate.
 
     Args:
         layer: that reads the weight.
@@ -86,13 +89,44 @@ def weight_errors(
     """
     renew_weight(layer.module)
     weight, axis = layer.weight.detach(), layer.channel_axis
-    quantizer = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
-    quantizer.fold(norm)
-    errors = []
+    quantizers = []
     for c in candidates:
+        quantizer = spec.weight_quantizer(weight.shape[axis], axis).to(weight.device)
+        quantizer.fold(norm)
         quantizer.fit(weight, c.bits, c.code)
-        errors.append(quantizer.eval_weight(weight.float()).to(weight.dtype) - weight)
-    return torch.stack(errors)
+        quantizers.append(quantizer)
+    if all(type(q).quantize is WeightQuantizer.quantize for q in quantizers):
+        return WeightRounding(weight, axis, quantizers)
+    return KeptDirections(torch.stack([q.eval_weight(weight.float()).to(weight.dtype) - weight for q in quantizers]))
+
+
+class WeightRounding(Directions):
+    """``Q_w(W) - W`` of even grids, a step a channel.
+
+    Args:
+        weight: float.
+        axis: channel axis.
+        quantizers: switched on, one a candidate.
+    """
+
+    def __init__(self, weight: torch.Tensor, axis: int, quantizers: Sequence[WeightQuantizer]) -> None:
+        super().__init__(len(quantizers), weight.shape)
+        self._weight = weight
+        self._grids = [(per_channel_view(q.scale, weight, axis), q.zero, 1 << (q.bits - 1)) for q in quantizers]
+
+    def part(self, axis: int, rows: Rows) -> torch.Tensor:
+        """See :meth:`Directions.part`."""
+        at = (slice(None),) * axis + (rows,)
+        weight = self._weight[at]
+        out = weight.new_empty(len(self), *weight.shape)
+        for error, (step, zero, half) in zip(out, self._grids):
+            step = step[at] if step.shape[axis] > 1 else step
+            if weight.dtype == torch.float32:
+                even_channel_levels(weight, step, zero, half, error).sub_(weight)
+            else:
+                levels = even_channel_levels(weight.float(), step, zero, half)
+                error.copy_(levels.to(weight.dtype) - weight)
+        return out
 
 
 class ActivationRounding:

@@ -21,6 +21,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._fields import check_names, number, sequence, table, text, whole
 from hawq_lightning._plan import Candidate
 from hawq_lightning._types import JsonObject
+from hawq_lightning.layers import Directions
 
 ActivationErrors = Callable[[torch.Tensor], Iterator[torch.Tensor]]
 """From what a site reads to ``Q_w(a) - a`` of each of its candidates, in their order, in memory of its own."""
@@ -32,8 +33,9 @@ class RoundingErrors:
 
     Attributes:
         candidates: site -> its candidates, as many as there are errors.
-        weights: weight site -> ``Q_w(W) - W``, ``[candidates, *weight.shape]``. A layer with a BatchNorm of its own may
-            have as many rows more, ``sd / sd_q Q_w(W) - W`` by channel: what is left once that is measured again.
+        weights: weight site -> ``Q_w(W) - W`` of every candidate, made when it is wanted. A layer with a BatchNorm of
+            its own may have as many rows more, ``sd / sd_q Q_w(W) - W`` by channel: what is left once that is
+            measured again.
         activations: activation site -> what makes ``Q_w(a) - a``.
         key: what they depend on beside weights and data, for fingerprints.
         offsets: weight site with such rows -> what is added to the channels of the output besides, a row each: zeros,
@@ -41,7 +43,7 @@ class RoundingErrors:
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Directions] = field(default_factory=dict)
     activations: Mapping[str, ActivationErrors] = field(default_factory=dict)
     key: str = ""
     offsets: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from hawq_lightning._batches import plain_tensor
-from hawq_lightning.layers import LayerCall, WeightReader, inner_products, projected_products, row_dots
+from hawq_lightning.layers import Directions, LayerCall, WeightReader, inner_products, projected_products, row_dots
 from hawq_lightning.sensitivity._rounding import ActivationErrors
 
-_CACHED = 1 << 18  # elements
+_CACHED = 1 << 17  # elements
 
 
 class Overwritten(Exception):
@@ -54,7 +54,7 @@ def weight_products(
     calls: Sequence[CallRecord],
     per_sample: bool,
     cross_pair: bool,
-    directions: torch.Tensor | None,
+    directions: Directions | None,
     offsets: torch.Tensor | None = None,
 ) -> SiteProducts | None:
     """Products of the gradients of one weight, of all calls together; ``None`` if none came.
@@ -63,7 +63,7 @@ def weight_products(
         calls: that read it.
         per_sample: a row is a sample; else the batch.
         cross_pair: of the gradients of two backward passes; else of one with itself.
-        directions: changes of the weight, ``[candidates, *weight.shape]``.
+        directions: changes of the weight, one a candidate.
         offsets: of the channels of the layer's output, ``[candidates, channels]``.
     """
     live = [c for c in calls if c.grads[0] is not None and (not cross_pair or c.grads[1] is not None)]

@@ -12,11 +12,13 @@ from hawq_lightning.models import (
     inception_blocks,
     inception_v3,
     load_weights,
+    mobilenet_cifar,
     resnet50,
     retinanet_resnet18,
     retinanet_resnet50,
     retinanet_torchvision,
     squeezenext,
+    squeezenext_cifar,
 )
 
 MIB = 2**20
@@ -127,6 +129,23 @@ def test_older_detector_files_are_renamed(tmp_path):
     for name in ("classification_head", "regression_head"):
         a, b = (getattr(m.head, name).conv[3][0].weight for m in (first, second))
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize(("make", "weights", "macs"), [(squeezenext_cifar, 112, 13.8e6), (mobilenet_cifar, 20, 9.4e6)])
+def test_compact_networks_for_small_images(make, weights, macs, tmp_path):
+    net = make(width=1.0).eval()
+    table = sites(net, torch.zeros(1, 3, 32, 32))
+    assert len(table.weights) == weights
+    assert sum(x.macs for x in table.layers) == pytest.approx(macs, rel=0.01)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    again = make(weights=tmp_path / "net.pt").eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(net(x), again(x))
+    with pytest.raises(HawqError, match="10 classes, the model 7"):
+        make(num_classes=7, weights=tmp_path / "net.pt")
+    for wrong, named in (({"width": 0.1}, r"width=0\.1"), ({"num_classes": 0}, "num_classes=0")):
+        with pytest.raises(HawqError, match=named):
+            make(**wrong)
 
 
 class Evil:

@@ -91,6 +91,24 @@ def test_products_with_directions_agree_with_autograd(name, how, monkeypatch):
             assert torch.allclose(found.inner, inner_products(uses, per_image), rtol=1e-11, atol=1e-11)
 
 
+def test_directions_made_in_parts_are_the_same(monkeypatch):
+    """Of wide layers only some channels of the directions are there at a time."""
+    for name, how in itertools.product(LAYERS, ("ghost", "product", "kernel")):
+        if (name, how) == ("linear", "kernel"):
+            continue
+        _take(monkeypatch, how)
+        uses, first, _ = _uses(name, 3, 1, False)
+        for count in (1, 4):
+            directions = torch.randn(count, *first[0].shape[1:], dtype=torch.float64)
+            with monkeypatch.context() as patch:
+                for constant in ("_CACHED", "_CHUNK"):
+                    patch.setattr(internal("layers._projections"), constant, 1)
+                found = projected_products(uses, True, directions)
+            whole = projected_products(uses, True, directions)
+            assert torch.allclose(found.along, whole.along, rtol=1e-11, atol=1e-11)
+            assert torch.allclose(found.inner, whole.inner, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("images", [1, 20])
 @pytest.mark.parametrize("name", KERNEL)
 def test_images_side_by_side_and_one_by_one_are_the_same(name, images, monkeypatch):

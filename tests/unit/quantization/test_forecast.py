@@ -88,7 +88,8 @@ def test_shares_are_the_path_integral():
     table = sites(net, x)
     weighed = candidates(net, [(x, data[0][1])], None, table, classified, weight_bits=(2, 4), activation_bits=None)
     made = forecast(net, [(x, data[0][1])], classified, table, weighed, mode="accurate")
-    errors, then, total = rounding_errors(net, weighed, table).weights, net(x).detach(), dict.fromkeys(weighed, 0.0)
+    errors = {name: made.whole() for name, made in rounding_errors(net, weighed, table).weights.items()}
+    then, total = net(x).detach(), dict.fromkeys(weighed, 0.0)
     for k in range(200):
         moved = copy.deepcopy(net)
         weights = dict(moved.named_parameters())

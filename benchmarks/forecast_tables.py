@@ -1,0 +1,107 @@
+"""The results of ``forecast.py`` as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata, spearmanr
+
+DRAWS, LEVEL = 2000, 0.90  # of the bootstrap over plans
+FORECASTS = (("Ω / 2", "omega"), ("P, one point", "fast"), ("P, three points", "accurate"))
+STAGES = ("quantizing", "batchnorm")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def correlation(rows: Rows, predicted: str, measured: str) -> tuple[float, float]:
+    """Spearman's, and the median of measured / predicted."""
+    a, b = [r[predicted] for r in rows], [r[measured] for r in rows]
+    ratios = [y / x for x, y in zip(a, b) if x > 0]
+    return float(spearmanr(a, b).statistic), statistics.median(ratios) if ratios else float("nan")
+
+
+def gain(rows: Rows, predicted: str, instead: str, measured: str) -> tuple[float, float]:
+    """Ends of the bootstrap interval, over plans, of the gain in Spearman's correlation."""
+    rng = np.random.default_rng(0)
+    table = np.array([[r[predicted], r[instead], r[measured]] for r in rows])
+    gains = []
+    for _ in range(DRAWS):
+        drawn = rankdata(table[rng.integers(0, len(table), len(table))], axis=0)
+        matrix = np.corrcoef(drawn.T)
+        gains.append(matrix[0, 2] - matrix[1, 2])
+    low, high = np.nanquantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def tables(report: Mapping[str, Any]) -> str:
+    """The whole page."""
+    lines = [
+        "# What rounding costs, forecast and measured", "",
+        f"{report['date']}, {report['network']}, {report['images']} images, torch {report['torch']}, "
+        f"{report['threads']} threads. Made by `benchmarks/forecast.py`, whose head says how.",
+    ]  # fmt: skip
+    if report.get("single", {}).get("rows"):
+        lines += single_sites(report["single"])
+    for name, what in (("plans", "of the weights"), ("mixed", "of weights and activations (4 bits on average)")):
+        if report.get(name, {}).get("rows"):
+            lines += whole_plans(report[name], what, report["plan images"])
+    return "\n".join(lines) + "\n"
+
+
+def single_sites(part: Mapping[str, Any]) -> list[str]:
+    """Ω and Q of one site at a time."""
+    rows = part["rows"]
+    widths = sorted({r["bits"] for r in rows})
+    lines = [
+        "", "## Single sites", "", "Spearman with the measured KL; median measured / (predicted / 2).", "",
+        "| sites | predicted by | " + " | ".join(f"{b} bits" for b in widths) + " |",
+        "|---|---|" + "---|" * len(widths),
+    ]  # fmt: skip
+    for kind in ("weight", "activation"):
+        for what, name in (("omega", "Ω"), ("q", "Q")):
+            for how in ("all columns", "drawn probes"):
+                cells = []
+                for bits in widths:
+                    some = [r for r in rows if r["kind"] == kind and r["bits"] == bits]
+                    rank, ratio = correlation(some, f"{what}, {how}", "measured")
+                    cells.append(f"{rank:.3f}; {2 * ratio:.2f}")
+                lines.append(f"| {kind}s | {name}, {how} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Seconds to measure: " + ", ".join(f"{n} {s:.0f}" for n, s in part["seconds"].items()) + "."]
+
+
+def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
+    """Ω and P of random plans."""
+    rows = part["rows"]
+    lines = [
+        "", f"## Plans {what}", "",
+        f"{len(rows)} random plans, {images} images for the forecast and as many held-out ones for the KL. Spearman "
+        f"with it; median measured / forecast; {LEVEL:.0%} bootstrap interval, over plans, of the gain in Spearman on "
+        "Ω.", "",
+        "| mean bits of weights | forecast | right after quantizing | BatchNorm measured again |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for mean in sorted({r["mean"] for r in rows}):
+        some = [r for r in rows if r["mean"] == mean]
+        for name, key in FORECASTS:
+            cells = []
+            for after in STAGES:
+                predicted = key if key == "omega" else f"{key}, after {after}"
+                if predicted not in some[0] or f"after {after}" not in some[0]:
+                    cells.append("")
+                    continue
+                cell = "{:.3f}; {:.2f}".format(*correlation(some, predicted, f"after {after}"))
+                if key != "omega":
+                    cell += "; {:+.3f} to {:+.3f}".format(*gain(some, predicted, "omega", f"after {after}"))
+                cells.append(cell)
+            lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
+    forecasts = part["forecasts"]
+    widths = sorted(next(iter(forecasts.values()))["forecast"], key=int)
+    lines += [
+        "", "Uniform networks on the images of the forecast, forecast / measured (the sum of the shares):", "",
+        "| forecast | " + " | ".join(f"{b} bits" for b in widths) + " |", "|---|" + "---|" * len(widths),
+    ]  # fmt: skip
+    for name, made in forecasts.items():
+        cells = [f"{made['forecast'][b]:.3g} / {made['measured'][b]:.3g}" for b in widths]
+        lines.append(f"| {name} ({made['seconds']:.0f} s) | " + " | ".join(cells) + " |")
+    return lines
