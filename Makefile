@@ -2,6 +2,7 @@
 #   make demo     train, quantize and report on real digits (under 4 minutes)
 #   make test     the tests, with coverage and its floor; make lint; make stress: long fault and load tests
 #   make test-lowest, make test-newest     with the lowest versions of everything, and with the newest that pip offers
+#                 (their numbers are then in tests/versions); PYTHON=python3.13 with another Python
 #   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included
 # The development environment uses the versions that the tests ran with; users of the package are not pinned.
@@ -43,6 +44,7 @@ DEPRECATED = -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::P
 test-lowest test-newest: test-%: pyproject.toml
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(VERSIONS_$*)
+	@test $* = lowest || .venv-$*/bin/python -m tests.versions.write newest.txt
 	.venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not stress" $(DEPRECATED)
 
 stress: $(STAMP)

@@ -217,6 +217,8 @@ def first_order_term(
     """
     layers, _ = quantizable_layers(model)
     weights = {s.name: layers[s.layers[0]] for s in plan.weights}
+    if not weights:
+        return 0.0
     norms = norms_to_fold(model, plan.layers)
     spec = quantizer_named(plan.quantizer, plan.quantizer_options)
     loss_fn = repeatable(model, loss_fn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +100,10 @@ def gradients_of(
             points: dict[str, list[Any]] = {n: [effective[n]] for n in owners}
             points |= {n: p for n, p in forward.network.aliases().items() if n in requested}
             flat = [t for tensors in points.values() for t in tensors]
-            if direction is None:
+            gradients_flat: Sequence[torch.Tensor] = ()
+            if not flat:
+                pass  # torch refuses to differentiate by nothing
+            elif direction is None:
                 assert forward.loss is not None
                 gradients_flat = torch.autograd.grad(forward.loss, flat, create_graph=True, allow_unused=True)
             else:

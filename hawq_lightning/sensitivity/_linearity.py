@@ -68,6 +68,8 @@ def _check_linearity(context: MeasureContext, pilot: Pilot, seed: int, most: int
 
     inputs = [s.name for s in context.table.activations]
     inputs += [x.weight for x in context.table.layers if _weight_is_tried(as_reader(context.layers[x.name]))]
+    # a table of weights alone: they bend together in any network of two layers, so each is then looked at alone
+    inputs = inputs or [s.name for s in context.table]
     try:
         with gradients_of(context, pilot.batch, pilot.per_sample, random_direction, sites=inputs) as gradients:
             serial = _in_series(gradients)

@@ -67,7 +67,7 @@ def _of_batch(context: MeasureContext, batch: Batch, weights: Sequence[torch.Ten
                     numbers += _projected(hessian(vectors))
                 except HawqError:
                     numbers.append("no second derivative")
-            slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+            slopes = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
             numbers += _projected([g for g in slopes if g is not None])
             return " ".join(numbers)
 
