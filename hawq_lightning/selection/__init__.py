@@ -22,6 +22,8 @@ from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._loss_budget import LossBudget, loss_budget
 from hawq_lightning.selection._milp import solve
 from hawq_lightning.selection._monotone import monotone_frontier, set_b, set_b_size, trace_order
+from hawq_lightning.selection._outlook import MeasuredPlan, Outlook, forecast_of, omega_table
+from hawq_lightning.selection._outlook_plans import PASSES, hold_against, look_ahead
 from hawq_lightning.selection._pareto import Block
 from hawq_lightning.selection._plan_frontier import PlanFrontier, plan_frontier
 from hawq_lightning.selection._plans import problem_of, recost
@@ -45,6 +47,7 @@ __all__ = [
     "HOROWITZ_45NM",
     "MILLISECONDS",
     "NO_CLASSES",
+    "PASSES",
     "SCORES",
     "SELECTORS",
     "Block",
@@ -55,6 +58,8 @@ __all__ = [
     "LayerCost",
     "LinearCost",
     "LossBudget",
+    "MeasuredPlan",
+    "Outlook",
     "PlanFrontier",
     "Problem",
     "Request",
@@ -73,12 +78,16 @@ __all__ = [
     "cost_of",
     "cost_rows",
     "costs_of",
+    "forecast_of",
     "format_cost",
     "frontier",
     "group_frontier",
+    "hold_against",
+    "look_ahead",
     "loss_budget",
     "monotone_frontier",
     "nominal_problem",
+    "omega_table",
     "parse_budget",
     "plan_frontier",
     "problem_of",

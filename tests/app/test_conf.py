@@ -117,7 +117,12 @@ def test_one_setting_reaches_the_callback():
 
 
 PARTS = [("quantizer", QuantizerConfig), ("measure", MeasureConfig), ("select", SelectConfig)]
-FOR_THE_SHELL = {"cache": "${paths.cache}", "loss_per_site": True, ("select", "seed"): "${seed}"}
+FOR_THE_SHELL = {
+    "cache": "${paths.cache}",
+    "loss_per_site": True,
+    "forecast": "accurate",
+    ("select", "seed"): "${seed}",
+}
 
 
 @pytest.mark.parametrize(("group", "config"), PARTS, ids=[group for group, _ in PARTS])

@@ -34,6 +34,7 @@ from tests.internals import internal
 BIN = Path(sys.executable).parent
 TINY = [
     "model.depth=8", "model.channels=4", "data.subset=256", "measure.images=32", "measure.rtol=0.5",
+    "measure.forecast=null",
     "trainer=cpu", "~callbacks.progress", "logger=none", "measure.loss_per_site=false", "report=false",
 ]  # fmt: skip
 
