@@ -26,6 +26,7 @@ Sampling = Literal["auto", "all", "curvature"]
 L1Curvature = Literal["fisher", "zero"]
 Precision = Literal["float32", "bf16"]
 StopWhen = Literal["rtol", "stable_plan"]
+ForecastMode = Literal["fast", "accurate"]
 Distribution = Literal["rademacher", "gaussian"]
 
 Config = TypeVar("Config", "QuantizerConfig", "MeasureConfig", "SelectConfig")
@@ -156,6 +157,8 @@ class MeasureConfig:
     """Also measure the loss change of every site and width."""
     quadratic_forms: bool = False
     """Also measure Q, the quadratic form of the real rounding error, of every site and width, in the same passes."""
+    forecast: ForecastMode | None = None
+    """Also forecast what every plan will cost: ``fast`` (one point of the path) or ``accurate`` (three)."""
     loss_fn: LossFn | None = None
     """``loss_fn(module, batch) -> scalar`` in the place of ``training_step``."""
     batch_dim: int = 0
@@ -179,6 +182,8 @@ class MeasureConfig:
         choice("l1_curvature", self.l1_curvature, get_args(L1Curvature))
         choice("precision", self.precision, get_args(Precision))
         choice("stop_when", self.stop_when, get_args(StopWhen))
+        if self.forecast is not None:
+            choice("forecast", self.forecast, get_args(ForecastMode))
         _check(self)
 
     def samples(self, batch: Batch) -> int:
@@ -215,6 +220,8 @@ class SelectConfig:
     """Of ``selector="manual"``: site or glob -> bits, or a file of them."""
     latency: str | Path | None = None
     """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
+    energy: str | Path | None = None
+    """CSV of picojoules a MAC and a byte, for an energy budget; ``None``: 45 nm by Horowitz (ISSCC 2014)."""
     seed: int | None = None
     """Of random selectors; ``None``: that of the measurement."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig
@@ -17,11 +18,17 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import LossFn
 from hawq_lightning.callbacks._held_out import HeldOut
 from hawq_lightning.callbacks._trainer import shard_of
-from hawq_lightning.quantization import PlanLoss, loss_of_plan, quantizer_of
-from hawq_lightning.selection import SELECTORS, Problem, loss_budget, select, select_by_loss
+from hawq_lightning.quantization import After, loss_of_plan, quantizer_of
+from hawq_lightning.selection import (
+    SELECTORS,
+    Outlook,
+    PlanFrontier,
+    Problem,
+    loss_budget,
+    select,
+    select_by_loss,
+)
 from hawq_lightning.sensitivity import OnDevice, top_eigenvalues
-
-_CHANGED = 0.2  # of the root of the KL: a first guess of the share of changed predictions, corrected by measuring
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Choice:
         candidates: that were weighed.
         progress: show bars.
         eigenvalues: top ones of the Hessian by site, where the selector asked for them.
+        outlook: what plans are expected to cost, where somebody asked for that.
     """
 
     trainer: Trainer
@@ -53,11 +61,39 @@ class Choice:
     candidates: Candidates
     progress: bool
     eigenvalues: Mapping[str, float] | None = None
+    outlook: Outlook | None = None
 
     @property
     def seed(self) -> int:
         """Of random selectors."""
         return self.measure.seed if self.select.seed is None else self.select.seed
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The data that plans are judged on."""
+        return HeldOut(self.trainer, self.pl_module, self.batches, self.loss_fn, self.measure)
+
+    def look_ahead(self, problem: Problem, front: PlanFrontier | None) -> None:
+        """Forecast what plans will cost, if the settings ask for it or the budget is by loss.
+
+        Args:
+            problem: to choose from.
+            front: its frontier, if it has one.
+        """
+        budget, mode = loss_budget(self.select.budget), self.measure.forecast
+        if mode is None and budget is None:
+            return
+        stages: tuple[After, ...] = ("quantizing", "batchnorm")
+        if mode is None and budget is not None:
+            stages = (budget.after,)
+        try:
+            self.outlook = self.held_out.outlook(
+                self.table, self.candidates, problem, front, self.quantizer, mode or "accurate", stages, self.progress
+            )
+        except HawqError as error:
+            if budget is not None:
+                raise
+            rank_zero_info(f"HAWQ: what plans will cost cannot be forecast here: {error}")
 
     def plan_of(self, problem: Problem) -> Plan:
         """The plan.
@@ -98,13 +134,8 @@ class Choice:
     def _by_loss(self, problem: Problem) -> Plan:
         budget = loss_budget(self.select.budget)
         assert budget is not None
-        held_out = HeldOut(self.trainer, self.pl_module, self.batches, self.loss_fn, self.measure)
-        made = held_out.forecast(self.table, self.candidates, "accurate", budget.after, self.progress)
-
-        def expected(bits: Mapping[str, int]) -> PlanLoss:
-            kl = made.of(bits)
-            return PlanLoss(kl, _CHANGED * math.sqrt(max(kl, 0.0)) if held_out.target.classifies else None)
-
+        assert self.outlook is not None
+        held_out, expected = self.held_out, partial(self.outlook.of, after=budget.after)
         with held_out.measured(self.table, self.quantizer, budget.after) as measured:
             plan = select_by_loss(
                 problem, self.select.budget, measured, expected, self.select.selector, seed=self.seed,

@@ -49,8 +49,8 @@ class HAWQ(HasResults, ApplyPlan):
         progress: show bars where the Trainer does.
 
     Attributes:
-        plan, sensitivity, frontier, sites, candidates, loss_per_site: once ``fit`` has started; before that the first
-            four raise HawqError.
+        plan, sensitivity, frontier, sites, outlook, candidates, loss_per_site: once ``fit`` has started; before that
+            the first five raise HawqError.
 
     Raises:
         HawqError: a setting out of range, or given by its short form and in a config; at the start of ``fit``: a budget

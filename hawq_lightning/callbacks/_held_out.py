@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,6 +27,16 @@ from hawq_lightning.quantization import (
     quantizer_of,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
+from hawq_lightning.selection import (
+    PASSES,
+    MeasuredPlan,
+    Outlook,
+    PlanFrontier,
+    Problem,
+    hold_against,
+    look_ahead,
+    omega_table,
+)
 from hawq_lightning.sensitivity import OnDevice
 
 
@@ -54,6 +64,8 @@ class HeldOut:
         config: MeasureConfig,
     ) -> None:
         self._trainer, self._module, self._loss_fn, self._config = trainer, pl_module, loss_fn, config
+        self._trained = batches
+        self._seen: dict[tuple[str, tuple[int, ...]], PlanLoss] = {}
         draw = partial(held_out_batches, trainer, pl_module, config, batches)
         self._batches, self._rest, self.what = draw()
         try:
@@ -64,6 +76,16 @@ class HeldOut:
             rank_zero_info(f"HAWQ: plans are judged on train data: training_step takes no validation batch ({error}).")
             self._batches, self._rest, self.what = draw(validation=False)
             self.target = FloatDistance(pl_module, self._batches, loss_fn)
+
+    @property
+    def samples(self) -> int:
+        """Of the data to judge on."""
+        return sum(self._batches.samples(self._config.samples))
+
+    @property
+    def _to_settle(self) -> OnDevice:
+        """Train data, of which those that plans are judged on are no part."""
+        return self._trained if "validation" in self.what else self._rest
 
     @property
     def has_norms(self) -> bool:
@@ -93,7 +115,7 @@ class HeldOut:
     def measured(
         self, table: SiteTable, quantizer: QuantizerConfig, after: After
     ) -> Iterator[Callable[[Plan], PlanLoss]]:
-        """Inside, a function from a plan to what it changes.
+        """Inside, a function from a plan to what it changes; a plan that was seen is not measured again.
 
         Args:
             table: the sites.
@@ -102,7 +124,7 @@ class HeldOut:
         """
         settle = None
         if after != "quantizing" and self.has_norms:
-            settle = partial(reestimate_batchnorm, batches=self._rest, forward=self._loss_fn)
+            settle = partial(reestimate_batchnorm, batches=self._to_settle, forward=self._loss_fn)
         with distance_of_plan(
             self._module, self._batches, self.target, settle=settle, batch_size_fn=self._config.samples,
             quantizer=quantizer_of(quantizer), attention=quantizer.attention,
@@ -110,10 +132,48 @@ class HeldOut:
         ) as distance:  # fmt: skip
 
             def of(plan: Plan) -> PlanLoss:
+                key = after, tuple(s.bits for s in plan.sites)
+                if key in self._seen:
+                    return self._seen[key]
                 named = plan.replace(quantizer=quantizer.name, quantizer_options=dict(quantizer.options))
                 loss = distance(named)
                 if self._trainer.world_size > 1:
                     loss = self._trainer.strategy.broadcast(loss)
+                self._seen[key] = loss
                 return loss
 
             yield of
+
+    def outlook(
+        self,
+        table: SiteTable,
+        candidates: Candidates,
+        problem: Problem,
+        front: PlanFrontier | None,
+        quantizer: QuantizerConfig,
+        mode: Mode,
+        stages: Sequence[After],
+        progress: bool,
+    ) -> Outlook:
+        """Forecasts, held against a few plans that are measured: ten passes over the held-out data at the most.
+
+        Args:
+            table: the sites.
+            candidates: that were weighed.
+            problem: of them.
+            front: its frontier, if it has one.
+            quantizer: the layers'.
+            mode: ``fast`` or ``accurate``.
+            stages: of which networks; what BatchNorm does not change is asked once.
+            progress: show bars.
+        """
+        asked: Sequence[After] = stages if self.has_norms else ("quantizing",)
+        forecasts: dict[After, Forecast] = {}
+        rows: list[MeasuredPlan] = []
+        for after in asked:
+            made = forecasts[after] = self.forecast(table, candidates, mode, after, progress)
+            plans = look_ahead(front, problem, made, PASSES // len(asked))
+            with self.measured(table, quantizer, after) as measured:
+                rows += hold_against(plans, made, measured)
+        omega = omega_table(problem) if problem.sensitivity is not None else {}
+        return Outlook(forecasts, omega, tuple(rows), self.samples, self.what)

@@ -10,7 +10,6 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._io import check_folder, write_text
@@ -44,6 +43,8 @@ from hawq_lightning.quantization import (
 from hawq_lightning.selection import (
     SCORES,
     SELECTORS,
+    Outlook,
+    PlanFrontier,
     Problem,
     StablePlan,
     constraints_of,
@@ -51,7 +52,7 @@ from hawq_lightning.selection import (
     plan_frontier,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import OnDevice, Sensitivity, guarded_mean_traces, measure
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure
 
 
 class MeasureTraces(HasResults, Callback):
@@ -72,6 +73,7 @@ class MeasureTraces(HasResults, Callback):
         sites, sensitivity, frontier, plan: once fitting has started; before that they raise HawqError.
         candidates: site -> bit-widths that were weighed.
         loss_per_site: predicted and measured loss changes, with ``MeasureConfig(loss_per_site=True)``.
+        outlook: what plans are expected to cost, with ``MeasureConfig(forecast=...)`` or a budget by loss.
 
     Raises:
         HawqError: a file that is no sensitivity, or settings that contradict each other; at the start of ``fit``:
@@ -210,13 +212,19 @@ class MeasureTraces(HasResults, Callback):
                 traces.forget_partial(sensitivity.fingerprint)
             choices = self.results.candidates = weigh(sensitivity, progress=show)
             problem = Problem(table, choices, sensitivity, overhead, **constraints)
-            plan = self._plan = self._choose(trainer, pl_module, batches, loss_fn, choices, problem)
-            if trainer.is_global_zero:
-                plan.save(folder / "plan.json")
             if sensitivity is None:
                 self.results.no_traces()
-            else:
-                self._draw_frontier(problem, folder if trainer.is_global_zero else None)
+            front = None if sensitivity is None else self._frontier_of(problem)
+            choice = Choice(
+                trainer, pl_module, batches, loss_fn, self.quantizer, config, self.select, table, choices, show,
+            )  # fmt: skip
+            choice.look_ahead(problem, front)
+            self.results.outlook = choice.outlook
+            plan = self._plan = self._choose(trainer, choice, problem)
+            if trainer.is_global_zero:
+                plan.save(folder / "plan.json")
+                save_frontier(folder, front, choice.outlook)
+            if sensitivity is not None:
                 warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
                 losses = self.results.loss_per_site = check_of_sites(
@@ -233,20 +241,8 @@ class MeasureTraces(HasResults, Callback):
             self._types_checked = True
             check_exact_types(pl_module, batch, loss_fn)
 
-    def _choose(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batches: OnDevice,
-        loss_fn: LossFn,
-        choices: Candidates,
-        problem: Problem,
-    ) -> Plan:
+    def _choose(self, trainer: Trainer, choice: Choice, problem: Problem) -> Plan:
         """The plan, the same on every process, with what it came from."""
-        choice = Choice(
-            trainer, pl_module, batches, loss_fn, self.quantizer, self.measure, self.select, self.sites,
-            choices, self.progress and shows_progress(trainer),
-        )  # fmt: skip
         chosen = choice.plan_of(problem)
         self.eigenvalues = dict(choice.eigenvalues or {})
         if "bootstrap" in self._selector.offers and self.stability_draws:
@@ -264,16 +260,14 @@ class MeasureTraces(HasResults, Callback):
         chosen = chosen.replace(settings=settings, fingerprint="" if sensitivity is None else sensitivity.fingerprint)
         return Plan.from_dict(trainer.strategy.broadcast(chosen.to_dict()))
 
-    def _draw_frontier(self, problem: Problem, folder: Path | None) -> None:
+    def _frontier_of(self, problem: Problem) -> PlanFrontier | None:
         try:
-            frontier = plan_frontier(problem)
+            self.results.frontier = frontier = plan_frontier(problem)
         except HawqError as error:  # ties and device pairs may couple too much for it, not for the plan
             self.results.frontier, self.results.no_frontier = None, str(error)
             rank_zero_info(f"HAWQ: there is no frontier.csv: {error}")
-            return
-        self.results.frontier = frontier
-        if folder is not None:
-            frontier.to_csv(folder / "frontier.csv")
+            return None
+        return frontier
 
     @property
     def without_traces(self) -> bool:
@@ -295,6 +289,20 @@ class MeasureTraces(HasResults, Callback):
         attention = " attention" if q.attention else ""
         attention += " integer" if q.deploy == "integer" else ""
         return f"{widths} {others} {q.input_bits} {q.code_format} {q.name} {dict(q.options)}{attention}"
+
+
+def save_frontier(folder: Path, front: PlanFrontier | None, outlook: Outlook | None) -> None:
+    """Write ``frontier.csv`` and, where there is an outlook, ``forecast.json``.
+
+    Args:
+        folder: of the run.
+        front: ``None``: there is none.
+        outlook: whose expectations are columns of the frontier.
+    """
+    if front is not None:
+        front.to_csv(folder / "frontier.csv", more=None if outlook is None else outlook.columns)
+    if outlook is not None:
+        outlook.save(folder / "forecast.json")
 
 
 def _without_omega(plan: Plan) -> Plan:

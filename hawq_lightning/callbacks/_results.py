@@ -10,7 +10,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import JsonObject
-from hawq_lightning.selection import Frontier
+from hawq_lightning.selection import Frontier, Outlook
 from hawq_lightning.sensitivity import Sensitivity
 
 Value = TypeVar("Value")
@@ -29,6 +29,7 @@ class Results:
         no_sensitivity: why there is none.
         candidates: site -> bit-widths that were weighed.
         loss_per_site: predicted and measured loss changes.
+        outlook: what plans are expected to cost.
     """
 
     sites: SiteTable | None = None
@@ -38,6 +39,7 @@ class Results:
     no_sensitivity: str = _WHEN
     candidates: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     loss_per_site: list[JsonObject] = field(default_factory=list)
+    outlook: Outlook | None = None
 
     def no_traces(self) -> None:
         """None were measured."""
@@ -75,6 +77,11 @@ class HasResults:
     def candidates(self) -> Mapping[str, tuple[Candidate, ...]]:
         """Bit-widths weighed for every site, by its name."""
         return self.results.candidates
+
+    @property
+    def outlook(self) -> Outlook:
+        """What plans are expected to cost, with ``MeasureConfig(forecast=...)`` or a budget by loss."""
+        return there(self.results.outlook, "outlook", "give MeasureConfig(forecast='accurate'), or a budget by loss.")
 
     @property
     def loss_per_site(self) -> list[JsonObject]:

@@ -8,7 +8,7 @@ from hawq_lightning.cli._dry_run import budget_ranges, dry_run, estimate_seconds
 from hawq_lightning.cli._entry import check_choices, explain, quiet_down, sweep_dirname_overrides
 from hawq_lightning.cli._export import main as export_main
 from hawq_lightning.cli._export_run import export_run
-from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier
+from hawq_lightning.cli._frontier_table import frontier_rows, show_frontier, show_outlook, size_lines
 from hawq_lightning.cli._onnx import Images, mean_average_precision, write_onnx
 from hawq_lightning.cli._per_image import keep_per_image
 from hawq_lightning.cli._progress_bar import PlainProgressBar
@@ -51,6 +51,8 @@ __all__ = [
     "sealed_text",
     "settings_hash",
     "show_frontier",
+    "show_outlook",
+    "size_lines",
     "sweep_dirname_overrides",
     "train_main",
     "uniform",

@@ -20,12 +20,13 @@ def _main(cfg: DictConfig) -> object:
 
             dry_run(cfg)
         else:
-            from hawq_lightning.cli._frontier_table import show_frontier
+            from hawq_lightning.cli._frontier_table import show_frontier, show_outlook
             from hawq_lightning.cli._run import run
 
             run(cfg)
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 show_frontier(Path(cfg.paths.output_dir))
+                show_outlook(Path(cfg.paths.output_dir))
 
     return run_job(job)
 

@@ -29,11 +29,11 @@ ASIDE = ".hawq_lightning.old"
 UNFINISHED = "unfinished.json"
 TRACES = "sensitivity.json"
 HYDRA = tuple(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
-_DRAWN = ("bits", "traces", "frontier", "loss_check", "training", "convergence_images",
+_DRAWN = ("outlook", "bits", "traces", "frontier", "loss_check", "training", "convergence_images",
           "convergence_steps_weight", "convergence_steps_activation", "eigenvalues", "landscape")  # fmt: skip
 _BY_PHASE = ("checkpoints/{}/last.ckpt", "logs/{}/metrics.csv", "logs/{}/hparams.yaml")
 RESULTS = (
-    UNFINISHED, TRACES, "metrics.json", "plan.json", "frontier.csv", "loss_check.csv",
+    UNFINISHED, TRACES, "metrics.json", "plan.json", "frontier.csv", "forecast.json", "loss_check.csv",
     "per_image.npz", "export.json", "report.html", "README.md",
     *(f"figures/{name}.{end}" for name in _DRAWN for end in ("png", "csv")),
     *(name.format(phase) for name in _BY_PHASE for phase in ("float", "fine_tuning")),

@@ -15,9 +15,11 @@ plan.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -26,12 +28,15 @@ from torch import nn
 from hawq_lightning._attention_calls import operands_of
 from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
+from hawq_lightning._config import ForecastMode
 from hawq_lightning._errors import HawqError, choice, nearest
+from hawq_lightning._fields import number, sealed, shown, table, was_changed
+from hawq_lightning._io import PLAN_JSON, json_text, read_json, write_text
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
-from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning._types import Batch, BatchSizeFn, JsonObject, LossFn
 from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._fold import norms_to_fold
@@ -39,7 +44,9 @@ from hawq_lightning.quantization._registry import quantizer_named
 from hawq_lightning.quantization._rounding_errors import ActivationRounding, weight_errors
 from hawq_lightning.sensitivity import EffectiveWeights, InputHooks, isolated_eval, on_device
 
-Mode = Literal["fast", "accurate"]
+FORMAT = "hawq_lightning.forecast"
+VERSION = 1
+Mode = ForecastMode
 """One point of the path, which ranks plans; or three Gauss points, which give the size as well."""
 After = Literal["quantizing", "batchnorm"]
 """The network as it is quantized, or with its BatchNorm statistics measured again."""
@@ -93,6 +100,61 @@ class Forecast:
         """Forecast over measured distance of the uniform network of these bits, less 1; 0 where it was not measured."""
         measured = self.measured_uniform.get(bits, 0.0)
         return self.forecast_uniform[bits] / measured - 1 if measured > 0 else 0.0
+
+    def to_dict(self) -> JsonObject:
+        """Plain JSON types."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "mode": self.mode,
+            "after": self.after,
+            "shares": {name: _keyed(of_site) for name, of_site in self.shares.items()},
+            "forecast_uniform": _keyed(self.forecast_uniform),
+            "measured_uniform": _keyed(self.measured_uniform),
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> Forecast:
+        """Read what :meth:`to_dict` wrote; every field is checked.
+
+        Raises:
+            HawqError: not a forecast, an unknown version, or a field that cannot be; the message names it.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise HawqError(f'This is not a forecast: expected a JSON object with "format": "{FORMAT}".')
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            raise HawqError(f"Forecast version {shown(data.get('version'))} is unknown; this release reads {VERSION}.")
+        try:
+            shares = table(data.get("shares"), "shares")
+            return cls(
+                {str(name): _by_bits(of_site, f"shares of {shown(name)}") for name, of_site in shares.items()},
+                _by_bits(data.get("forecast_uniform", {}), "forecast_uniform"),
+                _by_bits(data.get("measured_uniform", {}), "measured_uniform"),
+                choice("mode", data.get("mode"), get_args(Mode)),
+                choice("after", data.get("after"), get_args(After)),
+            )
+        except HawqError as error:
+            raise HawqError(f"The forecast is damaged: {str(error).rstrip('.')}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, atomically, with a checksum of what it says."""
+        write_text(path, json_text(sealed(self.to_dict()), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Forecast:
+        """Read JSON written by :meth:`save`; warns of a file that was changed since it was written.
+
+        Raises:
+            HawqError: no such file, no JSON, or damaged; the message names file and field.
+        """
+        data = read_json(path, "forecast", PLAN_JSON)
+        try:
+            made = cls.from_dict(data)
+        except HawqError as error:
+            raise HawqError(f"{path}: {error}") from error
+        if was_changed(data):
+            warnings.warn(f"The forecast at {path} was changed after it was written.", stacklevel=2)
+        return made
 
     def _share(self, name: str, bits: int) -> float:
         if name not in self.shares:
@@ -284,6 +346,19 @@ class _Path:
         finally:
             for n, w in plain.items():
                 w.detach().copy_(before[n])
+
+
+def _keyed(of_bits: Mapping[int, float]) -> JsonObject:
+    return {str(bits): float(value) for bits, value in of_bits.items()}
+
+
+def _by_bits(data: object, what: str) -> dict[int, float]:
+    out = {}
+    for key, value in table(data, what).items():
+        if not str(key).isdigit():
+            raise HawqError(f"{what} has {shown(key)}, which is no number of bits")
+        out[int(key)] = number(value, f"{what} at {key} bits")
+    return out
 
 
 def _bits(plan: Plan | Mapping[str, int]) -> Mapping[str, int]:

@@ -14,6 +14,7 @@ from hawq_lightning.report import _summary as summary
 from hawq_lightning.report._checks import draw_loss_check, draw_training
 from hawq_lightning.report._figure import ReportFigure
 from hawq_lightning.report._landscape import draw_landscape
+from hawq_lightning.report._outlook_figure import draw_outlook
 from hawq_lightning.report._run import Run, read_run
 from hawq_lightning.report._site_figures import draw_bits, draw_traces
 from hawq_lightning.report._tradeoff import draw_frontier
@@ -28,6 +29,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]
 
 # figure -> the file that it needs
 SECTIONS = (
+    (draw_outlook, "forecast.json", "What a size costs, before it is tried"),
     (draw_frontier, "frontier.csv", "What smaller weights cost"),
     (draw_bits, "plan.json", "Bits along the network"),
     (draw_traces, "sensitivity.json", "How sensitive each site is"),
@@ -35,7 +37,7 @@ SECTIONS = (
     (draw_training, "metrics.json", "Through fine-tuning"),
     (draw_landscape, "figures/landscape.csv", "The loss around the trained weights"),
 )
-_ON_REQUEST = ("figures/landscape.csv",)  # nobody misses it when it was not asked for
+_ON_REQUEST = ("figures/landscape.csv", "forecast.json")  # nobody misses it when it was not asked for
 _MOST_ROWS = 300  # of a table on the page; the CSV has all
 
 
@@ -43,7 +45,8 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.png`` with their CSV from what a run folder holds.
 
     Args:
-        folder: with any of plan.json, sensitivity.json, frontier.csv, metrics.json, loss_check.csv. What is missing or
+        folder: with any of plan.json, sensitivity.json, frontier.csv, forecast.json, metrics.json,
+            loss_check.csv. What is missing or
             damaged leaves its section out, with a sentence.
         title: heading; the folder's name otherwise.
 

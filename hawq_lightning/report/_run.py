@@ -15,9 +15,12 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._io import RECORD_JSON, read_json, with_infinity
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import JsonObject
+from hawq_lightning.selection import Outlook
 from hawq_lightning.sensitivity import Sensitivity
 
 T = TypeVar("T")
+EXPECTED = ("kl", "changed", "kl_batchnorm", "changed_batchnorm")
+"""Columns of frontier.csv where what plans will cost was forecast."""
 _MOST_ROWS = 200_000
 STAGES = {
     "float": ("float", "fp32", "before"),
@@ -36,11 +39,12 @@ METRICS = {
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One row of frontier.csv. ``bits`` may be empty."""
+    """One row of frontier.csv. ``bits`` and ``expected``, the columns of the outlook, may be empty."""
 
     cost: float
     omega: float
     bits: Mapping[str, int] = field(default_factory=dict)
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Run:
         metrics: of metrics.json, as it is.
         loss_check: of loss_check.csv.
         export: of export.json, as it is.
+        outlook: of forecast.json.
         landscape: of figures/landscape.csv.
         missing: file name -> one sentence why its section is left out.
         command: that made the run, when the folder tells.
@@ -115,6 +120,7 @@ class Run:
     metrics: Mapping[str, object] = field(default_factory=dict)
     loss_check: Sequence[LossCheck] = ()
     export: Mapping[str, object] = field(default_factory=dict)
+    outlook: Outlook | None = None
     landscape: Landscape | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     command: str | None = None
@@ -177,6 +183,7 @@ def read_run(folder: str | Path) -> Run:
         metrics=metrics,
         loss_check=attempt("loss_check.csv", _read_loss_check) or (),
         export=attempt("export.json", _read_metrics) or {},
+        outlook=attempt("forecast.json", Outlook.load),
         landscape=attempt("figures/landscape.csv", _read_landscape),
         missing=missing,
         command=_command(folder, metrics),
@@ -213,7 +220,8 @@ def _read_frontier(path: Path) -> list[FrontierPoint]:
             name = key.removeprefix("bits:").removeprefix("bits.")
             if name.endswith((".weight", ".input")) and value.strip().isdigit():
                 bits[name] = int(value)
-        point = FrontierPoint(float(cost), float(row["omega"]), bits)
+        expected = {k: float(row[k]) for k in EXPECTED if row.get(k)}
+        point = FrontierPoint(float(cost), float(row["omega"]), bits, expected)
         if math.isfinite(point.cost) and math.isfinite(point.omega):
             points.append(point)
     return sorted(points, key=lambda p: p.cost)

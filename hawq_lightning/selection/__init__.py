@@ -1,6 +1,6 @@
 """Traces, perturbations and costs -> frontier -> plan (paper section 2.3). Plain numbers; no Lightning, no Hydra."""
 
-from hawq_lightning.selection import _baselines, _built_in_costs  # noqa: F401  they register themselves
+from hawq_lightning.selection import _baselines, _built_in_costs, _energy  # noqa: F401  they register themselves
 from hawq_lightning.selection._activation_memory import activation_steps
 from hawq_lightning.selection._bootstrap import Stability, bootstrap_stability, with_bootstrap_stability
 from hawq_lightning.selection._budget import UpperLimit, parse_budget, read_budget, tables_of_budget
@@ -15,12 +15,15 @@ from hawq_lightning.selection._costs import (
     register_cost,
 )
 from hawq_lightning.selection._coupling import group_frontier
+from hawq_lightning.selection._energy import HOROWITZ_45NM, EnergyTable
 from hawq_lightning.selection._feasible import check_feasible, nominal_problem
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._loss_budget import LossBudget, loss_budget
 from hawq_lightning.selection._milp import solve
 from hawq_lightning.selection._monotone import monotone_frontier, set_b, set_b_size, trace_order
+from hawq_lightning.selection._outlook import MeasuredPlan, Outlook, forecast_of, omega_table
+from hawq_lightning.selection._outlook_plans import PASSES, hold_against, look_ahead
 from hawq_lightning.selection._pareto import Block
 from hawq_lightning.selection._plan_frontier import PlanFrontier, plan_frontier
 from hawq_lightning.selection._plans import problem_of, recost
@@ -41,17 +44,22 @@ __all__ = [
     "BIT_OPERATIONS",
     "BYTES",
     "COSTS",
+    "HOROWITZ_45NM",
     "MILLISECONDS",
     "NO_CLASSES",
+    "PASSES",
     "SCORES",
     "SELECTORS",
     "Block",
     "Cost",
+    "EnergyTable",
     "Frontier",
     "LatencyTable",
     "LayerCost",
     "LinearCost",
     "LossBudget",
+    "MeasuredPlan",
+    "Outlook",
     "PlanFrontier",
     "Problem",
     "Request",
@@ -70,12 +78,16 @@ __all__ = [
     "cost_of",
     "cost_rows",
     "costs_of",
+    "forecast_of",
     "format_cost",
     "frontier",
     "group_frontier",
+    "hold_against",
+    "look_ahead",
     "loss_budget",
     "monotone_frontier",
     "nominal_problem",
+    "omega_table",
     "parse_budget",
     "plan_frontier",
     "problem_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._sweep import Frontier
 
 CSV_ROWS = 5000
+More = Callable[["PlanFrontier", Ints], Mapping[str, Floats]]
+"""From a frontier and points of it to named columns."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ class PlanFrontier(Frontier):
             out[:, j] = np.asarray(where)[choices[:, group]]
         return out
 
-    def rows(self, max_rows: int | None = CSV_ROWS) -> list[dict[str, float]]:
+    def rows(self, max_rows: int | None = CSV_ROWS, more: More | None = None) -> list[dict[str, float]]:
         """One dict a point: cost, score, Ω (total, weights, activations), mean bits, compressions, bits of every site.
 
         Args:
             max_rows: longer frontiers are thinned evenly, ends kept; None: all points.
+            more: further columns, such as :meth:`hawq_lightning.selection.Outlook.columns`.
         """
         count = len(self)
         at = np.arange(count)
@@ -85,6 +88,7 @@ class PlanFrontier(Frontier):
             size = np.asarray([s.numel if s.kind == kind else 0 for s in problem.sites], dtype=np.float64)
             if size.any():
                 means[kind] = bits @ size / size.sum()
+        further = {} if more is None else more(self, at)
         out = []
         for k, i in enumerate(at):
             row: dict[str, float] = {
@@ -99,13 +103,21 @@ class PlanFrontier(Frontier):
             if "activation" in means:
                 row["mean_act_bits"] = float(means["activation"][k])
                 row["a_comp"] = 32 / float(means["activation"][k])
+            row |= {name: float(values[k]) for name, values in further.items()}
             row |= {s.name: int(b) for s, b in zip(problem.sites, bits[k])}
             out.append({"point": int(i)} | row)
         return out
 
-    def to_csv(self, path: str | Path, max_rows: int | None = CSV_ROWS) -> None:
-        """Write :meth:`rows`, atomically. The first columns are ``point`` and ``cost``."""
-        rows = [{("cost" if k == self.cost_name else k): v for k, v in row.items()} for row in self.rows(max_rows)]
+    def to_csv(self, path: str | Path, max_rows: int | None = CSV_ROWS, more: More | None = None) -> None:
+        """Write :meth:`rows`, atomically. The first columns are ``point`` and ``cost``.
+
+        Args:
+            path: of the file.
+            max_rows: see :meth:`rows`.
+            more: further columns.
+        """
+        listed = self.rows(max_rows, more)
+        rows = [{("cost" if k == self.cost_name else k): v for k, v in row.items()} for row in listed]
         cells = ([f"{v:.10g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
         write_text(path, csv_text(rows[0], cells, lineterminator="\r\n"))
 

@@ -66,7 +66,7 @@ def select_by_loss(
     plans = plans_by_size(problem, limits, selector, seed=seed, eigenvalues=eigenvalues)
     search = _Search(plans, loss, measured, expected)
     found, _ = first_within(
-        plans.sizes, 1.0, search.excess, None if expected is None else search.expected_excess, tolerance
+        plans.sizes, 1.0, search.excess, None if expected is None else search.expected_excess, tolerance, True
     )
     if found is None:
         raise HawqError(search.none_found(budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,13 @@ from hawq_lightning.selection._plan_frontier import PlanFrontier
 Expected = Callable[[Mapping[str, int]], float]
 """From the bits of every site to the loss that is expected, such as :meth:`hawq_lightning.quantization.Forecast.of`."""
 TOLERANCE = 0.02
+_MOST = 40  # measurements
+_SMALL_STEPS, _LARGER, _LEAST = (
+    5,
+    2.0,
+    0.5,
+)  # below what was found: steps of the tolerance, of twice that, down to a half
+_HOPELESS = (3.0, 3)  # times the limit, so often in a row
 
 
 def smallest_plan(
@@ -77,6 +85,7 @@ def first_within(
     measured: Callable[[int], float],
     expected: Callable[[int], float] | None = None,
     tolerance: float = TOLERANCE,
+    look_below: bool = False,
 ) -> tuple[int | None, dict[int, float]]:
     """The first of some plans, in ascending cost, that keeps a limit; for losses that fall along them, but for noise.
 
@@ -86,6 +95,8 @@ def first_within(
         measured: number of a plan -> its loss; asked once each.
         expected: number of a plan -> the loss that is expected, up to a factor that is learned; ``None``: nothing is.
         tolerance: share of its cost by which the plan found may be larger than one that was seen to fail.
+        look_below: try smaller plans as well, until they are hopeless: losses go up and down along the plans, those of
+            few samples most.
 
     Returns:
         its number, ``None`` if none was found, and what was measured.
@@ -103,7 +114,34 @@ def first_within(
             fails = k
         if expected is not None and 0 < (value := expected(k)) < math.inf and 0 < seen[k] < math.inf:
             ratio = seen[k] / value
+    if look_below and right < len(costs):
+        right = _look_below(costs, limit, measured, tolerance, right, seen)
     return (None if right == len(costs) else right), seen
+
+
+def _look_below(
+    costs: Sequence[float],
+    limit: float,
+    measured: Callable[[int], float],
+    tolerance: float,
+    found: int,
+    seen: dict[int, float],
+) -> int:
+    """A smaller plan that keeps the limit, if one is met: first a few small steps down, then larger ones."""
+    k, steps, hopeless = found, 0, 0
+    while hopeless < _HOPELESS[1] and len(seen) < _MOST:
+        steps += 1
+        step = tolerance if steps <= _SMALL_STEPS else _LARGER * tolerance
+        below = bisect_right(costs, costs[k] * (1 - step)) - 1
+        if below < 0 or costs[below] < _LEAST * costs[found]:
+            break
+        k = below
+        if k not in seen:
+            seen[k] = measured(k)
+        if seen[k] <= limit:
+            found, steps = k, 0
+        hopeless = hopeless + 1 if seen[k] > _HOPELESS[0] * limit else 0
+    return found
 
 
 def _guess(count: int, fails: int, right: int, limit: float, expected: Callable[[int], float] | None) -> int:

@@ -126,7 +126,8 @@ def test_what_every_image_gave_is_kept_by_stage(tmp_path):
 
 DESIGN = """
 common: ["model.weights=${{WEIGHTS}}", model.depth=8, model.channels=4, data.subset=200, measure.images=32,
-         measure.rtol=0.5, trainer=cpu, ~callbacks.progress, logger=none, measure.loss_per_site=false, report=false,
+         measure.rtol=0.5, trainer=cpu, ~callbacks.progress, logger=none, measure.loss_per_site=false,
+         measure.forecast=null, report=false,
          float_epochs=0, "quantizer.weight_bits=[2,4]"]
 baseline: [epochs=0, float_validation=true, trainer.num_sanity_val_steps=0]
 plan: [epochs=0, float_validation=false, trainer.num_sanity_val_steps=0, trainer.limit_val_batches=0]

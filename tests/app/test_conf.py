@@ -84,9 +84,8 @@ def test_every_option_composes_and_fits_its_target(row):
     if chosen.get("logger") in ("wandb", "tensorboard"):
         pytest.importorskip(chosen["logger"])
     if "launcher" in chosen:
-        pytest.importorskip(
-            f"hydra_plugins.hydra_{'joblib' if chosen['launcher'] == 'joblib' else 'submitit'}_launcher"
-        )
+        plugin = {"joblib": "joblib", "ray": "ray"}.get(chosen["launcher"], "submitit")
+        pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     # hydra/ is fixed in the defaults list; everything else is chosen
     cfg = settings("train", [f"{group}={choice}" for group, choice in row if group != "hydra"])
     check_targets(cfg)
@@ -117,7 +116,12 @@ def test_one_setting_reaches_the_callback():
 
 
 PARTS = [("quantizer", QuantizerConfig), ("measure", MeasureConfig), ("select", SelectConfig)]
-FOR_THE_SHELL = {"cache": "${paths.cache}", "loss_per_site": True, ("select", "seed"): "${seed}"}
+FOR_THE_SHELL = {
+    "cache": "${paths.cache}",
+    "loss_per_site": True,
+    "forecast": "accurate",
+    ("select", "seed"): "${seed}",
+}
 
 
 @pytest.mark.parametrize(("group", "config"), PARTS, ids=[group for group, _ in PARTS])

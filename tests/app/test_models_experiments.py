@@ -32,6 +32,7 @@ SMALL = [
     "epochs=1",
     "++trainer.limit_train_batches=1",
     "measure.rtol=9",
+    "measure.forecast=null",
     "measure.loss_per_site=false",
     "+hawq.progress=false",
     "data.num_workers=0",

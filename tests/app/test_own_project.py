@@ -23,7 +23,8 @@ from tests.internals import internal
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "own-project.md"
 FILE = re.compile(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```", re.M | re.S)
 FAST = [
-    "float_epochs=1", "epochs=1", "measure.images=32", "measure.rtol=0.9", "trainer=cpu", "callbacks=none",
+    "float_epochs=1", "epochs=1", "measure.images=32", "measure.rtol=0.9",
+    "measure.forecast=null", "trainer=cpu", "callbacks=none",
     "logger=none", "select.budget=6x", "hydra.run.dir=run",
 ]  # fmt: skip
 AS_IT_IS = ["task=lightning_module", "task._target_=src.plain.Plain", "model=null", "data=datamodule",

@@ -16,6 +16,7 @@ from tests.internals import internal
 
 FAST = [
     "debug=fast", "model.depth=8", "model.channels=4", "trainer=cpu", "logger=none", "measure.loss_per_site=false",
+    "measure.forecast=null",
     "~callbacks.progress", "report=false", "trainer.devices=2", "+trainer.strategy=ddp", "hydra.run.dir=run",
 ]  # fmt: skip
 

@@ -38,6 +38,7 @@ from tests.internals import internal
 
 FAST = [
     "debug=fast", "model.depth=8", "model.channels=4", "trainer=cpu", "logger=none", "measure.loss_per_site=false",
+    "measure.forecast=null",
     "~callbacks.progress",
 ]  # fmt: skip
 OTHER = "select.budget=6x"

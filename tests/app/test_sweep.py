@@ -34,6 +34,7 @@ from tests.internals import internal
 BIN = Path(sys.executable).parent
 TINY = [
     "model.depth=8", "model.channels=4", "data.subset=256", "measure.images=32", "measure.rtol=0.5",
+    "measure.forecast=null",
     "trainer=cpu", "~callbacks.progress", "logger=none", "measure.loss_per_site=false", "report=false",
 ]  # fmt: skip
 
@@ -195,6 +196,8 @@ def test_launchers_name_their_extra(monkeypatch):
     for choice in ("launcher=joblib", "launcher=slurm", "hydra/launcher=submitit_local"):
         with pytest.raises(HawqError, match=r"pip install 'hawq-lightning\[sweep\]'"):
             check_choices([choice])
+    with pytest.raises(HawqError, match=r"hydra-ray-launcher: pip install 'hawq-lightning\[ray\]'"):
+        check_choices(["launcher=ray"])
     check_choices(["hydra/launcher=basic"])
     with pytest.raises(HawqError, match="Did you mean 'joblib'"):
         check_choices(["launcher=jobli"])

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,11 @@ from hawq_lightning.cli import (
     make_task,
     run,
     show_frontier,
+    show_outlook,
+    size_lines,
 )
 from hawq_lightning.models import resnet20
+from hawq_lightning.report import write_report
 from hawq_lightning.selection import cost_rows, nominal_problem
 from tests.console import shell
 from tests.internals import internal
@@ -35,6 +39,7 @@ from tests.internals import internal
 BIN = Path(sys.executable).parent
 FAST = [
     "float_epochs=3", "epochs=2", "model.depth=8", "model.channels=8", "measure.images=64", "measure.rtol=0.3",
+    "measure.forecast=null",
     "callbacks=none", "logger=none", "trainer=cpu",
 ]  # fmt: skip
 FILES = {"plan.json", "sensitivity.json", "frontier.csv", "metrics.json", "report.html", "model.safetensors"}
@@ -109,7 +114,14 @@ def test_analysis_trains_nothing(tmp_path, capsys):
     torch.save(weights.state_dict(), tmp_path / "weights.pt")
     folder = tmp_path / "run"
     record = run(
-        settings(folder, "float_epochs=0", f"model.weights={tmp_path / 'weights.pt'}", "epochs=0", name="analyze")
+        settings(
+            folder,
+            "float_epochs=0",
+            f"model.weights={tmp_path / 'weights.pt'}",
+            "epochs=0",
+            "measure.forecast=fast",
+            name="analyze",
+        )
     )
     assert {p.name for p in folder.iterdir()} >= FILES
     assert set(record["accuracy"]) == {"float", "quantized"} and record["history"] == []
@@ -125,6 +137,16 @@ def test_analysis_trains_nothing(tmp_path, capsys):
     capsys.readouterr()
     show_frontier(folder)
     assert "chosen" in capsys.readouterr().out
+    line = next(line for line in size_lines(folder) if line.startswith("8x: "))
+    assert re.fullmatch(r"8x: KL [\d.e-]+, [\d.]+% of the predictions unchanged; with BatchNorm .*unchanged", line)
+    show_outlook(folder)
+    assert "before any fine-tuning" in (said := capsys.readouterr().out) and "10 plans measured on" in said
+    assert (folder / "figures" / "outlook.csv").is_file() and "right after quantizing: KL" in (
+        (folder / "report.html").read_text(encoding="utf-8")
+    )
+    (folder / "forecast.json").write_text("{}")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert 'id="outlook"' in page  # the frontier has its columns
 
 
 def test_given_plans_and_traces_are_not_measured_again(finished, tmp_path):

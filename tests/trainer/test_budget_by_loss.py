@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import HawqError
 from hawq_lightning.callbacks import HAWQ
+from hawq_lightning.selection import Outlook
 from tests.console import Program
 from tests.trainer import ddp_script
 from tests.trainers import IMAGES, Classifier, blobs, hawq, loader, trainer
@@ -140,6 +141,18 @@ def test_two_processes_choose_alike(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True)["plan"] for r in range(2))
     assert first == second and first["settings"]["by_loss"]["kl"]["measured"] <= 0.004
+
+
+def test_the_outlook_is_there_without_such_a_budget(tmp_path):
+    callback = hawq(weight_bits=(2, 4, 8), forecast="fast", dirpath=tmp_path)
+    with pytest.raises(HawqError, match="forecast='accurate'"):
+        _ = callback.outlook
+    trainer(tmp_path, callback, max_epochs=1, limit_train_batches=0).fit(trained(), loader(), validation())
+    assert {*callback.outlook.forecasts} == {"quantizing", "batchnorm"} and len(callback.outlook.measured) <= 10
+    assert Outlook.load(tmp_path / "forecast.json").to_dict() == callback.outlook.to_dict()
+    head = (tmp_path / "frontier.csv").read_text().splitlines()[0].split(",")
+    assert {"kl", "changed", "kl_batchnorm", "changed_batchnorm"} <= {*head}
+    assert "by_loss" not in callback.plan.settings
 
 
 def test_stopping_by_the_plan_needs_a_size():

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
@@ -54,14 +54,26 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
 
 
 def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn) -> list[Batch]:
-    """The first images of the first validation loader; none where there is none, or it is what was measured on."""
+    """Images of the first validation loader; none where there is none, or it is what was measured on.
+
+    Such data often lie there class by class: they are drawn from all over, where the loader takes them in their order.
+    """
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if trainer.state.fn != "fit" or not source.is_defined() or trainer.limit_val_batches == 0:
         return []
     with random_states_kept(seed):
         loaders = source.dataloader()
         leaves = tree_flatten(loaders)[0] if isinstance(loaders, (dict, list, tuple)) else [loaders]
-        return _from_loader(leaves[0], images, seed, 0, size_of) if leaves and leaves[0] is not None else []
+        if not leaves or leaves[0] is None:
+            return []
+        loader = leaves[0]
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler) and loader.batch_size:
+            order = torch.randperm(len(loader.sampler), generator=torch.Generator().manual_seed(seed)).tolist()
+            loader = DataLoader(
+                loader.dataset, batch_sampler=BatchSampler(order, loader.batch_size, False),
+                collate_fn=loader.collate_fn,
+            )  # fmt: skip
+        return _from_loader(loader, images, seed, 0, size_of)
 
 
 def _loaders(trainer: Trainer) -> Loaders:
@@ -110,7 +122,7 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
     sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
         in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
-        sampler = torch.utils.data.BatchSampler(in_order, loader.batch_size or 1, False)
+        sampler = BatchSampler(in_order, loader.batch_size or 1, False)
     assert sampler is not None  # a loader has the one or the other
     lists = _copied_sampler(sampler, seed)
     if overfit:
@@ -171,19 +183,24 @@ def held_out_batches(
         validation: use validation data where there are any.
 
     Returns:
-        batches to judge on, those that are left to forecast on, and what the former are, in words.
+        batches to judge on, others to forecast on (a network is surer of what it was trained on, which makes its
+        divergence smaller), and what the former are, in words.
     """
     size_of, images = config.samples, config.images
-    drawn = _draw_validation(trainer, images, config.seed, size_of) if validation else []
-    what = "validation samples"
-    if not drawn:
-        seen = sum(measured_on.samples(size_of))
-        drawn = draw_batches(trainer, seen + images, config.seed, size_of)[len(measured_on) :]
-        what = "train samples that nothing was measured on"
-    rest = measured_on
+    drawn = _draw_validation(trainer, 2 * images, config.seed, size_of) if validation else []
     if drawn:
         held_out = onto_device(trainer, pl_module, drawn, size_of)
-    elif (count := len(measured_on)) > 1:  # there are no more of them
+        sizes = list(itertools.accumulate(held_out.samples(size_of)))
+        enough = min(images, sizes[-1] * 3 / 4)
+        judged = next(k + 1 for k, size in enumerate(sizes) if size >= enough)
+        rest = held_out[judged:] if judged < len(sizes) else measured_on
+        return held_out[:judged], rest, f"{sizes[judged - 1]} validation samples"
+    seen = sum(measured_on.samples(size_of))
+    drawn = draw_batches(trainer, seen + images, config.seed, size_of)[len(measured_on) :]
+    count, what, rest = len(measured_on), "train samples that nothing was measured on", measured_on
+    if drawn:
+        held_out = onto_device(trainer, pl_module, drawn, size_of)
+    elif count > 1:  # there are no more of them
         kept = max(1, count // 4)
         held_out, rest, what = measured_on[-kept:], measured_on[:-kept], "train samples that nothing was forecast from"
     else:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from hawq_lightning import Candidates, HawqError, Plan, candidates, forecast, sites
-from hawq_lightning.quantization import FloatDistance, loss_of_plan, rounding_errors, shares_of_plan
+from hawq_lightning.quantization import FloatDistance, Forecast, loss_of_plan, rounding_errors, shares_of_plan
 from hawq_lightning.selection import Problem, select
 
 WIDTHS = {"weight_bits": (2, 4, 8), "activation_bits": (4, 8), "input_bits": None}
@@ -154,10 +154,14 @@ def test_the_distance_is_the_mean_divergence_and_knows_its_batches():
         target(net, (data[0][0] + 1, data[0][1]))
 
 
-def test_what_was_not_looked_at_is_refused():
+def test_what_was_not_looked_at_is_refused(tmp_path):
     net, data = network(), batches(1)
     plan, problem = planned(net, data)
     made = forecast(net, data, classified, problem.table, problem.candidates)
+    made.save(tmp_path / "forecast.json")
+    assert Forecast.load(tmp_path / "forecast.json") == made
+    with pytest.raises(HawqError, match="hawq_lightning.forecast"):
+        Forecast.from_dict(made.to_dict() | {"format": "hawq_lightning.plan"})
     assert made.of(plan) == pytest.approx(made.of(plan.bits))
     with pytest.raises(HawqError, match="3 bits, but at 2, 4, 8"):
         made.of(plan.bits | {"0.weight": 3})
