@@ -253,7 +253,7 @@ def first_order_term(
 
 
 class _MeanLoss:
-    """The mean loss over batches on the model's device, by samples; ``distance``: that of a target, in the last pass."""
+    """The mean loss over batches on the model's device, by samples; ``distance``: a target's, in the last pass."""
 
     def __init__(
         self,
