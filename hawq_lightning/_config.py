@@ -220,6 +220,8 @@ class SelectConfig:
     """Of ``selector="manual"``: site or glob -> bits, or a file of them."""
     latency: str | Path | None = None
     """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
+    energy: str | Path | None = None
+    """CSV of picojoules a MAC and a byte, for an energy budget; ``None``: 45 nm by Horowitz (ISSCC 2014)."""
     seed: int | None = None
     """Of random selectors; ``None``: that of the measurement."""
 

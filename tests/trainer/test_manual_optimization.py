@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning.callbacks import loss_from_training_step
 from tests.trainers import FEATURES, Classifier, fit, loader, measuring, same_states, trainer
 
 
@@ -161,3 +163,99 @@ def test_measuring_takes_no_manual_step(tmp_path):
         results.append(model.state_dict())
     assert extra[0].plan is not None
     assert same_states(*results)
+
+
+class Parts(Manual):
+    """Sends back several losses before it updates: halves of a batch, by one of the ways that people write."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def halves(self, batch):
+        half = len(batch[0]) // 2
+        return [self.loss([t[:half] for t in batch]) / 2, self.loss([t[half:] for t in batch]) / 2]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=self.way != "plain optimizer")
+        optimizer.zero_grad()
+        if self.way == "whole":
+            self.manual_backward(self.loss(batch))
+        elif self.way == "closure":
+            optimizer.step(closure=lambda: [self.manual_backward(x) for x in self.halves(batch)])
+            return
+        elif self.way == "gradient":
+            torch.stack(self.halves(batch)).backward(torch.ones(2))
+        else:
+            for loss in self.halves(batch):
+                loss.backward() if self.way == "backward" else self.manual_backward(loss)
+        if self.way == "one optimizer after the other":
+            self.untoggle_optimizer(self.optimizers())
+            self.manual_backward(100 * self.loss(batch))
+        if self.way == "clipped":
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        if self.way == "rarely":
+            if batch_idx:
+                optimizer.step()
+            return
+        optimizer.step()
+        if self.way == "something else later":
+            self.manual_backward(100 * self.loss(batch))
+
+
+WAYS = ("halves", "plain optimizer", "closure", "gradient", "backward", "one optimizer after the other", "clipped",
+        "rarely", "something else later")  # fmt: skip
+
+
+class OneLoss(Callback):
+    """The loss that HAWQ takes from a step, at the beginning of the training."""
+
+    def __init__(self, batch):
+        self.batch, self.loss = batch, None
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.eval()
+        with loss_from_training_step(trainer, pl_module) as loss_fn:
+            self.loss = loss_fn(pl_module, self.batch)
+            self.gradients = torch.autograd.grad(self.loss, pl_module.net[0].weight)
+        pl_module.train()
+
+
+def one_loss(folder, model):
+    found = OneLoss(next(iter(loader(shuffle=False))))
+    trainer(folder, found, max_steps=1).fit(model, loader())
+    return float(found.loss.detach()), found.gradients[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    torch.manual_seed(3)
+    return one_loss(tmp_path_factory.mktemp("whole"), Parts("whole"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_that_are_sent_back_before_an_update_add_up(tmp_path, way, whole):
+    torch.manual_seed(3)
+    loss, gradient = one_loss(tmp_path, Parts(way))
+    assert loss == pytest.approx(whole[0], rel=1e-6)
+    torch.testing.assert_close(gradient, whole[1])
+
+
+class Surgery(Manual):
+    """Projects one loss's gradients by the other's (Yu et al. 2020)."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer, grads = self.optimizers(), []
+        for loss in (self.loss(batch), self.loss(batch).square()):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            grads.append([p.grad.clone() for p in self.parameters()])
+        for p, a, b in zip(self.parameters(), *grads):
+            p.grad = a + b
+        optimizer.step()
+
+
+def test_a_step_that_reads_gradients_between_losses_is_told_which_is_measured(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, Surgery(), loader())
+    assert caplog.text.count("Surgery.training_step reads gradients of parameters before its optimizer steps") == 1

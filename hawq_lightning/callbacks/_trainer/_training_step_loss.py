@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
@@ -20,6 +21,12 @@ from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
 from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
+
+_READ = (
+    "HAWQ: {name}.training_step reads gradients of parameters before its optimizer steps. What it has sent back until "
+    "then is the loss that is measured; if other losses follow, give HAWQ(loss_fn=...), a function of (module, batch) "
+    "that returns their sum."
+)
 
 
 class _Backward(TorchFunctionMode):
@@ -77,7 +84,7 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        yield functools.partial(_loss, before, loss_fn, losses, by_hand)
+        yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
     finally:
         for name in muted:
             pl_module.__dict__.pop(name, None)
@@ -107,10 +114,14 @@ def _loss(
     loss_fn: LossFn | None,
     losses: list[torch.Tensor],
     backward: Callable[..., None],
+    told: list[str],
     module: LightningModule,
     batch: Batch,
 ) -> torch.Tensor:
-    """One loss of the step, or of ``loss_fn``; ``losses`` gets those that the step sends back by hand."""
+    """One loss of the step, or of ``loss_fn``.
+
+    ``losses`` gets those that the step sends back by hand, ``told`` what the user was told.
+    """
     before()
     losses.clear()
     if loss_fn is not None:
@@ -144,6 +155,9 @@ def _loss(
                 raise
             out = run(spare)
     except LossCaptured as captured:
+        if captured.read and not told:
+            told.append("gradients")
+            rank_zero_info(_READ.format(name=type(module).__name__))
         return captured.loss
     except expected as error:
         if isinstance(error, AttributeError) and not made_later(error, module):
