@@ -108,6 +108,7 @@ class Choice:
             chosen = self._by_loss(problem)
         else:
             pick = partial(select, problem, config.budget, config.selector, seed=self.seed, bits=config.bits)
+            pick = partial(pick, trials=config.trials)
             chosen = self._by_measured_loss(pick) if "loss" in needs else pick(eigenvalues=self.eigenvalues)
         if self.eigenvalues is not None:
             chosen = chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})
