@@ -154,7 +154,7 @@ class MeasureConfig:
     stop_when: StopWhen = "rtol"
     """``stable_plan``: also as soon as the plan no longer changes."""
     loss_per_site: bool = False
-    """Also measure the loss change of every site and width."""
+    """Also measure what every site and width costs alone, KL and loss, on held-out data: sites x widths passes."""
     quadratic_forms: bool = False
     """Also measure Q, the quadratic form of the real rounding error, of every site and width, in the same passes."""
     forecast: ForecastMode | None = None
