@@ -88,7 +88,7 @@ class Choice:
             stages = (budget.after,)
         try:
             self.outlook = self.held_out.outlook(
-                self.table, self.candidates, problem, front, self.quantizer, mode or "accurate", stages, self.progress
+                self.table, self.candidates, problem, front, self.quantizer, mode or "fast", stages, self.progress
             )
         except HawqError as error:
             if budget is not None:
