@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def work(rank: int, folder: str, steps: int, seeds: int) -> None:
                     loss_fn(ddp, (x[mine], y[mine])).backward()
                     optimizer.step()
             except Exception as error:  # a hook that gloo or the CPU cannot run
-                rows.append({"method": name, "seed": seed, "error": f"{type(error).__name__}: {error}"[:200]})
+                rows.append({"method": name, "seed": seed, "error": _reason(error)})
                 continue
             with torch.no_grad():
                 right = (model(test[0]).argmax(1) == test[1]).float().mean()
@@ -161,11 +162,17 @@ def work(rank: int, folder: str, steps: int, seeds: int) -> None:
     dist.destroy_process_group()
 
 
+def _reason(error: Exception) -> str:
+    """The innermost error's name and sentence, without paths."""
+    found = re.findall(r"\w+Error: [^\n(]*", f"{type(error).__name__}: {error}")
+    return found[-1].rpartition("callback: ")[2].strip()
+
+
 def table(rows: list[dict[str, Any]], steps: int, seeds: int) -> str:
     whole = {r["seed"]: r["bytes"] for r in rows if r["method"].startswith("float32")}
     lines = [
         "# Gradients between two processes", "",
-        f"Two gloo processes, digits, {steps} steps of 2 x 32 images, {seeds} seeds (mean and standard deviation); "
+        f"Two gloo processes, digits, {steps} steps of 2 x 32 images, seeds: {seeds} (mean and standard deviation); "
         "`python benchmarks/communication.py`. Bytes as handed to the collective, over float32's, after warm-up.", "",
         "| method | bytes, x smaller | train loss | test accuracy |", "|---|---:|---:|---:|",
     ]  # fmt: skip
@@ -176,10 +183,10 @@ def table(rows: list[dict[str, Any]], steps: int, seeds: int) -> str:
             continue
         ratio = statistics.mean(whole[r["seed"]] / r["bytes"] for r in mine)
         loss, right = ([r[k] for r in mine] for k in ("loss", "accuracy"))
-        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (loss, right)]
+        spread = [f" ± {statistics.stdev(v):.4f}" if len(v) > 1 else "" for v in (loss, right)]
         lines.append(
-            f"| {name} | {ratio:.2f} | {statistics.mean(loss):.4f} ± {spread[0]:.4f} | "
-            f"{statistics.mean(right):.2%} ± {spread[1]:.2%} |"
+            f"| {name} | {ratio:.2f} | {statistics.mean(loss):.4f}{spread[0]} | "
+            f"{statistics.mean(right):.4f}{spread[1]} |"
         )
     return "\n".join(lines) + "\n"
 

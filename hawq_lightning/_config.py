@@ -222,10 +222,13 @@ class SelectConfig:
     """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
     energy: str | Path | None = None
     """CSV of picojoules a MAC and a byte, for an energy budget; ``None``: 45 nm by Horowitz (ISSCC 2014)."""
+    trials: int = 100
+    """Plans that a search measures: ``haq``, ``optuna``, ``random_search``."""
     seed: int | None = None
     """Of random selectors; ``None``: that of the measurement."""
 
     def __post_init__(self) -> None:
+        whole("trials", self.trials, 1)
         _check(self)
 
 

@@ -1,5 +1,6 @@
 """Lightning callbacks: hooks only, no maths."""
 
+from hawq_lightning.callbacks._adjust_precision import AdjustPrecision
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._block_order import BlockwiseOrder
 from hawq_lightning.callbacks._channels_last import ChannelsLast
@@ -30,6 +31,7 @@ from hawq_lightning.callbacks.fault_tolerance import AtomicCheckpointIO
 
 __all__ = [
     "HAWQ",
+    "AdjustPrecision",
     "ApplyPlan",
     "AtomicCheckpointIO",
     "BlockwiseOrder",

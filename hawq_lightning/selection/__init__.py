@@ -1,6 +1,6 @@
 """Traces, perturbations and costs -> frontier -> plan (paper section 2.3). Plain numbers; no Lightning, no Hydra."""
 
-from hawq_lightning.selection import _baselines, _built_in_costs, _energy  # noqa: F401  they register themselves
+from hawq_lightning.selection import _baselines, _built_in_costs, _energy, _haq, _search  # noqa: F401  they register themselves
 from hawq_lightning.selection._activation_memory import activation_steps
 from hawq_lightning.selection._bootstrap import Stability, bootstrap_stability, with_bootstrap_stability
 from hawq_lightning.selection._budget import UpperLimit, parse_budget, read_budget, tables_of_budget

@@ -119,7 +119,7 @@ PARTS = [("quantizer", QuantizerConfig), ("measure", MeasureConfig), ("select", 
 FOR_THE_SHELL = {
     "cache": "${paths.cache}",
     "loss_per_site": True,
-    "forecast": "accurate",
+    "forecast": "fast",
     ("select", "seed"): "${seed}",
 }
 
