@@ -3,6 +3,7 @@
 #   make test     the tests, with coverage and its floor; make lint; make stress: long fault and load tests
 #   make test-lowest, make test-newest     with the lowest versions of everything, and with the newest that pip offers
 #                 (their numbers are then in tests/versions); PYTHON=python3.13 with another Python
+#   make gpu      the tests on a GPU, with the torch and lightning of $(PYTHON) (tests/gpu/README.md)
 #   make docs     the documentation as a site, in site/
 #   make clean    remove what the others made, .venv included
 # The development environment uses the versions that the tests ran with; users of the package are not pinned.
@@ -18,7 +19,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-lowest test-newest stress lint docs clean install
+.PHONY: demo test test-lowest test-newest stress gpu lint docs clean install
 
 install: $(STAMP)
 
@@ -49,6 +50,9 @@ test-lowest test-newest: test-%: pyproject.toml
 
 stress: $(STAMP)
 	$(BIN)/python -m pytest -m stress
+
+gpu:
+	PYTHON=$(PYTHON) bash tests/gpu/run.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ recipes/small_transformers), batches of 128. Judged by the KL divergence from th
    probes, against the KL when that site alone is quantized, on the same images.
 2. Random plans of the weights with 2.5 and 3 bits on average (widths 2, 3, 4, 6, 8 drawn evenly, then single sites
    moved until the mean is met), against the KL on held-out images: right after quantizing, and with BatchNorm
-   statistics measured again on the images that the forecast saw. Forecasts: Omega / 2; P with one point and with three.
+   statistics measured again on the images that the forecast saw. Forecasts: Omega / 2; P with one point and with three;
+   the mean shares on the way to 24 other random plans of that mean, on 128 images, in the place of those to uniform
+   networks.
 3. ``mixed``: the same with activations of 4 bits on average, drawn likewise.
 
 Spearman's rank correlation, and the median of measured / forecast. Every part is kept in the results file as soon as it
@@ -27,7 +29,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,14 @@ from torch.utils.data import DataLoader, Subset
 from hawq_lightning import Candidates, Problem, Site, SiteTable, candidates, measure, models, quantize, sites
 from hawq_lightning.data import DigitsDataModule, ImageFolderDataModule
 from hawq_lightning.quantization import (
+    After,
     FloatDistance,
+    Forecast,
+    Mode,
     forecast,
     loss_per_site,
     rounding_errors,
+    shares_of_plan,
     unquantize,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
@@ -51,9 +57,10 @@ from hawq_lightning.selection import select
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SINGLE, WIDTHS = (2, 3, 4), (2, 3, 4, 6, 8)
-MEANS, ACTIVATION_MEAN = (2.5, 3.0), 4.0
+MEANS, ACTIVATION_MEAN, PATHS = (2.5, 3.0), 4.0, 24
 NETWORKS = ("resnet20", "squeezenext_cifar", "mobilenet_cifar", "vit_digits")
 BATCH, PARTS = 128, ("single", "plans", "mixed")
+MODES: tuple[Mode, ...] = ("fast", "accurate")
 Batches = list[Any]
 
 
@@ -124,38 +131,63 @@ def whole_plans(
 ) -> None:  # fmt: skip
     """Parts 2 and 3, into ``part``: forecasts first, then a row a plan."""
     widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
-    traces = measure(net, batches, loss_fn, sites=table, progress=False)
-    weighed = candidates(net, batches, traces, table, loss_fn, **widths)
-    found = part.setdefault("forecasts", {})
-    forecasts = {}
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-    for after in ("quantizing", "batchnorm")[: 1 + has_norm]:
-        for mode in ("fast", "accurate"):
-            began = time.process_time()
-            made = forecasts[after, mode] = forecast(net, batches, loss_fn, table, weighed, mode=mode, after=after)
-            found[f"{mode}, after {after}"] = {
-                "seconds": time.process_time() - began, "forecast": dict(made.forecast_uniform),
-                "measured": dict(made.measured_uniform),
-            }  # fmt: skip
-    keep()
-    chosen = SiteTable([s for s in table if s.name in weighed], table.layers)
-    problem = Problem(chosen, weighed, traces)
-    target = FloatDistance(net, held_out, loss_fn)
+    weighed = candidates(net, batches, None, table, loss_fn, **widths)
+    moved = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)  # without the network's own input
     rows = part.setdefault("rows", [])
     generator = torch.Generator().manual_seed(1)
     drawn = []
     for mean in MEANS * plans:
-        bits = random_bits(chosen.weights, mean, generator)
-        drawn.append((mean, bits | (random_bits(chosen.activations, ACTIVATION_MEAN, generator) if mixed else {})))
+        bits = random_bits(moved.weights, mean, generator)
+        drawn.append((mean, bits | (random_bits(moved.activations, ACTIVATION_MEAN, generator) if mixed else {})))
+    if len(rows) < len(drawn):
+        traces = measure(net, batches, loss_fn, sites=table, progress=False)
+        weighed = candidates(net, batches, traces, table, loss_fn, **widths)
+        forecasts = uniform_forecasts(net, batches, table, weighed, part.setdefault("forecasts", {}))
+        keep()
+        measured_plans(net, batches, held_out, Problem(moved, weighed, traces), forecasts, drawn, rows, keep)
+    of_paths = paths(net, batches[:1], table, weighed, part.setdefault("paths", {}), mixed)
+    for row, (mean, bits) in zip(rows, drawn):
+        for after, by_mean in of_paths.items():
+            row[f"paths, after {after}"] = sum(nearest_share(by_mean[str(mean)][n], b) for n, b in bits.items())
+    keep()
+
+
+def stages_of(net: nn.Module) -> tuple[After, ...]:
+    """Right after quantizing, and with BatchNorm measured again if there is one."""
+    has_norm = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    return ("quantizing", "batchnorm") if has_norm else ("quantizing",)
+
+
+def uniform_forecasts(
+    net: nn.Module, batches: Batches, table: SiteTable, weighed: Candidates, found: dict[str, Any]
+) -> dict[str, Forecast]:
+    """By paths to the uniform networks; what their check says goes into ``found``."""
+    forecasts: dict[str, Forecast] = {}
+    for after in stages_of(net):
+        for mode in MODES:
+            began, name = time.process_time(), f"{mode}, after {after}"
+            made = forecasts[name] = forecast(net, batches, loss_fn, table, weighed, mode=mode, after=after)
+            found[name] = {
+                "seconds": time.process_time() - began, "forecast": dict(made.forecast_uniform),
+                "measured": dict(made.measured_uniform),
+            }  # fmt: skip
+    return forecasts
+
+
+def measured_plans(
+    net: nn.Module, batches: Batches, held_out: Batches, problem: Problem, forecasts: Mapping[str, Forecast],
+    drawn: Sequence[tuple[float, dict[str, int]]], rows: list[dict[str, Any]], keep: Callable[[], None],
+) -> None:  # fmt: skip
+    """A row for every plan that has none."""
+    target = FloatDistance(net, held_out, loss_fn)
     float_state = {k: v.clone() for k, v in net.state_dict().items()}
     for mean, bits in drawn[len(rows) :]:
         plan = select(problem, None, "manual", bits=bits)
         row: dict[str, Any] = {"mean": mean, "omega": plan.omega / 2}
-        for (after, mode), made in forecasts.items():
-            row[f"{mode}, after {after}"] = made.of(bits)
+        row |= {name: made.of(bits) for name, made in forecasts.items()}
         quantize(net, plan)
         row["after quantizing"] = kl(net, held_out, target)
-        if has_norm:
+        if "batchnorm" in stages_of(net):
             reestimate_batchnorm(net, batches)
             net.eval()
             row["after batchnorm"] = kl(net, held_out, target)
@@ -164,7 +196,32 @@ def whole_plans(
         rows.append(row)
         if len(rows) % 8 == 0:
             keep()
-    keep()
+
+
+def paths(
+    net: nn.Module, batches: Batches, table: SiteTable, weighed: Candidates, known: dict[str, Any], mixed: bool
+) -> dict[str, Any]:
+    """Stage -> mean bits -> site -> bits -> mean share of the site over random plans that are not those judged."""
+    for after in stages_of(net):
+        for mean in MEANS:
+            if str(mean) in known.setdefault(after, {}):
+                continue
+            generator = torch.Generator().manual_seed(7)
+            found: dict[str, dict[str, list[float]]] = {}
+            for _ in range(PATHS):
+                bits = random_bits(table.weights, mean, generator)
+                if mixed:
+                    moved = [s for s in table.activations if s.name in weighed]
+                    bits |= random_bits(moved, ACTIVATION_MEAN, generator)
+                for name, share in shares_of_plan(net, batches, loss_fn, table, weighed, bits, after=after).items():
+                    found.setdefault(name, {}).setdefault(str(bits[name]), []).append(share)
+            known[after][str(mean)] = {n: {b: sum(v) / len(v) for b, v in of.items()} for n, of in found.items()}
+    return known
+
+
+def nearest_share(of_site: Mapping[str, float], bits: int) -> float:
+    """That of the nearest width which some path had."""
+    return of_site[min(of_site, key=lambda b: (abs(int(b) - bits), b))]
 
 
 @torch.no_grad()

@@ -10,7 +10,12 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 DRAWS, LEVEL = 2000, 0.90  # of the bootstrap over plans
-FORECASTS = (("Ω / 2", "omega"), ("P, one point", "fast"), ("P, three points", "accurate"))
+FORECASTS = (
+    ("Ω / 2", "omega"),
+    ("P, one point", "fast"),
+    ("P, three points", "accurate"),
+    ("P, 24 random plans", "paths"),
+)
 STAGES = ("quantizing", "batchnorm")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -29,7 +34,8 @@ def gain(rows: Rows, predicted: str, instead: str, measured: str) -> tuple[float
     gains = []
     for _ in range(DRAWS):
         drawn = rankdata(table[rng.integers(0, len(table), len(table))], axis=0)
-        matrix = np.corrcoef(drawn.T)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of a few plans all may be the same one
+            matrix = np.corrcoef(drawn.T)
         gains.append(matrix[0, 2] - matrix[1, 2])
     low, high = np.nanquantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -2,6 +2,7 @@
 
     pip install 'hawq-lightning[vision,detection]' timm transformers
     python benchmarks/trace_cost.py [--models resnet50 ...] [--repeat 5] [--no-double]
+    python benchmarks/trace_cost.py --device cuda --precision tf32    # never run yet
 
 Random weights, random images of the usual size, one batch. A *training step* is forward and backward in training mode
 with all gradients, without the optimizer. A *probe* is one pass of :func:`hawq_lightning.measure`'s loop: a forward
@@ -13,7 +14,7 @@ hold. *With forms* is a probe that also gives the quadratic form of the rounding
 and activation (``measure(..., rounding=)``), against the probe without. For ViT-S and BERT-base a probe of the true
 Hessian by double backward is timed as well, and told apart.
 
-Results: benchmarks/results/trace_cost.{json,md}.
+Results: benchmarks/results/trace_cost.{json,md}, with device and precision in the name where they are others.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices import Peak, add_device, machine, moved, now, prepare, suffixed
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,18 +89,20 @@ def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Te
     return net, batch, loss
 
 
-def resident() -> float:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def work(name: str, what: str, threads: int) -> None:
+def work(name: str, what: str, threads: int, device: str, precision: str) -> None:
     """Answer every line on stdin with the seconds of one step; then the peak memory."""
     torch.set_num_threads(threads)
-    net, batch, loss = make(name)
+    forwards = prepare(device, precision)
+    net, batch, plain = make(name)
+    net, batch = net.to(device), moved(batch, device)
     net.train()
     count = SETTINGS[name][0]
-    before = resident()
+    peak = Peak(device)
+
+    def loss(m: nn.Module, b: Any) -> torch.Tensor:
+        with forwards:
+            return plain(m, b)
+
     if what == "step":
         thin = 1
 
@@ -151,17 +153,16 @@ def work(name: str, what: str, threads: int) -> None:
 
     print(thin, flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
+        began = now(device, wall=True)
         run(float(line))
-        print(
-            time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, flush=True
-        )
+        print(now(device, wall=True) - began, peak(), flush=True)
 
 
-def compare(name: str, repeat: int, threads: int, doubled: bool) -> dict[str, Any]:
+def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any]:
+    where = ["--threads", str(args.threads), "--device", args.device, "--precision", args.precision]
     processes = {
         what: subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, what, "--threads", str(threads)],
+            [sys.executable, __file__, "--worker", name, what, *where],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -177,7 +178,7 @@ def compare(name: str, repeat: int, threads: int, doubled: bool) -> dict[str, An
         kinds["double backward"] = ("double", 1.0)
         seconds["double backward"] = []
     memory = dict.fromkeys(processes, 0.0)
-    for turn in range(repeat + 1):
+    for turn in range(args.repeat + 1):
         for kind, (what, concave) in kinds.items():
             took, peak = map(float, _answer(processes[what], f"{concave}\n").split())
             memory[what] = peak
@@ -262,25 +263,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-double", action="store_true", help="without double backward, which takes minutes a probe")
+    add_device(parser)
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, what = args.worker
-        work(name, what, args.threads)
+        work(name, what, args.threads, args.device, args.precision)
         return
-    file = args.out / "trace_cost.json"
+    prepare(args.device)
+    file = args.out / f"{suffixed('trace_cost', args.device, args.precision)}.json"
     known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{machine(args.device)}, {os.cpu_count()} cores",
         "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": known,
     }  # fmt: skip
     for name in args.models:
         doubled = name in DOUBLE and not args.no_double
-        report["models"][name] = compare(name, args.repeat, args.threads, doubled) | {"date": report["date"]}
+        report["models"][name] = compare(name, args, doubled) | {"date": report["date"]}
         print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "trace_cost.md").write_text(text := table(report), encoding="utf-8")
+    file.with_suffix(".md").write_text(text := table(report), encoding="utf-8")
     print(text)
 
 

@@ -2,6 +2,7 @@
 
     pip install brevitas
     python benchmarks/training_step.py [--networks resnet20,resnet18] [--rounds 3] [--steps 4]
+    python benchmarks/training_step.py --networks resnet50 --device cuda --precision bf16    # never run yet
 
 A step is forward, loss, backward and SGD with momentum on random images: ResNet20 on 128 images of 32 x 32,
 torchvision's ResNet18 on 16 of 224 x 224. Weights of all convolutions and the linear layer have 4 bits with one scale a
@@ -10,7 +11,8 @@ channel, what they read has 4 bits with one scale a tensor. (torchao's training 
 Every measurement is a process of its own, on one thread; methods take turns, so that other load meets all of them.
 Seconds are of the processor, the least of a process's steps (after one to warm up); of the rounds the median is shown,
 with the range. Memory is the peak resident set of the steps beyond what model, data and imports hold. Packages that are
-absent are left out. Results: benchmarks/results/training_step.{json,md}.
+absent are left out. On a GPU seconds are of the wall, once it has nothing left to do, and memory is its allocator's.
+Results: benchmarks/results/training_step.{json,md}, with device and precision in the name where they are others.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ import argparse
 import gc
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices import Peak, add_device, machine, now, prepare, suffixed
 from torch import nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NETWORKS = {"resnet20": (128, 32, 10), "resnet18": (16, 224, 1000)}
+NETWORKS = {"resnet20": (128, 32, 10), "resnet18": (16, 224, 1000), "resnet50": (64, 224, 1000)}
 METHODS = {
     "float": "float",
     "uniform": "ours, uniform",
@@ -52,9 +53,9 @@ def network(name: str) -> nn.Module:
         from hawq_lightning.models import resnet20
 
         return resnet20()
-    from torchvision.models import resnet18
+    import torchvision
 
-    return resnet18()
+    return getattr(torchvision.models, name)()  # type: ignore[no-any-return]
 
 
 def ours(net: nn.Module, images: torch.Tensor, quantizer: str) -> nn.Module:
@@ -161,39 +162,37 @@ BUILD: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
 }
 
 
-def measure(method: str, name: str, steps: int) -> dict[str, float]:
+def measure(method: str, name: str, steps: int, device: str, precision: str) -> dict[str, float]:
     torch.set_num_threads(1)
+    forwards = prepare(device, precision)
     images, side, classes = NETWORKS[name]
     torch.manual_seed(1)
     x, y = torch.randn(images, 3, side, side), torch.randint(0, classes, (images,))
-    net = BUILD[method](network(name), x[:8]).train()
+    x, y = x.to(device), y.to(device)
+    net = BUILD[method](network(name).to(device), x[:8]).to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
     for p in net.parameters():  # the optimizer's state is not the step's
         p.grad = torch.zeros_like(p)
     optimizer.step()
     gc.collect()
-    before = _resident()
+    peak = Peak(device)
     seconds = []
     for _ in range(steps + 1):
-        start = time.process_time()  # of this one thread: others' load does not count
+        start = now(device)  # of this one thread: others' load does not count
         optimizer.zero_grad()
-        loss = F.cross_entropy(net(x), y)
+        with forwards:
+            loss = F.cross_entropy(net(x), y)
         loss.backward()
         optimizer.step()
-        seconds.append(time.process_time() - start)
+        seconds.append(now(device) - start)
     assert bool(torch.isfinite(loss.detach()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": min(seconds[1:]), "memory": peak - before}
+    return {"seconds": min(seconds[1:]), "memory": peak()}
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def run(method: str, name: str, steps: int) -> dict[str, float] | None:
+def run(method: str, name: str, args: argparse.Namespace) -> dict[str, float] | None:
+    where = ["--device", args.device, "--precision", args.precision]
     done = subprocess.run(
-        [sys.executable, __file__, "--one", method, "--networks", name, "--steps", str(steps)],
+        [sys.executable, __file__, "--one", method, "--networks", name, "--steps", str(args.steps), *where],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
@@ -203,10 +202,11 @@ def run(method: str, name: str, steps: int) -> dict[str, float] | None:
 
 
 def table(record: dict[str, Any]) -> str:
+    where = "one thread" if record.get("device", "cpu") == "cpu" else record["precision"]
     lines = [
         "# A W4A4 training step over the float step",
         "",
-        f"`python benchmarks/training_step.py`, {record['date']}, {record['cpu']}, one thread, torch "
+        f"`python benchmarks/training_step.py`, {record['date']}, {record['cpu']}, {where}, torch "
         f"{record['versions']['torch']}, {record['rounds']} rounds of {record['steps']} steps, load average "
         f"{record['load']:.1f} at the start. Median over rounds, range in brackets; memory is the largest of them.",
     ]
@@ -232,11 +232,14 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--one")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    add_device(parser)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.networks, args.steps)))
+        print(json.dumps(measure(args.one, args.networks, args.steps, args.device, args.precision)))
         return
+    prepare(args.device)
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"torch": torch.__version__}
@@ -246,7 +249,8 @@ def main() -> None:
         except PackageNotFoundError:
             print(f"{package} is absent", file=sys.stderr)
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "cpu": _cpu(), "versions": versions, "rounds": args.rounds,
+        "date": time.strftime("%Y-%m-%d"), "cpu": machine(args.device), "device": args.device,
+        "precision": args.precision, "versions": versions, "rounds": args.rounds,
         "steps": args.steps, "load": os.getloadavg()[0], "networks": {},
     }  # fmt: skip
     for name in args.networks.split(","):
@@ -256,7 +260,7 @@ def main() -> None:
             for method in args.methods.split(","):
                 if method in absent:
                     continue
-                found = run(method, name, args.steps)
+                found = run(method, name, args)
                 if found is None:
                     absent.add(method)
                     continue
@@ -264,17 +268,11 @@ def main() -> None:
                     rows.setdefault(method, {}).setdefault(key, []).append(value)
                 print(name, method, found, flush=True)
         record["networks"][name] = rows
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "training_step.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "training_step.md").write_text(table(record))
+        args.out.mkdir(exist_ok=True)
+        file = args.out / suffixed("training_step", args.device, args.precision)
+        file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(record))
     print(table(record))
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

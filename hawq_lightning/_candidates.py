@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hawq_lightning._code_formats import code_bytes
 from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._fields import CHECKSUM, check_names, sealed, sequence, shown, table, text, was_changed, whole
 from hawq_lightning._io import PLAN_JSON, json_text, read_json, without_infinity, write_text
@@ -73,7 +74,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
         """
         if name not in self.numel:
             raise HawqError(f"There are no candidates for {name!r}.{nearest(name, self.numel)}")
-        return self.numel[name] * candidate.bits / 8
+        return code_bytes(self.numel[name], candidate.bits, candidate.code)
 
     def rows(self) -> list[dict[str, str | float]]:
         """One dict a candidate: ``site, kind, bits, code, bytes, perturbation, omega``, and ``q`` where it is known."""

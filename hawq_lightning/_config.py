@@ -154,7 +154,7 @@ class MeasureConfig:
     stop_when: StopWhen = "rtol"
     """``stable_plan``: also as soon as the plan no longer changes."""
     loss_per_site: bool = False
-    """Also measure the loss change of every site and width."""
+    """Also measure what every site and width costs alone, KL and loss, on held-out data: sites x widths passes."""
     quadratic_forms: bool = False
     """Also measure Q, the quadratic form of the real rounding error, of every site and width, in the same passes."""
     forecast: ForecastMode | None = None
@@ -220,10 +220,15 @@ class SelectConfig:
     """Of ``selector="manual"``: site or glob -> bits, or a file of them."""
     latency: str | Path | None = None
     """CSV of milliseconds a layer and width, as ``hawq-lightning-export`` writes it; for a latency budget."""
+    energy: str | Path | None = None
+    """CSV of picojoules a MAC and a byte, for an energy budget; ``None``: 45 nm by Horowitz (ISSCC 2014)."""
+    trials: int = 100
+    """Plans that a search measures: ``haq``, ``optuna``, ``random_search``."""
     seed: int | None = None
     """Of random selectors; ``None``: that of the measurement."""
 
     def __post_init__(self) -> None:
+        whole("trials", self.trials, 1)
         _check(self)
 
 

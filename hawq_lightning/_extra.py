@@ -12,7 +12,7 @@ _EXTRA_OF = {
     "onnx": "export", "onnxscript": "export", "onnxruntime": "export",
     "qonnx": "qonnx", "torchao": "torchao", "openvino": "openvino",
     "executorch": "executorch", "litert_torch": "litert", "ai_edge_litert": "litert",
-    "bitarray": "huffman",
+    "bitarray": "huffman", "stable_baselines3": "search", "gymnasium": "search", "optuna": "search",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hawq_lightning._code_formats import code_bytes
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Plan
 from hawq_lightning.quantization import quantized_reads
@@ -28,6 +29,6 @@ def consistent(plan: Plan | None) -> Plan | None:
 
 def with_sizes(plan: Plan) -> Plan:
     """A plan without a history, with the costs that bits alone tell."""
-    size = sum(s.numel * s.bits for s in plan.weights) / 8
+    size = sum(code_bytes(s.numel, s.bits, s.code) for s in plan.weights)
     costs = {"weight_bytes": size, "float_weight_bytes": 4.0 * sum(s.numel for s in plan.weights)}
     return plan.replace(costs=costs)

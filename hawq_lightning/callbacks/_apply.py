@@ -211,6 +211,18 @@ class ApplyPlan(Callback):
         for companion in companions(trainer):
             companion.after_enable(trainer, pl_module)
 
+    def change_plan(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
+        """Other bits in the middle of a training; optimizers, companions and best scores go on as they are.
+
+        Args:
+            trainer: in ``fit``.
+            pl_module: quantized.
+            plan: for it.
+        """
+        enable(pl_module, plan)
+        sync_averages(trainer, pl_module)
+        self._plan = plan
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mirrors follow buffers that averaging or broadcasting wrote; a restored model tells its plan."""
         self._copies.follow(trainer, pl_module, self._plan)

@@ -88,7 +88,7 @@ class Choice:
             stages = (budget.after,)
         try:
             self.outlook = self.held_out.outlook(
-                self.table, self.candidates, problem, front, self.quantizer, mode or "accurate", stages, self.progress
+                self.table, self.candidates, problem, front, self.quantizer, mode or "fast", stages, self.progress
             )
         except HawqError as error:
             if budget is not None:
@@ -108,6 +108,7 @@ class Choice:
             chosen = self._by_loss(problem)
         else:
             pick = partial(select, problem, config.budget, config.selector, seed=self.seed, bits=config.bits)
+            pick = partial(pick, trials=config.trials)
             chosen = self._by_measured_loss(pick) if "loss" in needs else pick(eigenvalues=self.eigenvalues)
         if self.eigenvalues is not None:
             chosen = chosen.replace(settings={**chosen.settings, "eigenvalues": self.eigenvalues})

@@ -22,8 +22,10 @@ from hawq_lightning.quantization import (
     Forecast,
     Mode,
     PlanLoss,
+    QuantizerSpec,
     distance_of_plan,
     forecast,
+    loss_per_site,
     quantizer_of,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
@@ -143,6 +145,22 @@ class HeldOut:
                 return loss
 
             yield of
+
+    def loss_per_site(
+        self, table: SiteTable, candidates: Candidates, quantizer: QuantizerSpec, progress: bool
+    ) -> list[dict[str, str | float]]:
+        """Every site alone, at every width: change of the labelled loss, and distance to the float network.
+
+        Args:
+            table: the sites.
+            candidates: that were weighed.
+            quantizer: the layers'.
+            progress: show bars.
+        """
+        return loss_per_site(
+            self._module, self._batches, self._loss_fn, table, candidates, quantizer=quantizer,
+            batch_size_fn=self._config.samples, progress=progress, target=self.target,
+        )  # fmt: skip
 
     def outlook(
         self,

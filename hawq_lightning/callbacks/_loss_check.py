@@ -4,55 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 
-from hawq_lightning._candidates import Candidates
 from hawq_lightning._csv import csv_text
-from hawq_lightning._site_table import SiteTable
-from hawq_lightning._types import Batch, JsonObject, LossFn
-from hawq_lightning.quantization import FloatDistance, QuantizerSpec, loss_per_site
+from hawq_lightning._errors import HawqError
+from hawq_lightning._types import JsonObject
+from hawq_lightning.callbacks._choose import Choice
+from hawq_lightning.quantization import loss_per_site, quantizer_of
 
-_COLUMNS = ("site", "kind", "bits", "predicted", "measured")
-_OF_FORMS = ("q", "kl")
+_COLUMNS = ("site", "kind", "bits", "predicted", "measured", "q", "kl")
 
 
-def check_of_sites(
-    pl_module: LightningModule,
-    batches: Sequence[Batch],
-    loss_fn: LossFn,
-    table: SiteTable,
-    candidates: Candidates,
-    quantizer: QuantizerSpec,
-    progress: bool,
-) -> list[JsonObject]:
-    """Rows of :func:`hawq_lightning.quantization.loss_per_site`, a site and width each.
+def check_of_sites(choice: Choice) -> list[JsonObject]:
+    """Rows of :func:`hawq_lightning.quantization.loss_per_site`, a site and width each, on held-out data.
 
-    Where there are quadratic forms, also ``q``, half of it, and ``kl``, the distance to the float network that it
-    predicts: the labelled loss has a slope at the float network, which is mostly noise of the images.
+    With ``kl``, the distance to the float network that half of Ω predicts: the labelled loss has a slope at the float
+    network, which is mostly noise of the images. Where there are quadratic forms, also ``q``, half of it.
 
     Args:
-        pl_module: with quantizers off.
-        batches: the mean is over these.
-        loss_fn: of a batch.
-        table: the sites.
-        candidates: what to try at each.
-        quantizer: the layers'.
-        progress: show bars.
+        choice: of the plan, with its data.
     """
-    rows: list[JsonObject] = [
-        *loss_per_site(pl_module, batches, loss_fn, table, candidates, quantizer=quantizer, progress=progress)
-    ]
+    model, loss_fn, table, candidates = choice.pl_module, choice.loss_fn, choice.table, choice.candidates
+    quantizer = quantizer_of(choice.quantizer)
+    try:
+        rows: list[JsonObject] = [*choice.held_out.loss_per_site(table, candidates, quantizer, choice.progress)]
+    except HawqError as error:
+        rank_zero_info(f"HAWQ: sites are checked by the labelled loss alone: {error}")
+        rows = [
+            *loss_per_site(
+                model, choice.batches, loss_fn, table, candidates, quantizer=quantizer, progress=choice.progress
+            )
+        ]
     forms = {(name, c.bits): c.q for name, listed in candidates.items() for c in listed if c.q is not None}
-    if forms:
-        target = FloatDistance(pl_module, batches, loss_fn)
-        again = loss_per_site(pl_module, batches, target, table, candidates, quantizer=quantizer, progress=progress)
-        for row, other in zip(rows, again):
-            if (q := forms.get((row["site"], row["bits"]))) is not None:
-                row |= {"q": q / 2, "kl": other["measured"]}
+    for row in rows:
+        if (q := forms.get((row["site"], row["bits"]))) is not None:
+            row["q"] = q / 2
     return rows
 
 
 def check_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """The rows as ``loss_check.csv`` has them."""
-    columns = _COLUMNS + (_OF_FORMS if any("q" in row for row in rows) else ())
+    columns = [c for c in _COLUMNS if any(c in row for row in rows)]
     return csv_text(columns, ([row.get(c) for c in columns] for row in rows), lineterminator="\r\n")

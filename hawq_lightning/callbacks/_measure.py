@@ -37,7 +37,6 @@ from hawq_lightning.callbacks.fault_tolerance import interruptible
 from hawq_lightning.quantization import (
     candidates,
     fake_quant_disabled,
-    quantizer_of,
     rounding_errors,
 )
 from hawq_lightning.selection import (
@@ -164,7 +163,7 @@ class MeasureTraces(HasResults, Callback):
         interruptible(trainer, look)
 
     def _analyze(self, trainer: Trainer, pl_module: LightningModule, check: Callable[[], None]) -> Plan:
-        folder, config, quantizer = self.folder(trainer), self.measure, quantizer_of(self.quantizer)
+        folder, config = self.folder(trainer), self.measure
         show = self.progress and shows_progress(trainer)
         with (
             fake_quant_disabled(pl_module),
@@ -227,9 +226,7 @@ class MeasureTraces(HasResults, Callback):
             if sensitivity is not None:
                 warn_untrained(sensitivity, pl_module, batches, loss_fn, plan)
             if config.loss_per_site:
-                losses = self.results.loss_per_site = check_of_sites(
-                    pl_module, batches, loss_fn, table, choices, quantizer, show
-                )
+                losses = self.results.loss_per_site = check_of_sites(choice)
                 if trainer.is_global_zero:
                     write_text(folder / "loss_check.csv", check_csv(losses))
         announce(trainer, sensitivity, plan)

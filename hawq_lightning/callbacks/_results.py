@@ -81,7 +81,7 @@ class HasResults:
     @property
     def outlook(self) -> Outlook:
         """What plans are expected to cost, with ``MeasureConfig(forecast=...)`` or a budget by loss."""
-        return there(self.results.outlook, "outlook", "give MeasureConfig(forecast='accurate'), or a budget by loss.")
+        return there(self.results.outlook, "outlook", "give MeasureConfig(forecast='fast'), or a budget by loss.")
 
     @property
     def loss_per_site(self) -> list[JsonObject]:

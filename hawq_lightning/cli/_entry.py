@@ -34,9 +34,10 @@ _EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _OURS = "HAWQ_LIGHTNING_SET_FULL_ERROR"  # and not the user: processes that are started inherit both
-_LAUNCHERS = {
-    "joblib": "hydra_joblib_launcher",
-    **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
+_LAUNCHERS = {  # package and extra
+    "joblib": ("hydra_joblib_launcher", "sweep"),
+    "ray": ("hydra_ray_launcher", "ray"),
+    **dict.fromkeys(("slurm", "local", "submitit_slurm", "submitit_local"), ("hydra_submitit_launcher", "sweep")),
 }
 
 
@@ -67,9 +68,9 @@ def check_choices(argv: Sequence[str]) -> None:
 
 
 def _check_launcher(group: str, name: str) -> None:
-    package = _LAUNCHERS.get(name) if group in ("launcher", "hydra/launcher") else None
-    if package is not None and find_spec(f"hydra_plugins.{package}") is None:
-        raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[sweep]'.")
+    package, extra = _LAUNCHERS.get(name, ("", "")) if group in ("launcher", "hydra/launcher") else ("", "")
+    if package and find_spec(f"hydra_plugins.{package}") is None:
+        raise HawqError(f"{group}={name} needs {package.replace('_', '-')}: pip install 'hawq-lightning[{extra}]'.")
 
 
 def without_null(argv: Sequence[str]) -> list[str]:

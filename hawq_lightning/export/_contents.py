@@ -33,6 +33,10 @@ DESCRIPTION = (
     "state dict."
 )
 _TABLES = " table: the stored number is that of a level in the table."
+_OUTLIERS = (
+    " outliers: affine, or midrise up to 2 bits, but for the values at the places within blocks of 65536 weights; "
+    "blocks says how many each has."
+)
 CODES = "codes"
 _PLAIN = "uniform"  # the quantizer that reads even steps
 _FIELDS = ("bits", "code", "shape", "layers", "axis", "dtype", "quantizer")
@@ -70,7 +74,9 @@ class StoredSite:
             channels = site.shape[self.axis]
             if channels > max(site.numel, _MANY_CHANNELS):
                 raise HawqError(f"{channels} channels are too many")
-            spec.weight_quantizer(channels, self.axis).from_storage(site.bits, site.code, self.storage)
+            quantizer = spec.weight_quantizer(channels, self.axis)
+            quantizer.from_storage(site.bits, site.code, self.storage)
+            quantizer.check_fits(site.shape)
             return self
         reader = spec.activation_quantizer()
         reader.from_storage(site.bits, site.code, self.storage)
@@ -124,8 +130,9 @@ def metadata_of(
         biases: layers whose biases are INT32 -> the BatchNorm that each takes in, or nothing.
     """
     aliases = {keys[0]: keys[1:] for keys in rest if len(keys) > 1}
-    tables = _TABLES if any(entry.get("code") == "table" for entry in sites.values()) else ""
-    metadata = {"format": FORMAT, "version": VERSION, "description": DESCRIPTION + tables, "sites": _text(sites)}
+    codes = {str(entry.get("code", "")) for entry in sites.values()}
+    more = (_TABLES if "table" in codes else "") + (_OUTLIERS if any(c.startswith("outliers") for c in codes) else "")
+    metadata = {"format": FORMAT, "version": VERSION, "description": DESCRIPTION + more, "sites": _text(sites)}
     metadata |= {"aliases": _text(aliases)} if aliases else {}
     return metadata | ({"biases": _text(dict(biases))} if biases else {})
 

@@ -155,8 +155,8 @@ def deploy(
         )
     if learned := [n for n, m in layers.items() if not m.input_quantizer.even_steps]:
         raise HawqError(
-            f"Layer {learned[0]!r} reads an activation on a learned basis, for which ONNX and torch.export have no "
-            "type; choose a quantizer with even steps, such as lsq."
+            f"Layer {learned[0]!r} reads an activation whose levels are no even steps, for which ONNX and torch.export "
+            "have no type; choose a quantizer with even steps, such as lsq."
         )
     plan = plan_with_copies(model, plan)
     check_enabled(layers, plan)

@@ -11,6 +11,7 @@ from hawq_lightning._plan import Plan
 from hawq_lightning.export._inventory import operands_by_name, readers_by_name
 from hawq_lightning.layers import FakeQuantLayer, holder_of
 from hawq_lightning.quantization import (
+    ActivationQuantizer,
     QuantizedOperand,
     QuantizedWeight,
     Quantizer,
@@ -51,14 +52,13 @@ def check_enabled(layers: Mapping[str, QuantizedWeight | QuantizedOperand], plan
                 )
             if quantizer.bits == 0:
                 raise HawqError(f"The quantizer of {site.name!r} was never enabled: call quantize(model, plan) first.")
-            code = quantizer.code if isinstance(quantizer, WeightQuantizer) else site.code
+            assert isinstance(quantizer, (WeightQuantizer, ActivationQuantizer))
+            code = quantizer.code
             if quantizer.bits != site.bits or code != site.code:
                 raise HawqError(
                     f"The model carries another plan: {site.name!r} has {quantizer.bits} bits ({code}), "
                     f"the plan says {site.bits} ({site.code})."
                 )
-            if site.kind == "activation" and site.code != "affine":
-                raise HawqError(f"Site {site.name!r}: code format {site.code!r} cannot be packed.")
     for name, layer in layers.items():
         for quantizer in quantizers_of(layer):
             if quantizer.bits and id(quantizer) not in planned:

@@ -47,8 +47,9 @@ def packed_overhead(
     for site in sites:
         if (layer := weight_of(site, readers)) is not None:
             widest = list(_forms(spec, site, layer))[-1].site
-            storage_bytes = CODE_FORMATS[widest.code].storage_bytes
-            size -= packed_bytes(site.numel, widest.bits) + storage_bytes(site.shape[layer.channel_axis], widest.bits)
+            form = CODE_FORMATS[widest.code]
+            size -= packed_bytes(site.numel, widest.bits) + form.kept_bytes(site.numel)
+            size -= form.storage_bytes(site.shape[layer.channel_axis], widest.bits)
     return size
 
 
@@ -79,10 +80,11 @@ def _forms(spec: QuantizerSpec, site: Site | PlanSite, layer: WeightReader | Non
         reads = spec.activation_quantizer()
         for bits in ACTIVATION_BITS:
             reads.enable(bits, 1.0, (1 << bits) - 1)
-            yield stored_site(site, bits, "affine", _longest(reads.storage()), spec.name)
+            yield stored_site(site, bits, reads.code, _longest(reads.storage()), spec.name)
         return
     axis = layer.channel_axis
     quantizer = spec.weight_quantizer(int(site.shape[axis]), axis)
+    quantizer.shaped(tuple(site.shape))
     for bits in WEIGHT_BITS:
         for code in quantizer.code_formats(bits):
             quantizer.enable(bits, 1.0, MIDRISE_ZERO if code == "midrise" else 0.0)

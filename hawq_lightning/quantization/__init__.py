@@ -36,7 +36,7 @@ from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies,
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
-from hawq_lightning.quantization._forecast import After, Forecast, Mode, forecast
+from hawq_lightning.quantization._forecast import After, Forecast, Mode, forecast, shares_of_plan
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
@@ -159,6 +159,7 @@ __all__ = [
     "register_code_format",
     "register_quantizer",
     "rounding_errors",
+    "shares_of_plan",
     "temporarily_quantized",
     "tie_scales",
     "to_fake_quantized",

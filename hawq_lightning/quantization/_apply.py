@@ -37,6 +37,7 @@ from hawq_lightning.quantization._attention import (
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, to_fake_quantized, to_float, with_quantizers
 from hawq_lightning.quantization._quantizer import Quantizer
+from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization._results import (
     biases_of,
@@ -132,9 +133,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise HawqError(
             f"Site {name!r} of the plan names a layer {layer!r} that the model lacks.{nearest(layer, layers)}"
         )
-    weights = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
+    spec = quantizer_named(plan.quantizer, plan.quantizer_options)
+    weights, of_activations = spec.weight_quantizer(1), spec.activation_quantizer().code
     for s in plan.reconciled().sites:
-        formats = weights.code_formats(s.bits) if s.kind == "weight" else ("affine",)
+        formats = weights.code_formats(s.bits) if s.kind == "weight" else (of_activations,)
         if s.code not in formats:
             raise HawqError(
                 f"Site {s.name!r} of the plan has code format {s.code!r}; {s.kind}s of {s.bits} bits can be "
@@ -157,13 +159,13 @@ def with_quantizer(plan: Plan, quantizer: QuantizerSpec) -> Plan:
     """The same bits for another quantizer: code formats that it has, and no Omega where its error is another one."""
     if (plan.quantizer, dict(plan.quantizer_options)) == (quantizer.name, dict(quantizer.options)):
         return plan
-    weights = quantizer.weight_quantizer(1)
+    weights, of_activations = quantizer.weight_quantizer(1), quantizer.activation_quantizer().code
     old = quantizer_named(plan.quantizer, plan.quantizer_options).weight_quantizer(1)
     alike = type(weights).fit is type(old).fit and weights.ranges == old.ranges
 
     def moved(site: PlanSite) -> PlanSite:
         if site.kind == "activation":
-            return site
+            return site if site.code == of_activations else replace(site, code=of_activations, omega=None, options=())
         formats = weights.code_formats(site.bits)
         code = site.code if site.code in formats else formats[0]
         if alike and code == site.code:
@@ -362,7 +364,7 @@ def plan_of(model: nn.Module) -> Plan:
     )  # fmt: skip
 
 
-def _activation_site(name: str, quantizer: Quantizer, site: str = "") -> PlanSite:
+def _activation_site(name: str, quantizer: ActivationQuantizer, site: str = "") -> PlanSite:
     scale, zero_point = float(quantizer.scale), round(float(quantizer.zero_point))
     site = site or site_name(name, "input")
-    return PlanSite(site, "activation", (name,), (), 0, quantizer.bits, "affine", scale, zero_point)
+    return PlanSite(site, "activation", (name,), (), 0, quantizer.bits, quantizer.code, scale, zero_point)

@@ -23,9 +23,9 @@ from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.layers import OperandReader, WeightReader
-from hawq_lightning.quantization._fake_quantize import fake_quantize_tensor
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._inputs import network_inputs
+from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.sensitivity import (
     InputHooks,
@@ -143,12 +143,12 @@ def candidates(
         with isolated_eval(model):
             steps = _calibrated(run, sites, config, spec)
             samples = run.batches.samples(batch_size_fn)
-            rows = _Perturbations(steps, samples, sensitivity.row_unit)
+            rows = _Perturbations(steps, samples, sensitivity.row_unit, spec.activation_quantizer())
             run.all("Activation perturbations", rows.visit)
         for site in sites.activations:
             lift = _lift(sensitivity, site.name, mean_traces[site.name])
             by_site[site.name] = tuple(
-                Candidate(bits, "affine", *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
+                Candidate(bits, rows.code, *rows.omega(site.name, bits, sensitivity, lift), scale=step, zero_point=zero)
                 for bits, (step, zero) in steps[site.name].items()
             )
     by_site = {name: _with_forms(listed, sensitivity.forms.get(name, ())) for name, listed in by_site.items()}
@@ -316,8 +316,13 @@ class _Perturbations:
     """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity; 0 where a batch does not use a site."""
 
     def __init__(
-        self, steps: Mapping[str, Mapping[int, tuple[float, int]]], samples: Sequence[int], unit: Mapping[str, str]
+        self,
+        steps: Mapping[str, Mapping[int, tuple[float, int]]],
+        samples: Sequence[int],
+        unit: Mapping[str, str],
+        quantizer: ActivationQuantizer,
     ) -> None:
+        self._quantizer, self.code = quantizer, quantizer.code
         self._steps, self._samples, self._unit = steps, samples, unit
         self._rows: dict[tuple[str, int, bool], dict[int, torch.Tensor]] = {}
 
@@ -329,8 +334,7 @@ class _Perturbations:
             x32 = x.float()
             values = []
             for bits, (step, zero) in self._steps[site].items():
-                top = (1 << bits) - 1
-                levels = fake_quantize_tensor(x32, torch.tensor(step), torch.tensor(float(zero)), top)
+                levels = self._quantizer.levels_at(x32, step, zero, bits)
                 error = levels.sub_(x32).square_()
                 if self._per_sample(site) and len(error) == samples:
                     values.append((bits, error.flatten(1).sum(1).double().cpu()))

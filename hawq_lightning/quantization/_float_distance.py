@@ -101,6 +101,20 @@ class FloatDistance:
         kl = float(distance(self.heads, now, then))
         return PlanLoss(kl, 1 - self._agreement(now, then) if self.classifies else None)
 
+    def with_loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, PlanLoss]:
+        """The labelled loss of one batch, and what :meth:`compare` says, in one pass.
+
+        Raises:
+            HawqError: as a call.
+        """
+        then = self._then(batch)
+        with HeadOutputs(model, self.heads, None, self._copy) as seen:
+            loss = self._run(model, batch)
+        _check_alike(seen.tensors, then)
+        with torch.no_grad():
+            kl = float(distance(self.heads, seen.tensors, then))
+            return loss, PlanLoss(kl, 1 - self._agreement(seen.tensors, then) if self.classifies else None)
+
     def _agreement(self, now: _Tensors, then: _Tensors) -> float:
         same, count = 0, 0
         for head in self.heads:
@@ -136,11 +150,14 @@ class FloatDistance:
         enough = None if then is None else sum(len(t) for t in then.values())
         with HeadOutputs(model, self.heads, enough, self._copy) as seen, contextlib.suppress(Enough):
             self._run(model, batch)
-        if then is not None and any(
-            [t.shape for t in then[n]] != [t.shape for t in tensors] for n, tensors in seen.tensors.items()
-        ):
-            raise HawqError("The network gives other outputs than as a float network; they cannot be compared.")
+        if then is not None:
+            _check_alike(seen.tensors, then)
         return seen.tensors
+
+
+def _check_alike(now: _Tensors, then: _Tensors) -> None:
+    if any([t.shape for t in then[n]] != [t.shape for t in tensors] for n, tensors in now.items()):
+        raise HawqError("The network gives other outputs than as a float network; they cannot be compared.")
 
 
 @contextlib.contextmanager

@@ -87,27 +87,36 @@ def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = 
         if spec_of(layer).name == spec.name:
             if layer.quantizer_options != dict(spec.options):
                 replaced = quantizers_in(layer)
-                _put_quantizers(layer, spec)
+                _put_quantizers(layer, spec, _new_quantizers(layer, spec))
                 for name, new in quantizers_in(layer).items():
                     new.load_state_dict(replaced[name].state_dict())
                     new._parameters.update(replaced[name]._parameters)  # an optimizer may know them
             return layer
         to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
+    made = _new_quantizers(layer, spec)  # first, since memory may run out here: a layer is never half of one
     layer.__class__ = fake_quant_class(type(layer), kind_of(layer).fake_quant_type)
     assert isinstance(layer, FakeQuantLayer)
     layer.register_forward_pre_hook(must_be_called)
-    _put_quantizers(layer, spec)
+    _put_quantizers(layer, spec, made)
     return layer
 
 
-def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec) -> None:
+def _new_quantizers(layer: nn.Module, spec: QuantizerSpec) -> dict[str, Quantizer]:
+    """Quantizers for a layer by attribute, switched off: of its weights, then of what these are multiplied with."""
+    made: dict[str, Quantizer] = {}
     weights = {p: (weight_of(layer, p), read) for p, read in kind_of(layer).weights(layer).items()}
     for parameter, (weight, read) in weights.items():
         quantizer = spec.weight_quantizer(weight.shape[read.channel_axis], read.channel_axis).to(weight.device)
-        setattr(layer, quantizer_attribute(parameter), quantizer)
+        made[quantizer_attribute(parameter)] = quantizer
     for parameter, (weight, _) in weights.items():
-        setattr(layer, input_quantizer_attribute(parameter), spec.activation_quantizer().to(weight.device))
+        made[input_quantizer_attribute(parameter)] = spec.activation_quantizer().to(weight.device)
+    return made
+
+
+def _put_quantizers(layer: QuantizedLayer, spec: QuantizerSpec, made: dict[str, Quantizer]) -> None:
+    for attribute, quantizer in made.items():
+        setattr(layer, attribute, quantizer)
     layer.quantizer_options = dict(spec.options)
     for q in quantizers_in(layer).values():
         q.train(layer.training)

@@ -96,6 +96,23 @@ class WeightQuantizer(Quantizer):
             norm: with running statistics; ``None``: there is none.
         """
 
+    def shaped(self, shape: tuple[int, ...]) -> None:
+        """Told the weight's shape where only sizes are asked for; quantizers that keep some weights override.
+
+        Args:
+            shape: of the weight.
+        """
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Refuse, after :meth:`from_storage`, what is of a weight of another shape.
+
+        Args:
+            shape: of the weight.
+
+        Raises:
+            HawqError: it is.
+        """
+
     @torch.no_grad()
     def fit(self, weight: torch.Tensor, bits: int, code: str) -> float:
         """Switch on, with ranges for this weight.
@@ -201,6 +218,22 @@ class ActivationQuantizer(Quantizer):
         """
         return activation_step(sample, low, high, bits, self.ranges)
 
+    @property
+    def code(self) -> str:
+        """Code format; other names than ``affine`` are for sizes, since codes of activations are not stored."""
+        return "affine"
+
+    def levels_at(self, x: torch.Tensor, step: float, zero: int, bits: int) -> torch.Tensor:
+        """What a calibrated grid makes of values, without switching on.
+
+        Args:
+            x: any shape.
+            step: of :meth:`calibrate`.
+            zero: of :meth:`calibrate`.
+            bits: 2 to 8.
+        """
+        return fake_quantize_tensor(x, torch.tensor(step), torch.tensor(float(zero)), (1 << bits) - 1)
+
     @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
@@ -218,7 +251,7 @@ class ActivationQuantizer(Quantizer):
 
     def _stored_grid(self, bits: int, code_format: str, storage: Storage) -> tuple[float, float]:
         scale, zero_point = storage.number("scale"), storage.number("zero_point")
-        if code_format != "affine":
+        if code_format != self.code:
             raise HawqError(f"activations have no {code_format} codes")
         if zero_point not in range(1 << bits):
             raise HawqError(f"zero_point is {zero_point:g}, which codes of {bits} bits do not have")

@@ -25,6 +25,7 @@ from hawq_lightning.quantization._apply import (
     quantizers,
 )
 from hawq_lightning.quantization._attention import QuantizedOperand, drop_attention, quantized_operands
+from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
@@ -88,6 +89,7 @@ def loss_per_site(
     quantizer: str | QuantizerSpec | None = None,
     batch_size_fn: BatchSizeFn = batch_images,
     progress: bool = False,
+    target: FloatDistance | None = None,
 ) -> list[dict[str, str | float]]:
     """Quantize one site at a time and measure the loss: the cheapest test of the paper's claim.
 
@@ -100,11 +102,13 @@ def loss_per_site(
         quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
         batch_size_fn: number of samples in a batch.
         progress: show a bar.
+        target: of the same model, batches and ``loss_fn``: measures the distance to the float network in the same
+            passes, which needs no labels and has no slope at it.
 
     Returns:
-        rows ``site, kind, bits, predicted`` (half of Omega), ``measured`` (loss change).
+        rows ``site, kind, bits, predicted`` (half of Omega), ``measured`` (loss change) and, with a target, ``kl``.
     """
-    mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn)
+    mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn, target)
     norms = norms_to_fold(model, sites.layers)
     trials = [(s, c) for s in sites for c in candidates.get(s.name, ())]
     rows: list[dict[str, str | float]] = []
@@ -120,10 +124,11 @@ def loss_per_site(
             measured = mean_loss() - base
             for name in site.layers:
                 layers[name].quantizer_of(site.kind).disable()
-            rows.append({
+            row: dict[str, str | float] = {
                 "site": site.name, "kind": site.kind, "bits": candidate.bits,
                 "predicted": candidate.omega / 2, "measured": measured,
-            })  # fmt: skip
+            }  # fmt: skip
+            rows.append(row if target is None else row | {"kl": mean_loss.distance})
             advance(done + 1)
     return rows
 
@@ -248,17 +253,33 @@ def first_order_term(
 
 
 class _MeanLoss:
-    """The mean loss over batches on the model's device, weighed by samples."""
+    """The mean loss over batches on the model's device, by samples; ``distance``: a target's, in the last pass."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, batch_size_fn: BatchSizeFn) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss_fn: LossFn,
+        batch_size_fn: BatchSizeFn,
+        target: FloatDistance | None = None,
+    ) -> None:
         self._model, self._loss_fn = model, repeatable(model, loss_fn)
+        self._target, self.distance = target, 0.0
         self._batches = on_device(batches, _device(model))
         self._samples = self._batches.samples(batch_size_fn)
 
     def __call__(self) -> float:
         with torch.enable_grad():  # no parameter needs gradients, but a step may want those of its inputs
+            if self._target is not None:
+                return self._with_distance(self._target)
             losses = [float(self._loss_fn(self._model, b)) * n for b, n in zip(self._batches, self._samples)]
         return sum(losses) / sum(self._samples)
+
+    def _with_distance(self, target: FloatDistance) -> float:
+        both = [target.with_loss(self._model, b) for b in self._batches]
+        total = sum(self._samples)
+        self.distance = sum(x.kl * n for (_, x), n in zip(both, self._samples)) / total
+        return sum(float(loss) * n for (loss, _), n in zip(both, self._samples)) / total
 
 
 def _device(model: nn.Module) -> torch.device:

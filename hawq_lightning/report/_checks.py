@@ -24,16 +24,19 @@ _LEVELS = {  # dashed lines
 def draw_loss_check(run: Run) -> ReportFigure | None:
     """What is predicted against what is measured, each site and width by itself, log-log.
 
-    Half Omega against the change of the loss; where quadratic forms were measured, half of these against the distance
-    to the float network, and half Omega beside.
+    Half Omega against the distance to the float network (in old files against the change of the loss); where quadratic
+    forms were measured, half of these, and half Omega beside.
     """
     rows = list(run.loss_check)
     drawn = [r for r in rows if r.expected > 0 and r.outcome > 0]
     forms = any(r.q is not None for r in rows)
-    of, what = ("½Q", "KL to the float network") if forms else ("½Ω", "rise of the loss")
+    of, what = "½Q" if forms else "½Ω", "rise of the loss"
+    if any(r.kl is not None for r in rows):
+        what = "KL to the float network"
     if len(drawn) < 2:
         return None
     ranks = rank_correlations(rows)
+    further = [c for c in ("q", "kl") if any(getattr(r, c) is not None for r in rows)]
     tooltips = []
     with canvas(1, 5.2) as (figure, axes):
         ax = axes[0]
@@ -70,20 +73,21 @@ def draw_loss_check(run: Run) -> ReportFigure | None:
     return ReportFigure(
         "loss_check",
         "Does the prediction hold?",
-        f"Predicted against measured loss change for {len(drawn)} pairs of site and width, log-log. "
+        f"Predicted against measured {what} for {len(drawn)} pairs of site and width, log-log. "
         f"Spearman's rank correlation: {correlations or 'not defined'}.",
         f"Every site quantized alone, at every width, before any fine-tuning. Spearman's rank correlation over all "
         f"{len(rows)}: {correlations or 'not defined'}."
         + (f" {hidden} with a measured change at or below zero cannot be drawn on a log scale." if hidden else ""),
         figure,
-        ["site", "kind", "bits", "predicted", "measured", *(["q", "kl"] if forms else [])],
-        [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}", *_of_forms(r, forms)] for r in rows],
+        ["site", "kind", "bits", "predicted", "measured", *further],
+        [[r.site, r.kind, r.bits, f"{r.predicted:.6g}", f"{r.measured:.6g}", *_cells(r, further)] for r in rows],
         tooltips,
     )
 
 
-def _of_forms(row: LossCheck, forms: bool) -> list[str]:
-    return [("" if x is None else f"{x:.6g}") for x in (row.q, row.kl)] if forms else []
+def _cells(row: LossCheck, columns: Sequence[str]) -> list[str]:
+    values = {"q": row.q, "kl": row.kl}
+    return ["" if values[c] is None else f"{values[c]:.6g}" for c in columns]
 
 
 def rank_correlations(rows: Sequence[LossCheck]) -> dict[str, float]:

@@ -49,7 +49,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class LossCheck:
-    """Half Omega against the measured change of the loss when one site alone is quantized.
+    """Half Omega against what is measured when one site alone is quantized.
 
     Attributes:
         site: its name.
@@ -58,7 +58,7 @@ class LossCheck:
         predicted: half of Omega.
         measured: the change of the loss.
         q: half of the quadratic form of the rounding error, if it was measured.
-        kl: the distance to the float network, which that predicts.
+        kl: the distance to the float network, which both predict; ``None`` in files of older releases.
     """
 
     site: str

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from hawq_lightning._code_formats import code_bytes
 from hawq_lightning._plan import PlanSite
 from hawq_lightning.report._figure import BLUE, INK, ORANGE, PAPER, SOFT, ReportFigure, Tooltip, canvas, log_scale
 from hawq_lightning.report._run import Run
@@ -166,7 +167,7 @@ def _room(sites: Sequence[PlanSite] | Sequence[SiteTrace]) -> float:
 def _site_text(s: PlanSite) -> str:
     parts = [s.name, f"{s.bits} bits ({s.code})", f"{'x'.join(map(str, s.shape))}: {count(s.numel)} elements"]
     if s.kind == "weight":
-        parts.append(f"{size(4 * s.numel)} float → {size(s.numel * s.bits / 8)}")
+        parts.append(f"{size(4 * s.numel)} float → {size(code_bytes(s.numel, s.bits, s.code))}")
     if s.omega is not None:
         parts.append(f"Ω {s.omega:.3g}")
     return "\n".join(parts)

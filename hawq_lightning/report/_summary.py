@@ -8,7 +8,7 @@ from hawq_lightning._shares import percent
 from hawq_lightning.report import _export_section as export_section
 from hawq_lightning.report import _text as text
 from hawq_lightning.report._checks import rank_correlations
-from hawq_lightning.report._run import Run
+from hawq_lightning.report._run import Run, finite
 from hawq_lightning.report._site_figures import KINDS, uncertain
 from hawq_lightning.selection import COSTS
 
@@ -80,6 +80,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
     if "model_comp" in cost:
         share = percent(cost["quantized_share"])
         cards.append((text.times(cost["model_comp"]), f"smaller model, {share} of which are these weights"))
+    cards += _by_loss(run)
     last = stages.get("fine_tuned", stages.get("quantized"))
     if last is not None:
         start = stages.get("float")
@@ -92,6 +93,21 @@ def headline(run: Run) -> list[tuple[str, str]]:
         cards.append((f"{cost['bops'] / cost['bops_8bit']:.0%}", "of the bit operations at 8 bits"))
     elif "mean_weight_bits" in cost:
         cards.append((f"{cost['mean_weight_bits']:.2f}", "bits a weight on average"))
+    return cards
+
+
+def _by_loss(run: Run) -> list[tuple[str, str]]:
+    """What a budget by loss asked for, and what the plan measured."""
+    found = run.plan.settings.get("by_loss") if run.plan else None
+    if not isinstance(found, Mapping):
+        return []
+    cards = []
+    for name, share, words in (("kl", False, "KL to the float network"), ("agreement", True, "predictions unchanged")):
+        part = found.get(name)
+        if isinstance(part, Mapping) and all(finite(part.get(k)) is not None for k in ("limit", "measured")):
+            shown = [f"{100 * part[k]:.4g}%" if share else f"{part[k]:.3g}" for k in ("measured", "limit")]
+            bound = "at least" if share else "at most"
+            cards.append((shown[0], f"{words} before fine-tuning, {bound} {shown[1]} asked"))
     return cards
 
 

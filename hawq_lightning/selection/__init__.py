@@ -1,6 +1,6 @@
 """Traces, perturbations and costs -> frontier -> plan (paper section 2.3). Plain numbers; no Lightning, no Hydra."""
 
-from hawq_lightning.selection import _baselines, _built_in_costs  # noqa: F401  they register themselves
+from hawq_lightning.selection import _baselines, _built_in_costs, _energy, _haq, _search  # noqa: F401  they register themselves
 from hawq_lightning.selection._activation_memory import activation_steps
 from hawq_lightning.selection._bootstrap import Stability, bootstrap_stability, with_bootstrap_stability
 from hawq_lightning.selection._budget import UpperLimit, parse_budget, read_budget, tables_of_budget
@@ -15,6 +15,7 @@ from hawq_lightning.selection._costs import (
     register_cost,
 )
 from hawq_lightning.selection._coupling import group_frontier
+from hawq_lightning.selection._energy import HOROWITZ_45NM, EnergyTable
 from hawq_lightning.selection._feasible import check_feasible, nominal_problem
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
@@ -43,6 +44,7 @@ __all__ = [
     "BIT_OPERATIONS",
     "BYTES",
     "COSTS",
+    "HOROWITZ_45NM",
     "MILLISECONDS",
     "NO_CLASSES",
     "PASSES",
@@ -50,6 +52,7 @@ __all__ = [
     "SELECTORS",
     "Block",
     "Cost",
+    "EnergyTable",
     "Frontier",
     "LatencyTable",
     "LayerCost",

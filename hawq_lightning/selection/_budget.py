@@ -106,9 +106,10 @@ def _read_entry(key: object, value: object, extra_costs: Collection[str]) -> Bud
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return BudgetTerm(str(key), _positive(float(value), text), "", text)
         raise HawqError(f"The budget {{{key}: {value!r}}} is not understood; use a number.")
-    cost = next((COSTS[n] for n in COSTS if key == n or key in COSTS[n].words), None)
+    named = [COSTS[n] for n in COSTS if key == n or key in COSTS[n].words]
+    cost = next((c for c in named if c.name == key), named[-1] if named else None)  # a user's own before the package's
     if cost is None:
-        words = [*((COSTS[n].words or (n,))[0] for n in COSTS), *LOSS_WORDS, *extra_costs]
+        words = [*dict.fromkeys((COSTS[n].words or (n,))[0] for n in COSTS), *LOSS_WORDS, *extra_costs]
         raise HawqError(f"There is no budget for {key!r}; use {', '.join(words)}.{nearest(str(key), words)}")
     if isinstance(value, (int, float)) and not isinstance(value, bool) and key == cost.name:
         return BudgetTerm(cost.name, _positive(float(value), text), "", text)  # its name says the unit

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from hawq_lightning._code_formats import CODE_FORMATS
+from hawq_lightning._code_formats import CODE_FORMATS, code_bytes
 from hawq_lightning._errors import HawqError
-from hawq_lightning._site_table import Layer, Site
+from hawq_lightning._site_table import ActivationProduct, Layer, Site
 from hawq_lightning.selection._constraints import FLOAT_BITS
 from hawq_lightning.selection._cost import LayerCost, SiteCost, site_row, table_of
 from hawq_lightning.selection._costs import register_cost
@@ -17,6 +19,16 @@ from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._linear_cost import LinearCost
 from hawq_lightning.selection._problem import Problem
 from hawq_lightning.selection._units import BIT_OPERATIONS, BYTES, MILLISECONDS
+
+
+def code_of(problem: Problem, site: Site, bits: int) -> str:
+    """The code format of a site's candidate; ``affine`` where it has none of these bits."""
+    return next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
+
+
+def _alive(problem: Problem, elements: Mapping[str, int]) -> Callable[[Site, int], float]:
+    """What a site takes at a time step, of so many elements that are alive then."""
+    return lambda site, bits: code_bytes(elements.get(site.name, 0), bits, code_of(problem, site, bits))
 
 
 def _elements(problem: Problem, kind: str) -> int:
@@ -32,8 +44,8 @@ class WeightBytes(SiteCost):
     examples = ('"12x"', '"3.5bit"', '"8MiB"')
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
-        """Bits of the codes / 8, without padding."""
-        return site.numel * bits / 8
+        """Bits of the codes / 8, without padding, and what the format keeps at full precision."""
+        return code_bytes(site.numel, bits, code_of(problem, site, bits))
 
     def figures(self, problem: Problem, cost: float) -> dict[str, float]:
         """Size at float32, mean bits, W-Comp."""
@@ -51,8 +63,8 @@ class StoredBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Whole bytes, and the scales or whatever else the code format stores."""
-        code = next((c.code for c in problem.candidates[site.name] if c.bits == bits), "affine")
-        return math.ceil(site.numel * bits / 8) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
+        code = code_of(problem, site, bits)
+        return math.ceil(code_bytes(site.numel, bits, code)) + CODE_FORMATS[code].storage_bytes(site.channels, bits)
 
 
 @register_cost("file_bytes")
@@ -81,12 +93,25 @@ class FileBytes(StoredBytes):
         return text if cost < 1000 else f"{self.unit.format(cost, ('MB', 'kB'))} = {text}"
 
 
-@register_cost("bops")
-class BitOperations(LayerCost):
-    """Bit operations: MACs · weight bits · activation bits."""
+class OperationCost(LayerCost):
+    """A cost of multiply-accumulates, of layers and of attention's products, which have no weight.
 
-    title, unit, forms, shown_as = "bit operations", BIT_OPERATIONS, ("x", "%"), "%"
-    examples = ('"50%"', '"20x"', '"1.5G"')
+    Attributes:
+        short: what messages call it, in the plural.
+    """
+
+    short: ClassVar[str]
+
+    @abstractmethod
+    def of_product(self, problem: Problem, product: ActivationProduct, left_bits: int, right_bits: int) -> float:
+        """The cost of a product of two activations; 32: a factor that stays float."""
+
+    def missing(self, problem: Problem) -> str:
+        """MACs."""
+        has_macs = any(layer.macs for layer in problem.layers)
+        return (
+            "" if has_macs else f"{self.title.capitalize()}: its layers have no MACs; find sites with an example batch."
+        )
 
     def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
         """One row; products of attention couple the two activations that they read."""
@@ -94,8 +119,8 @@ class BitOperations(LayerCost):
         unary, pairs = [*row.unary], dict(row.pairs)
         for product in problem.products:
             left, right = (_group_of(problem, site) for site in (product.left, product.right))
-            x, y = (_FLOAT if g is None else np.asarray(problem.groups[g].bits, float) for g in (left, right))
-            table = product.macs * np.outer(x, y)
+            x, y = (_FLOAT if g is None else problem.groups[g].bits for g in (left, right))
+            table = np.asarray([[self.of_product(problem, product, a, b) for b in y] for a in x], dtype=np.float64)
             if left is not None and left == right:
                 unary[left] = unary[left] + np.diagonal(table)
             elif left is not None and len(y) == 1:
@@ -108,7 +133,19 @@ class BitOperations(LayerCost):
         return (LinearCost(row.constant, tuple(unary), pairs),)
 
     def _total(self, problem: Problem, bits: int) -> float:
-        return super()._total(problem, bits) + sum(p.macs for p in problem.products) * bits * bits
+        return super()._total(problem, bits) + sum(self.of_product(problem, p, bits, bits) for p in problem.products)
+
+
+@register_cost("bops")
+class BitOperations(OperationCost):
+    """Bit operations: MACs · weight bits · activation bits."""
+
+    short, title, unit, forms, shown_as = "BOPs", "bit operations", BIT_OPERATIONS, ("x", "%"), "%"
+    examples = ('"50%"', '"20x"', '"1.5G"')
+
+    def of_product(self, problem: Problem, product: ActivationProduct, left_bits: int, right_bits: int) -> float:
+        """Of one image."""
+        return product.macs * left_bits * right_bits
 
     def of(self, problem: Problem, layer: Layer, weight_bits: int, activation_bits: int) -> float:
         """Of one image."""
@@ -134,7 +171,7 @@ class ActivationBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Of one image."""
-        return site.numel * bits / 8
+        return code_bytes(site.numel, bits, code_of(problem, site, bits))
 
     def missing(self, problem: Problem) -> str:
         """Activation sites."""
@@ -160,7 +197,7 @@ class PeakActivationBytes(SiteCost):
 
     def of(self, problem: Problem, site: Site, bits: int) -> float:
         """Of one image; what is alive at a time scales it."""
-        return site.numel * bits / 8
+        return code_bytes(site.numel, bits, code_of(problem, site, bits))
 
     def rows(self, problem: Problem) -> tuple[LinearCost, ...]:
         """Steps with the same live sites are one row."""
@@ -169,8 +206,7 @@ class PeakActivationBytes(SiteCost):
             key = tuple(sorted(live.items(), key=lambda item: problem.index[item[0]]))
             most_waiting[key] = max(most_waiting.get(key, 0.0), waiting * FLOAT_BITS / 8)
         return tuple(
-            site_row(problem, lambda s, b, e=dict(key): e.get(s.name, 0) * b / 8, self.kind, waiting)  # type: ignore[misc]
-            for key, waiting in most_waiting.items()
+            site_row(problem, _alive(problem, dict(key)), self.kind, waiting) for key, waiting in most_waiting.items()
         )
 
     def float32(self, problem: Problem) -> float:
@@ -208,7 +244,7 @@ class Latency(LayerCost):
         raise HawqError(f"{self.name} has no float32 value to be times smaller than; give an absolute figure.")
 
 
-_FLOAT = np.array([float(FLOAT_BITS)])
+_FLOAT = (FLOAT_BITS,)
 
 
 def _group_of(problem: Problem, site: str | None) -> int | None:

@@ -37,6 +37,7 @@ class Cost(ABC):
         bare: suffixes of a budget that is mere text, such as ``"12x"``, and then means this cost.
         examples: budgets in messages.
         table: what it needs beside sites and layers: ``latency``, ``steps`` or a key of :attr:`Problem.tables`.
+        asked_for: plans show it only where a budget names it or :attr:`Problem.tables` has one for it.
     """
 
     name: str = ""
@@ -48,6 +49,16 @@ class Cost(ABC):
     bare: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ("a number",)
     table: ClassVar[str] = ""
+    asked_for: ClassVar[bool] = False
+
+    def is_asked_for(self, problem: Problem, budget: object) -> bool:
+        """Whether a plan shows it."""
+        named = {self.name, *self.words}
+        return (
+            not self.asked_for
+            or bool(named & set(problem.tables))
+            or (isinstance(budget, Mapping) and not named.isdisjoint(budget))
+        )
 
     @abstractmethod
     def rows(self, problem: Problem) -> tuple[LinearCost, ...]:

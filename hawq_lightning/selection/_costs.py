@@ -78,9 +78,16 @@ def cost_of(problem: Problem, name: str, choice: Sequence[int]) -> float:
     return largest(cost_rows(problem, name), choice)
 
 
-def costs_of(problem: Problem, choice: Sequence[int]) -> dict[str, float]:
-    """Every cost of a choice that the problem has the numbers for, further figures (compressions ...), Ω by kind."""
-    out = {name: cost_of(problem, name, choice) for name in (*available_costs(problem), *(problem.extra_costs or {}))}
+def costs_of(problem: Problem, choice: Sequence[int], budget: object = None) -> dict[str, float]:
+    """Every cost of a choice that the problem has the numbers for, further figures (compressions ...), Ω by kind.
+
+    Args:
+        problem: what the choice is of.
+        choice: position in its bits for every group.
+        budget: some costs are shown only where it names them.
+    """
+    names = [name for name in available_costs(problem) if COSTS[name].is_asked_for(problem, budget)]
+    out = {name: cost_of(problem, name, choice) for name in (*names, *(problem.extra_costs or {}))}
     for name, cost in list(out.items()):
         out |= cost_named(problem, name).figures(problem, cost)
     for kind in ("weight", "activation"):

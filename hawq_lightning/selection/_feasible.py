@@ -41,14 +41,15 @@ def nominal_problem(
     Raises:
         HawqError: what :class:`Problem` refuses.
     """
-    weights = quantizer_named(quantizer).weight_quantizer(1, 0)
+    spec = quantizer_named(quantizer)
+    weights, of_activations = spec.weight_quantizer(1, 0), spec.activation_quantizer().code
     candidates = {
         s.name: tuple(Candidate(b, weights.code_formats(b)[0], 0.0, 0.0) for b in weight_bits) for s in sites.weights
     }
     for s in sites.activations if activation_bits is not None else ():
         widths = (input_bits,) if s.name in inputs and input_bits is not None else activation_bits or ()
         widths = widths if s.fixed_bits is None else (s.fixed_bits,)
-        candidates[s.name] = tuple(Candidate(b, "affine", 0.0, 0.0) for b in widths)
+        candidates[s.name] = tuple(Candidate(b, of_activations, 0.0, 0.0) for b in widths)
     return Problem(sites, candidates, None, file_overhead, **(constraints | {"score": DEFAULT_SCORE}))  # type: ignore[arg-type]
 
 

@@ -70,7 +70,7 @@ def make_plan(
         layers=problem.layers,
         products=problem.products,
         biases=problem.biases,
-        costs=costs_of(problem, choice),
+        costs=costs_of(problem, choice, budget),
         budget=_plain(budget),
         selector=selector,
         settings=(dict(measured.settings) if measured else {}) | score | dict(settings or {}),

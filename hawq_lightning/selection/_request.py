@@ -34,6 +34,7 @@ class Request:
         eigenvalues: top Hessian eigenvalue by site name.
         measure_loss: loss of a plan, measured.
         bits: of a manual plan: site name -> bits, or a file.
+        trials: plans that a search may measure.
         notes: what the selector wants remembered in the plan's settings.
     """
 
@@ -44,6 +45,7 @@ class Request:
     measure_loss: Callable[[Plan], float] | None = None
     bits: Mapping[str, int] | str | Path | None = None
     notes: dict[str, object] = field(default_factory=dict)
+    trials: int = 100
 
     @cached_property
     def limits(self) -> list[tuple[LinearCost, float]]:

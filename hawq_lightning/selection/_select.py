@@ -26,6 +26,7 @@ def select(
     eigenvalues: Mapping[str, float] | None = None,
     measure_loss: Callable[[Plan], float] | None = None,
     bits: Mapping[str, int] | str | Path | None = None,
+    trials: int = 100,
 ) -> Plan:
     """Choose bits for every site (paper section 2.3).
 
@@ -39,8 +40,9 @@ def select(
         selector: registered name, see :data:`hawq_lightning.selection.SELECTORS`.
         seed: of ``random``.
         eigenvalues: site name -> top Hessian eigenvalue, for ``top_eigenvalue`` and ``hawq``.
-        measure_loss: plan -> loss, for ``accuracy``.
+        measure_loss: plan -> loss, for ``accuracy`` and the searches.
         bits: site -> bits or a file, for ``manual`` (and ``hawq``).
+        trials: plans that a search (``haq``, ``optuna``, ``random_search``) measures.
 
     Raises:
         HawqError: an unknown selector or budget, something that the selector lacks, or no plan that fits; then with the
@@ -54,7 +56,7 @@ def select(
             "hawq_lightning.selection.select_by_loss."
         )
     limits = () if budget is None else parse_budget(budget, problem)
-    request = Request(problem, limits, seed, eigenvalues, measure_loss, bits)
+    request = Request(problem, limits, seed, eigenvalues, measure_loss, bits, trials=trials)
     began = time.perf_counter()
     choice = entry.choose(request)
     settings: dict[str, object] = {

@@ -11,6 +11,7 @@ from hawq_lightning._errors import HawqError, nearest
 from hawq_lightning._io import PLAN_JSON, read_json
 from hawq_lightning.selection._budget import tables_of_budget
 from hawq_lightning.selection._by_size import check_sizes
+from hawq_lightning.selection._energy import EnergyTable
 from hawq_lightning.selection._latency import LatencyTable
 from hawq_lightning.selection._loss_budget import loss_budget
 from hawq_lightning.selection._problem import Problem
@@ -55,8 +56,11 @@ def constraints_of(config: SelectConfig) -> dict[str, Any]:
     """Keywords of :class:`Problem`, with the latency table read from its file, and the score where it is another.
 
     Raises:
-        HawqError: the table cannot be read.
+        HawqError: a table cannot be read.
     """
-    table = {} if config.latency is None else {"latency": LatencyTable.load(config.latency)}
+    table: dict[str, Any] = {} if config.latency is None else {"latency": LatencyTable.load(config.latency)}
+    if config.energy is not None:
+        own = (config.constraints or {}).get("tables") or {}
+        table["tables"] = {**own, "energy": EnergyTable.load(config.energy)}
     score = {} if config.score == DEFAULT_SCORE else {"score": config.score}
     return {**(config.constraints or {}), **table, **score}

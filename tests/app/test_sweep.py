@@ -196,6 +196,8 @@ def test_launchers_name_their_extra(monkeypatch):
     for choice in ("launcher=joblib", "launcher=slurm", "hydra/launcher=submitit_local"):
         with pytest.raises(HawqError, match=r"pip install 'hawq-lightning\[sweep\]'"):
             check_choices([choice])
+    with pytest.raises(HawqError, match=r"hydra-ray-launcher: pip install 'hawq-lightning\[ray\]'"):
+        check_choices(["launcher=ray"])
     check_choices(["hydra/launcher=basic"])
     with pytest.raises(HawqError, match="Did you mean 'joblib'"):
         check_choices(["launcher=jobli"])

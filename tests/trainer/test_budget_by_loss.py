@@ -145,7 +145,7 @@ def test_two_processes_choose_alike(tmp_path):
 
 def test_the_outlook_is_there_without_such_a_budget(tmp_path):
     callback = hawq(weight_bits=(2, 4, 8), forecast="fast", dirpath=tmp_path)
-    with pytest.raises(HawqError, match="forecast='accurate'"):
+    with pytest.raises(HawqError, match="forecast='fast'"):
         _ = callback.outlook
     trainer(tmp_path, callback, max_epochs=1, limit_train_batches=0).fit(trained(), loader(), validation())
     assert {*callback.outlook.forecasts} == {"quantizing", "batchnorm"} and len(callback.outlook.measured) <= 10

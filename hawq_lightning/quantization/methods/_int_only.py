@@ -129,7 +129,8 @@ class WeightIntOnly(WeightQuantizer):
             return super().fit(weight, bits, code)
         check_finite(weight)
         self._take_state()
-        self.enable(bits, *self._range(weight, bits))
+        scale, zero = self._range(weight, bits)
+        self.enable(bits, scale, float(zero))
         return float((self.eval_weight(weight.detach()).double() - weight.double()).square().sum())
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
@@ -141,7 +142,7 @@ class WeightIntOnly(WeightQuantizer):
             with torch.no_grad():
                 scale, zero = self._range(weight, self.bits)
                 self.scale.copy_(scale)
-                self.zero_point.fill_(zero)
+                self.zero_point.copy_(zero)  # not as a number: a GPU would be waited for
         return super().quantize(weight)
 
     @torch.no_grad()
@@ -155,7 +156,7 @@ class WeightIntOnly(WeightQuantizer):
                 steps = (self.step / factor).clamp(TINY, HUGE)
                 self.scale.copy_(torch.where(factor > 0, steps, self.scale))
 
-    def _range(self, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+    def _range(self, weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps a channel and the zero point; ``step`` is set."""
         half = 1 << (bits - 1)
         lowest = -half + (bits == 8)
@@ -166,7 +167,7 @@ class WeightIntOnly(WeightQuantizer):
         self.step.copy_(step)
         peak = weight.transpose(0, self.axis).flatten(1).abs().amax(1)
         alone = (peak / torch.maximum(zero - lowest, half - 1 - zero)).clamp(TINY, HUGE)
-        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), alone), float(zero)
+        return torch.where(factor > 0, (step / factor).clamp(TINY, HUGE), alone), zero
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
         if f"{prefix}scale" in state_dict and f"{prefix}factor" not in state_dict:  # of a version that did not fold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from hawq_lightning import Candidates, HawqError, Plan, candidates, forecast, sites
-from hawq_lightning.quantization import FloatDistance, Forecast, loss_of_plan, rounding_errors
+from hawq_lightning.quantization import FloatDistance, Forecast, loss_of_plan, rounding_errors, shares_of_plan
 from hawq_lightning.selection import Problem, select
 
 WIDTHS = {"weight_bits": (2, 4, 8), "activation_bits": (4, 8), "input_bits": None}
@@ -79,6 +80,24 @@ def test_the_measured_uniform_network_is_the_quantized_one():
     target = FloatDistance(net, data, classified)
     with loss_of_plan(net, data, target) as measured:
         assert measured(plan) == pytest.approx(made.measured_uniform[4], rel=1e-4)
+
+
+def test_shares_of_a_plan_add_up_to_its_distance():
+    net, data = network(), batches()
+    plan, problem = planned(net, data)
+    given = (net, data, classified, problem.table, problem.candidates)
+    bits = plan.bits | {problem.table.weights[0].name: 2}
+    shares = shares_of_plan(*given, bits)
+    target = FloatDistance(net, data, classified)
+    with loss_of_plan(net, data, target) as measured:
+        assert math.fsum(shares.values()) == pytest.approx(
+            measured(select(problem, None, "manual", bits=bits)), rel=0.1
+        )
+    uniform = forecast(*given, mode="accurate")
+    again = shares_of_plan(*given, dict.fromkeys(bits, 4))
+    assert again == pytest.approx({name: share[4] for name, share in uniform.shares.items()}, rel=0.1, abs=1e-6)
+    with pytest.raises(HawqError, match="The plan says nothing of site"):
+        shares_of_plan(*given, {})
 
 
 def test_shares_are_the_path_integral():

@@ -193,5 +193,5 @@ def test_onnx_is_refused_in_one_sentence():
     layers = prepare(net, quantizer="lq_nets")
     for s in plan.sites:
         layers[s.layers[0]].input_quantizer.enable(s.bits, s.scale, s.zero_point)
-    with pytest.raises(HawqError, match="'2' reads an activation on a learned basis, for which ONNX"):
+    with pytest.raises(HawqError, match="'2' reads an activation whose levels are no even steps, for which ONNX"):
         deploy(net.eval(), plan, x)

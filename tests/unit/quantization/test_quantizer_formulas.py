@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hawq_lightning import Plan, PlanSite
-from hawq_lightning.quantization import quantize, quantizer_named, quantizer_names, reestimate
+from hawq_lightning.quantization import CODE_FORMATS, quantize, quantizer_named, quantizer_names, reestimate
 
 NAMES = [n for n in quantizer_names() if not n.startswith("test_")]
 ODD = {
@@ -49,7 +49,7 @@ def test_levels_codes_error_and_dequantization(name, bits):
             assert -(2 ** (bits - 1)) <= codes.min() and codes.max() <= 2 ** (bits - 1) - 1
             assert torch.equal(q.dequantize(codes), out)
             for channel in out.unbind(axis):
-                assert channel.unique().numel() <= 2**bits
+                assert channel.unique().numel() <= 2**bits + CODE_FORMATS[code].kept(w.numel())
             assert error == pytest.approx(float((out - w).double().square().sum()), rel=1e-4)
             assert error < float(w.double().square().sum())  # better than nothing
 
@@ -83,7 +83,7 @@ def test_odd_activations_give_numbers(name, odd):
         assert all(not p.grad.isnan().any() for p in q.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "rvq"])  # whose outliers have no level: test_value_aware.py
 @pytest.mark.parametrize("signed", [False, True])
 def test_activation_levels(name, signed):
     torch.manual_seed(0)
@@ -111,13 +111,13 @@ def test_random_values_and_updates_never_give_nan():
         steps = [*q.parameters(), *a.parameters()]
         for _ in range(3):
             x = w.clone().requires_grad_()
-            loss = (q(x) / scale + a(x) / scale).square().sum()
-            loss.backward()
-            # tables of levels follow updates a thousand times their size, and the loss overflows
-            assert torch.isfinite(x.grad).all() or scale < 1e-30 or (name == "kmeans" and loss.isinf())
+            (q(x) / scale + a(x) / scale).square().sum().backward()
+            assert torch.isfinite(x.grad).all() or scale < 1e-30
             with torch.no_grad():
                 for p in steps:
-                    p.sub_(p.grad.nan_to_num() * 0.1 * p.abs().max())
+                    move, peak = p.grad.nan_to_num() * 0.1 * p.abs().max(), p.abs().max()
+                    # levels themselves, unlike steps, go where updates take them: to infinity, if these are so long
+                    p.sub_(move.clamp(-peak, peak) if name == "kmeans" else move)
                     p.grad = None
             assert bool((q.scale > 0).all()) and bool(a.scale > 0)
             assert torch.isfinite(q(w)).all() and torch.isfinite(a(w)).all()
