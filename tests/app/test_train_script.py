@@ -208,7 +208,7 @@ def test_budget_ranges_follow_widths_and_constraints():
     table = sites(net, torch.randn(1, 3, 8, 8))
     given = {"weight_bits": (2, 8), "activation_bits": (4, 8), "inputs": ("conv1.input",), "file_overhead": 100}
     lines = dict(line.split(": ", 1) for line in budget_ranges(nominal_problem(table, **given)))
-    assert list(lines) == ["weight_bytes", "file_bytes", "bops", "act_bytes"]
+    assert list(lines) == ["weight_bytes", "file_bytes", "bops", "act_bytes", "energy_pj"]
     assert lines["weight_bytes"].endswith("= 4x") and "= 16x to " in lines["weight_bytes"]
     assert "= 8x" not in lines["act_bytes"]  # what the network itself reads has 8 bits
     lines = dict(line.split(": ", 1) for line in budget_ranges(nominal_problem(table, **given, min_bits=8)))

@@ -89,7 +89,7 @@ def test_a_trace_without_its_error_is_refused_and_not_taken_for_exact(lacks):
 
 def test_an_eigenvalue_that_is_no_number_is_refused_and_not_taken_for_zero(tmp_path, monkeypatch):
     callback = measuring(images=16, selector="top_eigenvalue")
-    module = internal("callbacks._measure")
+    module = internal("callbacks._choose")
     monkeypatch.setattr(module, "top_eigenvalues", lambda *a, only, **k: dict.fromkeys(only, math.nan))
     with pytest.raises(HawqError, match="top eigenvalue of site 'net.0.weight' is not a finite number"):
         trainer(tmp_path, callback).fit(Classifier(), loader(8))

@@ -325,6 +325,7 @@ def test_every_selector_meets_the_budget_and_pareto_is_the_best():
         "eigenvalues": {s.name: float(rng.uniform(1, 5)) for s in problem.sites},
         "measure_loss": lambda plan: plan.omega / 2,
         "bits": None,
+        "trials": 6,
     }
     plans = {}
     for name in SELECTORS:
