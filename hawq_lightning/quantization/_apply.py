@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -301,7 +301,14 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 @contextmanager
 def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     """The float model for a while: every quantizer is the identity inside."""
-    enabled = [q for q in quantizers(model) if not q.fake_quant_disabled]
+    with identities(quantizers(model)):
+        yield
+
+
+@contextmanager
+def identities(these: Iterable[Quantizer]) -> Iterator[None]:
+    """Some quantizers are the identity inside."""
+    enabled = [q for q in these if not q.fake_quant_disabled]
     for quantizer in enabled:
         quantizer.fake_quant_disabled = True
     try:

@@ -15,7 +15,6 @@ plan.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +29,11 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import ForecastMode
 from hawq_lightning._errors import HawqError, choice, nearest
-from hawq_lightning._fields import number, sealed, shown, table, was_changed
-from hawq_lightning._io import PLAN_JSON, json_text, read_json, write_text
+from hawq_lightning._fields import number, sealed, shown, table
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Candidate, Plan
 from hawq_lightning._progress import progress_bar
+from hawq_lightning._sealed import load_sealed
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, JsonObject, LossFn
@@ -147,14 +147,7 @@ class Forecast:
         Raises:
             HawqError: no such file, no JSON, or damaged; the message names file and field.
         """
-        data = read_json(path, "forecast", PLAN_JSON)
-        try:
-            made = cls.from_dict(data)
-        except HawqError as error:
-            raise HawqError(f"{path}: {error}") from error
-        if was_changed(data):
-            warnings.warn(f"The forecast at {path} was changed after it was written.", stacklevel=2)
-        return made
+        return load_sealed(path, "forecast", cls.from_dict)
 
     def _share(self, name: str, bits: int) -> float:
         if name not in self.shares:

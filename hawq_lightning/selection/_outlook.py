@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,9 +13,10 @@ from typing import get_args
 import numpy as np
 
 from hawq_lightning._errors import HawqError, choice
-from hawq_lightning._fields import number, sealed, sequence, shown, table, text, was_changed, whole
-from hawq_lightning._io import PLAN_JSON, json_text, read_json, write_text
+from hawq_lightning._fields import number, sealed, sequence, shown, table, text, whole
+from hawq_lightning._io import json_text, write_text
 from hawq_lightning._plan import Plan
+from hawq_lightning._sealed import load_sealed
 from hawq_lightning._types import JsonObject
 from hawq_lightning.quantization import After, Forecast, PlanLoss
 from hawq_lightning.selection._calibration import Line, fit_line
@@ -187,14 +187,7 @@ class Outlook:
         Raises:
             HawqError: no such file, no JSON, or damaged; the message names file and field.
         """
-        data = read_json(path, "outlook", PLAN_JSON)
-        try:
-            outlook = cls.from_dict(data)
-        except HawqError as error:
-            raise HawqError(f"{path}: {error}") from error
-        if was_changed(data):
-            warnings.warn(f"The outlook at {path} was changed after it was written.", stacklevel=2)
-        return outlook
+        return load_sealed(path, "outlook", cls.from_dict)
 
     @cached_property
     def _fits(self) -> tuple[float, dict[After, Line]]:

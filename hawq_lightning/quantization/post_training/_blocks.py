@@ -7,7 +7,8 @@ that are quantized in part, as in QDrop (Wei et al., ICLR 2022).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from hawq_lightning._batches import default_forward
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._types import Batch
 from hawq_lightning.layers import forget_calls
+from hawq_lightning.quantization._apply import identities
 from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._adaround import on_even_grid, shared
@@ -239,17 +241,9 @@ class _Rounding:
         quantizer = layer.weight_quantizer
         return per_channel_view(quantizer.scale.detach(), layer.weight, quantizer.axis)
 
-    @contextlib.contextmanager
-    def _weights_as_they_are(self) -> Iterator[None]:
+    def _weights_as_they_are(self) -> AbstractContextManager[None]:
         """Inside, weights pass their quantizers unchanged."""
-        off = [layer.weight_quantizer for layer in self.block.layers.values()]
-        for quantizer in off:
-            quantizer.fake_quant_disabled = True
-        try:
-            yield
-        finally:
-            for quantizer in off:
-                quantizer.fake_quant_disabled = False
+        return identities(layer.weight_quantizer for layer in self.block.layers.values())
 
     def _run(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         paths = {m: n for n, m in self.block.module.named_modules()}
