@@ -6,7 +6,9 @@ ResNet20 on random 32 x 32 images. Traces: the same images whatever the number o
 n-th batch, and tables are added up after each round; what a process spends in that addition is communication (waiting
 for the slower one included). Fine-tuning step: DistributedDataParallel at W4A8, ``--batch`` images a process;
 communication is the step's time beyond that of the same step under ``no_sync()``. Runs take turns; the median of
-``--rounds`` is shown. Results: benchmarks/results/scaling.{json,md}.
+``--rounds`` is shown. On paper: the times of a step and a probe come from the tables that ``training_step.py`` and
+``traces_full_size.py`` write on a GPU, where these are there, and are assumed otherwise; the table says which.
+Results: benchmarks/results/scaling.{json,md}.
 """
 
 from __future__ import annotations
@@ -36,6 +38,27 @@ GPUS = {
 STEP_SECONDS = 0.12  # assumed: ResNet50, 64 images of 224 x 224 a GPU, fake-quantized, one way there and back
 PROBE_SECONDS = 0.25  # assumed: one probe of a batch of 64, a forward and two backward passes
 PARAMETERS, SITES, IMAGES, BATCH, PROBES = 25.6e6, 108, 1024, 64, 16
+
+
+def measured(folder: Path = RESULTS) -> dict[str, tuple[float, str]]:
+    """``step`` and ``probe``: seconds, and where they come from."""
+    found = {"step": (STEP_SECONDS, "assumed"), "probe": (PROBE_SECONDS, "assumed")}
+    for precision in ("", "_tf32", "_bf16"):  # what people train in comes last
+        file = folder / f"training_step_cuda{precision}.json"
+        if file.is_file():
+            record = json.loads(file.read_text())
+            seconds = record["networks"].get("resnet50", {}).get("uniform", {}).get("seconds")
+            if seconds:
+                found["step"] = statistics.median(seconds), f"measured, {file.name}, {record['cpu']}"
+        file = folder / f"traces_full_size_cuda{precision}.json"
+        if file.is_file() and not precision:  # traces are measured in float32
+            record = json.loads(file.read_text())
+            part = record["networks"].get("resnet50", {"methods": {}, "setting": [0]})
+            seconds = part["methods"].get("ours", {}).get("probe_seconds")
+            if seconds:
+                each = seconds * BATCH / part["setting"][0]
+                found["probe"] = each, f"measured, {file.name}, {record['machine']}"
+    return found
 
 
 def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -131,25 +154,27 @@ def run(world: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
-def on_paper() -> list[dict[str, Any]]:
-    """ResNet50 under the assumptions above; nothing is overlapped, which is the worst case."""
+def on_paper(inputs: dict[str, tuple[float, str]]) -> list[dict[str, Any]]:
+    """ResNet50 with the seconds of :func:`measured`; nothing is overlapped, which is the worst case."""
     rows = []
+    (step_seconds, _), (probe_seconds, _) = inputs["step"], inputs["probe"]
     batches, rounds = IMAGES // BATCH, PROBES // 2
     table = 3 * 8.0 * IMAGES * SITES  # mean, spread and size: a float64 a site and image, added once a round
-    one = batches * PROBES * PROBE_SECONDS
+    one = batches * PROBES * probe_seconds
     for name, (n, bandwidth, latency) in GPUS.items():
         ring = {s: 2 * (n - 1) / n * s / bandwidth + 2 * (n - 1) * latency for s in (table, 4 * PARAMETERS)}
-        own, added = -(-batches // n) * PROBES * PROBE_SECONDS, rounds * ring[table]
-        step = STEP_SECONDS + ring[4 * PARAMETERS]
+        own, added = -(-batches // n) * PROBES * probe_seconds, rounds * ring[table]
+        step = step_seconds + ring[4 * PARAMETERS]
         rows.append({
             "gpus": name, "traces_seconds": own + added, "traces_speedup": one / (own + added),
             "traces_communication": added / (own + added), "step_seconds": step,
-            "step_efficiency": STEP_SECONDS / step, "step_communication": ring[4 * PARAMETERS] / step,
+            "step_efficiency": step_seconds / step, "step_communication": ring[4 * PARAMETERS] / step,
         })  # fmt: skip
     return rows
 
 
 def markdown(found: dict[str, Any]) -> str:
+    (step, step_from), (probe, probe_from) = found["inputs"]["step"], found["inputs"]["probe"]
     lines = [
         "# Traces and fine-tuning on several processes", "",
         f"`python benchmarks/scaling.py`, {found['machine']}; load before the runs {found['load']}; "
@@ -171,9 +196,10 @@ def markdown(found: dict[str, Any]) -> str:
         "An all-reduce of S bytes over N GPUs in a ring takes 2 (N-1)/N S / bandwidth + 2 (N-1) latency, and overlaps "
         "with nothing. Traces: T(N) = ceil(batches / N) probes t_probe + rounds allreduce(24 bytes x images x sites), "
         f"with {IMAGES} images in batches of {BATCH}, {SITES} sites, {PROBES} probes a batch in {PROBES // 2} rounds "
-        f"and t_probe = {PROBE_SECONDS} s. Step: T(N) = t_step + allreduce(4 bytes x {PARAMETERS:.3g} parameters), "
-        f"with t_step = {STEP_SECONDS} s for {BATCH} images a GPU. The times of a probe and a step, the bandwidths and "
-        "the latencies are assumptions, to be replaced by those of a real machine.", "",
+        f"and t_probe = {probe:.3g} s ({probe_from}). Step: T(N) = t_step + allreduce(4 bytes x {PARAMETERS:.3g} "
+        "parameters), "
+        f"with t_step = {step:.3g} s ({step_from}) for {BATCH} images a GPU. The bandwidths and the latencies are "
+        "assumptions.", "",
         "| GPUs | traces | speed-up over one | in communication | step | efficiency | in communication |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -188,17 +214,28 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write(found: dict[str, Any]) -> None:
+    (RESULTS / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "scaling.md").write_text(markdown(found))
+    print(markdown(found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("images", 64), ("batch", 16), ("probes", 8), ("steps", 6), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--paper-only", action="store_true", help="keep what was run, and reckon anew")
     args = parser.parse_args()
+    if args.paper_only:
+        kept = json.loads((RESULTS / "scaling.json").read_text())
+        write(kept | {"inputs": measured(), "on_paper": on_paper(measured())})
+        return
     RESULTS.mkdir(exist_ok=True)
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
     runs = [(world, run(world, args)) for _ in range(args.rounds) for world in (1, 2)]
-    found: dict[str, Any] = vars(args) | {
+    found: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "paper_only"} | {
         "machine": f"{os.cpu_count()} cores, torch {torch.__version__}, {platform.machine()}",
-        "load": load, "nice": os.nice(0), "on_paper": on_paper(),
+        "load": load, "nice": os.nice(0), "inputs": measured(), "on_paper": on_paper(measured()),
     }  # fmt: skip
     for what in ("traces", "step"):
         found[what] = {}
@@ -206,9 +243,7 @@ def main() -> None:
             mine = sorted((r[what] for w, r in runs if w == world), key=lambda r: r["seconds"])
             middle = mine[len(mine) // 2]
             found[what][str(world)] = middle | {"range": [mine[0]["seconds"], mine[-1]["seconds"]]}
-    (RESULTS / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "scaling.md").write_text(markdown(found))
-    print(markdown(found))
+    write(found)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,12 @@ DOUBLE = ("vit_small", "bert_base")
 PAPER_IMAGES, PAPER_MINUTES, PAPER_GPUS = 512, 30, 4  # ResNet50, all layers (section 3.1)
 
 
-def make(name: str) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor]]:
-    """A network, a batch, and its loss."""
+def make(
+    name: str, setting: tuple[int, int, int] | None = None
+) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor]]:
+    """A network, a batch, and its loss; ``setting``: images a batch, height and width."""
     torch.manual_seed(0)
-    count, height, width = SETTINGS[name]
+    count, height, width = setting or SETTINGS[name]
     if name.startswith("retinanet"):
         net = models.retinanet_resnet50(num_classes=80, min_size=height, max_size=width)
         images = [torch.rand(3, height, width) for _ in range(count)]
