@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import fields
 
@@ -18,6 +19,11 @@ from hawq_lightning.callbacks import HAWQ, MeasureTraces
 from hawq_lightning.quantization import enabled_bits, quantized_layers
 
 FEATURES, CLASSES, IMAGES = 12, 4, 64
+
+
+def weights_only(value):
+    """That keyword of ``fit`` and its siblings, which Lightning 2.5 has not: files are read as torch does there."""
+    return {"weights_only": value} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
 
 
 def blobs(count=IMAGES, seed=0):

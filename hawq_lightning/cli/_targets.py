@@ -107,9 +107,8 @@ def made(node: DictConfig, group: str, **more: object) -> object:
         return instantiate(node, **more)
     except InstantiationException as error:
         if isinstance(error.__cause__, TypeError):  # arguments, or whatever its code raises
-            raise HawqError(
-                f"{group}._target_={node._target_}: {error.__cause__}. {_signature(target, group)}"
-            ) from error
+            said = str(error.__cause__).partition(". Did you mean")[0]  # which Python 3.13 adds; the names follow here
+            raise HawqError(f"{group}._target_={node._target_}: {said}. {_signature(target, group)}") from error
         raise
 
 

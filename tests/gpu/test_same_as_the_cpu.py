@@ -69,7 +69,7 @@ def test_the_whole_way_in_a_trainer_and_an_onnx_file(device, tmp_path):
     x = images()[0]
     with torch.no_grad():
         assert torch.equal(loaded(x.to(device)), task(x.to(device)))
-    files = hl.export.to_onnx(task, callback.plan, tmp_path / "model.onnx", (x[:2].to(device),))
+    files = hl.export.to_onnx(task, callback.plan, x[:2].to(device), tmp_path / "model.onnx")
     assert next(task.parameters()).device.type == device and (tmp_path / "model.onnx").is_file(), files
     import onnxruntime
 

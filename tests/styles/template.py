@@ -1,6 +1,7 @@
 """As in configuration-driven templates: the network and the optimizers are handed in, metrics are modules."""
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -121,5 +122,6 @@ def main(callbacks, compile=False, **trainer):
     assert t.callback_metrics["val/acc_best"] >= t.callback_metrics["val/acc"]
     best = t.checkpoint_callback.best_model_path
     # the hyperparameters in it are partial functions
-    t.validate(model, datamodule=VectorsDataModule(), ckpt_path=best, verbose=False, weights_only=False)
+    trusted = {"weights_only": False} if "weights_only" in signature(t.validate).parameters else {}  # Lightning 2.6
+    t.validate(model, datamodule=VectorsDataModule(), ckpt_path=best, verbose=False, **trusted)
     return model

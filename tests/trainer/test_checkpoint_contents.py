@@ -10,7 +10,7 @@ from torch import nn
 
 from hawq_lightning import HawqError, load_from_checkpoint
 from hawq_lightning.quantization import enabled_bits, plan_of
-from tests.trainers import Classifier, assert_mixed, fit_beside, hawq, loader, mlp, trainer
+from tests.trainers import Classifier, assert_mixed, fit_beside, hawq, loader, mlp, trainer, weights_only
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_a_checkpoint_of_a_network_with_an_excluded_layer_loads(tmp_path):
     resumed = Classifier()
     callback = hawq(exclude="net.6")
     trainer(tmp_path, callback, max_epochs=2).fit(
-        resumed, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=False
+        resumed, loader(), ckpt_path=tmp_path / "last.ckpt", **weights_only(False)
     )
     assert_mixed(resumed, callback)
     assert enabled_bits(model) == enabled_bits(again) == enabled_bits(resumed) and type(again.net[6]) is nn.Linear

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import HAWQ
 from hawq_lightning.quantization import enabled_bits
+from tests.trainers import weights_only
 
 
 class Net(pl.LightningModule):
@@ -56,7 +57,7 @@ def test_best_is_an_epoch_of_the_quantized_network_and_patience_begins_anew(tmp_
     fit.fit(net, loader(), loader())
     assert best.best_model_score > 10 and patience.best_score > 10 and fit.current_epoch == 5
     assert "epoch=0" in " ".join(p.name for p in (tmp_path / "best").iterdir())  # files of float epochs are kept
-    assert fit.test(net, loader(), ckpt_path="best", verbose=False, weights_only=False)[0]["val_loss"] > 10
+    assert fit.test(net, loader(), ckpt_path="best", verbose=False, **weights_only(False))[0]["val_loss"] > 10
 
 
 @pytest.mark.filterwarnings("ignore:.*num_workers")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hawq_lightning import HAWQ, MeasureConfig, load_packed, save_packed, sites
 from hawq_lightning.quantization import enabled_bits
+from tests.trainers import weights_only
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -90,7 +91,7 @@ def test_it_trains_resumes_tests_and_packs(name, tmp_path):
     assert {s.name for s in plan.weights} == matrices and set(enabled_bits(model)) >= matrices
     moved = {n: p.detach().clone() for n, p in model.named_parameters()}
     resumed, again = _trainer(name, 2, tmp_path), Text(name)
-    resumed.fit(again, _data(), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    resumed.fit(again, _data(), ckpt_path=tmp_path / "last.ckpt", **weights_only(False))
     assert resumed.callbacks[0].plan.bits == plan.bits
     assert any(not torch.equal(p, moved[n]) for n, p in again.named_parameters())
     assert math.isfinite(resumed.test(again, _data(), verbose=False)[0]["test_loss"])

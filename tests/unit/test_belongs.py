@@ -211,6 +211,8 @@ def negatives(m, b):
 
 @pytest.mark.parametrize("loss", [same_images, detached, prototypes, negatives])
 def test_a_network_that_also_makes_its_targets(loss):
+    if loss is prototypes and torch.__version__ < torch.torch_version.TorchVersion("2.10"):
+        pytest.skip("torch 2.9 has no second derivative of cdist")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     batch = (BATCH[0].double(), BATCH[1], torch.randn(12, 6).double())

@@ -27,7 +27,7 @@ from hawq_lightning import (
 from hawq_lightning.export import compare, deploy, packed_overhead, read_packed, to_onnx, to_program
 from hawq_lightning.quantization import plan_of, quantized_layers, trained_quantizers
 from tests.own_kinds import Gated, Mixture, Paired
-from tests.trainers import hawq, trainer
+from tests.trainers import hawq, trainer, weights_only
 
 KINDS = [Mixture, Paired, Gated]
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_brings_every_weight_back_quantized(kind, tmp_path):
     }
     fresh = Task(kind.__name__)
     again = ApplyPlan(callback.plan)
-    trainer(tmp_path, again, max_epochs=2).fit(fresh, data, ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
+    trainer(tmp_path, again, max_epochs=2).fit(fresh, data, ckpt_path=str(tmp_path / "last.ckpt"), **weights_only(True))
     assert again.plan.bits == callback.plan.bits  # and no word of another plan
     save_packed(task, callback.plan, tmp_path / "task")
     assert torch.equal(load_packed(tmp_path / "task", kind().eval())(x), expected)
