@@ -173,8 +173,8 @@ def table(rows: list[dict[str, Any]], steps: int, seeds: int) -> str:
     lines = [
         "# Gradients between two processes", "",
         f"Two gloo processes, digits, {steps} steps of 2 x 32 images, seeds: {seeds} (mean and standard deviation); "
-        f"`python benchmarks/communication.py --steps {steps} --seeds {seeds}`. Bytes as handed to the collective, over "
-        "float32's, after warm-up.", "",
+        f"`python benchmarks/communication.py --steps {steps} --seeds {seeds}`. Bytes as handed to the collective, "
+        "over float32's, after warm-up.", "",
         "| method | bytes, x smaller | train loss | test accuracy |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     for name in METHODS:
