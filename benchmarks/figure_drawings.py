@@ -41,7 +41,7 @@ def draw_side_by_side(both: Mapping[str, tuple[float, float]]) -> ReportFigure:
             ax.plot(range(len(both)), shares, f"{marker}-", color=colour, markersize=5, linewidth=1.2, label=label)
         log_scale(ax, "y")
         ax.set_ylabel("share of the largest", color=SOFT)
-        ax.legend(loc="upper right", ncols=2)
+        ax.legend(loc="lower left")
         _name_blocks(ax, list(both))
     return ReportFigure(
         "figure6", "Average trace beside top eigenvalue",
