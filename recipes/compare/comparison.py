@@ -17,6 +17,7 @@ from per_image import read_per_image
 from hawq_lightning import HawqError, Plan
 
 METRICS = ("accuracy", "map")
+STAGES = {"before": "quantized", "batchnorm": "batchnorm", "after": "fine_tuned"}  # in tables -> in the records
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Run:
         folder: where it is.
         setting, method, seed: what it is of; ``labels`` their names in tables.
         metric: ``accuracy`` or ``map``.
-        before, after: its score right after quantizing and after fine-tuning; None where not measured.
+        before, batchnorm, after: its score right after quantizing, with BatchNorm measured again and nothing learned,
+            and after fine-tuning; None where not measured.
         plan: bits, costs and perturbation.
         tuned: the point of the grid that it was fine-tuned with.
         images: stage -> what validation gave for every image.
@@ -41,6 +43,7 @@ class Run:
     reference: bool
     metric: str
     before: float | None
+    batchnorm: float | None
     after: float | None
     plan: Plan
     tuned: Mapping[str, Any]
@@ -53,12 +56,13 @@ class Row:
 
     Attributes:
         runs: by seed.
-        before, after: with intervals over images and seeds; None where a run kept nothing of its images.
+        before, batchnorm, after: with intervals over images and seeds; None where a run kept nothing of its images.
         against: after fine-tuning, minus the reference at the same seeds and images; None for the reference itself.
     """
 
     runs: Sequence[Run]
     before: Interval | None
+    batchnorm: Interval | None
     after: Interval | None
     against: Interval | None
 
@@ -89,12 +93,13 @@ class Pooled:
     Attributes:
         label: the method's name in tables.
         pairs: how many pairs of runs; intervals are over images and pairs.
-        before, after: fine-tuning; None where a run kept nothing of its images.
+        before, batchnorm, after: the three stages; None where a run kept nothing of its images.
     """
 
     label: str
     pairs: int
     before: Interval | None
+    batchnorm: Interval | None
     after: Interval | None
 
 
@@ -107,6 +112,11 @@ class Comparison:
     float_score: float | None
     metric: str
     left_out: Mapping[str, str]
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether any run was scored with BatchNorm measured again."""
+        return any(r.mean("batchnorm") is not None for rows in self.rows.values() for r in rows)
 
 
 def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
@@ -122,7 +132,7 @@ def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
     out, runs, left_out = Path(out), [], {}
     for path in sorted((out / "runs").rglob("job.json")):
         try:
-            runs.append(_read(path.parent))
+            runs.append(_read(path.parent, out))
         except (HawqError, KeyError) as error:
             left_out[path.parent.relative_to(out).as_posix()] = str(error)
     if not runs:
@@ -160,18 +170,22 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path, out: Path) -> Run:
     job = _record(folder / "job.json")
     record = _record(folder / "metrics.json")
     metric = next((m for m in METRICS if m in record), None)
     if metric is None:
         raise HawqError("it holds no score.")
-    images = {stage: read_per_image(folder, stage) for stage in ("quantized", "fine_tuned")}
+    scores, images = dict(record[metric]), {stage: read_per_image(folder, stage) for stage in STAGES.values()}
+    untrained = out / "untrained" / job["setting"] / job["method"]
+    for place in (untrained, untrained / f"seed={job['seed']}"):  # the second where bits are drawn
+        if (place / "metrics.json").is_file():
+            scores = _record(place / "metrics.json")[metric] | scores
+            images = {stage: found or read_per_image(place, stage) for stage, found in images.items()}
     return Run(
         folder=folder, setting=job["setting"], method=job["method"], seed=int(job["seed"]), labels=job["labels"],
-        reference=bool(job["reference"]), metric=metric, before=record[metric].get("quantized"),
-        after=record[metric].get("fine_tuned"), plan=Plan.load(folder / "plan.json"), tuned=job["tuned"] or {},
-        images=images,
+        reference=bool(job["reference"]), metric=metric, plan=Plan.load(folder / "plan.json"),
+        tuned=job["tuned"] or {}, images=images, **{name: scores.get(stage) for name, stage in STAGES.items()},
     )  # fmt: skip
 
 
@@ -183,15 +197,11 @@ def _pairs(runs: Sequence[Run], reference: Sequence[Run] | None) -> list[tuple[R
 
 def _row(runs: Sequence[Run], reference: Sequence[Run] | None, draws: int) -> Row:
     pairs = _pairs(runs, reference)
-    return Row(
-        runs, _interval(runs, "quantized", draws), _interval(runs, "fine_tuned", draws),
-        _difference(pairs, "fine_tuned", draws),
-    )  # fmt: skip
+    return Row(runs, *(_interval(runs, s, draws) for s in STAGES.values()), _difference(pairs, "fine_tuned", draws))
 
 
 def _pooled(pairs: Sequence[tuple[Run, Run]], draws: int) -> Pooled:
-    before, after = (_difference(pairs, stage, draws) for stage in ("quantized", "fine_tuned"))
-    return Pooled(pairs[0][0].labels["method"], len(pairs), before, after)
+    return Pooled(pairs[0][0].labels["method"], len(pairs), *(_difference(pairs, s, draws) for s in STAGES.values()))
 
 
 def _difference(pairs: Sequence[tuple[Run, Run]], stage: str, draws: int) -> Interval | None:

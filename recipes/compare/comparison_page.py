@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bootstrap import Interval
-from comparison import Comparison, Row, read_comparison, widths
+from comparison import STAGES, Comparison, Row, read_comparison, widths
 from matplotlib.ticker import PercentFormatter
 
 from hawq_lightning import HawqError
@@ -24,10 +24,10 @@ from hawq_lightning.report import (
     write_text,
 )
 
-COLUMNS = ["Method", "w-bits", "a-bits", "before", "after", "against {}", "W-Comp", "A-Comp", "Size", "Perturb. (Ω)",
-           "Σ‖ΔW‖²"]  # fmt: skip
+COLUMNS = ["Method", "w-bits", "a-bits", "before", "BatchNorm", "after", "against {}", "W-Comp", "A-Comp", "Size",
+           "Perturb. (Ω)", "Σ‖ΔW‖²"]  # fmt: skip
 _SHORT = ("Method", "w-bits", "a-bits", "after", "W-Comp", "Size", "Perturb. (Ω)", "Σ‖ΔW‖²")  # the paper's Table 3
-_FLOAT = ["Baseline", "32", "32", "–", "–", "", "1.00×", "1.00×", "", "0", "0"]
+_FLOAT = ["Baseline", "32", "32", "–", "–", "–", "", "1.00×", "1.00×", "", "0", "0"]
 # the paper's ablations: heading, methods that it sets beside the reference
 ABLATIONS = {
     "Large against small perturbation (Table 3a)": ("direct", "max_perturbation"),
@@ -53,7 +53,8 @@ def write_comparison(
     target = Path(target) if target is not None else Path(out)
     text = [f"# {title}", "", f"Float network: {score(comparison.float_score, comparison.metric)}.", ""]
     if len(comparison.rows) > 1:
-        text += ["Before → after fine-tuning:", "", *markdown_table(*overview(comparison)), ""]
+        via = " BatchNorm measured again →" if comparison.has_batchnorm else ""
+        text += [f"Before →{via} after fine-tuning:", "", *markdown_table(*overview(comparison)), ""]
     for rows in comparison.rows.values():
         text += [f"## {rows[0].first.labels['setting']}", "", *markdown_table(*table(comparison, rows)), ""]
         for heading, methods in ABLATIONS.items():
@@ -79,17 +80,24 @@ def table(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[
     """One setting, for people."""
     reference = next((r.first.labels["method"] for r in rows if r.first.reference), "–")
     columns = [c.format(reference) for c in COLUMNS]
-    start = [*_FLOAT[:4], score(comparison.float_score, comparison.metric), *_FLOAT[5:]]
-    return columns, [start, *(_cells(comparison.metric, r) for r in rows)]
+    start = [*_FLOAT[:5], score(comparison.float_score, comparison.metric), *_FLOAT[6:]]
+    shown = [start, *(_cells(comparison.metric, r) for r in rows)]
+    if comparison.has_batchnorm:
+        return columns, shown
+    place = columns.index("BatchNorm")
+    return [c for i, c in enumerate(columns) if i != place], [row[:place] + row[place + 1 :] for row in shown]
 
 
 def pooled(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Differences to the reference over all settings that have both."""
     reference = next(r.first.labels["method"] for rows in comparison.rows.values() for r in rows if r.first.reference)
-    columns = ["Method", "settings × seeds", f"before, against {reference}", f"after, against {reference}"]
+    stages = _stages(comparison)
+    names = ["BatchNorm measured again" if s == "batchnorm" else s for s in stages]
+    columns = ["Method", "settings × seeds", *(f"{n}, against {reference}" for n in names)]
     rows = []
     for p in comparison.pooled:
-        differences = ["–" if i is None else _difference(comparison.metric, i) for i in (p.before, p.after)]
+        found: list[Interval | None] = [getattr(p, s) for s in stages]
+        differences = ["–" if i is None else _difference(comparison.metric, i) for i in found]
         rows.append([p.label, str(p.pairs), *differences])
     return columns, rows
 
@@ -107,9 +115,8 @@ def overview(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 cells.append("–")
                 continue
             mark = " *" if row.against is not None and row.against.excludes_zero else ""
-            cells.append(
-                f"{score(row.mean('before'), comparison.metric)} → {_mean(comparison.metric, row, 'after')}{mark}"
-            )
+            first = [score(row.mean(s), comparison.metric) for s in _stages(comparison)[:-1]]
+            cells.append(" → ".join([*first, f"{_mean(comparison.metric, row, 'after')}{mark}"]))
         shown.append(cells)
     return columns, shown
 
@@ -123,9 +130,10 @@ def ablation(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], li
 
 def numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
     """Every row with all digits."""
-    ends = ("before", "after", "against")
+    stages = _stages(comparison)
+    ends = (*stages, "against")
     columns = ["setting", "method", "seeds", "w_bits", "a_bits", "w_comp", "a_comp", "weight_bytes", "omega",
-               "perturbation", "before_sd", "after_sd"]  # fmt: skip
+               "perturbation", *(f"{s}_sd" for s in stages)]  # fmt: skip
     columns += [f"{s}{e}" for s in ends for e in ("", "_low", "_high")]
     out: list[list[object]] = []
     for setting, rows in comparison.rows.items():
@@ -133,7 +141,7 @@ def numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
             cells: list[object] = [setting, r.first.method, len(r.runs), widths(r.first.plan, "weight"),
                                    widths(r.first.plan, "activation")]  # fmt: skip
             cells += [r.number(k) for k in ("w_comp", "a_comp", "weight_bytes", "omega", "perturbation")]
-            cells += ["" if (v := r.spread(s)) is None else v for s in ("before", "after")]
+            cells += ["" if (v := r.spread(s)) is None else v for s in stages]
             for s in ends:
                 i: Interval | None = getattr(r, s)
                 mean = None if s == "against" else r.mean(s)
@@ -144,12 +152,13 @@ def numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
 
 def run_numbers(comparison: Comparison) -> tuple[list[str], list[list[object]]]:
     """Every run with all digits."""
-    columns = ["setting", "method", "seed", "tuned", "before", "after", "weight_bytes", "omega"]
+    stages = _stages(comparison)
+    columns = ["setting", "method", "seed", "tuned", *stages, "weight_bytes", "omega"]
     out: list[list[object]] = []
     for setting, rows in comparison.rows.items():
         for r in (run for row in rows for run in row.runs):
             tuned = " ".join(f"{k}={v}" for k, v in r.tuned.items())
-            scores = ["" if v is None else v for v in (r.before, r.after)]
+            scores = ["" if (v := getattr(r, s)) is None else v for s in stages]
             out.append([setting, r.method, r.seed, tuned, *scores, r.plan.costs["weight_bytes"], r.plan.omega])
     return columns, out
 
@@ -187,6 +196,11 @@ def draw(comparison: Comparison) -> ReportFigure:
     return ReportFigure("compare", "Methods at equal size", alt, _legend(comparison), figure, columns, rows_of)
 
 
+def _stages(comparison: Comparison) -> list[str]:
+    """The stages that the sweep has."""
+    return [s for s in STAGES if s != "batchnorm" or comparison.has_batchnorm]
+
+
 def _cells(metric: str, row: Row) -> list[str]:
     plan = row.first.plan
     a_comp = row.number("a_comp")
@@ -194,8 +208,7 @@ def _cells(metric: str, row: Row) -> list[str]:
         row.first.labels["method"],
         widths(plan, "weight"),
         widths(plan, "activation"),
-        _mean(metric, row, "before"),
-        _mean(metric, row, "after"),
+        *(_mean(metric, row, s) for s in STAGES),
         "–" if row.against is None else _difference(metric, row.against),
         f"{row.number('w_comp'):.2f}×",
         f"{a_comp:.2f}×" if a_comp == a_comp else "1.00×",

@@ -90,6 +90,20 @@ class ExperimentDesign:
             found.append((point, self._job(self.out / "tuning" / method / name, overrides, (plan,), {}, plan.file)))
         return found
 
+    def untrained(self, setting: str, method: str, seed: int) -> Job | None:
+        """Scores of a plan before any training, and with BatchNorm measured again; None where the file asks for none.
+
+        They depend on the plan alone, so a run need not measure them: one job for all seeds unless bits are drawn.
+        """
+        images = self.asked.get("batchnorm")
+        if not images:
+            return None
+        plan = self.plan(setting, method, seed)
+        folder = self.out / "untrained" / plan.folder.relative_to(self.out / "plans")
+        given = f"hawq.plan={quoted(plan.file)}"
+        overrides = (*self.common, *self._overrides(setting, method), *self.asked["baseline"], given)
+        return self._job(folder, overrides, (plan,), {}, plan.file, batchnorm=int(images))
+
     def run(self, setting: str, method: str, seed: int) -> Job:
         """Fine-tuning with the best point of the grid; before that is known, the job waits for the grid."""
         plan, grid = self.plan(setting, method, seed), self.tuning(method)
@@ -104,7 +118,9 @@ class ExperimentDesign:
             *self._training(setting, method, plan), *(f"{k}={v}" for k, v in (best or {}).items()), f"seed={seed}",
         )  # fmt: skip
         folder = self.out / "runs" / setting / method / f"seed={seed}"
-        return self._job(folder, overrides, (plan, *(job for _, job in grid)), facts, plan.file)
+        untrained = self.untrained(setting, method, seed)
+        first = (plan, *([] if untrained is None else [untrained]), *(job for _, job in grid))
+        return self._job(folder, overrides, first, facts, plan.file)
 
     def runs(self) -> Iterator[tuple[str, str, int]]:
         """Setting, method and seed of every run, in the order in which they are wanted."""

@@ -1,4 +1,4 @@
-"""A job of a sweep: one call of ``hawq-lightning``, or one choice from options that another job has measured.
+"""A job of a sweep: one call of ``hawq-lightning``, a choice from options that another job has measured, or scores.
 
 What is finished is not repeated; jobs that fine-tune the same bits in the same way share one run; a lock keeps two
 processes from doing the same work.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from hawq_lightning import HawqError, Plan, select
@@ -40,6 +42,8 @@ class Job:
         plan: file of the plan that is fine-tuned, if any.
         chooses_from: instead of a run, a choice from the options that this plan lists.
         eigenvalues_of: the plan that lists eigenvalues, for such a choice.
+        batchnorm: instead of a run, the plan's scores without training, also with BatchNorm measured again on so many
+            training images; 0: a run.
         names: ``${NAME}`` of folders and files in the overrides, so that results are known again elsewhere.
     """
 
@@ -50,6 +54,7 @@ class Job:
     plan: Path | None = None
     chooses_from: Path | None = None
     eigenvalues_of: Path | None = None
+    batchnorm: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -75,7 +80,7 @@ class Job:
             known = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return known.get("overrides") == self.told
+        return bool(known.get("overrides") == self.told and known.get("batchnorm", 0) == self.batchnorm)
 
     def same_as(self) -> str:
         """A hash that jobs share if they fine-tune the same bits in the same way, whoever chose them; ``""``: none."""
@@ -84,6 +89,7 @@ class Job:
         plan = Plan.load(self.plan)
         chosen = [[s.name, s.bits, s.code, s.scale, s.zero_point] for s in plan.sites]
         how = [o for o in self.told if not o.startswith(("select=", "select.", "hawq.plan="))]
+        how += [f"batchnorm={self.batchnorm}"] if self.batchnorm else []
         text = json.dumps([plan.quantizer, dict(plan.quantizer_options), chosen, how], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -104,7 +110,8 @@ def carry_out(job: Job, locks: Path) -> str:
             return "busy"
         job.folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        text = json.dumps({**job.facts, "overrides": job.told}, indent=1)
+        more = {"batchnorm": job.batchnorm} if job.batchnorm else {}
+        text = json.dumps({**job.facts, **more, "overrides": job.told}, indent=1)
         (job.folder / "metrics.json").unlink(missing_ok=True)
         (job.folder / "job.json").write_text(text, encoding="utf-8")
         alike = locks.parent / "alike" / (job.same_as() or "none")
@@ -155,7 +162,7 @@ def call(job: Job) -> int:
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
             code = 1
             try:
-                (choose if job.chooses_from else run)(job)
+                start(job)
                 code = 0
             except HawqError as error:
                 print(f"error: {error}", flush=True)
@@ -165,6 +172,16 @@ def call(job: Job) -> int:
                 sys.stdout.flush()
                 os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start(job: Job) -> None:
+    """Whichever of the three a job is."""
+    if job.chooses_from:
+        choose(job)
+    elif job.batchnorm:
+        score_untrained(job)
+    else:
+        run(job)
 
 
 def run(job: Job) -> None:
@@ -190,6 +207,35 @@ def choose(job: Job) -> None:
     plan = select(problem_of(base), budget, cfg.select.selector, seed=cfg.seed, eigenvalues=known)
     plan.replace(quantizer=base.quantizer, quantizer_options=base.quantizer_options).save(job.file)
     (job.folder / "metrics.json").write_text(json.dumps({"chosen_from": str(job.chooses_from)}), encoding="utf-8")
+
+
+def score_untrained(job: Job) -> None:
+    """The plan's scores right after quantizing and with BatchNorm's statistics measured again; nothing learned."""
+    from hawq_lightning import quantize
+    from hawq_lightning.cli import keep_per_image, make_data, make_task, make_trainer, quiet_down
+    from hawq_lightning.quantization.post_training import reestimate_batchnorm
+
+    assert job.plan is not None
+    quiet_down()
+    cfg = composed([*job.overrides, f"paths.output_dir={quoted(job.folder)}"])
+    if "augment" in cfg.data:
+        cfg.data.augment = "none"
+    seed_everything(cfg.seed, verbose=False)
+    data = make_data(cfg)
+    net = quantize(make_task(cfg), Plan.load(job.plan))
+    trainer = make_trainer(cfg, "fine_tuning", [], net)
+    found: dict[str, dict[str, float]] = {}
+    for stage in ("quantized", "batchnorm"):
+        if stage == "batchnorm":
+            batches = data.train_dataloader()
+            reestimate_batchnorm(net, itertools.islice(batches, max(1, job.batchnorm // batches.batch_size)))
+        (logged,) = trainer.validate(net, datamodule=data, verbose=False)
+        for key, name in (("val/acc", "accuracy"), ("val/map", "map"), ("val/loss", "loss")):
+            if key in logged:
+                found.setdefault(name, {})[stage] = float(logged[key])
+        keep_per_image(job.folder, stage, {k: v.numpy() for k, v in getattr(net, "per_image", {}).items()})
+    shutil.copyfile(job.plan, job.file)
+    (job.folder / "metrics.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:

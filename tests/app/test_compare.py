@@ -131,6 +131,7 @@ common: ["model.weights=${{WEIGHTS}}", model.depth=8, model.channels=4, data.sub
          float_epochs=0, "quantizer.weight_bits=[2,4]"]
 baseline: [epochs=0, float_validation=true, trainer.num_sanity_val_steps=0]
 plan: [epochs=0, float_validation=false, trainer.num_sanity_val_steps=0, trainer.limit_val_batches=0]
+batchnorm: 128
 train: [epochs=1, float_validation=false]
 tuning: {{setting: small, overrides: [trainer.num_sanity_val_steps=0], grid: {{task.lr: [0.001, 0.02]}}}}
 seeds: [1]
@@ -161,7 +162,7 @@ def sweep(tmp_path_factory):
 
 def in_this_process(job):
     """Without the fork, which torch's threads of other tests would not survive."""
-    (jobs.choose if job.chooses_from else jobs.run)(job)
+    jobs.start(job)
     return 0
 
 
@@ -285,6 +286,34 @@ def test_the_table_says_what_the_runs_found(sweep, tmp_path):
         write_comparison(tmp_path)
 
 
+def test_plans_are_scored_without_training_and_with_batchnorm_measured_again(sweep, tmp_path):
+    design, _ = sweep
+    ours, twin = (design.untrained("small", m, 1) for m in ("trace", "twin"))
+    assert ours.done and "the same bits as" in (twin.folder / "log.txt").read_text()
+    assert design.untrained("small", "trace", 2).folder == ours.folder  # no seed in it
+    run = design.run("small", "trace", 1)
+    images = {stage: read_per_image(ours.folder, stage)["correct"] for stage in ("quantized", "batchnorm")}
+    assert np.array_equal(images["quantized"], read_per_image(run.folder, "quantized")["correct"])
+    assert not np.array_equal(images["quantized"], images["batchnorm"])
+    found = write_comparison(design.out, tmp_path, draws=200)
+    row = found.rows["small"][0]
+    assert row.batchnorm.value == pytest.approx(images["batchnorm"].mean()) == row.mean("batchnorm")
+    text = (tmp_path / "compare.md").read_text()
+    assert "| before | BatchNorm | after |" in text
+    assert (tmp_path / "runs.csv").read_text().startswith("setting,method,seed,tuned,before,batchnorm,after,")
+    # the run's own score without training need not be there, and a sweep without this stage has no column for it
+    shutil.copytree(design.out, tmp_path / "out")
+    for folder in (tmp_path / "out" / "runs").rglob("seed=1"):
+        record = json.loads((folder / "metrics.json").read_text())
+        del record["accuracy"]["quantized"]
+        (folder / "metrics.json").write_text(json.dumps(record))
+    again = write_comparison(tmp_path / "out", tmp_path, draws=200)
+    assert again.rows["small"][0].mean("before") == row.mean("before")
+    shutil.rmtree(tmp_path / "out" / "untrained")
+    write_comparison(tmp_path / "out", tmp_path, draws=200)
+    assert "BatchNorm" not in (tmp_path / "compare.md").read_text()
+
+
 def test_settings_are_pooled_where_both_methods_have_them(sweep, tmp_path):
     design, _ = sweep
     shutil.copytree(design.out / "runs" / "small", tmp_path / "runs" / "small")
@@ -310,9 +339,12 @@ def test_mistakes_in_a_design_are_named(sweep, tmp_path):
         ExperimentDesign(tmp_path / "wrong.yaml", tmp_path, {"WEIGHTS": "x"})
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10_quantizers", "bccd"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar10_quantizers", "bccd", pytest.param("compact", marks=pytest.mark.stress)]
+)
 def test_the_designs_of_the_recipe_compose(name, tmp_path):
-    design = ExperimentDesign(RECIPE / f"{name}.yaml", tmp_path, {"DATA": "/data", "WEIGHTS": "/float.pt"})
+    given = {"DATA": "/data", "WEIGHTS": "/float.pt", "NETWORK": "mobilenet_cifar"}
+    design = ExperimentDesign(RECIPE / f"{name}.yaml", tmp_path, given)
     runs = list(design.runs())
     found = [job for run in runs for job in [*jobs.needs(design.run(*run)), design.run(*run)]]
     assert len({j.folder for j in found}) == len({j.overrides for j in found}) > len(runs)

@@ -26,7 +26,8 @@ class WeightKMeans(WeightQuantizer):
     Starts lie evenly between the least and the greatest weight (section 3.2), so that large weights keep a shared
     weight near. Then every weight belongs to one entry for good: the entry's gradient is the sum over its members
     (eq. 3), and the weights themselves have a gradient of zero. Weight decay alone moves them: keep them out of it in
-    long training, or out of the optimizer.
+    long training, or out of the optimizer. A sum over so many members wants a learning rate some tens of times
+    smaller than that of weights.
 
     Args:
         channels: length of the channel axis.
