@@ -165,7 +165,7 @@ def work(rank: int, folder: str, steps: int, seeds: int) -> None:
 def _reason(error: Exception) -> str:
     """The innermost error's name and sentence, without paths."""
     found = re.findall(r"\w+Error: [^\n(]*", f"{type(error).__name__}: {error}")
-    return found[-1].rpartition("callback: ")[2].strip()
+    return found[-1].rpartition("callback: ")[2].partition(". ")[0].strip()
 
 
 def table(rows: list[dict[str, Any]], steps: int, seeds: int) -> str:
@@ -173,7 +173,8 @@ def table(rows: list[dict[str, Any]], steps: int, seeds: int) -> str:
     lines = [
         "# Gradients between two processes", "",
         f"Two gloo processes, digits, {steps} steps of 2 x 32 images, seeds: {seeds} (mean and standard deviation); "
-        "`python benchmarks/communication.py`. Bytes as handed to the collective, over float32's, after warm-up.", "",
+        f"`python benchmarks/communication.py --steps {steps} --seeds {seeds}`. Bytes as handed to the collective, "
+        "over float32's, after warm-up.", "",
         "| method | bytes, x smaller | train loss | test accuracy |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     for name in METHODS:

@@ -2,10 +2,11 @@
 
     pip install brevitas
     python benchmarks/training_step.py [--networks resnet20,resnet18] [--rounds 3] [--steps 4]
-    python benchmarks/training_step.py --networks resnet50 --device cuda --precision bf16    # never run yet
+    python benchmarks/training_step.py --device cuda --precision bf16    # or tf32; unmeasured: no GPU was at hand
 
 A step is forward, loss, backward and SGD with momentum on random images: ResNet20 on 128 images of 32 x 32,
-torchvision's ResNet18 on 16 of 224 x 224. Weights of all convolutions and the linear layer have 4 bits with one scale a
+torchvision's ResNet18 on 16 of 224 x 224, on a GPU its ResNet50 on 64 of 224 x 224, and there the fused kernel and
+torch.compile as well. Weights of all convolutions and the linear layer have 4 bits with one scale a
 channel, what they read has 4 bits with one scale a tensor. (torchao's training layers are linear only.)
 
 Every measurement is a process of its own, on one thread; methods take turns, so that other load meets all of them.
@@ -44,6 +45,11 @@ METHODS = {
     "brevitas": "Brevitas",
     "brevitas_lsq": "Brevitas, learned scales",
     "torch_fx": "torch.ao fake-quant modules",
+}
+ON_A_GPU = {
+    "uniform_triton": "ours, uniform, fused kernel",
+    "float_compiled": "float, torch.compile",
+    "uniform_compiled": "ours, uniform, torch.compile",
 }
 
 
@@ -152,6 +158,18 @@ def torch_fx(net: nn.Module, images: torch.Tensor) -> nn.Module:
     return net
 
 
+def fused(net: nn.Module) -> nn.Module:
+    """Refused where there is no NVIDIA GPU."""
+    from hawq_lightning.quantization import use_kernel
+
+    return use_kernel(net, "triton")
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    """As it stands; the first step, which compiles, is not counted."""
+    return torch.compile(net)  # type: ignore[return-value]
+
+
 BUILD: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
     "float": lambda net, x: net,
     "uniform": lambda net, x: ours(net, x, "uniform"),
@@ -159,6 +177,9 @@ BUILD: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
     "brevitas": lambda net, x: brevitas(net, x, learned=False),
     "brevitas_lsq": lambda net, x: brevitas(net, x, learned=True),
     "torch_fx": torch_fx,
+    "uniform_triton": lambda net, x: fused(ours(net, x, "uniform")),
+    "float_compiled": lambda net, x: compiled(net),
+    "uniform_compiled": lambda net, x: compiled(ours(net, x, "uniform")),
 }
 
 
@@ -203,10 +224,12 @@ def run(method: str, name: str, args: argparse.Namespace) -> dict[str, float] | 
 
 def table(record: dict[str, Any]) -> str:
     where = "one thread" if record.get("device", "cpu") == "cpu" else record["precision"]
+    gpu = record.get("device", "cpu") == "cuda"
+    options = f" --device cuda --precision {record['precision']}" if gpu else ""
     lines = [
         "# A W4A4 training step over the float step",
         "",
-        f"`python benchmarks/training_step.py`, {record['date']}, {record['cpu']}, {where}, torch "
+        f"`python benchmarks/training_step.py{options}`, {record['date']}, {record['cpu']}, {where}, torch "
         f"{record['versions']['torch']}, {record['rounds']} rounds of {record['steps']} steps, load average "
         f"{record['load']:.1f} at the start. Median over rounds, range in brackets; memory is the largest of them.",
     ]
@@ -220,7 +243,8 @@ def table(record: dict[str, Any]) -> str:
             ratio, memory = statistics.median(ratios), max(row["memory"]) / max(base["memory"])
             version = record["versions"].get(method.split("_")[0], "")
             lines.append(
-                f"| {METHODS[method]} {version}".rstrip() + f" | {statistics.median(row['seconds']):.2f} s | "
+                f"| {(METHODS | ON_A_GPU)[method]} {version}".rstrip()
+                + f" | {statistics.median(row['seconds']):.2f} s | "
                 f"{ratio:.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | {max(row['memory']):.0f} MiB | {memory:.2f}x |"
             )
     return "\n".join(lines) + "\n"
@@ -228,14 +252,17 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default="resnet20,resnet18")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--networks", help="by default resnet20,resnet18; on a GPU resnet50")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS | ON_A_GPU)}; by default the first six, on a GPU all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     add_device(parser)
     args = parser.parse_args()
+    gpu = args.device == "cuda"
+    args.networks = args.networks or ("resnet50" if gpu else "resnet20,resnet18")
+    args.methods = args.methods or ",".join(METHODS | ON_A_GPU if gpu else METHODS)
     if args.one:
         print(json.dumps(measure(args.one, args.networks, args.steps, args.device, args.precision)))
         return

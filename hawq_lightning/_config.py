@@ -22,6 +22,7 @@ from hawq_lightning._types import Batch, BatchSizeFn, Budget, LossFn
 
 CodeFormat = Literal["auto", "affine", "midrise"]
 Deploy = Literal["exact", "integer"]
+Kernel = Literal["torch", "triton"]
 Sampling = Literal["auto", "all", "curvature"]
 L1Curvature = Literal["fisher", "zero"]
 Precision = Literal["float32", "bf16"]
@@ -97,6 +98,8 @@ class QuantizerConfig:
     """Queries, keys, probabilities and values of attention are activation sites as well: what its products read."""
     deploy: Deploy = "exact"
     """``integer``: results that integer kernels keep as codes have grids of 8 bits, and biases are INT32."""
+    kernel: Kernel = "torch"
+    """What fake-quantizes in training: ``triton`` is one fused kernel a pass on an NVIDIA GPU; never measured yet."""
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight")
@@ -107,6 +110,7 @@ class QuantizerConfig:
         if self.attention and self.activation_bits is None:
             raise HawqError("attention=True quantizes what attention reads; give activation_bits, such as 8.")
         choice("deploy", self.deploy, get_args(Deploy))
+        choice("kernel", self.kernel, get_args(Kernel))
         if self.deploy == "integer" and self.activation_bits is None:
             raise HawqError('deploy="integer" needs activations on grids; give activation_bits, such as 8.')
         choice("code_format", self.code_format, get_args(CodeFormat))

@@ -15,4 +15,5 @@ def traced() -> bool:
 
 def transformed() -> bool:
     """Whether a transformation of torch.func runs (``vmap``, ``grad``, ``jvp``), for which tensors have no values."""
-    return _PEEK is not None and _PEEK() is not None
+    # compiled code has no stack to look at: Dynamo breaks its graph over the look
+    return not torch.compiler.is_compiling() and _PEEK is not None and _PEEK() is not None

@@ -49,6 +49,7 @@ from hawq_lightning.quantization import (
     refresh,
     tie_scales,
     trained_quantizers,
+    use_kernel,
     with_quantizer,
 )
 
@@ -142,6 +143,11 @@ class ApplyPlan(Callback):
         prepare(pl_module, config.include, self.excluded(pl_module), self.quantizer, attention)
         expect_attention(pl_module)
         expect_results(pl_module)
+        self._use_kernel(pl_module)
+
+    def _use_kernel(self, pl_module: LightningModule) -> None:
+        if self.quantizer_config.kernel != "torch":  # else a choice by hand stays
+            use_kernel(pl_module, self.quantizer_config.kernel)
 
     def _layers_exist(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._prepare(pl_module)
@@ -250,6 +256,7 @@ class ApplyPlan(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The iterator stands; an undisturbed run would not come by here, so what is drawn here must not count."""
         self._resumed.iterator_stands(trainer)
+        self._use_kernel(pl_module)  # a plan may have brought quantizers of results
         warn_made_anew(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

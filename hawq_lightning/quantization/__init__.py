@@ -81,6 +81,7 @@ from hawq_lightning.quantization._trial import (
     plans_in_place,
     temporarily_quantized,
 )
+from hawq_lightning.quantization._use_kernel import use_kernel
 
 __all__ = [
     "CODE_FORMATS",
@@ -165,6 +166,7 @@ __all__ = [
     "to_fake_quantized",
     "trained_quantizers",
     "unquantize",
+    "use_kernel",
     "warn_off_grid",
     "weight_candidates",
     "weight_code_formats",

@@ -1,8 +1,8 @@
 """Fake quantization and its straight-through gradients, fast on every device.
 
 torch's fused fake-quantizers run element by element on CPUs; a few vectorised passes are several times faster there
-and give the same numbers. Elsewhere, inside compiled code and for types other than float32 and bfloat16 the fused ones
-run.
+and give the same numbers. torch.compile gets plain operations, which it fuses and may run again in the backward pass.
+Elsewhere and for other types the fused ones run, but where the kernel ``triton`` was asked for.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import functools
 
 import torch
 
+from hawq_lightning._config import Kernel
 from hawq_lightning._torch_state import traced, transformed
 from hawq_lightning._types import AutogradContext, FunctionInputs
+from hawq_lightning.quantization._kernel import HALF, compiles, launches
 
 MIDRISE_ZERO = -0.5  # (code - zero) * scale: levels at odd halves
 
 
-def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
+def fake_quantize_tensor(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int, kernel: Kernel = "torch"
+) -> torch.Tensor:
     """``(clamp(round(x / scale) + zero, 0, top) - zero) * scale``, one scale a tensor.
 
     The gradient passes where rounding did not have to clip, and is zero elsewhere.
@@ -27,9 +31,15 @@ def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tenso
         scale: positive, a scalar tensor.
         zero: a whole number in a scalar tensor.
         top: the highest code.
+        kernel: see :func:`hawq_lightning.quantization.use_kernel`.
     """
-    if transformed():
-        whole, wide = zero.round(), x.float() if x.dtype == torch.bfloat16 else x
+    if kernel == "triton" and launches(x):
+        from hawq_lightning.quantization._triton_kernels import Levels
+
+        written: torch.Tensor = Levels.apply(x, scale, zero, top, None)
+        return written
+    if transformed() or compiles(x):
+        whole, wide = zero.round(), x.float() if x.dtype in HALF else x
         ratio = torch.maximum(torch.minimum((wide * scale.reciprocal()).round(), top - whole), -whole)
         inside = (wide > (-whole - 0.5) * scale) & (wide < (top - whole + 0.5) * scale)
         return masked(x, (ratio * scale).to(x.dtype), inside)
@@ -74,7 +84,7 @@ def even_channel_levels(
 
 
 def fake_quantize_channels(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int, half: int
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int, half: int, kernel: Kernel = "torch"
 ) -> torch.Tensor:
     """``(clamp(round(w / scale + zero), -half, half - 1) - zero) * scale``, one scale an index of ``axis``.
 
@@ -84,12 +94,18 @@ def fake_quantize_channels(
         zero: scalar; -1/2 for midrise codes.
         axis: channel axis.
         half: half the number of levels, rounded up.
+        kernel: see :func:`hawq_lightning.quantization.use_kernel`.
     """
-    if transformed():
+    if kernel == "triton" and launches(weight):
+        from hawq_lightning.quantization._triton_kernels import Levels
+
+        written: torch.Tensor = Levels.apply(weight, scale, zero, half, axis)
+        return written
+    if transformed() or compiles(weight):
         step, shift = per_channel_view(scale, weight, axis), zero.to(weight.dtype)
         rounded = (weight * step.reciprocal() + shift).round()
         kept = rounded.clamp(-half, half - 1)
-        return masked(weight, (kept - shift) * step, kept == rounded)
+        return masked(weight, ((kept - shift) * step).to(weight.dtype), kept == rounded)
     if eager(weight) and weight.dtype == torch.float32:
         levels: torch.Tensor
         levels, _ = _Channels.apply(weight, per_channel_view(scale, weight, axis), float(zero), half)
@@ -137,14 +153,13 @@ def eager(x: torch.Tensor) -> bool:
 
 
 def masked(x: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """``levels``, whose gradient passes to ``x`` where it is ``inside``; for transformations of torch.func."""
-    out: torch.Tensor = _Masked.apply(x, levels, inside)
+    """``levels``, whose gradient passes to ``x`` where it is ``inside``; for torch.func and torch.compile."""
+    function = _Masked if transformed() else _Compiled
+    out: torch.Tensor = function.apply(x, levels, inside)
     return out
 
 
-class _Masked(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, levels: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         return levels.clone()
@@ -152,11 +167,21 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: AutogradContext, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0] * ctx.saved_tensors[0], None, None
+
+
+class _Masked(_Compiled):
+    """With what torch.func asks for, which torch.compile refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: AutogradContext, inputs: FunctionInputs, output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def jvp(ctx: AutogradContext, *tangents: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
+from hawq_lightning._config import Kernel
 from hawq_lightning._errors import HawqError
 from hawq_lightning._torch_state import transformed
 from hawq_lightning.quantization._fake_quantize import with_zero_grads
@@ -53,6 +54,7 @@ class Quantizer(nn.Module):
     num_bits: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    kernel: Kernel = "torch"  # what :func:`hawq_lightning.quantization.use_kernel` set
     updates_range = False  # whether passes in training move the grid, by what they see
 
     def make_scale(self, shape: tuple[int, ...]) -> None:

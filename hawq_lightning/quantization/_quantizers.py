@@ -135,7 +135,8 @@ class WeightQuantizer(Quantizer):
     @deterministic
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
-        return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, 1 << (self.bits - 1))
+        half = 1 << (self.bits - 1)
+        return fake_quantize_channels(weight, self.scale, self.zero_point, self.axis, half, self.kernel)
 
     @torch.no_grad()
     def eval_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -237,7 +238,7 @@ class ActivationQuantizer(Quantizer):
     @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the grid; the gradient passes unchanged inside of the range and stops outside."""
-        return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1)
+        return fake_quantize_tensor(x, self.scale, self.zero_point, (1 << self.bits) - 1, self.kernel)
 
     def storage(self) -> Storage:
         """Scale and zero point, two numbers."""

@@ -2,10 +2,10 @@
 
 The table that comes with the package is of 45 nm and 0.9 V, by Horowitz, "Computing's energy problem (and what we can
 do about it)", ISSCC 2014, figure 1.1.9: integer additions 0.03 pJ (8 bits) and 0.1 pJ (32), integer multiplications
-0.2 pJ (8) and 3.1 pJ (32), float32 additions 0.9 pJ and multiplications 3.7 pJ; 64 bits from a cache of 32 KB 20 pJ,
-from one of 1 MB 100 pJ, from DRAM 1.3 to 2.6 nJ. What is ours: below 8 bits a multiplier's energy goes with the product
-of the widths, as its partial products do; sums are of 32 bits; weights come from DRAM (1.3 nJ) once an image, and what
-a layer reads from the cache of 1 MB once a layer. Whoever knows the device replaces it.
+0.2 pJ (8) and 3.1 pJ (32), float32 additions 0.9 pJ and multiplications 3.7 pJ; 64 bits from a cache of 8 KB 10 pJ,
+of 32 KB 20 pJ, of 1 MB 100 pJ, from DRAM 1.3 to 2.6 nJ. What is ours: below 8 bits a multiplier's energy goes with the
+product of the widths, as its partial products do; sums are of 32 bits; weights come from DRAM (1.3 nJ) once an image,
+and what a layer reads from the cache of 1 MB once a layer. Whoever knows the device replaces it.
 """
 
 from __future__ import annotations

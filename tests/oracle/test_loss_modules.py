@@ -18,6 +18,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
+def distances(x: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """``torch.cdist``, whose second derivative torch 2.9 has not: there by differences."""
+    if torch.__version__ < torch.torch_version.TorchVersion("2.10"):
+        return (x[:, None] - points).norm(dim=-1)
+    return torch.cdist(x, points)
+
+
 class Body(nn.Module):
     """Features and logits, piecewise linear."""
 
@@ -79,7 +86,7 @@ class Proxies(nn.Module):
         self.proxies = nn.Parameter(torch.randn(3, 4))
 
     def forward(self, f, y):
-        return F.cross_entropy(-torch.cdist(f, F.normalize(self.proxies)).square(), y, reduction="sum")
+        return F.cross_entropy(-distances(f, F.normalize(self.proxies)).square(), y, reduction="sum")
 
 
 class Temperature(nn.Module):
@@ -100,7 +107,7 @@ class Likelihood(nn.Module):
         self.means, self.logits = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5))
 
     def forward(self, f):
-        return torch.logsumexp(self.logits.log_softmax(0) - torch.cdist(f, self.means).square(), 1)
+        return torch.logsumexp(self.logits.log_softmax(0) - distances(f, self.means).square(), 1)
 
 
 class Quantized(nn.Module):

@@ -13,6 +13,8 @@ from hawq_lightning.quantization import disable, quantize, quantized_layers, qua
 from tests.cases import ConvNet, build, image_batch
 from tests.unit.quantization.test_post_training import weight_plan
 
+OTHERS = ["lsq", "pact", "dorefa", "lq_nets", "int_only"]
+
 
 def plan_for(model, weight_bits=3, quantizer="uniform"):
     weights = weight_plan(model, weight_bits).sites
@@ -58,9 +60,21 @@ def test_compiled_and_eager_agree(quantizer):
     check("aot_eager", quantizer, tolerance=1e-6)
 
 
+@pytest.mark.parametrize(
+    "quantizer", ["uniform", *(pytest.param(q, marks=pytest.mark.stress) for q in ("dorefa", "int_only"))]
+)
+def test_the_graph_of_a_quantized_network_is_whole(quantizer):
+    torch._dynamo.reset()
+    x, _ = image_batch()
+    model = build(ConvNet).float()
+    quantize(model, full_plan(model, x.float(), quantizer))
+    found = torch._dynamo.explain(model)(x.float())
+    assert found.graph_break_count == 0, found.break_reasons
+
+
 @pytest.mark.stress
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("quantizer", ["uniform", "lsq", "pact", "dorefa", "lq_nets", "int_only"])
+@pytest.mark.parametrize("quantizer", ["uniform", *OTHERS])
 def test_other_backends(backend, quantizer):
     check(backend, quantizer, tolerance=1e-5)
