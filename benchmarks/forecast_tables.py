@@ -105,7 +105,8 @@ def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
                 if key != "omega":
                     cell += "; {:+.3f} to {:+.3f}".format(*gain(some, predicted, "omega", f"after {after}"))
                 cells.append(cell)
-            lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
+            if any(cells):
+                lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
     forecasts = part["forecasts"]
     widths = sorted(next(iter(forecasts.values()))["forecast"], key=int)
     lines += [
