@@ -134,7 +134,7 @@ def work(name: str, args: argparse.Namespace, part: dict[str, Any], keep: Callab
     for after in AFTER:
         settle = partial(reestimate_batchnorm, batches=batches) if after == "batchnorm" else None
         began = time.perf_counter()
-        made = forecast(net, others, loss_fn, table, weighed, mode="accurate", after=after)
+        made = forecast(net, others, loss_fn, table, weighed, mode=args.forecast, after=after)
         part["seconds"][f"forecast, {after}"] = time.perf_counter() - began
 
         with distance_of_plan(net, held_out, target, settle=settle) as measured:
@@ -189,8 +189,9 @@ def tables(report: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
         "# Budgets by loss", "",
-        f"{report['date']}, torch {report['torch']}, {report['threads']} threads. Made by "
-        "`benchmarks/budget_by_loss.py`, whose head says how.", "",
+        f"{report['date']}, torch {report['torch']}, {report['threads']} threads, "
+        f"forecast={report.get('forecast', 'accurate')!r}. Made by `benchmarks/budget_by_loss.py`, whose head says "
+        "how.", "",
         "| network | budget | forecast | measured | kept | smaller | size / smallest that keeps it | plans | s |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -227,6 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--networks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--forecast", choices=("fast", "accurate"), default="fast", help="points of the path")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -235,6 +237,7 @@ def main() -> None:
     file = args.out / "budget_by_loss.json"
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"networks": {}}
     report |= {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": args.threads}
+    report |= {"forecast": args.forecast}
 
     def keep() -> None:
         part = file.with_suffix(".part")

@@ -31,7 +31,8 @@ class Subject:
         net: in evaluation mode.
         batches: the first one is for what takes long.
         loss_fn: mean loss of a batch.
-        rtol: standard error of traces to reach.
+        rtol: standard error of traces to reach, with at most ``probes`` an image.
+        steps: products of an eigenvector at the most.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Subject:
     batches: list[Any]
     loss_fn: Callable[[nn.Module, Any], torch.Tensor]
     rtol: float
+    probes: int = 1000
+    steps: int = 100
 
     @property
     def images(self) -> int:
@@ -85,17 +88,17 @@ def classifier(name: str, weights: Path, args: argparse.Namespace) -> Subject:
 
 
 def detector(args: argparse.Namespace) -> Subject:
-    """The RetinaNet of recipes/bccd_retinanet and 16 training images in batches of 4."""
+    """The RetinaNet of recipes/bccd_retinanet and a few training images in batches of 2."""
     from hawq_lightning.data import CocoData
 
-    data = CocoData(args.bccd, num_classes=3, batch_size=4, num_workers=0, longest=320, hflip=False)
+    data = CocoData(args.bccd, num_classes=3, batch_size=2, num_workers=0, longest=320, hflip=False)
     data.setup("fit")
     torch.manual_seed(0)
-    batches = [b for b, _ in zip(data.train_dataloader(), range(4))]
+    batches = [b for b, _ in zip(data.train_dataloader(), range(args.detector_images // 2))]
     net = models.retinanet_resnet18(3, anchor_size=16)  # smooth L1, which has curvature
     state = torch.load(args.detector, weights_only=True, map_location="cpu")["state_dict"]
     net.load_state_dict({k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")})
-    return Subject(RETINANET, Losses(net).train(), batches, lambda m, b: m(*b), 0.2)
+    return Subject(RETINANET, Losses(net).train(), batches, lambda m, b: m(*b), 0.2, probes=4, steps=15)
 
 
 def subjects(args: argparse.Namespace, wanted: Sequence[str]) -> list[Subject]:

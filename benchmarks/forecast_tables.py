@@ -15,8 +15,10 @@ FORECASTS = (
     ("P, one point", "fast"),
     ("P, three points", "accurate"),
     ("P, 24 random plans", "paths"),
+    ("P, mean of the last two", "both"),
 )
 STAGES = ("quantizing", "batchnorm")
+AFTER = tuple(f"after {stage}" for stage in STAGES)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -79,7 +81,10 @@ def single_sites(part: Mapping[str, Any]) -> list[str]:
 
 def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
     """Ω and P of random plans."""
-    rows = part["rows"]
+    rows = [
+        r | {f"both, {a}": (r[f"accurate, {a}"] + r[f"paths, {a}"]) / 2 for a in AFTER if f"paths, {a}" in r}
+        for r in part["rows"]
+    ]
     lines = [
         "", f"## Plans {what}", "",
         f"{len(rows)} random plans, {images} images for the forecast and as many held-out ones for the KL. Spearman "
@@ -100,7 +105,8 @@ def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
                 if key != "omega":
                     cell += "; {:+.3f} to {:+.3f}".format(*gain(some, predicted, "omega", f"after {after}"))
                 cells.append(cell)
-            lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
+            if any(cells):
+                lines.append(f"| {mean} | {name} | " + " | ".join(cells) + " |")
     forecasts = part["forecasts"]
     widths = sorted(next(iter(forecasts.values()))["forecast"], key=int)
     lines += [

@@ -11,7 +11,9 @@ every activation's squared norm for every image. Where the loss is slightly conc
 probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
 probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
 hold. *With forms* is a probe that also gives the quadratic form of the rounding error of five widths at every weight
-and activation (``measure(..., rounding=)``), against the probe without. For ViT-S and BERT-base a probe of the true
+and activation (``measure(..., rounding=)``), against the probe without. *Forecast* is
+:func:`hawq_lightning.forecast` by three points of the path to five uniform networks, a fifteenth of its time against a
+step. For ViT-S and BERT-base a probe of the true
 Hessian by double backward is timed as well, and told apart.
 
 Results: benchmarks/results/trace_cost.{json,md}, with device and precision in the name where they are others.
@@ -46,7 +48,7 @@ SETTINGS = {
     "retinanet_resnet50": (2, 480, 640), "vit_small": (4, 224, 224), "bert_base": (4, 1, 128),
     "resnet20": (128, 32, 32),
 }  # fmt: skip
-WIDTHS = (2, 3, 4, 6, 8)  # whose quadratic forms are timed
+WIDTHS, POINTS = (2, 3, 4, 6, 8), 3  # whose quadratic forms and forecasts are timed; points of the path
 DOUBLE = ("vit_small", "bert_base")
 PAPER_IMAGES, PAPER_MINUTES, PAPER_GPUS = 512, 30, 4  # ResNet50, all layers (section 3.1)
 
@@ -91,7 +93,7 @@ def make(
     return net, batch, loss
 
 
-def work(name: str, what: str, threads: int, device: str, precision: str) -> None:
+def work(name: str, what: str, threads: int, device: str, precision: str, wall: bool) -> None:
     """Answer every line on stdin with the seconds of one step; then the peak memory."""
     torch.set_num_threads(threads)
     forwards = prepare(device, precision)
@@ -111,6 +113,17 @@ def work(name: str, what: str, threads: int, device: str, precision: str) -> Non
         def run(concave: float) -> None:
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
+    elif what == "forecast":
+        from hawq_lightning import candidates, forecast, sites
+
+        thin = 1
+        exclude = list(getattr(net, "quantization_exclude", ()))
+        table = sites(net, batch, forward=loss, exclude=exclude)
+        widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS, "input_bits": None}
+        weighed = candidates(net, [batch], None, table, loss, **widths)
+
+        def run(concave: float) -> None:
+            forecast(net, [batch], loss, table, weighed, mode="accurate")
     else:
         from hawq_lightning.quantization import candidates, quantizable_layers, rounding_errors
         from hawq_lightning.sensitivity import (
@@ -155,13 +168,16 @@ def work(name: str, what: str, threads: int, device: str, precision: str) -> Non
 
     print(thin, flush=True)
     for line in sys.stdin:
-        began = now(device, wall=True)
+        began = now(device, wall)
         run(float(line))
-        print(now(device, wall=True) - began, peak(), flush=True)
+        print(now(device, wall) - began, peak(), flush=True)
 
 
 def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any]:
+    # a detector's lists of boxes have no distance that is the same for all images
+    ahead = [] if name.startswith("retinanet") else ["forecast"]
     where = ["--threads", str(args.threads), "--device", args.device, "--precision", args.precision]
+    where += ["--cpu-time"] if args.cpu_time else []
     processes = {
         what: subprocess.Popen(
             [sys.executable, __file__, "--worker", name, what, *where],
@@ -169,10 +185,13 @@ def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any
             stdout=subprocess.PIPE,
             text=True,
         )
-        for what in ("step", "probe", "forms", *(["double"] if doubled else []))
+        for what in ("step", "probe", "forms", *ahead, *(["double"] if doubled else []))
     }
     thin = {what: int(_answer(process)) for what, process in processes.items()}["probe"]
-    kinds = {what: (what, 1.0 if thin == 1 or what == "step" else 0.0) for what in ("step", "probe", "forms")}
+    kinds = {
+        what: (what, 1.0 if thin == 1 or what in ("step", "forecast") else 0.0)
+        for what in ("step", "probe", "forms", *ahead)
+    }
     if thin > 1:
         kinds["probe with the concave part"] = ("probe", float(thin))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -193,10 +212,12 @@ def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any
     count = SETTINGS[name][0]
     middle = {kind: statistics.median(v) / count for kind, v in seconds.items()}
     probe = (middle["probe"] * (thin - 1) + middle.get("probe with the concave part", middle["probe"])) / thin
-    double = {}
+    double: dict[str, Any] = {}
     if doubled:
         times = middle["double backward"] / middle["step"]
-        double = {"double_backward": {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}}
+        double |= {"double_backward": {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}}
+    if ahead:
+        double["forecast_time_ratio"] = middle["forecast"] / middle["step"] / (len(WIDTHS) * POINTS)
     return double | {
         "batch": SETTINGS[name], "seconds_an_image": {"step": middle["step"], "probe": probe}, "every": thin,
         "all_seconds": seconds, "memory_mib": memory,
@@ -213,10 +234,12 @@ def _answer(process: subprocess.Popen[str], line: str = "") -> str:
 
 
 def table(report: dict[str, Any]) -> str:
+    clock = ", CPU time" if report.get("cpu time") else ""
     lines = [
         "# A probe against a training step", "",
         f"{report['date']}, {report['machine']}, torch {report['torch']}, {report['threads']} threads, load "
-        f"{report['load']:.1f} before. Made by `benchmarks/trace_cost.py`, whose head says how.", "",
+        f"{report['load']:.1f} before{clock}. Made by `benchmarks/trace_cost.py`, whose head says "
+        "how.", "",
         "| network | batch | step, s an image | probe, s | time ratio | step, MiB | probe, MiB | memory ratio |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -231,12 +254,13 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"With quadratic forms of {len(WIDTHS)} widths at every weight and activation, against a probe without:",
         "",
-        "| network | time ratio | memory ratio |",
-        "|---|---:|---:|",
+        "| network | time ratio | memory ratio | a width and point of the forecast, training steps |",
+        "|---|---:|---:|---:|",
     ]
     for name, r in report["models"].items():
         if "forms_time_ratio" in r:
-            lines.append(f"| {name} | {r['forms_time_ratio']:.2f} | {r['forms_memory_ratio']:.2f} |")
+            ahead = f"{r['forecast_time_ratio']:.2f}" if "forecast_time_ratio" in r else ""
+            lines.append(f"| {name} | {r['forms_time_ratio']:.2f} | {r['forms_memory_ratio']:.2f} | {ahead} |")
     for name, r in report["models"].items():
         if "double_backward" in r:
             double = r["double_backward"]
@@ -264,20 +288,22 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process in the place of the wall's")
     parser.add_argument("--no-double", action="store_true", help="without double backward, which takes minutes a probe")
     add_device(parser)
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, what = args.worker
-        work(name, what, args.threads, args.device, args.precision)
+        work(name, what, args.threads, args.device, args.precision, not args.cpu_time)
         return
     prepare(args.device)
     file = args.out / f"{suffixed('trace_cost', args.device, args.precision)}.json"
     known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{machine(args.device)}, {os.cpu_count()} cores",
-        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "models": known,
+        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "cpu time": args.cpu_time,
+        "models": known,
     }  # fmt: skip
     for name in args.models:
         doubled = name in DOUBLE and not args.no_double

@@ -12,7 +12,7 @@ from hawq_lightning._batches import plain_tensor
 from hawq_lightning.layers import Directions, LayerCall, WeightReader, inner_products, projected_products, row_dots
 from hawq_lightning.sensitivity._rounding import ActivationErrors
 
-_CACHED = 1 << 17  # elements
+_CACHED = 1 << 19  # elements
 
 
 class Overwritten(Exception):

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("network", choices=NETS)
     parser.add_argument("data", type=Path, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.15, help="peak")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -90,6 +90,8 @@ class Row:
 class Pooled:
     """A method against the reference in all settings that have both: the mean of the paired differences.
 
+    Of methods with several settings in common with it, or with a score that the rows compare with none: BatchNorm's.
+
     Attributes:
         label: the method's name in tables.
         pairs: how many pairs of runs; intervals are over images and pairs.
@@ -148,8 +150,12 @@ def read_comparison(out: str | Path, draws: int = 2000) -> Comparison:
         rows[setting] = [_row(of_method, reference, draws) for of_method in ordered]
         for of_method in ordered:
             pairs.setdefault(of_method[0].method, []).extend(_pairs(of_method, reference))
-    several = {m: p for m, p in pairs.items() if len({r.setting for r, _ in p}) > 1}
-    pooled = [_pooled(p, draws) for p in several.values()]
+    # of one setting alone the table says it all, but for the stages before the last
+    pooled = [
+        _pooled(p, draws)
+        for p in pairs.values()
+        if len({r.setting for r, _ in p}) > 1 or any(r.batchnorm is not None for r, _ in p)
+    ]
     return Comparison(rows, pooled, _float_score(out, runs[0].metric), runs[0].metric, left_out)
 
 

@@ -62,7 +62,8 @@ def write_comparison(
             if len(part) == len(methods) + 1:
                 text += [f"### {heading}", "", *markdown_table(*ablation(comparison, part)), ""]
     if comparison.pooled:
-        text += ["## All settings together", "", *markdown_table(*pooled(comparison)), ""]
+        heading = "All settings together" if len(comparison.rows) > 1 else "Stage by stage"
+        text += [f"## {heading}", "", *markdown_table(*pooled(comparison)), ""]
     text += [_legend(comparison), ""]
     if comparison.left_out:
         text += ["Left out:", "", *(f"- {k}: {v}" for k, v in comparison.left_out.items()), ""]

@@ -297,6 +297,7 @@ def test_plans_are_scored_without_training_and_with_batchnorm_measured_again(swe
     assert not np.array_equal(images["quantized"], images["batchnorm"])
     found = write_comparison(design.out, tmp_path, draws=200)
     row = found.rows["small"][0]
+    assert [p.label for p in found.pooled] == ["L2", "Twin"] and found.pooled[1].batchnorm.value == 0  # the same bits
     assert row.batchnorm.value == pytest.approx(images["batchnorm"].mean()) == row.mean("batchnorm")
     text = (tmp_path / "compare.md").read_text()
     assert "| before | BatchNorm | after |" in text
