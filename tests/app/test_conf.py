@@ -150,7 +150,7 @@ def test_bits_by_hand_come_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [("none", []), ("low_bits", ["Distillation", "FreezeSchedule"]), ("post_training", ["PostTraining"]),
+    [("none", []), ("low_bits", ["Distillation"]), ("post_training", ["PostTraining"]),
      ("[blockwise,freeze]", ["BlockwiseOrder", "FreezeSchedule"])],
 )  # fmt: skip
 def test_fine_tuning_is_a_list_of_callbacks(choice, expected):
