@@ -108,6 +108,8 @@ def test_bags_of_every_form_are_as_torch_has_them(mode, padding):
         weights = [torch.randn(4, 3).double(), torch.randn(9).double()] if weighted and mode == "sum" else [None, None]
         offsets = torch.tensor([0, 3, 3, 7, *([9] if last else [])])
         for args in ((torch.randint(7, (4, 3)), None, weights[0]), (torch.randint(7, (9,)), offsets, weights[1])):
+            if last and args[1] is None and torch.__version__ < torch.torch_version.TorchVersion("2.10"):
+                continue  # torch 2.9 leaves the last row out
             assert torch.allclose(bag(*args), kind_of(bag).explicit_forward(bag, *args))
 
 

@@ -67,6 +67,8 @@ def tensors(m: Net) -> dict[str, torch.Tensor | None]:
 @pytest.mark.parametrize("move", [centre, codebook, memory, anew])
 @pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
 def test_a_step_that_names_tensors_anew_is_measured_as_if_it_did_not(move, estimator):
+    if estimator == "hutchinson" and torch.__version__ < torch.torch_version.TorchVersion("2.10"):
+        pytest.skip("torch 2.9 has no second derivative of cdist")
     batches, traces = [torch.randn(4, 5) for _ in range(3)], {}
     for how in (nothing, move):
         net = Net()
