@@ -136,8 +136,8 @@ def test_an_operator_is_the_same_everywhere_and_that_of_real_numbers(name):
         ours, theirs = program.run(feed)[port.name], run(written, feed)
         evaluated = ReferenceEvaluator(written).run(None, feed)[0]
         assert np.array_equal(ours, evaluated)
-        if ROUNDS_AS_WRITTEN:
-            assert np.array_equal(ours, theirs)
+        off = np.abs(ours.astype(np.int64) - theirs.astype(np.int64)).max()
+        assert off <= (0 if ROUNDS_AS_WRITTEN else 1)
         assert ours.dtype == theirs.dtype == evaluated.dtype == np.dtype(port.dtype)
         wanted = run(proto, images)
         assert wanted.shape == ours.shape and wanted.std() > 0.01
