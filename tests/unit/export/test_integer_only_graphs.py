@@ -61,7 +61,8 @@ CHAINS = {
                        node("Pad", ints(0, 1, 0, 0, 0, 0, 2, 0))],
     "sums moved": [node("Add", "y"), node("Relu"), node("Transpose", perm=[0, 2, 3, 1])],
     "picked": [node("Gather", ints(2, 0), axis=1), node("Expand", ints(2, 2, 7, 6)), node("Identity")],
-    "depth to space": [node("DepthToSpace", blocksize=2, mode="CRD"), node("SpaceToDepth", blocksize=2)],
+    "depth to space": [node("DepthToSpace", blocksize=2, mode="CRD")],
+    "space to depth": [node("Slice", ints(0, 0), ints(4, 4), ints(2, 3)), node("SpaceToDepth", blocksize=2)],
 }  # fmt: skip
 
 
@@ -106,10 +107,6 @@ def graph(chain, rounded: bool, zero: int):
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-# 1.24.1 leaves one code in some fifty off, by up to 6; onnx's reference evaluator does not
-ROUNDS_AS_WRITTEN = tuple(int(n) for n in ort.__version__.split(".")[:2]) >= (1, 32)
-
-
 def run(proto, feed):
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -121,6 +118,8 @@ def run(proto, feed):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_an_operator_is_the_same_everywhere_and_that_of_real_numbers(name):
+    if name == "space to depth" and tuple(int(n) for n in ort.__version__.split(".")[:2]) < (1, 28):
+        pytest.skip("onnxruntime has SpaceToDepth of UINT8 since 1.28; torch writes it as Reshape and Transpose")
     read = internal("export.onnx.integer_only._real_nodes").read
     certificate = internal("export.onnx.integer_only._certificate").Certificate
     graphs = internal("export.onnx.integer._graph").Graph
@@ -135,9 +134,7 @@ def test_an_operator_is_the_same_everywhere_and_that_of_real_numbers(name):
         (port,) = program.outputs
         ours, theirs = program.run(feed)[port.name], run(written, feed)
         evaluated = ReferenceEvaluator(written).run(None, feed)[0]
-        assert np.array_equal(ours, evaluated)
-        if ROUNDS_AS_WRITTEN:
-            assert np.array_equal(ours, theirs)
+        assert np.array_equal(ours, evaluated) and np.array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype == evaluated.dtype == np.dtype(port.dtype)
         wanted = run(proto, images)
         assert wanted.shape == ours.shape and wanted.std() > 0.01

@@ -1,9 +1,10 @@
 """A program of integers as an ONNX graph of integer operators alone.
 
-Sums are ConvInteger and MatMulInteger; a dyadic step is Mul, Add, Max, Min and BitShift on INT64 and UINT64, whose
-numbers are moved above 0 first, since BitShift knows unsigned integers only. Weights are UINT8 with zero point 128:
-older onnxruntimes have these operators of unsigned operands only, and with them no CPU saturates. Odd midrise levels of
-8 bits take two weights, whose sums are added.
+Sums are ConvInteger and MatMulInteger; a dyadic step is Mul, Add, two comparisons and BitShift on INT64 and UINT64,
+whose numbers are moved above 0 first, since BitShift knows unsigned integers only. Comparisons are Less, Greater and
+Where: onnxruntime's Min, Max and Clip of INT64 give, before version 1.32, the wrong one of two numbers whose upper 32
+bits are equal. Weights are UINT8 with zero point 128: older onnxruntimes have these operators of unsigned operands
+only, and with them no CPU saturates. Odd midrise levels of 8 bits take two weights, whose sums are added.
 """
 
 from __future__ import annotations
@@ -133,8 +134,9 @@ class Certificate:
             total = self._node("Add", [product, total], f"{name}//sum{i}")
         least = self._keep(f"{name}//least", np.int64(low) << shift)
         most = self._keep(f"{name}//most", (np.int64(high + 1) << shift) - 1)
-        total = self._node("Max", [total, least], f"{name}//above")
-        total = self._node("Min", [total, most], f"{name}//clipped")
+        for op, end, result in (("Less", least, "above"), ("Greater", most, "clipped")):
+            beyond = self._node(op, [total, end], f"{name}//{result}//beyond")
+            total = self._node("Where", [beyond, end, total], f"{name}//{result}")
         total = self._cast(total, np.uint64, f"{name}//unsigned")
         by = self._keep(f"{name}//c", shift.astype(np.uint64))
         total = self._node("BitShift", [total, by], f"{name}//shifted", direction="RIGHT")
