@@ -18,6 +18,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._extra import require
 from hawq_lightning.export import _operators  # noqa: F401  registers the operators
 from hawq_lightning.export._deployed import first_line
+from hawq_lightning.export.onnx._clamps import clamps_as_clip
 from hawq_lightning.export.onnx._proto import strip
 
 OPSET = 21
@@ -61,6 +62,7 @@ def translated(
     except Exception as error:
         raise HawqError(_why(error, free_batch)) from error
     strip(proto)
+    clamps_as_clip(proto)
     fixed = [d.dim_value for x in proto.graph.input for d in x.type.tensor_type.shape.dim[2:] if not d.dim_param]
     if free_size and fixed:
         raise HawqError(
