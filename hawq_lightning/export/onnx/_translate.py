@@ -44,19 +44,29 @@ def translated(
         result = model(*inputs)
     if free_size:
         _check_sizes(model, inputs)
+    axes = free_axes(model, inputs, free_batch, free_size)
+
+    def export(axes: tuple[Any, ...] | None) -> Any:
+        return torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=_output_names(result),
+            dynamic_shapes=axes,
+            custom_translation_table=_translations(),
+        )
+
     try:
         with exporters_quiet():
-            program = torch.onnx.export(
-                model,
-                inputs,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=_output_names(result),
-                dynamic_shapes=free_axes(model, inputs, free_batch, free_size),
-                custom_translation_table=_translations(),
-            )
+            try:
+                program = export(axes)
+            except Exception as error:
+                if not (free_batch and _asks_for_two(error)):
+                    raise
+                program = export(free_axes(model, inputs, free_batch, free_size, least=2))
         assert program is not None
         proto = program.model_proto
     except Exception as error:
@@ -92,7 +102,11 @@ def _translations() -> dict[Any, Any]:
 
 
 def free_axes(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], batch: bool = True, size: bool = False
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    batch: bool = True,
+    size: bool = False,
+    least: int | None = None,
 ) -> tuple[Any, ...] | None:
     """The first axis of every input, and those behind the channels, as ``torch.export`` is told that they are free.
 
@@ -103,10 +117,11 @@ def free_axes(
         inputs: of it.
         batch: free the first axis, one for all.
         size: free the axes from the third on, each by itself.
+        least: samples in a batch, where the exporter has to be told.
     """
     if not (batch or size):
         return None
-    first = {0: torch.export.Dim("batch")} if batch else {}
+    first = {0: torch.export.Dim("batch", min=least)} if batch else {}
     # AUTO, since some networks take multiples of a number only
     each = [{**first, **(dict.fromkeys(range(2, x.ndim), torch.export.Dim.AUTO) if size else {})} for x in inputs]
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
@@ -161,6 +176,11 @@ def hint(text: str) -> str:
     if not re.search(r"is not equal to|Constraints violated|[Ss]pecializ|batch", text):
         return ""
     return " If the first axis of its inputs is no batch of any size, give free_batch=False."
+
+
+def _asks_for_two(error: BaseException) -> bool:
+    """Whether torch.export says that a batch may not have one sample: 2.9 does, of shapes that it compares with 1."""
+    return bool(re.search(r"Constraints violated.*\n.*generated guard \S+ != 1\.", str(error)))
 
 
 def _why(error: BaseException, free_batch: bool = False) -> str:

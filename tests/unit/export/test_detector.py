@@ -72,7 +72,7 @@ def usual(tmp_path_factory):
 
 def test_the_file_gives_the_same_boxes(usual):
     model, path = usual
-    found = compare(network_of(model), path, [torch.rand(3, 3, 64, 96)])
+    found = compare(network_of(model), path, [torch.rand(3, 3, 64, 96), torch.rand(1, 3, 64, 96)])
     assert set(found.outputs) == {"scores", "boxes"} and not found.classes
     assert found.outputs["scores"][0] < 1e-4 and found.outputs["boxes"][0] < 0.01
     record = found.to_dict()["outputs"]["boxes"]
