@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo     train, quantize and report on real digits (under 4 minutes)
-#   make test     the tests, with coverage and its floor; make lint; make stress: long fault and load tests
+#   make test     the tests; make lint; make stress: long fault and load tests
+#   make coverage the tests, with the lines counted that they run and a floor; a third longer than make test
 #   make test-lowest, make test-newest     with the lowest versions of everything, and with the newest that pip offers
 #                 (their numbers are then in tests/versions); PYTHON=python3.13 with another Python
 #   make gpu      the tests on a GPU, with the torch and lightning of $(PYTHON) (tests/gpu/README.md)
@@ -19,7 +20,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-lowest test-newest stress gpu lint docs clean install
+.PHONY: demo test coverage test-lowest test-newest stress gpu lint docs clean install
 
 install: $(STAMP)
 
@@ -34,8 +35,13 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/hawq-lightning name=demo hydra.run.dir=$(RUN) onnx=true
 	@echo "open $(RUN)/report.html"
 
+RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress"
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress" --cov --cov-report=
+	$(RUN_TESTS)
+
+coverage: $(STAMP)
+	$(RUN_TESTS) --cov --cov-report=
 
 VERSIONS_lowest = -c tests/versions/lowest.txt
 VERSIONS_newest = --upgrade --upgrade-strategy eager
