@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hawq_lightning._code_formats import code_bytes
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._fields import CHECKSUM, check_names, sealed, sequence, shown, table, text, was_changed, whole
-from hawq_lightning._io import PLAN_JSON, json_text, read_json, without_infinity, write_text
+from hawq_lightning._fields import CHECKSUM, check_names, sealed, sequence, shown, table, text, whole
+from hawq_lightning._io import json_text, without_infinity, write_text
 from hawq_lightning._plan_site import Candidate, read_candidate
+from hawq_lightning._sealed import load_sealed
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import JsonObject, Options
 
@@ -152,18 +152,7 @@ class Candidates(Mapping[str, tuple[Candidate, ...]]):
         Raises:
             HawqError: no such file, no JSON, or no candidates; the message names file and field.
         """
-        data = read_json(path, "candidates", PLAN_JSON)
-        try:
-            read = cls.from_dict(data)
-        except HawqError as error:
-            raise HawqError(f"{path}: {error}") from error
-        if was_changed(data):
-            warnings.warn(
-                f"The candidates at {path} were changed after they were written; they are taken as they now stand "
-                "(delete the line 'sha256' to say that this is meant).",
-                stacklevel=2,
-            )
-        return read
+        return load_sealed(path, "candidates file", cls.from_dict)
 
 
 def _read_site(name: str, raw: object) -> tuple[str, int, tuple[Candidate, ...]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._fields import sealed, was_changed
-from hawq_lightning._io import PLAN_JSON, json_text, read_json, with_infinity, without_infinity, write_text
+from hawq_lightning._fields import sealed
+from hawq_lightning._io import json_text, with_infinity, without_infinity, write_text
 from hawq_lightning._plan_site import (
     ACTIVATION_BITS,
     WEIGHT_BITS,
@@ -21,6 +20,7 @@ from hawq_lightning._plan_site import (
     read_site,
     reconciled,
 )
+from hawq_lightning._sealed import load_sealed
 from hawq_lightning._site_table import ActivationProduct, Layer, Site
 from hawq_lightning._types import JsonObject, Options
 
@@ -160,15 +160,7 @@ class Plan:
         Raises:
             HawqError: no such file, no JSON, or no valid plan.
         """
-        data = read_json(path, "plan", PLAN_JSON)
-        plan = cls.from_dict(data)
-        if was_changed(data):
-            warnings.warn(
-                f"The plan at {path} was changed after it was written; it is taken as it now stands (delete its line "
-                "'sha256' to say that this is meant).",
-                stacklevel=2,
-            )
-        return plan
+        return load_sealed(path, "plan", cls.from_dict)
 
     def reconciled(self) -> Plan:
         """The plan with the code formats, grids and Ω that belong to its bits, where bits were edited by hand.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._fields import sealed, shown, was_changed
-from hawq_lightning._io import TRACES_JSON, json_text, read_json, with_infinity, without_infinity, write_text
+from hawq_lightning._fields import sealed, shown
+from hawq_lightning._io import TRACES_JSON, json_text, with_infinity, without_infinity, write_text
+from hawq_lightning._sealed import load_sealed, read_sealed
 from hawq_lightning._types import JsonObject
 from hawq_lightning.sensitivity._result_fields import SiteTrace, read_fields
 from hawq_lightning.sensitivity._rounding import QuadraticForm
@@ -112,14 +112,7 @@ class Sensitivity:
         Raises:
             HawqError: no such file, no JSON, or damaged; the message names file and field.
         """
-        measured, changed = cls.read(path)
-        if changed:
-            warnings.warn(
-                f"The sensitivity file at {path} was changed after it was written; it is taken as it now stands "
-                "(delete its line 'sha256' to say that this is meant).",
-                stacklevel=2,
-            )
-        return measured
+        return load_sealed(path, "sensitivity file", cls.from_dict, TRACES_JSON)
 
     @classmethod
     def read(cls, path: str | Path) -> tuple[Sensitivity, bool]:
@@ -128,11 +121,7 @@ class Sensitivity:
         Raises:
             HawqError: see :meth:`load`.
         """
-        data = read_json(path, "sensitivity file", TRACES_JSON)
-        try:
-            return cls.from_dict(data), was_changed(data)
-        except HawqError as error:
-            raise HawqError(f"{path}: {error}") from error
+        return read_sealed(path, "sensitivity file", cls.from_dict, TRACES_JSON)
 
 
 def _with_null(record: JsonObject) -> JsonObject:
