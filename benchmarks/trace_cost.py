@@ -309,10 +309,10 @@ def main() -> None:
         doubled = name in DOUBLE and not args.no_double
         report["models"][name] = compare(name, args, doubled) | {"date": report["date"]}
         print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(text := table(report), encoding="utf-8")
-    print(text)
+        args.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        file.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    print(table(report))
 
 
 if __name__ == "__main__":
