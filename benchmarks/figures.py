@@ -61,7 +61,7 @@ def save(figure: ReportFigure | None, stem: str) -> str:
     step = -(-len(figure.rows) // MOST_ROWS)
     text = csv_text(figure.columns, figure.rows[::step])
     (folder / f"{stem}.csv").write_text(text, encoding="utf-8")
-    told = f", every {step}th row" if step > 1 else ""
+    told = f", one row in {step}" if step > 1 else ""
     return f"![{figure.alt}](figures/{stem}.png)\n\n{figure.caption} [Numbers](figures/{stem}.csv){told}."
 
 
