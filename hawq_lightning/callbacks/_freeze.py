@@ -15,9 +15,12 @@ from hawq_lightning.quantization import enabled_bits, quantizers
 class FreezeSchedule(Companion):
     """Fix BatchNorm's statistics and the quantizers' ranges from some moment of the training on.
 
-    At few bits both follow the noise of rounding, and the last epochs are better spent on the weights alone. A moment
-    is an epoch (``3``), a share of the training (``0.8`` or ``"80%"``), or ``None``: never. What is frozen follows
-    from the training's progress, so a resumed training goes on as it was.
+    At few bits both follow the noise of rounding. A BatchNorm layer in evaluation mode no longer bounds what a step
+    does, so that the learning rate must be smaller from then on: MobileNet on CIFAR-10, fixed from the start, ended at
+    chance with 0.01 and at 82% with 0.001, where 82% is what it has without (``recipes/compare``).
+
+    A moment is an epoch (``3``), a share of the training (``0.8`` or ``"80%"``), or ``None``: never. What is frozen
+    follows from the training's progress, so a resumed training goes on as it was.
 
     Args:
         batchnorm: from when on BatchNorm layers use their running statistics, and no longer change them. Their
