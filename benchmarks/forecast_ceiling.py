@@ -8,7 +8,11 @@ random plans of the weights are drawn as in forecast.py and their KL divergence 
 held-out images, right after quantizing; ridge regression on the sites' widths learns from nine tenths of them what
 every site's width adds (to the KL, to its logarithm, to its rank), and is judged on the last tenth, ten times. Its
 Spearman rank correlation is what numbers that were taught by hundreds of measurements reach; a forecast has none. How
-much of the rest is chance of the images is told by a second set of 256 images. Stopped, the same command goes on.
+much of the rest is chance of the images is told by a second set of 256 images.
+
+Between the two: P's shares (three points, 256 training images) with what 16, 48 or 96 measured plans say beside them,
+by ridge regression of the logarithm of KL / P on the widths, each reaching the square root of its share; judged
+on the other plans, mean over 20 draws of the measured ones. Stopped, the same command goes on.
 
 Results: benchmarks/results/forecast_ceiling.{json,md}.
 """
@@ -27,11 +31,12 @@ from forecast import BATCH, MEANS, NETWORKS, RESULTS, WIDTHS, images_of, kl, los
 from scipy.stats import rankdata, spearmanr
 
 from hawq_lightning import Problem, SiteTable, candidates, measure, quantize, sites
-from hawq_lightning.quantization import FloatDistance, unquantize
+from hawq_lightning.quantization import FloatDistance, forecast, unquantize
 from hawq_lightning.selection import select
 
 SET = 256 // BATCH  # batches of one set of images
 FOLDS, RIDGES = 10, (1.0, 3.0, 10.0, 30.0)
+TAUGHT, DRAWS, RIDGE = (16, 48, 96), 20, 0.3  # measured plans beside P; the ridge in mean squared lengths of a row
 TARGETS = {"KL": np.asarray, "its logarithm": np.log, "its rank": rankdata}
 
 
@@ -44,11 +49,15 @@ def measured(args: argparse.Namespace, known: dict[str, Any], keep: Any) -> None
     weighed = candidates(net, batches[:1], traces, table, loss_fn, **widths)
     chosen = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)
     problem = Problem(chosen, weighed, traces)
+    if "shares" not in known:
+        weighed = candidates(net, batches[:SET], None, table, loss_fn, **widths)
+        made = forecast(net, batches[:SET], loss_fn, table, weighed, mode="accurate")
+        known["shares"] = [[made.shares[s.name][w] for w in WIDTHS] for s in chosen.weights]
     sets = [held_out[:SET], held_out[SET : 2 * SET]]
     targets = [FloatDistance(net, images, loss_fn) for images in sets]
     state = {k: v.clone() for k, v in net.state_dict().items()}
     for mean in args.means:
-        rows = known.setdefault(str(mean), [])
+        rows = known.setdefault("plans", {}).setdefault(str(mean), [])
         generator = torch.Generator().manual_seed(11)
         for bits in [random_bits(chosen.weights, mean, generator) for _ in range(args.plans)][len(rows) :]:
             plan = select(problem, None, "manual", bits=bits)
@@ -83,22 +92,49 @@ def taught(rows: list[dict[str, Any]], target: Any) -> float:
     return best
 
 
+def beside_p(rows: list[dict[str, Any]], shares: list[list[float]]) -> tuple[float, list[float]]:
+    """Spearman of P, and of P with what some measured plans say beside it."""
+    share = np.array(shares)
+    width = np.searchsorted(WIDTHS, np.array([r["bits"] for r in rows]))
+    site = np.arange(len(share))
+    measured_kl = np.array([r["a"] for r in rows])
+    p = share[site[None], width].sum(1)
+    reach = np.sqrt(np.maximum(share, share.max() * 1e-3) / p.mean())
+    x = np.zeros((len(rows), share.size))
+    for i, widths in enumerate(width):
+        x[i, site * share.shape[1] + widths] = reach[site, widths]
+    off = np.log(measured_kl / p)
+    found = []
+    for count in TAUGHT:
+        ranks = []
+        for draw in range(DRAWS):
+            order = np.random.default_rng(draw).permutation(len(rows))
+            seen, others = order[:count], order[count:]
+            a = x[seen] - x[seen].mean(0)
+            ridge = RIDGE * (a**2).sum(1).mean()
+            slopes = np.linalg.solve(a.T @ a + ridge * np.eye(a.shape[1]), a.T @ (off[seen] - off[seen].mean()))
+            ranks.append(spearmanr(np.log(p[others]) + x[others] @ slopes, measured_kl[others])[0])
+        found.append(float(np.mean(ranks)))
+    return float(spearmanr(p, measured_kl)[0]), found
+
+
 def table_of(report: dict[str, Any]) -> str:
     """A row a network and mean."""
     lines = [
         "# The ceiling of additive forecasts", "",
         f"{report['date']}, torch {report['torch']}, one thread. Made by `benchmarks/forecast_ceiling.py`, whose head "
         "says how. Spearman with the measured KL right after quantizing.", "",
-        "| network | mean bits | plans | KL, median and 90% | Ω | " + " | ".join(f"taught on {n}" for n in TARGETS)
-        + " | other images |",
-        "|---|---:|---:|---:|---:|" + "---:|" * (len(TARGETS) + 1),
+        "| network | mean bits | plans | KL, median and 90% | Ω | P | " + " | ".join(f"P and {n} plans" for n in TAUGHT)
+        + " | " + " | ".join(f"taught on {n}" for n in TARGETS) + " | other images |",
+        "|---|---:|---:|---:|---:|" + "---:|" * (len(TAUGHT) + len(TARGETS) + 2),
     ]  # fmt: skip
-    for network, by_mean in report["plans"].items():
-        for mean, rows in by_mean.items():
+    for network, known in report["networks"].items():
+        for mean, rows in known["plans"].items():
             a, b = (np.array([r[k] for r in rows]) for k in "ab")
             low, middle, high = np.quantile(a, [0.05, 0.5, 0.95])
             omega = spearmanr([r["omega"] for r in rows], a)[0]
-            found = " | ".join(f"{taught(rows, target):.3f}" for target in TARGETS.values())
+            p, beside = beside_p(rows, known["shares"])
+            found = " | ".join(f"{v:.3f}" for v in (p, *beside, *(taught(rows, t) for t in TARGETS.values())))
             lines.append(
                 f"| {network} | {mean} | {len(rows)} | {middle:.2f} ({low:.2f} to {high:.2f}) | {omega:.3f} | "
                 f"{found} | {spearmanr(a, b)[0]:.3f} |"
@@ -119,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "forecast_ceiling.json"
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"plans": {}}
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"networks": {}}
     report |= {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
 
     def keep() -> None:
@@ -127,7 +163,7 @@ def main() -> None:
         part.write_text(json.dumps(report) + "\n", encoding="utf-8")
         part.replace(file)
 
-    measured(args, report["plans"].setdefault(args.network, {}), keep)
+    measured(args, report["networks"].setdefault(args.network, {}), keep)
     text = table_of(report)
     file.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

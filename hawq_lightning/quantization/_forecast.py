@@ -170,7 +170,7 @@ def forecast(
     batch_size_fn: BatchSizeFn = batch_images,
     progress: bool = False,
 ) -> Forecast:
-    """Forecast the distance of any plan to the float network: a training step a batch, width and point of the path.
+    """Forecast the distance of any plan to the float network: one to two training steps a batch, width and point.
 
     Args:
         model: float, or with quantizers off; left as it was.
