@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
-INTEGERS = {"UINT8", "INT32", "INT64", "UINT64", "BOOL"}  # BOOL: of comparisons
+INTEGERS = {"UINT8", "INT32", "INT64", "UINT64"}
 
 
 class Member(nn.Module):

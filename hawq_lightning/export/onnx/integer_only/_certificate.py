@@ -1,10 +1,10 @@
 """A program of integers as an ONNX graph of integer operators alone.
 
-Sums are ConvInteger and MatMulInteger; a dyadic step is Mul, Add, two comparisons and BitShift on INT64 and UINT64,
-whose numbers are moved above 0 first, since BitShift knows unsigned integers only. Comparisons are Less, Greater and
-Where: onnxruntime's Min, Max and Clip of INT64 give, before version 1.32, the wrong one of two numbers whose upper 32
-bits are equal. Weights are UINT8 with zero point 128: older onnxruntimes have these operators of unsigned operands
-only, and with them no CPU saturates. Odd midrise levels of 8 bits take two weights, whose sums are added.
+Sums are ConvInteger and MatMulInteger; a dyadic step is Mul and Add on INT64, moved above 0 by 2^62, then BitShift, Max
+and Min on UINT64: BitShift knows unsigned integers only, and before version 1.32 onnxruntime's Min, Max and Clip of
+INT64 give the wrong one of two numbers whose upper 32 bits are equal. Weights are UINT8 with zero point 128: older
+onnxruntimes have these operators of unsigned operands only, and with them no CPU saturates. Odd midrise levels of 8
+bits take two weights, whose sums are added.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hawq_lightning._extra import require
+from hawq_lightning.export.onnx.integer_only._dyadic import SUM_BITS
 from hawq_lightning.export.onnx.integer_only._network import IntegerNetwork
 from hawq_lightning.export.onnx.integer_only._steps import (
     AxisSum,
@@ -34,7 +35,6 @@ OPSET = 21
 Take = Callable[[list[str], str], str]
 """Adds an operator: its inputs, its result."""
 _MIDDLE = 128  # zero point of weights
-_BELOW = 1 << 31  # INT32 outputs are shifted above 0
 _INT8 = range(-128, 128)
 
 
@@ -123,26 +123,22 @@ class Certificate:
     @_write.register
     def _(self, step: Requantize) -> None:
         name, numbers = step.result, step.numbers
-        signed = step.dtype is np.int32
         shift = numbers.shift.astype(np.int64)
-        offset = numbers.offset + (np.int64(_BELOW) << shift if signed else 0)
-        low, high = (step.low + _BELOW, step.high + _BELOW) if signed else (step.low, step.high)
-        total = self._keep(f"{name}//offset", offset)
+        above = np.int64(1) << (SUM_BITS - shift)  # what 2^62, more than any sum, becomes by the shift
+        total = self._keep(f"{name}//offset", numbers.offset + (np.int64(1) << SUM_BITS))
         for i, (read, multiplier) in enumerate(zip(step.reads, numbers.multipliers)):
             wide = self._cast(read, np.int64, f"{name}//wide{i}")
             product = self._node("Mul", [wide, self._keep(f"{name}//b{i}", multiplier)], f"{name}//times{i}")
             total = self._node("Add", [product, total], f"{name}//sum{i}")
-        least = self._keep(f"{name}//least", np.int64(low) << shift)
-        most = self._keep(f"{name}//most", (np.int64(high + 1) << shift) - 1)
-        for op, end, result in (("Less", least, "above"), ("Greater", most, "clipped")):
-            beyond = self._node(op, [total, end], f"{name}//{result}//beyond")
-            total = self._node("Where", [beyond, end, total], f"{name}//{result}")
         total = self._cast(total, np.uint64, f"{name}//unsigned")
         by = self._keep(f"{name}//c", shift.astype(np.uint64))
         total = self._node("BitShift", [total, by], f"{name}//shifted", direction="RIGHT")
-        if signed:
-            total = self._cast(total, np.int64, f"{name}//signed")
-            total = self._node("Sub", [total, self._number(_BELOW, np.int64)], f"{name}//lowered")
+        least = self._keep(f"{name}//least", (above + step.low).astype(np.uint64))
+        most = self._keep(f"{name}//most", (above + step.high).astype(np.uint64))
+        total = self._node("Max", [total, least], f"{name}//above")
+        total = self._node("Min", [total, most], f"{name}//clipped")
+        total = self._cast(total, np.int64, f"{name}//signed")
+        total = self._node("Sub", [total, self._keep(f"{name}//2^62", above)], f"{name}//lowered")
         self._cast(total, step.dtype, name)
 
     @_write.register

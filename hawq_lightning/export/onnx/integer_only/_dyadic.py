@@ -14,7 +14,7 @@ import numpy as np
 
 from hawq_lightning._errors import HawqError
 
-_MOST = 62  # bits of the magnitude of a sum in INT64
+SUM_BITS = 62  # bits of the magnitude of a sum in INT64
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def dyadic(
     worst = np.abs(constant) + float(top)
     for ratio, zero, far in zip(ratios, zeros, reach):
         worst = worst + np.abs(ratio) * (2.0 * far + abs(zero)) + 1
-    shift = np.minimum(shift, _MOST - np.frexp(worst)[1].astype(np.int64))
+    shift = np.minimum(shift, SUM_BITS - np.frexp(worst)[1].astype(np.int64))
     if (shift < 0).any():
         raise HawqError("A grid is so fine beside the sums that it takes in that no dyadic number holds their ratio.")
     shift, _ = np.broadcast_arrays(shift, constant)
