@@ -1,4 +1,4 @@
-"""How well could a sum over sites rank plans at all? The ceiling of every additive forecast, by measured plans.
+"""How well could a sum over sites rank plans? What numbers reach that hundreds of measured plans have taught.
 
     python benchmarks/forecast_ceiling.py --network resnet20 --weights resnet20_cifar10.pt [--plans 300] [--means 2.5]
     python benchmarks/forecast_ceiling.py --network mobilenet_cifar --weights mobilenet_cifar.pt --plans 400
@@ -121,7 +121,7 @@ def beside_p(rows: list[dict[str, Any]], shares: list[list[float]]) -> tuple[flo
 def table_of(report: dict[str, Any]) -> str:
     """A row a network and mean."""
     lines = [
-        "# The ceiling of additive forecasts", "",
+        "# Sums over sites, taught by measured plans", "",
         f"{report['date']}, torch {report['torch']}, one thread. Made by `benchmarks/forecast_ceiling.py`, whose head "
         "says how. Spearman with the measured KL right after quantizing.", "",
         "| network | mean bits | plans | KL, median and 90% | Ω | P | " + " | ".join(f"P and {n} plans" for n in TAUGHT)
