@@ -30,8 +30,8 @@ import torch
 from forecast import BATCH, MEANS, NETWORKS, RESULTS, WIDTHS, images_of, kl, loss_fn, random_bits
 from scipy.stats import rankdata, spearmanr
 
-from hawq_lightning import Problem, SiteTable, candidates, measure, quantize, sites
-from hawq_lightning.quantization import FloatDistance, forecast, unquantize
+from hawq_lightning import Problem, SiteTable, candidates, measure, sites
+from hawq_lightning.quantization import FloatDistance, forecast, plans_in_place
 from hawq_lightning.selection import select
 
 SET = 256 // BATCH  # batches of one set of images
@@ -50,21 +50,18 @@ def measured(args: argparse.Namespace, known: dict[str, Any], keep: Any) -> None
     chosen = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)
     problem = Problem(chosen, weighed, traces)
     if "shares" not in known:
-        weighed = candidates(net, batches[:SET], None, table, loss_fn, **widths)
         made = forecast(net, batches[:SET], loss_fn, table, weighed, mode="accurate")
         known["shares"] = [[made.shares[s.name][w] for w in WIDTHS] for s in chosen.weights]
     sets = [held_out[:SET], held_out[SET : 2 * SET]]
     targets = [FloatDistance(net, images, loss_fn) for images in sets]
-    state = {k: v.clone() for k, v in net.state_dict().items()}
     for mean in args.means:
         rows = known.setdefault("plans", {}).setdefault(str(mean), [])
         generator = torch.Generator().manual_seed(11)
         for bits in [random_bits(chosen.weights, mean, generator) for _ in range(args.plans)][len(rows) :]:
             plan = select(problem, None, "manual", bits=bits)
-            quantize(net, plan)
-            first, second = (kl(net, images, target) for images, target in zip(sets, targets))
-            unquantize(net)
-            net.load_state_dict(state)
+            with plans_in_place(net) as put:
+                put(plan)
+                first, second = (kl(net, images, target) for images, target in zip(sets, targets))
             rows.append({"bits": [bits[s.name] for s in chosen.weights], "omega": plan.omega, "a": first, "b": second})
             if len(rows) % 20 == 0:
                 keep()

@@ -161,7 +161,8 @@ def _run(
             raise HawqError(f"The integer program for these budgets could not be solved: {answer.message}")
         if answer.status == 1:
             warnings.warn(
-                f"The integer program stopped after {SECONDS:.0f} s; its plan may be {answer.mip_gap:.1%} off the best",
+                f"The integer program stopped after {SECONDS:.0f} s; its plan may be {answer.mip_gap:.1%} "
+                "from the best.",
                 stacklevel=2,
             )
         choice = [int(np.argmax(answer.x[offsets[g] : offsets[g + 1]])) for g in range(len(problem.groups))]

@@ -112,7 +112,7 @@ def replace_nodes(proto: Any, nodes: Sequence[Any], more: Sequence[Any]) -> None
     """Put other nodes into a graph, add initializers and drop those that nothing reads any more."""
     onnx = require("onnx")
     copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    read = set(_read_by(copies))
+    read = set(read_by(copies))
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     proto.graph.initializer.extend(more)
@@ -127,13 +127,13 @@ def keep_tensors(proto: Any, names: Container[str]) -> None:
             del stored[index]
 
 
-def _read_by(nodes: Iterable[Any]) -> Iterator[str]:
+def read_by(nodes: Iterable[Any]) -> Iterator[str]:
     """Names that nodes read, also inside of loops and branches."""
     for node in nodes:
         yield from node.input
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from _read_by(graph.node)
+                yield from read_by(graph.node)
                 yield from (output.name for output in graph.output)
 
 

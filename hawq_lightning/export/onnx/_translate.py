@@ -44,9 +44,8 @@ def translated(
         result = model(*inputs)
     if free_size:
         _check_sizes(model, inputs)
-    axes = free_axes(model, inputs, free_batch, free_size)
 
-    def export(axes: tuple[Any, ...] | None) -> Any:
+    def export(least: int | None = None) -> Any:
         return torch.onnx.export(
             model,
             inputs,
@@ -55,18 +54,18 @@ def translated(
             opset_version=OPSET,
             input_names=names,
             output_names=_output_names(result),
-            dynamic_shapes=axes,
+            dynamic_shapes=free_axes(model, inputs, free_batch, free_size, least),
             custom_translation_table=_translations(),
         )
 
     try:
         with exporters_quiet():
             try:
-                program = export(axes)
+                program = export()
             except Exception as error:
                 if not (free_batch and _asks_for_two(error)):
                     raise
-                program = export(free_axes(model, inputs, free_batch, free_size, least=2))
+                program = export(least=2)
         assert program is not None
         proto = program.model_proto
     except Exception as error:

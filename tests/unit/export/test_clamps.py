@@ -50,6 +50,26 @@ def test_values_stay_and_no_number_is_left_to_a_minimum():
                 assert np.array_equal(a, b)
 
 
+def test_a_relu_that_a_branch_reads_stays():
+    proto = chain(["Relu", ("Min", "two", False)], False)
+    kind = (TensorProto.FLOAT, [None, 3])
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(op, ["t0"], [name])], name, [], [helper.make_tensor_value_info(name, *kind)]
+        )
+        for name, op in (("then", "Neg"), ("else", "Abs"))
+    }
+    proto.graph.input.append(helper.make_tensor_value_info("negative", TensorProto.BOOL, []))
+    proto.graph.node.append(helper.make_node("If", ["negative"], ["branched"], **branches))
+    proto.graph.output.append(helper.make_tensor_value_info("branched", *kind))
+    feed = {"x": np.float32([[-1, 1, 3]]), "negative": np.array(True)}
+    wanted = ReferenceEvaluator(proto).run(None, feed)
+    assert internal("export.onnx._clamps").clamps_as_clip(proto) == 1
+    onnx.checker.check_model(proto, full_check=True)
+    found = ReferenceEvaluator(proto).run(None, feed)
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 class Six(torch.nn.Module):
     def __init__(self):
         super().__init__()

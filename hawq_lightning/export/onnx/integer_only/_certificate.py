@@ -124,7 +124,7 @@ class Certificate:
     def _(self, step: Requantize) -> None:
         name, numbers = step.result, step.numbers
         shift = numbers.shift.astype(np.int64)
-        above = np.int64(1) << (SUM_BITS - shift)  # what 2^62, more than any sum, becomes by the shift
+        above = np.int64(1) << (SUM_BITS - shift)  # 2^62, more than any sum and end, by the shift
         total = self._keep(f"{name}//offset", numbers.offset + (np.int64(1) << SUM_BITS))
         for i, (read, multiplier) in enumerate(zip(step.reads, numbers.multipliers)):
             wide = self._cast(read, np.int64, f"{name}//wide{i}")
