@@ -8,6 +8,7 @@ import lightning.pytorch
 import pytest
 import torch
 from lightning.fabric import Fabric
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +23,8 @@ with warnings.catch_warnings():
 
 NAMES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": other}
 takes_the_other_name = pytest.mark.skipif(
-    lightning.__version__ < "2.6", reason="Lightning 2.5's Trainer refuses callbacks of the other name"
+    Version(lightning.__version__) < Version("2.6"),
+    reason="Lightning 2.5's Trainer refuses callbacks of the other name",
 )
 
 
