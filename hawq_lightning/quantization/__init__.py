@@ -36,7 +36,7 @@ from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies,
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
-from hawq_lightning.quantization._forecast import After, Forecast, Mode, forecast, shares_of_plan
+from hawq_lightning.quantization._forecast import After, Forecast, Mode
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
@@ -48,6 +48,7 @@ from hawq_lightning.quantization._modules import (
     with_quantizers,
 )
 from hawq_lightning.quantization._off_grid import off_grid, warn_off_grid
+from hawq_lightning.quantization._path_attribution import forecast, shares_of_plan
 from hawq_lightning.quantization._plan_distance import distance_of_plan
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer, trained_quantizers
