@@ -107,7 +107,7 @@ class HeldOut:
         """
         made = forecast(
             self._module, self._rest, self._loss_fn, table, candidates, mode=mode, after=after,
-            batch_size_fn=self._config.samples, progress=progress,
+            statistics=self._to_settle, batch_size_fn=self._config.samples, progress=progress,
         )  # fmt: skip
         if self._trainer.world_size > 1:  # sums of one processor may differ from another's in the last digit
             made = self._trainer.strategy.broadcast(made)

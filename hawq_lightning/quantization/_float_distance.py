@@ -160,10 +160,52 @@ def _check_alike(now: _Tensors, then: _Tensors) -> None:
         raise HawqError("The network gives other outputs than as a float network; they cannot be compared.")
 
 
+def distance_of_new_statistics(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    samples: Sequence[int],
+    statistics: Sequence[Batch] | None = None,
+) -> float:
+    """What measuring BatchNorm again changes in the outputs of the float network; 0 without BatchNorm.
+
+    Some hundred images have other statistics than those that training averaged: every network that has its own
+    measured on them is that much farther from the float one, quantized or not.
+
+    Args:
+        model: float, or with quantizers off; left as it was.
+        batches: the distance is their mean.
+        loss_fn: runs the model on a batch.
+        samples: in each of the batches.
+        statistics: batches by which BatchNorm is measured again; ``None``: the same.
+    """
+    norms = [m for m in _norms(model) if m.running_mean is not None]
+    if not norms:
+        return 0.0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    moved, target = on_device(batches, device), FloatDistance(model, batches, loss_fn)
+    momenta = [m.momentum for m in norms]
+    with isolated_eval(model), torch.no_grad():  # which puts statistics and modes back
+        try:
+            for m in norms:
+                m.reset_running_stats()
+                m.training, m.momentum = True, None  # the plain average of all batches
+            for batch in on_device(batches if statistics is None else statistics, device):
+                loss_fn(model, batch)
+        finally:
+            for m, momentum in zip(norms, momenta):
+                m.training, m.momentum = False, momentum
+        return sum(float(target(model, b)) * n for b, n in zip(moved, samples)) / sum(samples)
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, every BatchNorm takes the statistics of its batch, and its running ones stay."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = _norms(model)
     before = [(m, m.training, m.momentum) for m in norms]
     try:
         for m in norms:

@@ -19,7 +19,7 @@ from hawq_lightning._types import JsonObject
 FORMAT = "hawq_lightning.forecast"
 VERSION = 1
 Mode = ForecastMode
-"""One point of the path, which ranks plans; or three Gauss points, which give the size as well."""
+"""One point of the path, which ranks plans; or three, which give the size as well."""
 After = Literal["quantizing", "batchnorm"]
 """The network as it is quantized, or with its BatchNorm statistics measured again."""
 
@@ -31,9 +31,10 @@ class Forecast:
     Attributes:
         shares: site -> bits -> what the site adds at these bits.
         forecast_uniform: bits -> the sum of the shares when every site has these bits, or those nearest to them.
-        measured_uniform: bits -> the distance of that network, measured.
+        measured_uniform: bits -> the distance of that network, measured; from the float one at the same stage.
         mode: ``fast`` or ``accurate``.
         after: ``quantizing`` or ``batchnorm``.
+        start: the distance of the float network itself: with its BatchNorm statistics measured again.
     """
 
     shares: Mapping[str, Mapping[int, float]]
@@ -41,6 +42,7 @@ class Forecast:
     measured_uniform: Mapping[int, float] = field(default_factory=dict)
     mode: Mode = "fast"
     after: After = "quantizing"
+    start: float = 0.0
 
     def of(self, plan: Plan | Mapping[str, int]) -> float:
         """The forecast of a plan.
@@ -51,7 +53,7 @@ class Forecast:
         Raises:
             HawqError: a site or width that was not looked at.
         """
-        return math.fsum(self._share(name, bits) for name, bits in _bits(plan).items())
+        return self.start + math.fsum(self._share(name, bits) for name, bits in _bits(plan).items())
 
     def error(self, plan: Plan | Mapping[str, int]) -> float:
         """How far off :meth:`of` may be: what the uniform networks' forecasts were off, in proportion.
@@ -76,6 +78,7 @@ class Forecast:
             "shares": {name: _keyed(of_site) for name, of_site in self.shares.items()},
             "forecast_uniform": _keyed(self.forecast_uniform),
             "measured_uniform": _keyed(self.measured_uniform),
+            "start": self.start,
         }
 
     @classmethod
@@ -97,6 +100,7 @@ class Forecast:
                 _by_bits(data.get("measured_uniform", {}), "measured_uniform"),
                 choice("mode", data.get("mode"), get_args(Mode)),
                 choice("after", data.get("after"), get_args(After)),
+                number(data.get("start", 0.0), "start", 0.0),  # files of the first releases have none
             )
         except HawqError as error:
             raise HawqError(f"The forecast is damaged: {str(error).rstrip('.')}.") from error

@@ -14,8 +14,9 @@ plan.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import get_args
 
@@ -32,7 +33,7 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.layers import OperandReader, WeightReader
-from hawq_lightning.quantization._float_distance import FloatDistance
+from hawq_lightning.quantization._float_distance import FloatDistance, distance_of_new_statistics
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._forecast import After, Forecast, Mode
 from hawq_lightning.quantization._registry import quantizer_named
@@ -40,11 +41,12 @@ from hawq_lightning.quantization._rounding_errors import ActivationRounding, wei
 from hawq_lightning.sensitivity import EffectiveWeights, InputHooks, isolated_eval, on_device
 
 _BY_BATCH: dict[str, bool] = {"quantizing": False, "batchnorm": True}
-_GAUSS = math.sqrt(0.15)
-_TWO_POINTS = ((0.5 - math.sqrt(1 / 12), 0.5), (0.5 + math.sqrt(1 / 12), 0.5))
+_LOBATTO, _RADAU = math.sqrt(0.05), math.sqrt(6)
+# the slope at 0, where nothing has moved yet, is 0: a point of these rules that costs nothing
+_TWO_POINTS = (((6 - _RADAU) / 10, (16 + _RADAU) / 36), ((6 + _RADAU) / 10, (16 - _RADAU) / 36))
 _POINTS: dict[str, tuple[tuple[float, float], ...]] = {
-    "fast": ((0.5, 1.0),),
-    "accurate": ((0.5 - _GAUSS, 5 / 18), (0.5, 8 / 18), (0.5 + _GAUSS, 5 / 18)),
+    "fast": ((2 / 3, 3 / 4),),  # Radau: exact for slopes of second degree
+    "accurate": ((0.5 - _LOBATTO, 5 / 12), (0.5 + _LOBATTO, 5 / 12), (1.0, 1 / 12)),  # Lobatto: of fifth degree
 }
 
 
@@ -57,10 +59,11 @@ def forecast(
     *,
     mode: Mode = "fast",
     after: After = "quantizing",
+    statistics: Sequence[Batch] | None = None,
     batch_size_fn: BatchSizeFn = batch_images,
     progress: bool = False,
 ) -> Forecast:
-    """Forecast the distance of any plan to the float network: one to two training steps a batch, width and point.
+    """Forecast the distance of any plan to the float network: about a training step a batch, width and point.
 
     Args:
         model: float, or with quantizers off; left as it was.
@@ -69,7 +72,9 @@ def forecast(
         sites: table of the model.
         candidates: from :func:`hawq_lightning.candidates`; traces are not needed for them.
         mode: ``fast``: one point of the path; ``accurate``: three.
-        after: ``quantizing``, or ``batchnorm``: with the statistics of each batch in the place of the running ones.
+        after: ``quantizing``, or ``batchnorm``: with the statistics of each batch in the place of the running ones, and
+            what those of ``statistics`` change in the float network added.
+        statistics: batches by which BatchNorm will be measured again; ``None``: ``batches``.
         batch_size_fn: number of samples in a batch.
         progress: show a bar.
 
@@ -83,26 +88,25 @@ def forecast(
     target = FloatDistance(model, batches, loss_fn, by_batch=_BY_BATCH[after])
     widths = sorted({c.bits for listed in candidates.values() for c in listed})
     shares: dict[str, dict[int, float]] = {name: {} for name in candidates}
-    by_width: dict[int, tuple[float, float]] = {}
+    expected: dict[int, float] = {}
+    measured: dict[int, float] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = on_device(batches, device)
     samples = moved.samples(batch_size_fn)
-    with progress_bar("Forecast", len(widths) * len(batches), progress) as advance:
-        for i, bits in enumerate(widths):
+    done = itertools.count(1)
+    with progress_bar("Forecast", len(widths) * len(batches) * len(_POINTS[mode]), progress) as advance:
+        for bits in widths:
             path = _Path(model, sites, candidates, dict.fromkeys(candidates, bits))
-            total: dict[str, float] = dict.fromkeys(candidates, 0.0)
-            measured = 0.0
-            for b, (batch, count) in enumerate(zip(moved, samples)):
-                for t, weight in _POINTS[mode]:
-                    for name, value in path.slopes(target, batch, t).items():
-                        total[name] += weight * value * count / sum(samples)
-                measured += path.distance(target, batch) * count / sum(samples)
-                advance(i * len(batches) + b + 1)
-            by_width[bits] = math.fsum(total.values()), measured
+            total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)))
+            measured[bits] = path.distance(target, moved, samples) if math.isnan(end) else end
+            expected[bits] = math.fsum(total.values())
             for name, value in total.items():
                 if path.chosen[name].bits == bits:
                     shares[name][bits] = value
-    return Forecast(shares, {b: v[0] for b, v in by_width.items()}, {b: v[1] for b, v in by_width.items()}, mode, after)
+    start = 0.0
+    if after == "batchnorm":
+        start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
+    return Forecast(shares, expected, measured, mode, after, start)
 
 
 def shares_of_plan(
@@ -142,12 +146,7 @@ def shares_of_plan(
     moved = on_device(batches, next((p.device for p in model.parameters()), torch.device("cpu")))
     samples = moved.samples(batch_size_fn)
     path = _Path(model, sites, candidates, bits)
-    total = dict.fromkeys(candidates, 0.0)
-    for batch, count in zip(moved, samples):
-        for t, weight in _TWO_POINTS:
-            for name, value in path.slopes(target, batch, t).items():
-                total[name] += weight * value * count / sum(samples)
-    return total
+    return path.shares(_TWO_POINTS, target, moved, samples)[0]
 
 
 class _Path:
@@ -177,21 +176,76 @@ class _Path:
         }  # fmt: skip
         self._site_of = {name: site for name, site in sites.reads.items() if site in self._rounding}
 
-    def slopes(self, target: FloatDistance, batch: Batch, t: float) -> dict[str, float]:
-        """``< d D / d site, error of the site >`` at t, of the sites that the outputs depend on."""
+    def shares(
+        self, points: Sequence[tuple[float, float]], target: FloatDistance, batches: Sequence[Batch],
+        samples: Sequence[int], advance: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[str, float], float]:  # fmt: skip
+        """What every site adds, the mean over samples, and the distance at the end where that is one of the points.
+
+        Args:
+            points: t and its weight, the weight of t = 0 left out: nothing has a slope there.
+            target: what is attributed.
+            batches: on the model's device.
+            samples: in each batch.
+            advance: called after every batch of every point.
+        """
+        total, end = dict.fromkeys(self.chosen, 0.0), math.nan
+        for t, weight in points:
+            distance = 0.0
+            with self._moved(t) as offsets:
+                for batch, count in zip(batches, samples):
+                    share = count / sum(samples)
+                    here, slopes = self._slopes(target, batch, t, offsets)
+                    distance += share * here
+                    for name, value in slopes.items():
+                        total[name] += weight * share * value
+                    advance()
+            end = distance if t == 1 else end
+        return total, end
+
+    def distance(self, target: FloatDistance, batches: Sequence[Batch], samples: Sequence[int]) -> float:
+        """At the end of the path."""
+
+        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
+            (error,) = self._rounding[site](x)
+            return error.add_(x)
+
+        with torch.no_grad(), self._moved(1.0) as offsets:
+            values = []
+            for batch in batches:
+                with (
+                    isolated_eval(self._model),
+                    EffectiveWeights(self._weights, offsets),
+                    InputHooks(self._readers, self._site_of, visit),
+                ):
+                    values.append(float(target(self._model, batch)))
+        return sum(v * count for v, count in zip(values, samples)) / sum(samples)
+
+    def _slopes(
+        self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor]
+    ) -> tuple[float, dict[str, float]]:
+        """D at t, and ``< d D / d site, error of the site >`` of the sites that the outputs depend on."""
         reads: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 (error,) = self._rounding[site](x.detach())
-            if not torch.is_grad_enabled():
-                return x + t * error
-            read = x + t * error if x.requires_grad else (x + t * error).requires_grad_(True)
-            reads.append((site, read, error))
+            read = torch.add(x, error, alpha=t)
+            if torch.is_grad_enabled():
+                read = read if x.requires_grad else read.requires_grad_(True)
+                reads.append((site, read, error))
             return read
 
         names = list(self._weights)
-        with torch.enable_grad(), self._moved(t) as effective, InputHooks(self._readers, self._site_of, visit):
+        with (
+            torch.enable_grad(),
+            isolated_eval(self._model),
+            EffectiveWeights(self._weights, offsets) as effective,
+            InputHooks(self._readers, self._site_of, visit),
+        ):
+            for reader in self._weights.values():
+                if not reader.recomputed:
+                    reader.weight.requires_grad_(True)
             loss = target(self._model, batch)
             leaves = [effective[n] for n in names] + [read for _, read, _ in reads]
             slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -199,33 +253,25 @@ class _Path:
         out: dict[str, float] = {}
         for (name, error), slope in zip(errors, slopes):
             if slope is not None:
-                out[name] = out.get(name, 0.0) + float((slope.float() * error.float()).sum())
-        return out
-
-    @torch.no_grad()
-    def distance(self, target: FloatDistance, batch: Batch) -> float:
-        """At the end of the path."""
-
-        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-            (error,) = self._rounding[site](x)
-            return x + error
-
-        with self._moved(1.0), InputHooks(self._readers, self._site_of, visit):
-            return float(target(self._model, batch))
+                out[name] = out.get(name, 0.0) + _product(slope, error)
+        return float(loss.detach()), out
 
     @contextmanager
-    def _moved(self, t: float) -> Iterator[EffectiveWeights]:
-        """Inside, weights are at t; afterwards they are exactly what they were."""
-        offsets = {n: t * e for n, e in self._errors.items()}
-        plain = {n: reader.weight for n, reader in self._weights.items() if not reader.recomputed}
-        before = {n: w.detach().clone() for n, w in plain.items()}
+    def _moved(self, t: float) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, weights are at t, and it gives what to add to those that are computed; they are put back exactly."""
+        computed = {n for n, reader in self._weights.items() if reader.recomputed}
+        plain = {n: self._weights[n].weight.detach() for n in self._weights if n not in computed}
+        before = {n: w.clone() for n, w in plain.items()}
         try:
             for n, w in plain.items():
-                w.detach().add_(offsets[n])
-            with isolated_eval(self._model), EffectiveWeights(self._weights, offsets) as effective:
-                for w in plain.values():
-                    w.requires_grad_(True)
-                yield effective
+                w.add_(self._errors[n], alpha=t)
+            yield {n: t * self._errors[n] for n in computed}
         finally:
             for n, w in plain.items():
-                w.detach().copy_(before[n])
+                w.copy_(before[n])
+
+
+def _product(slope: torch.Tensor, error: torch.Tensor) -> float:
+    """Their inner product, in float32 at least."""
+    wide = torch.promote_types(slope.dtype, torch.float32)
+    return float(torch.dot(slope.flatten().to(wide), error.flatten().to(wide)))
