@@ -1,6 +1,6 @@
 """What rounding will cost, forecast and measured: single sites by quadratic forms, whole plans by path attribution.
 
-    python benchmarks/forecast.py --data cifar10 --weights resnet20_cifar10.pt [--plans 64] [--threads 1]
+    python benchmarks/forecast.py --data cifar10 --weights resnet20_cifar10.pt [--plans 128] [--threads 1]
     python benchmarks/forecast.py --network squeezenext_cifar --weights squeezenext_cifar.pt
     python benchmarks/forecast.py --network vit_digits --weights vit-1.pt --parts single plans
 
@@ -9,12 +9,16 @@ recipes/small_transformers), batches of 128. Judged by the KL divergence from th
 
 1. Single sites at 2, 3 and 4 bits, weights and activations: Omega / 2 and Q / 2, by all output columns and by drawn
    probes, against the KL when that site alone is quantized, on the same images.
-2. Random plans of the weights with 2.5 and 3 bits on average (widths 2, 3, 4, 6, 8 drawn evenly, then single sites
-   moved until the mean is met), against the KL on held-out images: right after quantizing, and with BatchNorm
-   statistics measured again on the images that the forecast saw. Forecasts: Omega / 2; P with one point and with three;
-   the mean shares on the way to 24 other random plans of that mean, on 128 images, in the place of those to uniform
-   networks.
-3. ``mixed``: the same with activations of 4 bits on average, drawn likewise.
+2. ``again``: the same of weights whose layer has a BatchNorm of its own, with all BatchNorm statistics measured again
+   on the images after each is quantized, against the float network's so measured: QB / 2, Q / 2 and Omega / 2 by drawn
+   probes.
+3. ``plans``: random plans of the weights with 2.5 and 3 bits on average (widths 2, 3, 4, 6, 8 drawn evenly, then
+   single sites moved until the mean is met), against the KL on held-out images: right after quantizing, and with
+   BatchNorm statistics measured again on training images. Forecasts: Omega / 2, from the training images; P with one
+   point and with three, from as many other held-out images, as a run takes them (a network is surer of the images that
+   it was trained on, which makes divergences smaller there); the mean shares on the way to 24 other random plans of
+   that mean, on 128 of these, in the place of those to uniform networks.
+4. ``mixed``: the same with activations of 4 bits on average, drawn likewise.
 
 Spearman's rank correlation, and the median of measured / forecast. Every part is kept in the results file as soon as it
 is there, and not made again: delete the file to begin anew.
@@ -27,28 +31,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from forecast_single import again, single_sites
+from forecast_subjects import BATCH, NETWORKS, Batches, images_of, kl, loss_fn
 from forecast_tables import tables
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 
-from hawq_lightning import Candidates, Problem, Site, SiteTable, candidates, measure, models, quantize, sites
-from hawq_lightning.data import DigitsDataModule, ImageFolderDataModule
+from hawq_lightning import Candidates, Problem, Site, SiteTable, candidates, measure, quantize, sites
 from hawq_lightning.quantization import (
     After,
     FloatDistance,
     Forecast,
     Mode,
     forecast,
-    loss_per_site,
-    rounding_errors,
     shares_of_plan,
     unquantize,
 )
@@ -56,57 +56,10 @@ from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import select
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SINGLE, WIDTHS = (2, 3, 4), (2, 3, 4, 6, 8)
+WIDTHS = (2, 3, 4, 6, 8)
 MEANS, ACTIVATION_MEAN, PATHS = (2.5, 3.0), 4.0, 24
-NETWORKS = ("resnet20", "squeezenext_cifar", "mobilenet_cifar", "vit_digits")
-BATCH, PARTS = 128, ("single", "plans", "mixed")
+PARTS = ("single", "again", "plans", "mixed")
 MODES: tuple[Mode, ...] = ("fast", "accurate")
-Batches = list[Any]
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    """The labelled loss."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def images_of(args: argparse.Namespace) -> tuple[nn.Module, Batches, Batches]:
-    """The trained network, train images for forecasts, held-out images for measurements."""
-    if args.network == "vit_digits":
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "small_transformers"))
-        import nets
-
-        data, net = DigitsDataModule(), nets.Grey()
-        models.load_weights(net, args.weights)
-    else:
-        data = ImageFolderDataModule(args.data, num_classes=10, augment="none", memory=False)
-        net = getattr(models, args.network)(weights=args.weights)
-    data.setup("fit")
-
-    def draw(dataset: Any) -> Batches:
-        most = max(args.images, args.plan_images)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:most].tolist()
-        return list(DataLoader(Subset(dataset, order), BATCH))
-
-    return net.eval(), draw(data.train_dataloader().dataset), draw(data.val_dataloader().dataset)
-
-
-def single_sites(net: nn.Module, batches: Batches, table: SiteTable) -> dict[str, Any]:
-    """Part 1: a row a site and width."""
-    widths = {"weight_bits": SINGLE, "activation_bits": SINGLE, "input_bits": None}
-    rounding = rounding_errors(net, candidates(net, batches, None, table, loss_fn, **widths), table)
-    took: dict[str, float] = {}
-    weighed: dict[str, Candidates] = {}
-    for name, settings in (("all columns", {"estimator": "exact"}), ("drawn probes", {})):
-        began = time.process_time()
-        traces = measure(net, batches, loss_fn, sites=table, rounding=rounding, progress=False, **settings)
-        took[name] = time.process_time() - began
-        weighed[name] = candidates(net, batches, traces, table, loss_fn, **widths)
-    rows = loss_per_site(net, batches, FloatDistance(net, batches, loss_fn), table, weighed["all columns"])
-    for row in rows:
-        for name, listed in weighed.items():
-            c = next(c for c in listed[str(row["site"])] if c.bits == row["bits"])
-            row[f"omega, {name}"], row[f"q, {name}"], row[f"stderr, {name}"] = c.omega, c.q, c.q_stderr
-    return {"rows": rows, "seconds": took}
 
 
 def random_bits(of: Sequence[Site], mean: float, generator: torch.Generator) -> dict[str, int]:
@@ -126,10 +79,10 @@ def random_bits(of: Sequence[Site], mean: float, generator: torch.Generator) -> 
 
 
 def whole_plans(
-    net: nn.Module, batches: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any], plans: int,
-    keep: Callable[[], None], mixed: bool = False,
+    net: nn.Module, batches: Batches, ahead: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any],
+    plans: int, keep: Callable[[], None], mixed: bool = False,
 ) -> None:  # fmt: skip
-    """Parts 2 and 3, into ``part``: forecasts first, then a row a plan."""
+    """Parts 3 and 4, into ``part``: forecasts, from the images ``ahead``, then a row a plan."""
     widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
     weighed = candidates(net, batches, None, table, loss_fn, **widths)
     moved = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)  # without the network's own input
@@ -142,10 +95,10 @@ def whole_plans(
     if len(rows) < len(drawn):
         traces = measure(net, batches, loss_fn, sites=table, progress=False)
         weighed = candidates(net, batches, traces, table, loss_fn, **widths)
-        forecasts = uniform_forecasts(net, batches, table, weighed, part.setdefault("forecasts", {}))
+        forecasts = uniform_forecasts(net, ahead, batches, table, weighed, part.setdefault("forecasts", {}))
         keep()
         measured_plans(net, batches, held_out, Problem(moved, weighed, traces), forecasts, drawn, rows, keep)
-    of_paths = paths(net, batches[:1], table, weighed, part.setdefault("paths", {}), mixed)
+    of_paths = paths(net, ahead[:1], table, weighed, part.setdefault("paths", {}), mixed)
     for row, (mean, bits) in zip(rows, drawn):
         for after, by_mean in of_paths.items():
             row[f"paths, after {after}"] = sum(nearest_share(by_mean[str(mean)][n], b) for n, b in bits.items())
@@ -159,17 +112,19 @@ def stages_of(net: nn.Module) -> tuple[After, ...]:
 
 
 def uniform_forecasts(
-    net: nn.Module, batches: Batches, table: SiteTable, weighed: Candidates, found: dict[str, Any]
+    net: nn.Module, ahead: Batches, batches: Batches, table: SiteTable, weighed: Candidates, found: dict[str, Any]
 ) -> dict[str, Forecast]:
     """By paths to the uniform networks; what their check says goes into ``found``."""
     forecasts: dict[str, Forecast] = {}
     for after in stages_of(net):
         for mode in MODES:
             began, name = time.process_time(), f"{mode}, after {after}"
-            made = forecasts[name] = forecast(net, batches, loss_fn, table, weighed, mode=mode, after=after)
+            made = forecasts[name] = forecast(
+                net, ahead, loss_fn, table, weighed, mode=mode, after=after, statistics=batches
+            )
             found[name] = {
                 "seconds": time.process_time() - began, "forecast": dict(made.forecast_uniform),
-                "measured": dict(made.measured_uniform),
+                "measured": dict(made.measured_uniform), "start": made.start,
             }  # fmt: skip
     return forecasts
 
@@ -224,12 +179,6 @@ def nearest_share(of_site: Mapping[str, float], bits: int) -> float:
     return of_site[min(of_site, key=lambda b: (abs(int(b) - bits), b))]
 
 
-@torch.no_grad()
-def kl(net: nn.Module, batches: Batches, target: FloatDistance) -> float:
-    """Mean over images."""
-    return sum(float(target(net, b)) * len(b[1]) for b in batches) / sum(len(b[1]) for b in batches)
-
-
 def main() -> None:
     """Make what is missing of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,7 +187,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--plan-images", type=int, default=256, help="for the second part")
-    parser.add_argument("--plans", type=int, default=64, help="of each mean")
+    parser.add_argument("--plans", type=int, default=128, help="of each mean")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -263,11 +212,15 @@ def main() -> None:
     if "single" in args.parts and "single" not in report:
         report["single"] = single_sites(net, batches[: -(-args.images // BATCH)], table)
         keep()
-    few = slice(-(-args.plan_images // BATCH))
+    if "again" in args.parts and "again" not in report and "batchnorm" in stages_of(net):
+        report["again"] = again(net, batches[: -(-args.images // BATCH)], table)
+        keep()
+    few = -(-args.plan_images // BATCH)
     for name in ("plans", "mixed"):
         if name in args.parts:
             part = report.setdefault(name, {})
-            whole_plans(net, batches[few], held_out[few], table, part, args.plans, keep, mixed=name == "mixed")
+            ahead = held_out[few : 2 * few]
+            whole_plans(net, batches[:few], ahead, held_out[:few], table, part, args.plans, keep, name == "mixed")
     print(tables(json.loads(json.dumps(report))))
 
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from forecast import BATCH, MEANS, NETWORKS, RESULTS, WIDTHS, images_of, kl, loss_fn, random_bits
+from forecast import MEANS, RESULTS, WIDTHS, random_bits
+from forecast_subjects import BATCH, NETWORKS, images_of, kl, loss_fn
 from scipy.stats import rankdata, spearmanr
 
 from hawq_lightning import Problem, SiteTable, candidates, measure, sites

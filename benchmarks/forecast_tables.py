@@ -52,6 +52,8 @@ def tables(report: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if report.get("single", {}).get("rows"):
         lines += single_sites(report["single"])
+    if report.get("again", {}).get("rows"):
+        lines += measured_again(report["again"]["rows"])
     for name, what in (("plans", "of the weights"), ("mixed", "of weights and activations (4 bits on average)")):
         if report.get(name, {}).get("rows"):
             lines += whole_plans(report[name], what, report["plan images"])
@@ -79,6 +81,20 @@ def single_sites(part: Mapping[str, Any]) -> list[str]:
     return [*lines, "", "Seconds to measure: " + ", ".join(f"{n} {s:.0f}" for n, s in part["seconds"].items()) + "."]
 
 
+def measured_again(rows: Rows) -> list[str]:
+    """Ω, Q and QB of one weight at a time, with BatchNorm measured again."""
+    widths = sorted({r["bits"] for r in rows})
+    lines = [
+        "", "## Single weights, BatchNorm measured again", "",
+        f"{len(rows)} cases. Spearman with the measured KL; median measured / (predicted / 2).", "",
+        "| predicted by | " + " | ".join(f"{b} bits" for b in widths) + " |", "|---|" + "---|" * len(widths),
+    ]  # fmt: skip
+    for what, name in (("omega", "Ω"), ("q", "Q"), ("qb", "QB")):
+        found = [correlation([r for r in rows if r["bits"] == bits], what, "measured") for bits in widths]
+        lines.append(f"| {name} | " + " | ".join(f"{rank:.3f}; {2 * ratio:.2f}" for rank, ratio in found) + " |")
+    return lines
+
+
 def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
     """Ω and P of random plans."""
     rows = [
@@ -87,7 +103,7 @@ def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
     ]
     lines = [
         "", f"## Plans {what}", "",
-        f"{len(rows)} random plans, {images} images for the forecast and as many held-out ones for the KL. Spearman "
+        f"{len(rows)} random plans, {images} held-out images for the forecast and as many others for the KL. Spearman "
         f"with it; median measured / forecast; {LEVEL:.0%} bootstrap interval, over plans, of the gain in Spearman on "
         "Ω.", "",
         "| mean bits of weights | forecast | right after quantizing | BatchNorm measured again |", "|---|---|---|---|",
@@ -116,4 +132,7 @@ def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
     for name, made in forecasts.items():
         cells = [f"{made['forecast'][b]:.3g} / {made['measured'][b]:.3g}" for b in widths]
         lines.append(f"| {name} ({made['seconds']:.0f} s) | " + " | ".join(cells) + " |")
+    starts = [made["start"] for made in forecasts.values() if made.get("start")]
+    if starts:
+        lines += ["", f"New statistics of the float network alone: {starts[0]:.3g}, a part of the forecast."]
     return lines

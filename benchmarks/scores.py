@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forecast import BATCH, images_of, kl, loss_fn
+from forecast_subjects import BATCH, images_of, kl, loss_fn
 from torch import nn
 
 from hawq_lightning import Problem, SiteTable, candidates, measure, quantize, sites

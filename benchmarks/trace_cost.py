@@ -11,10 +11,10 @@ every activation's squared norm for every image. Where the loss is slightly conc
 probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
 probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
 hold. *With forms* is a probe that also gives the quadratic form of the rounding error of five widths at every weight
-and activation (``measure(..., rounding=)``), against the probe without. *Forecast* is
-:func:`hawq_lightning.forecast` by three points of the path to five uniform networks, a fifteenth of its time against a
-step. For ViT-S and BERT-base a probe of the true
-Hessian by double backward is timed as well, and told apart.
+and activation, of 8 bits alone at the network's input (``measure(..., rounding=)``), against the probe without.
+*Forecast* is :func:`hawq_lightning.forecast` by three points of the path to five uniform networks, a fifteenth of its
+time against a step. For ViT-S and BERT-base a probe of the true Hessian by double backward is timed as well, and told
+apart.
 
 Results: benchmarks/results/trace_cost.{json,md}, with device and precision in the name where they are others.
 """
@@ -119,8 +119,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
         thin = 1
         exclude = list(getattr(net, "quantization_exclude", ()))
         table = sites(net, batch, forward=loss, exclude=exclude)
-        widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS, "input_bits": None}
-        weighed = candidates(net, [batch], None, table, loss, **widths)
+        weighed = candidates(net, [batch], None, table, loss, weight_bits=WIDTHS, activation_bits=WIDTHS)
 
         def run(concave: float) -> None:
             forecast(net, [batch], loss, table, weighed, mode="accurate")
@@ -150,8 +149,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
             estimator = kind.calibrate(context, [batch], ProcessShard(), 1000)
             thin = estimator.period
             if what == "forms":
-                widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS, "input_bits": None}
-                weighed = candidates(net, [batch], None, table, loss, **widths)
+                weighed = candidates(net, [batch], None, table, loss, weight_bits=WIDTHS, activation_bits=WIDTHS)
                 context = dataclasses.replace(context, rounding=rounding_errors(net, weighed, table))
             release_memory()
         seed, heap = 0, Heap()

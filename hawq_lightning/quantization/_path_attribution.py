@@ -9,7 +9,7 @@ This is the Aumann-Shapley value of the site (Aumann and Shapley, Values of Non-
 gradients, arXiv:1703.01365, with rounding errors for the difference to the baseline). Sites that compound each other's
 errors share what they do together, which quadratic forms of single sites leave out. ``sum_l P[l, w]`` is the distance
 of the uniform network at w bits, the check that :class:`Forecast` brings along, and ``sum_l P[l, w_l]`` forecasts a
-plan.
+plan. D is least at 0, where it has no slope: a point of the integral that needs no pass.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def forecast(
         loss_fn: runs the model on a batch; tells which outputs count, see :class:`FloatDistance`.
         sites: table of the model.
         candidates: from :func:`hawq_lightning.candidates`; traces are not needed for them.
-        mode: ``fast``: one point of the path; ``accurate``: three.
+        mode: ``fast``: one point of the path, and a forward pass at its end; ``accurate``: three, the end among them.
         after: ``quantizing``, or ``batchnorm``: with the statistics of each batch in the place of the running ones, and
             what those of ``statistics`` change in the float network added.
         statistics: batches by which BatchNorm will be measured again; ``None``: ``batches``.
@@ -88,7 +88,7 @@ def forecast(
     target = FloatDistance(model, batches, loss_fn, by_batch=_BY_BATCH[after])
     widths = sorted({c.bits for listed in candidates.values() for c in listed})
     shares: dict[str, dict[int, float]] = {name: {} for name in candidates}
-    expected: dict[int, float] = {}
+    nearest: dict[int, dict[str, int]] = {}
     measured: dict[int, float] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = on_device(batches, device)
@@ -96,13 +96,13 @@ def forecast(
     done = itertools.count(1)
     with progress_bar("Forecast", len(widths) * len(batches) * len(_POINTS[mode]), progress) as advance:
         for bits in widths:
-            path = _Path(model, sites, candidates, dict.fromkeys(candidates, bits))
+            path = _Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
             total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)))
             measured[bits] = path.distance(target, moved, samples) if math.isnan(end) else end
-            expected[bits] = math.fsum(total.values())
+            nearest[bits] = {name: c.bits for name, c in path.chosen.items()}
             for name, value in total.items():
-                if path.chosen[name].bits == bits:
-                    shares[name][bits] = value
+                shares[name][bits] = value
+    expected = {bits: math.fsum(shares[n][b] for n, b in of.items()) for bits, of in nearest.items()}
     start = 0.0
     if after == "batchnorm":
         start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
@@ -150,9 +150,19 @@ def shares_of_plan(
 
 
 class _Path:
-    """The straight way from the float network to that of one plan."""
+    """The straight way from the float network to that of one plan.
 
-    def __init__(self, model: nn.Module, sites: SiteTable, candidates: Candidates, bits: Mapping[str, int]) -> None:
+    Args:
+        model: float.
+        sites: table of the model.
+        candidates: of its sites.
+        bits: site -> bits, of which the nearest candidate is taken.
+        nearest: whether sites whose bits are not quite these have shares as well; they move in any case.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: SiteTable, candidates: Candidates, bits: Mapping[str, int], nearest: bool = True
+    ) -> None:
         spec = quantizer_named(candidates.quantizer, candidates.quantizer_options)
         layers, norms = quantizable_layers(model)[0], norms_to_fold(model, sites.layers)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -160,6 +170,7 @@ class _Path:
             name: min(listed, key=lambda c: (abs(c.bits - bits[name]), -c.bits)) for name, listed in candidates.items()
         }
         self._model = model
+        self._wanted = {name for name, c in self.chosen.items() if nearest or c.bits == bits[name]}
         self._weights = {s.name: layers[s.layers[0]] for s in sites.weights if s.name in candidates}
         self._errors = {
             s.name: weight_errors(layers[s.layers[0]], [self.chosen[s.name]], spec, norms.get(s.layers[0])).whole()[0]
@@ -189,7 +200,7 @@ class _Path:
             samples: in each batch.
             advance: called after every batch of every point.
         """
-        total, end = dict.fromkeys(self.chosen, 0.0), math.nan
+        total, end = {name: 0.0 for name in self.chosen if name in self._wanted}, math.nan
         for t, weight in points:
             distance = 0.0
             with self._moved(t) as offsets:
@@ -225,35 +236,42 @@ class _Path:
         self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor]
     ) -> tuple[float, dict[str, float]]:
         """D at t, and ``< d D / d site, error of the site >`` of the sites that the outputs depend on."""
-        reads: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        out: dict[str, float] = {}
+        leaves: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+        def add(name: str, slope: torch.Tensor, error: torch.Tensor) -> None:
+            out[name] = out.get(name, 0.0) + _product(slope, error)
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 (error,) = self._rounding[site](x.detach())
             read = torch.add(x, error, alpha=t)
-            if torch.is_grad_enabled():
-                read = read if x.requires_grad else read.requires_grad_(True)
-                reads.append((site, read, error))
+            if site not in self._wanted:
+                return read
+            if torch.is_grad_enabled() and read.requires_grad:
+                # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
+                held = [error]
+                read.register_hook(lambda slope: add(site, slope, held.pop()))
+            elif torch.is_grad_enabled():
+                leaves.append((site, read.requires_grad_(True), error))
             return read
 
-        names = list(self._weights)
         with (
             torch.enable_grad(),
             isolated_eval(self._model),
             EffectiveWeights(self._weights, offsets) as effective,
             InputHooks(self._readers, self._site_of, visit),
         ):
-            for reader in self._weights.values():
+            weights = {n: reader for n, reader in self._weights.items() if n in self._wanted}
+            for reader in weights.values():
                 if not reader.recomputed:
                     reader.weight.requires_grad_(True)
             loss = target(self._model, batch)
-            leaves = [effective[n] for n in names] + [read for _, read, _ in reads]
-            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-        errors = [(n, self._errors[n]) for n in names] + [(site, error) for site, _, error in reads]
-        out: dict[str, float] = {}
-        for (name, error), slope in zip(errors, slopes):
+            leaves += [(name, effective[name], self._errors[name]) for name in weights]
+            slopes = torch.autograd.grad(loss, [leaf for _, leaf, _ in leaves], allow_unused=True)
+        for (name, _, error), slope in zip(leaves, slopes):
             if slope is not None:
-                out[name] = out.get(name, 0.0) + _product(slope, error)
+                add(name, slope, error)
         return float(loss.detach()), out
 
     @contextmanager
