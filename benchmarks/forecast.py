@@ -19,6 +19,7 @@ recipes/small_transformers), batches of 128. Judged by the KL divergence from th
    it was trained on, which makes divergences smaller there); the mean shares on the way to 24 other random plans of
    that mean, on 128 of these, in the place of those to uniform networks.
 4. ``mixed``: the same with activations of 4 bits on average, drawn likewise.
+5. ``four``: plans as in 3, of 4 bits on average: networks that still work, where those of part 3 are near chance.
 
 Spearman's rank correlation, and the median of measured / forecast. Every part is kept in the results file as soon as it
 is there, and not made again: delete the file to begin anew.
@@ -57,8 +58,8 @@ from hawq_lightning.selection import select
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WIDTHS = (2, 3, 4, 6, 8)
-MEANS, ACTIVATION_MEAN, PATHS = (2.5, 3.0), 4.0, 24
-PARTS = ("single", "again", "plans", "mixed")
+MEANS, FOUR, ACTIVATION_MEAN, PATHS = (2.5, 3.0), (4.0,), 4.0, 24
+PARTS = ("single", "again", "plans", "mixed", "four")
 MODES: tuple[Mode, ...] = ("fast", "accurate")
 
 
@@ -80,7 +81,7 @@ def random_bits(of: Sequence[Site], mean: float, generator: torch.Generator) -> 
 
 def whole_plans(
     net: nn.Module, batches: Batches, ahead: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any],
-    plans: int, keep: Callable[[], None], mixed: bool = False,
+    plans: int, keep: Callable[[], None], mixed: bool = False, means: Sequence[float] = MEANS,
 ) -> None:  # fmt: skip
     """Parts 3 and 4, into ``part``: forecasts, from the images ``ahead``, then a row a plan."""
     widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
@@ -89,7 +90,7 @@ def whole_plans(
     rows = part.setdefault("rows", [])
     generator = torch.Generator().manual_seed(1)
     drawn = []
-    for mean in MEANS * plans:
+    for mean in [*means] * plans:
         bits = random_bits(moved.weights, mean, generator)
         drawn.append((mean, bits | (random_bits(moved.activations, ACTIVATION_MEAN, generator) if mixed else {})))
     if len(rows) < len(drawn):
@@ -98,6 +99,8 @@ def whole_plans(
         forecasts = uniform_forecasts(net, ahead, batches, table, weighed, part.setdefault("forecasts", {}))
         keep()
         measured_plans(net, batches, held_out, Problem(moved, weighed, traces), forecasts, drawn, rows, keep)
+    if means is not MEANS:
+        return
     of_paths = paths(net, ahead[:1], table, weighed, part.setdefault("paths", {}), mixed)
     for row, (mean, bits) in zip(rows, drawn):
         for after, by_mean in of_paths.items():
@@ -216,11 +219,14 @@ def main() -> None:
         report["again"] = again(net, batches[: -(-args.images // BATCH)], table)
         keep()
     few = -(-args.plan_images // BATCH)
-    for name in ("plans", "mixed"):
+    for name in ("plans", "mixed", "four"):
         if name in args.parts:
             part = report.setdefault(name, {})
             ahead = held_out[few : 2 * few]
-            whole_plans(net, batches[:few], ahead, held_out[:few], table, part, args.plans, keep, name == "mixed")
+            whole_plans(
+                net, batches[:few], ahead, held_out[:few], table, part, args.plans, keep, mixed=name == "mixed",
+                means=FOUR if name == "four" else MEANS,
+            )  # fmt: skip
     print(tables(json.loads(json.dumps(report))))
 
 

@@ -54,7 +54,11 @@ def tables(report: Mapping[str, Any]) -> str:
         lines += single_sites(report["single"])
     if report.get("again", {}).get("rows"):
         lines += measured_again(report["again"]["rows"])
-    for name, what in (("plans", "of the weights"), ("mixed", "of weights and activations (4 bits on average)")):
+    for name, what in (
+        ("plans", "of the weights"),
+        ("four", "of the weights, 4 bits on average"),
+        ("mixed", "of weights and activations (4 bits on average)"),
+    ):
         if report.get(name, {}).get("rows"):
             lines += whole_plans(report[name], what, report["plan images"])
     return "\n".join(lines) + "\n"
