@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,21 @@ def test_shares_of_a_plan_add_up_to_its_distance():
         shares_of_plan(*given, {})
 
 
+def test_a_site_of_other_widths_moves_and_has_one_share():
+    """The input has 8 bits at every width: its gradient is wanted once, its error is in every uniform network."""
+    net, data = network(), batches()
+    table = sites(net, data[0][0])
+    weighed = candidates(net, data, None, table, classified, weight_bits=(2, 4, 8), activation_bits=(4, 8))
+    made = forecast(net, data, classified, table, weighed, mode="accurate")
+    (read,) = [s.name for s in table.activations if len(weighed[s.name]) == 1]
+    assert list(made.shares[read]) == [8] and made.shares[read][8] > 0
+    with loss_of_plan(net, data, FloatDistance(net, data, classified)) as measured:
+        for bits in (4, 8):
+            plan = select(Problem(table, weighed), None, "manual", bits={s.name: bits for s in table} | {read: 8})
+            assert measured(plan) == pytest.approx(made.measured_uniform[bits], rel=1e-4)
+            assert made.of(plan) == pytest.approx(made.forecast_uniform[bits])
+
+
 def test_shares_are_the_path_integral():
     """By two hundred points and plain autograd, weights alone."""
     net, data = network().double(), batches(1)
@@ -177,8 +193,12 @@ def test_what_was_not_looked_at_is_refused(tmp_path):
     net, data = network(), batches(1)
     plan, problem = planned(net, data)
     made = forecast(net, data, classified, problem.table, problem.candidates)
+    made = replace(made, start=0.5)
     made.save(tmp_path / "forecast.json")
     assert Forecast.load(tmp_path / "forecast.json") == made
+    assert made.of(plan) > 0.5
+    with pytest.raises(HawqError, match="start is -1"):
+        Forecast.from_dict(made.to_dict() | {"start": -1})
     with pytest.raises(HawqError, match="hawq_lightning.forecast"):
         Forecast.from_dict(made.to_dict() | {"format": "hawq_lightning.plan"})
     assert made.of(plan) == pytest.approx(made.of(plan.bits))
