@@ -50,6 +50,8 @@ def tables(report: Mapping[str, Any]) -> str:
         f"{report['date']}, {report['network']}, {report['images']} images, torch {report['torch']}, "
         f"{report['threads']} threads. Made by `benchmarks/forecast.py`, whose head says how.",
     ]  # fmt: skip
+    if report.get("note"):
+        lines += ["", report["note"]]
     if report.get("single", {}).get("rows"):
         lines += single_sites(report["single"])
     if report.get("again", {}).get("rows"):
