@@ -53,7 +53,24 @@ class Forecast:
         Raises:
             HawqError: a site or width that was not looked at.
         """
-        return self.start + math.fsum(self._share(name, bits) for name, bits in _bits(plan).items())
+        return self.start + math.fsum(self.share(name, bits) for name, bits in _bits(plan).items())
+
+    def share(self, name: str, bits: int) -> float:
+        """What one site adds.
+
+        Args:
+            name: of the site.
+            bits: at which.
+
+        Raises:
+            HawqError: a site or width that was not looked at.
+        """
+        if name not in self.shares:
+            raise HawqError(f"There is no forecast for site {name!r}.{nearest(name, self.shares)}")
+        if bits not in self.shares[name]:
+            widths = ", ".join(map(str, sorted(self.shares[name])))
+            raise HawqError(f"There is no forecast for site {name!r} at {bits} bits, but at {widths}.")
+        return self.shares[name][bits]
 
     def error(self, plan: Plan | Mapping[str, int]) -> float:
         """How far off :meth:`of` may be: what the uniform networks' forecasts were off, in proportion.
@@ -61,7 +78,7 @@ class Forecast:
         Args:
             plan: or site -> bits.
         """
-        return math.fsum(abs(self._share(name, bits)) * abs(self.residual(bits)) for name, bits in _bits(plan).items())
+        return math.fsum(abs(self.share(name, bits)) * abs(self.residual(bits)) for name, bits in _bits(plan).items())
 
     def residual(self, bits: int) -> float:
         """Forecast over measured distance of the uniform network of these bits, less 1; 0 where it was not measured."""
@@ -117,14 +134,6 @@ class Forecast:
             HawqError: no such file, no JSON, or damaged; the message names file and field.
         """
         return load_sealed(path, "forecast", cls.from_dict)
-
-    def _share(self, name: str, bits: int) -> float:
-        if name not in self.shares:
-            raise HawqError(f"There is no forecast for site {name!r}.{nearest(name, self.shares)}")
-        if bits not in self.shares[name]:
-            widths = ", ".join(map(str, sorted(self.shares[name])))
-            raise HawqError(f"There is no forecast for site {name!r} at {bits} bits, but at {widths}.")
-        return self.shares[name][bits]
 
 
 def _keyed(of_bits: Mapping[int, float]) -> JsonObject:

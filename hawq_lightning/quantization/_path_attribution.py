@@ -104,7 +104,7 @@ def forecast(
                 shares[name][bits] = value
     expected = {bits: math.fsum(shares[n][b] for n, b in of.items()) for bits, of in nearest.items()}
     start = 0.0
-    if after == "batchnorm":
+    if _BY_BATCH[after]:
         start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
     return Forecast(shares, expected, measured, mode, after, start)
 

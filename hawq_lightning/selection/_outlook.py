@@ -270,10 +270,10 @@ def forecast_of(problem: Problem, choices: Ints, forecast: Forecast) -> Floats:
         choices: ``[points, groups]`` positions in the groups' bits.
         forecast: of its sites.
     """
-    total = np.zeros(len(choices))
+    total = np.full(len(choices), forecast.start)
     for g, group in enumerate(problem.groups):
         names = [problem.sites[i].name for i in group.members]
-        shares = [math.fsum(forecast.of({name: b}) for name in names) for b in group.bits]
+        shares = [math.fsum(forecast.share(name, b) for name in names) for b in group.bits]
         total += np.asarray(shares)[choices[:, g]]
     return total
 

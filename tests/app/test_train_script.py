@@ -140,7 +140,7 @@ def test_analysis_trains_nothing(tmp_path, capsys):
     line = next(line for line in size_lines(folder) if line.startswith("8x: "))
     assert re.fullmatch(r"8x: KL [\d.e-]+, [\d.]+% of the predictions unchanged; with BatchNorm .*unchanged", line)
     show_outlook(folder)
-    assert "before any fine-tuning" in (said := capsys.readouterr().out) and "10 plans measured on" in said
+    assert "before any fine-tuning" in (said := capsys.readouterr().out) and "10 plans measured on" in said, said
     assert (folder / "figures" / "outlook.csv").is_file() and "right after quantizing: KL" in (
         (folder / "report.html").read_text(encoding="utf-8")
     )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hawq_lightning import HawqError, Plan, PlanSite, quantize, sites
 from hawq_lightning.export import compare, export, kernel_differences, to_integer_only
-from hawq_lightning.export.onnx import session
+from hawq_lightning.export.onnx import session, vector_instructions
 from tests.deployed_networks import NETWORKS
 from tests.internals import internal
 from tests.unit.export.test_onnx import CIFAR, WEIGHTS
@@ -152,9 +152,10 @@ def test_generated_networks_are_the_same_everywhere_and_close_to_the_kernels(tmp
     assert wanted.std(0).min() > 1e-3 and len(made.network.steps) > 6
     assert np.abs(outputs - kernels).max() < 0.05 * np.abs(kernels).max()
     found = kernel_differences(made, [x])
-    assert found.images == 6 and sum(v.one_step for v in found.layers.values()) <= 2
-    assert {"stem", *(f"layers.{p}" for p in parts)} <= set(found.layers)
-    assert max(v.largest for v in found.layers.values()) <= 4
+    assert found.images == 6 and {"stem", *(f"layers.{p}" for p in parts)} <= set(found.layers)
+    if vector_instructions() or max(widths) < 8:  # else the kernels' sums of products of 8-bit weights saturate
+        assert sum(v.one_step for v in found.layers.values()) <= 2
+        assert max(v.largest for v in found.layers.values()) <= 4
     about = {e.key: e.value for e in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
     assert about["hawq_lightning.form"] == "integer_only", "the file alone says what its integers stand for"
     assert json.loads(about["hawq_lightning.inputs"])[0]["scale"] == made.network.inputs[0].scale

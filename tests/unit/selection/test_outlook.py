@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hawq_lightning import HawqError
 from hawq_lightning.quantization import Forecast, PlanLoss
 from hawq_lightning.selection import (
     Outlook,
+    forecast_of,
     hold_against,
     look_ahead,
     omega_table,
@@ -43,6 +45,14 @@ def outlook_of(kind: str, **given) -> tuple:
     plans = look_ahead(front, problem, made)
     rows = hold_against(plans, made, measured)
     return Outlook({made.after: made}, omega_table(problem), rows, 512, "samples"), front, made, measured, plans
+
+
+def test_the_forecasts_of_a_frontier_are_those_of_its_plans():
+    problem, front, made, _ = world("forecast", after="batchnorm")
+    made = replace(made, start=0.05)
+    points = np.linspace(0, len(front) - 1, 20).astype(int)
+    along = forecast_of(problem, front.choices(points), made)
+    assert along == pytest.approx([made.of(front.plan(int(i))) for i in points]) and along.min() > 0.05
 
 
 @pytest.mark.parametrize("kind", ["omega", "forecast", "both"])
