@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,6 +35,7 @@ def look_ahead(
     Returns:
         label and plan.
     """
+    forecast = replace(forecast, start=0.0)  # the same for all: plans are spread by the rest
     widths = sorted({b for g in problem.groups if g.kind == "weight" for b in g.bits})
     uniform = [(b, c) for b in widths if (c := uniform_choice(problem, b, None)) is not None and problem.pairs_fit(c)]
     low, high = _OF_INTEREST
