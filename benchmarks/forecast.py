@@ -83,7 +83,7 @@ def whole_plans(
     net: nn.Module, batches: Batches, ahead: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any],
     plans: int, keep: Callable[[], None], mixed: bool = False, means: Sequence[float] = MEANS,
 ) -> None:  # fmt: skip
-    """Parts 3 and 4, into ``part``: forecasts, from the images ``ahead``, then a row a plan."""
+    """Parts 3 to 5, into ``part``: forecasts, from the images ``ahead``, then a row a plan."""
     widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
     weighed = candidates(net, batches, None, table, loss_fn, **widths)
     moved = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)  # without the network's own input
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--plan-images", type=int, default=256, help="for the second part")
+    parser.add_argument("--plan-images", type=int, default=256, help="for whole plans")
     parser.add_argument("--plans", type=int, default=128, help="of each mean")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

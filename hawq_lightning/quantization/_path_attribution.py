@@ -88,7 +88,7 @@ def forecast(
     target = FloatDistance(model, batches, loss_fn, by_batch=_BY_BATCH[after])
     widths = sorted({c.bits for listed in candidates.values() for c in listed})
     shares: dict[str, dict[int, float]] = {name: {} for name in candidates}
-    nearest: dict[int, dict[str, int]] = {}
+    taken: dict[int, dict[str, int]] = {}
     measured: dict[int, float] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = on_device(batches, device)
@@ -99,10 +99,10 @@ def forecast(
             path = _Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
             total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)))
             measured[bits] = path.distance(target, moved, samples) if math.isnan(end) else end
-            nearest[bits] = {name: c.bits for name, c in path.chosen.items()}
+            taken[bits] = {name: c.bits for name, c in path.chosen.items()}
             for name, value in total.items():
                 shares[name][bits] = value
-    expected = {bits: math.fsum(shares[n][b] for n, b in of.items()) for bits, of in nearest.items()}
+    expected = {bits: math.fsum(shares[n][b] for n, b in of.items()) for bits, of in taken.items()}
     start = 0.0
     if _BY_BATCH[after]:
         start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
@@ -170,7 +170,7 @@ class _Path:
             name: min(listed, key=lambda c: (abs(c.bits - bits[name]), -c.bits)) for name, listed in candidates.items()
         }
         self._model = model
-        self._wanted = {name for name, c in self.chosen.items() if nearest or c.bits == bits[name]}
+        self._wanted = [name for name, c in self.chosen.items() if nearest or c.bits == bits[name]]
         self._weights = {s.name: layers[s.layers[0]] for s in sites.weights if s.name in candidates}
         self._errors = {
             s.name: weight_errors(layers[s.layers[0]], [self.chosen[s.name]], spec, norms.get(s.layers[0])).whole()[0]
@@ -200,7 +200,7 @@ class _Path:
             samples: in each batch.
             advance: called after every batch of every point.
         """
-        total, end = {name: 0.0 for name in self.chosen if name in self._wanted}, math.nan
+        total, end = dict.fromkeys(self._wanted, 0.0), math.nan
         for t, weight in points:
             distance = 0.0
             with self._moved(t) as offsets:
