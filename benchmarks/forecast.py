@@ -81,7 +81,8 @@ def random_bits(of: Sequence[Site], mean: float, generator: torch.Generator) -> 
 
 def whole_plans(
     net: nn.Module, batches: Batches, ahead: Batches, held_out: Batches, table: SiteTable, part: dict[str, Any],
-    plans: int, keep: Callable[[], None], mixed: bool = False, means: Sequence[float] = MEANS,
+    plans: int, keep: Callable[[], None],
+    mixed: bool = False, means: Sequence[float] = MEANS, random_paths: bool = True,
 ) -> None:  # fmt: skip
     """Parts 3 to 5, into ``part``: forecasts, from the images ``ahead``, then a row a plan."""
     widths = {"weight_bits": WIDTHS, "activation_bits": WIDTHS if mixed else None, "input_bits": None}
@@ -99,9 +100,9 @@ def whole_plans(
         forecasts = uniform_forecasts(net, ahead, batches, table, weighed, part.setdefault("forecasts", {}))
         keep()
         measured_plans(net, batches, held_out, Problem(moved, weighed, traces), forecasts, drawn, rows, keep)
-    if means is not MEANS:
+    if not random_paths:
         return
-    of_paths = paths(net, ahead[:1], table, weighed, part.setdefault("paths", {}), mixed)
+    of_paths = paths(net, ahead[:1], table, weighed, part.setdefault("paths", {}), means, mixed)
     for row, (mean, bits) in zip(rows, drawn):
         for after, by_mean in of_paths.items():
             row[f"paths, after {after}"] = sum(nearest_share(by_mean[str(mean)][n], b) for n, b in bits.items())
@@ -157,11 +158,12 @@ def measured_plans(
 
 
 def paths(
-    net: nn.Module, batches: Batches, table: SiteTable, weighed: Candidates, known: dict[str, Any], mixed: bool
-) -> dict[str, Any]:
+    net: nn.Module, batches: Batches, table: SiteTable, weighed: Candidates, known: dict[str, Any],
+    means: Sequence[float], mixed: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Stage -> mean bits -> site -> bits -> mean share of the site over random plans that are not those judged."""
     for after in stages_of(net):
-        for mean in MEANS:
+        for mean in means:
             if str(mean) in known.setdefault(after, {}):
                 continue
             generator = torch.Generator().manual_seed(7)
@@ -223,10 +225,8 @@ def main() -> None:
         if name in args.parts:
             part = report.setdefault(name, {})
             ahead = held_out[few : 2 * few]
-            whole_plans(
-                net, batches[:few], ahead, held_out[:few], table, part, args.plans, keep, mixed=name == "mixed",
-                means=FOUR if name == "four" else MEANS,
-            )  # fmt: skip
+            how = {"means": FOUR, "random_paths": False} if name == "four" else {"mixed": name == "mixed"}
+            whole_plans(net, batches[:few], ahead, held_out[:few], table, part, args.plans, keep, **how)
     print(tables(json.loads(json.dumps(report))))
 
 

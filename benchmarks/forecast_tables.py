@@ -120,7 +120,7 @@ def whole_plans(part: Mapping[str, Any], what: str, images: int) -> list[str]:
             cells = []
             for after in STAGES:
                 predicted = key if key == "omega" else f"{key}, after {after}"
-                if predicted not in some[0] or f"after {after}" not in some[0]:
+                if not all(predicted in r and f"after {after}" in r for r in some):
                     cells.append("")
                     continue
                 cell = "{:.3f}; {:.2f}".format(*correlation(some, predicted, f"after {after}"))
