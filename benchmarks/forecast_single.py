@@ -10,7 +10,7 @@ from forecast_subjects import Batches, kl, loss_fn
 from torch import nn
 
 from hawq_lightning import Candidates, SiteTable, candidates, measure
-from hawq_lightning.quantization import FloatDistance, loss_per_site, rounding_errors
+from hawq_lightning.quantization import FloatDistance, loss_per_site, new_statistics, rounding_errors
 
 SINGLE = (2, 3, 4)
 
@@ -67,11 +67,6 @@ def again(net: nn.Module, batches: Batches, table: SiteTable) -> dict[str, Any]:
 @torch.no_grad()
 def measured_again(net: nn.Module, batches: Batches) -> None:
     """BatchNorm statistics are the plain averages of the batches."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.training = True
-    for batch in batches:
-        net(batch[0])
-    net.eval()
+    with new_statistics(net):
+        for batch in batches:
+            net(batch[0])

@@ -8,7 +8,6 @@ from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from hawq_lightning._candidates import Candidates
 from hawq_lightning._config import MeasureConfig, QuantizerConfig
@@ -26,6 +25,7 @@ from hawq_lightning.quantization import (
     distance_of_plan,
     forecast,
     loss_per_site,
+    norms_with_statistics,
     quantizer_of,
 )
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
@@ -92,8 +92,7 @@ class HeldOut:
     @property
     def has_norms(self) -> bool:
         """Whether measuring BatchNorm statistics again changes anything."""
-        norms = (m for m in self._module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        return any(m.running_mean is not None for m in norms)
+        return bool(norms_with_statistics(self._module))
 
     def forecast(self, table: SiteTable, candidates: Candidates, mode: Mode, after: After, progress: bool) -> Forecast:
         """What plans will cost, from the data that are not held out.

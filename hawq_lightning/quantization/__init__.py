@@ -47,6 +47,7 @@ from hawq_lightning.quantization._modules import (
     to_fake_quantized,
     with_quantizers,
 )
+from hawq_lightning.quantization._norm_statistics import new_statistics, norms_with_statistics
 from hawq_lightning.quantization._off_grid import off_grid, warn_off_grid
 from hawq_lightning.quantization._path_attribution import forecast, shares_of_plan
 from hawq_lightning.quantization._plan_distance import distance_of_plan
@@ -133,6 +134,8 @@ __all__ = [
     "loss_of_plan",
     "loss_per_site",
     "network_inputs",
+    "new_statistics",
+    "norms_with_statistics",
     "off_grid",
     "per_channel_view",
     "plan_of",

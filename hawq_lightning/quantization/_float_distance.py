@@ -7,15 +7,17 @@ has a slope there, which is mostly noise of the images at hand.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
+from hawq_lightning.quantization._norm_statistics import batch_statistics, new_statistics, norms_with_statistics
 from hawq_lightning.sensitivity import batch_digest, isolated_eval, on_device, repeatable
 
 _Tensors = dict[str, list[torch.Tensor]]
@@ -179,38 +181,12 @@ def distance_of_new_statistics(
         samples: in each of the batches.
         statistics: batches by which BatchNorm is measured again; ``None``: the same.
     """
-    norms = [m for m in _norms(model) if m.running_mean is not None]
-    if not norms:
+    if not norms_with_statistics(model):
         return 0.0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved, target = on_device(batches, device), FloatDistance(model, batches, loss_fn)
-    momenta = [m.momentum for m in norms]
-    with isolated_eval(model), torch.no_grad():  # which puts statistics and modes back
-        try:
-            for m in norms:
-                m.reset_running_stats()
-                m.training, m.momentum = True, None  # the plain average of all batches
+    with isolated_eval(model), torch.no_grad():  # which puts the statistics back
+        with new_statistics(model):
             for batch in on_device(batches if statistics is None else statistics, device):
-                loss_fn(model, batch)
-        finally:
-            for m, momentum in zip(norms, momenta):
-                m.training, m.momentum = False, momentum
+                loss_fn(model, fresh_copy(batch))
         return sum(float(target(model, b)) * n for b, n in zip(moved, samples)) / sum(samples)
-
-
-def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-@contextlib.contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, every BatchNorm takes the statistics of its batch, and its running ones stay."""
-    norms = _norms(model)
-    before = [(m, m.training, m.momentum) for m in norms]
-    try:
-        for m in norms:
-            m.training, m.momentum = True, 0.0
-        yield
-    finally:
-        for m, training, momentum in before:
-            m.training, m.momentum = training, momentum

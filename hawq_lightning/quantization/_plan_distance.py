@@ -12,6 +12,7 @@ from hawq_lightning._batches import batch_images
 from hawq_lightning._plan import Plan
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
+from hawq_lightning.quantization._norm_statistics import norms_of
 from hawq_lightning.quantization._registry import QuantizerSpec
 from hawq_lightning.quantization._trial import plans_in_place
 from hawq_lightning.sensitivity import on_device
@@ -70,8 +71,7 @@ def _mean(losses: Sequence[PlanLoss], samples: Sequence[int]) -> PlanLoss:
 @contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
     """Afterwards every BatchNorm has the running statistics that it had."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(b, b.detach().clone()) for m in norms for b in m.buffers(recurse=False)]
+    before = [(b, b.detach().clone()) for m in norms_of(model).values() for b in m.buffers(recurse=False)]
     try:
         yield
     finally:

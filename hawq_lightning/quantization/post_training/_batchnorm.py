@@ -8,6 +8,7 @@ from torch import nn
 
 from hawq_lightning._batches import default_forward
 from hawq_lightning._types import Batch
+from hawq_lightning.quantization._norm_statistics import new_statistics, norms_with_statistics
 from hawq_lightning.quantization.post_training._reference import FloatReference, Forward, prepared, still
 
 _MOMENTUM = 0.1
@@ -43,31 +44,18 @@ def reestimate_batchnorm(
         HawqError: no quantizer is enabled, or no batches.
     """
     layers, calibration = prepared(model, batches)
-    norms = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
-    }
-    old = {n: (m.running_var.clone(), m.momentum) for n, m in norms.items() if m.running_var is not None}
+    norms = norms_with_statistics(model)
+    old = {n: m.running_var.clone() for n, m in norms.items() if m.running_var is not None}
     folding = [m for m in layers.values() if m.weight_quantizer.bits and m.weight_quantizer.folding]
-    with still(model):
-        try:
-            for m in norms.values():
-                if not folding:
-                    m.reset_running_stats()
-                m.momentum = _MOMENTUM if folding else None  # None: the plain average of all batches
-                m.training = True
-            for _ in range(-(-_UPDATES // len(calibration)) if folding else 1):
-                for batch in calibration:
-                    forward(model, batch)
-                    for layer in folding:
-                        quantizer = layer.weight_quantizer
-                        quantizer.fit(layer.weight, quantizer.bits, quantizer.code)
-        finally:
-            for n, m in norms.items():
-                m.momentum = old[n][1]
+    with still(model), new_statistics(model, _MOMENTUM if folding else None):
+        for _ in range(-(-_UPDATES // len(calibration)) if folding else 1):
+            for batch in calibration:
+                forward(model, batch)
+                for layer in folding:
+                    quantizer = layer.weight_quantizer
+                    quantizer.fit(layer.weight, quantizer.bits, quantizer.code)
     return {
-        n: float((m.running_var / old[n][0].clamp_min(1e-30)).sqrt().mean())
+        n: float((m.running_var / old[n].clamp_min(1e-30)).sqrt().mean())
         for n, m in norms.items()
         if m.running_var is not None
     }
