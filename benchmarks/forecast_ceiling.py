@@ -10,9 +10,9 @@ every site's width adds (to the KL, to its logarithm, to its rank), and is judge
 Spearman rank correlation is what numbers that were taught by hundreds of measurements reach; a forecast has none. How
 much of the rest is chance of the images is told by a second set of 256 images.
 
-Between the two: P's shares (three points, 256 training images) with what 16, 48 or 96 measured plans say beside them,
-by ridge regression of the logarithm of KL / P on the widths, each reaching the square root of its share; judged
-on the other plans, mean over 20 draws of the measured ones. Stopped, the same command goes on.
+Between the two: P's shares (three points, 256 held-out images of neither set) with what 16, 48 or 96 measured plans
+say beside them, by ridge regression of the logarithm of KL / P on the widths, each reaching the square root of its
+share; judged on the other plans, mean over 20 draws of the measured ones. Stopped, the same command goes on.
 
 Results: benchmarks/results/forecast_ceiling.{json,md}.
 """
@@ -51,7 +51,7 @@ def measured(args: argparse.Namespace, known: dict[str, Any], keep: Any) -> None
     chosen = SiteTable(tuple(s for s in table if s.name in weighed), table.layers)
     problem = Problem(chosen, weighed, traces)
     if "shares" not in known:
-        made = forecast(net, batches[:SET], loss_fn, table, weighed, mode="accurate")
+        made = forecast(net, held_out[2 * SET : 3 * SET], loss_fn, table, weighed, mode="accurate")
         known["shares"] = [[made.shares[s.name][w] for w in WIDTHS] for s in chosen.weights]
     sets = [held_out[:SET], held_out[SET : 2 * SET]]
     targets = [FloatDistance(net, images, loss_fn) for images in sets]
