@@ -5,23 +5,14 @@ from hawq_lightning._config import check_bits
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.quantization import methods  # noqa: F401  the quantizers register themselves
 from hawq_lightning.quantization._apply import (
-    check_plan,
     disable,
     enable,
     enable_site,
-    enabled_bits,
-    fake_quant_disabled,
-    plan_of,
     prepare,
     quantize,
-    quantized_layers,
-    quantized_reads,
-    quantizers,
     reestimate,
-    refresh,
     tie_scales,
     unquantize,
-    with_quantizer,
 )
 from hawq_lightning.quantization._attention import (
     QuantizedOperand,
@@ -32,8 +23,18 @@ from hawq_lightning.quantization._attention import (
     with_operand,
 )
 from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
+from hawq_lightning.quantization._check_plan import check_plan, with_quantizer
 from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
+from hawq_lightning.quantization._enabled import (
+    enabled_bits,
+    fake_quant_disabled,
+    plan_of,
+    quantized_layers,
+    quantized_reads,
+    quantizers,
+    refresh,
+)
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
 from hawq_lightning.quantization._forecast import After, Forecast, Mode

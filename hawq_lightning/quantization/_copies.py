@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from hawq_lightning._plan import Plan
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning.layers import FakeQuantLayer, OperandReader, WeightReader, holder_of, layer_type
-from hawq_lightning.quantization._apply import enabled_bits, plan_of
 from hawq_lightning.quantization._attention import put_attention, quantized_operands, spec_of_attention
+from hawq_lightning.quantization._enabled import enabled_bits, plan_of
 from hawq_lightning.quantization._modules import quantizers_in, spec_of, to_fake_quantized
 from hawq_lightning.quantization._quantizer import Quantizer
 from hawq_lightning.quantization._results import biases_of, put_alike, quantized_results

@@ -16,15 +16,10 @@ from hawq_lightning._site_table import Site, SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.layers import holder_of, put_holder, renew_weight
-from hawq_lightning.quantization._apply import (
-    check_plan,
-    disable,
-    enable_site,
-    prepare,
-    quantized_layers,
-    quantizers,
-)
+from hawq_lightning.quantization._apply import disable, enable_site, prepare
 from hawq_lightning.quantization._attention import QuantizedOperand, drop_attention, quantized_operands
+from hawq_lightning.quantization._check_plan import check_plan
+from hawq_lightning.quantization._enabled import quantized_layers, quantizers
 from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._modules import QuantizedWeight, quantizers_in, to_float

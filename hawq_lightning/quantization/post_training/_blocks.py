@@ -19,7 +19,7 @@ from hawq_lightning._batches import default_forward
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._types import Batch
 from hawq_lightning.layers import forget_calls
-from hawq_lightning.quantization._apply import identities
+from hawq_lightning.quantization._enabled import identities
 from hawq_lightning.quantization._fake_quantize import per_channel_view
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.quantization.post_training._adaround import on_even_grid, shared

@@ -12,7 +12,7 @@ from torch import nn
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import WeightReader, forget_calls
-from hawq_lightning.quantization._apply import fake_quant_disabled, quantized_layers, quantizers
+from hawq_lightning.quantization._enabled import fake_quant_disabled, quantized_layers, quantizers
 from hawq_lightning.quantization._modules import QuantizedWeight
 from hawq_lightning.sensitivity import OnDevice, noisy_modules, on_device, random_states_kept
 
