@@ -22,7 +22,7 @@ from hawq_lightning.quantization._attention import (
     quantized_operands,
     with_operand,
 )
-from hawq_lightning.quantization._candidates import candidates, weight_candidates, weight_code_formats
+from hawq_lightning.quantization._candidates import candidates
 from hawq_lightning.quantization._check_plan import check_plan, with_quantizer
 from hawq_lightning.quantization._copies import NetworkCopies, plan_with_copies, prepare_alike
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
@@ -85,6 +85,7 @@ from hawq_lightning.quantization._trial import (
     temporarily_quantized,
 )
 from hawq_lightning.quantization._use_kernel import use_kernel
+from hawq_lightning.quantization._weight_candidates import weight_candidates, weight_code_formats
 
 __all__ = [
     "CODE_FORMATS",
