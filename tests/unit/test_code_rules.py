@@ -22,7 +22,7 @@ MOST_ANY = 10  # times the word in a thousand lines
 # words that are also names of entries, but mean something else in these files
 OTHER_WORDS = {
     "_block_order.py": {"omega"},  # an order, beside omega_ascending
-    "_candidates.py": {"auto"},  # of a setting: no code format
+    "_weight_candidates.py": {"auto"},  # of a setting: no code format
     "_eigen.py": {"ggn"},  # one of two matrices, beside the Hessian
 }
 for _name in ("_recorder", "_card", "_checks", "_summary", "_sweep_page", "_text"):
