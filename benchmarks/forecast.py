@@ -22,7 +22,7 @@ recipes/small_transformers), batches of 128. Judged by the KL divergence from th
 5. ``four``: plans as in 3, of 4 bits on average: networks that still work, where those of part 3 are near chance.
 
 Spearman's rank correlation, and the median of measured / forecast. Every part is kept in the results file as soon as it
-is there, and not made again: delete the file to begin anew.
+is there, and not made again: delete the file to begin anew, or "forecasts" of a part to forecast its plans again.
 
 Results: benchmarks/results/forecast_NETWORK.{json,md}.
 """
@@ -94,11 +94,14 @@ def whole_plans(
     for mean in [*means] * plans:
         bits = random_bits(moved.weights, mean, generator)
         drawn.append((mean, bits | (random_bits(moved.activations, ACTIVATION_MEAN, generator) if mixed else {})))
+    if len(rows) < len(drawn) or "forecasts" not in part:
+        forecasts = uniform_forecasts(net, ahead, batches, table, weighed, part.setdefault("forecasts", {}))
+        for row, (_, bits) in zip(rows, drawn):
+            row |= {name: made.of(bits) for name, made in forecasts.items()}
+        keep()
     if len(rows) < len(drawn):
         traces = measure(net, batches, loss_fn, sites=table, progress=False)
         weighed = candidates(net, batches, traces, table, loss_fn, **widths)
-        forecasts = uniform_forecasts(net, ahead, batches, table, weighed, part.setdefault("forecasts", {}))
-        keep()
         measured_plans(net, batches, held_out, Problem(moved, weighed, traces), forecasts, drawn, rows, keep)
     if not random_paths:
         return
@@ -128,7 +131,7 @@ def uniform_forecasts(
             )
             found[name] = {
                 "seconds": time.process_time() - began, "forecast": dict(made.forecast_uniform),
-                "measured": dict(made.measured_uniform), "start": made.start,
+                "measured": dict(made.measured_uniform), "start": made.start, "tangent": made.tangent is not None,
             }  # fmt: skip
     return forecasts
 

@@ -37,7 +37,7 @@ from hawq_lightning.quantization._enabled import (
 )
 from hawq_lightning.quantization._fake_quantize import MIDRISE_ZERO, fake_quantize_tensor, per_channel_view
 from hawq_lightning.quantization._float_distance import FloatDistance, PlanLoss
-from hawq_lightning.quantization._forecast import After, Forecast, Mode
+from hawq_lightning.quantization._forecast import After, Forecast, Mode, Tangent
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._integer_bias import IntegerBias
 from hawq_lightning.quantization._modules import (
@@ -110,6 +110,7 @@ __all__ = [
     "Quantizer",
     "QuantizerSpec",
     "Storage",
+    "Tangent",
     "WeightQuantizer",
     "activation_step",
     "bake_biases",

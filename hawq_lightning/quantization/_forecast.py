@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hawq_lightning._config import ForecastMode
 from hawq_lightning._errors import HawqError, choice, nearest
@@ -16,12 +19,33 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._sealed import load_sealed
 from hawq_lightning._types import JsonObject
 
+Floats: TypeAlias = NDArray[np.float64]
 FORMAT = "hawq_lightning.forecast"
 VERSION = 1
 Mode = ForecastMode
 """One point of the path, which ranks plans; or three, which give the size as well."""
 After = Literal["quantizing", "batchnorm"]
 """The network as it is quantized, or with its BatchNorm statistics measured again."""
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """The distance near the network of the lowest widths, where it has flattened: ``level + sum of slopes``.
+
+    Attributes:
+        level: what the tangent has where no site has an error.
+        slopes: site -> bits -> slope along the site's rounding error.
+        end: distance of the network of the lowest widths, measured.
+    """
+
+    level: float
+    slopes: Mapping[str, Mapping[int, float]]
+    end: float
+
+    @property
+    def at_end(self) -> float:
+        """What the tangent has at the network of the lowest widths, where :attr:`end` was measured."""
+        return self.level + math.fsum(of_site[min(of_site)] for of_site in self.slopes.values() if of_site)
 
 
 @dataclass(frozen=True)
@@ -35,6 +59,8 @@ class Forecast:
         mode: ``fast`` or ``accurate``.
         after: ``quantizing`` or ``batchnorm``.
         start: the distance of the float network itself: with its BatchNorm statistics measured again.
+        tangent: tells plans apart that are nearly as far off as the network of the lowest widths; ``None``: the
+            distance does not flatten towards it, and shares tell.
     """
 
     shares: Mapping[str, Mapping[int, float]]
@@ -43,6 +69,7 @@ class Forecast:
     mode: Mode = "fast"
     after: After = "quantizing"
     start: float = 0.0
+    tangent: Tangent | None = None
 
     def of(self, plan: Plan | Mapping[str, int]) -> float:
         """The forecast of a plan.
@@ -53,7 +80,22 @@ class Forecast:
         Raises:
             HawqError: a site or width that was not looked at.
         """
-        return self.start + math.fsum(self.share(name, bits) for name, bits in _bits(plan).items())
+        bits = _bits(plan)
+        shares = math.fsum(self.share(name, b) for name, b in bits.items())
+        return float(self.of_sums(shares, math.fsum(self.slope(name, b) for name, b in bits.items())))
+
+    def of_sums(self, shares: Floats | float, slopes: Floats | float) -> Floats | float:
+        """The forecast from the sums over the sites: as far as shares go to the lowest network, its tangent counts.
+
+        Args:
+            shares: sum of :meth:`share`, of one plan or of many.
+            slopes: sum of :meth:`slope`.
+        """
+        if self.tangent is None:
+            return self.start + shares
+        near = np.clip(shares / self.tangent.end, 0.0, 1.0)
+        mixed: Floats | float = self.start + (1 - near) * shares + near * (self.tangent.level + slopes)
+        return mixed
 
     def share(self, name: str, bits: int) -> float:
         """What one site adds.
@@ -65,20 +107,33 @@ class Forecast:
         Raises:
             HawqError: a site or width that was not looked at.
         """
-        if name not in self.shares:
-            raise HawqError(f"There is no forecast for site {name!r}.{nearest(name, self.shares)}")
-        if bits not in self.shares[name]:
-            widths = ", ".join(map(str, sorted(self.shares[name])))
-            raise HawqError(f"There is no forecast for site {name!r} at {bits} bits, but at {widths}.")
-        return self.shares[name][bits]
+        return _looked_up(self.shares, name, bits)
+
+    def slope(self, name: str, bits: int) -> float:
+        """What one site adds to the tangent, 0 without one.
+
+        Args:
+            name: of the site.
+            bits: at which.
+
+        Raises:
+            HawqError: a site or width that was not looked at.
+        """
+        return 0.0 if self.tangent is None else _looked_up(self.tangent.slopes, name, bits)
 
     def error(self, plan: Plan | Mapping[str, int]) -> float:
-        """How far off :meth:`of` may be: what the uniform networks' forecasts were off, in proportion.
+        """How far off :meth:`of` may be: what shares and tangent were off at the uniform networks, in proportion.
 
         Args:
             plan: or site -> bits.
         """
-        return math.fsum(abs(self.share(name, bits)) * abs(self.residual(bits)) for name, bits in _bits(plan).items())
+        bits = _bits(plan)
+        shares = {name: self.share(name, b) for name, b in bits.items()}
+        off = math.fsum(abs(share) * abs(self.residual(bits[name])) for name, share in shares.items())
+        if self.tangent is None:
+            return off
+        near = min(max(math.fsum(shares.values()) / self.tangent.end, 0.0), 1.0)
+        return (1 - near) * off + near * abs(self.tangent.at_end - self.tangent.end)
 
     def residual(self, bits: int) -> float:
         """Forecast over measured distance of the uniform network of these bits, less 1; 0 where it was not measured."""
@@ -96,7 +151,12 @@ class Forecast:
             "forecast_uniform": _keyed(self.forecast_uniform),
             "measured_uniform": _keyed(self.measured_uniform),
             "start": self.start,
-        }
+            "tangent": None if self.tangent is None else {
+                "level": self.tangent.level,
+                "slopes": {name: _keyed(of_site) for name, of_site in self.tangent.slopes.items()},
+                "end": self.tangent.end,
+            },
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: object) -> Forecast:
@@ -110,14 +170,14 @@ class Forecast:
         if type(data.get("version")) is not int or data["version"] != VERSION:
             raise HawqError(f"Forecast version {shown(data.get('version'))} is unknown; this release reads {VERSION}.")
         try:
-            shares = table(data.get("shares"), "shares")
             return cls(
-                {str(name): _by_bits(of_site, f"shares of {shown(name)}") for name, of_site in shares.items()},
+                _by_site(data.get("shares"), "shares"),
                 _by_bits(data.get("forecast_uniform", {}), "forecast_uniform"),
                 _by_bits(data.get("measured_uniform", {}), "measured_uniform"),
                 choice("mode", data.get("mode"), get_args(Mode)),
                 choice("after", data.get("after"), get_args(After)),
                 number(data.get("start", 0.0), "start", 0.0),  # files of the first releases have none
+                _tangent(data.get("tangent")),
             )
         except HawqError as error:
             raise HawqError(f"The forecast is damaged: {str(error).rstrip('.')}.") from error
@@ -147,6 +207,33 @@ def _by_bits(data: object, what: str) -> dict[int, float]:
             raise HawqError(f"{what} has {shown(key)}, which is no number of bits")
         out[int(key)] = number(value, f"{what} at {key} bits")
     return out
+
+
+def _by_site(data: object, what: str) -> dict[str, dict[int, float]]:
+    return {str(name): _by_bits(of_site, f"{what} of {shown(name)}") for name, of_site in table(data, what).items()}
+
+
+def _tangent(data: object) -> Tangent | None:
+    if data is None:
+        return None
+    fields = table(data, "tangent")
+    slopes = _by_site(fields.get("slopes"), "slopes")
+    level, end = (
+        number(fields.get("level"), "level of the tangent"),
+        number(fields.get("end"), "end of the tangent", 0.0),
+    )
+    if not end > 0:
+        raise HawqError("end of the tangent is 0, where there is nothing to tell apart")
+    return Tangent(level, slopes, end)
+
+
+def _looked_up(of: Mapping[str, Mapping[int, float]], name: str, bits: int) -> float:
+    if name not in of:
+        raise HawqError(f"There is no forecast for site {name!r}.{nearest(name, of)}")
+    if bits not in of[name]:
+        widths = ", ".join(map(str, sorted(of[name])))
+        raise HawqError(f"There is no forecast for site {name!r} at {bits} bits, but at {widths}.")
+    return of[name][bits]
 
 
 def _bits(plan: Plan | Mapping[str, int]) -> Mapping[str, int]:

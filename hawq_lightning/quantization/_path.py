@@ -20,6 +20,7 @@ from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._fold import norms_to_fold
 from hawq_lightning.quantization._registry import quantizer_named
 from hawq_lightning.quantization._rounding_errors import ActivationRounding, weight_errors
+from hawq_lightning.quantization._tangent import SlopesOfEveryWidth, product
 from hawq_lightning.sensitivity import EffectiveWeights, InputHooks, isolated_eval
 
 
@@ -43,13 +44,13 @@ class Path:
         self.chosen: dict[str, Candidate] = {
             name: min(listed, key=lambda c: (abs(c.bits - bits[name]), -c.bits)) for name, listed in candidates.items()
         }
-        self._model = model
+        self._model, self._spec, self._candidates = model, spec, candidates
         self._wanted = [name for name, c in self.chosen.items() if nearest or c.bits == bits[name]]
         self._weights = {s.name: layers[s.layers[0]] for s in sites.weights if s.name in candidates}
+        self._norms = {s.name: norms.get(s.layers[0]) for s in sites.weights}
         self._errors = {
-            s.name: weight_errors(layers[s.layers[0]], [self.chosen[s.name]], spec, norms.get(s.layers[0])).whole()[0]
-            for s in sites.weights
-            if s.name in candidates
+            name: weight_errors(reader, [self.chosen[name]], spec, self._norms.get(name)).whole()[0]
+            for name, reader in self._weights.items()
         }
         self._rounding = {
             s.name: ActivationRounding([self.chosen[s.name]], spec, device)
@@ -63,7 +64,7 @@ class Path:
 
     def shares(
         self, points: Sequence[tuple[float, float]], target: FloatDistance, batches: Sequence[Batch],
-        samples: Sequence[int], advance: Callable[[], None] = lambda: None,
+        samples: Sequence[int], advance: Callable[[], None] = lambda: None, every: SlopesOfEveryWidth | None = None,
     ) -> tuple[dict[str, float], float]:  # fmt: skip
         """What every site adds, the mean over samples, and the distance at the end where that is one of the points.
 
@@ -73,20 +74,39 @@ class Path:
             batches: on the model's device.
             samples: in each batch.
             advance: called after every batch of every point.
+            every: is shown the slopes of all sites at its point.
         """
         total, end = dict.fromkeys(self._wanted, 0.0), math.nan
         for t, weight in points:
-            distance = 0.0
+            distance, looking = 0.0, every if every is not None and every.at == t else None
             with self._moved(t) as offsets:
                 for batch, count in zip(batches, samples):
                     share = count / sum(samples)
-                    here, slopes = self._slopes(target, batch, t, offsets)
+                    seen = None if looking is None else looking.of_batch(share)
+                    here, slopes = self._slopes(target, batch, t, offsets, seen)
                     distance += share * here
                     for name, value in slopes.items():
-                        total[name] += weight * share * value
+                        if name in total:
+                            total[name] += weight * share * value
+                        if looking is not None:
+                            looking.along_path += share * value
                     advance()
+            if looking is not None:
+                looking.distance = distance
             end = distance if t == 1 else end
         return total, end
+
+    def every_width(self, at: float) -> SlopesOfEveryWidth:
+        """For :meth:`shares`: the slopes of all sites along the errors of all their widths.
+
+        Args:
+            at: point of the path, one of those that shares are taken at.
+        """
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        listed = {name: list({c.bits: c for c in reversed(of)}.values()) for name, of in self._candidates.items()}
+        rounding = {name: ActivationRounding(listed[name], self._spec, device) for name in self._rounding}
+        weights = {name: (reader, self._norms.get(name)) for name, reader in self._weights.items()}
+        return SlopesOfEveryWidth(at, listed, weights, rounding, self._spec)
 
     def distance(self, target: FloatDistance, batches: Sequence[Batch], samples: Sequence[int]) -> float:
         """At the end of the path."""
@@ -107,27 +127,35 @@ class Path:
         return sum(v * count for v, count in zip(values, samples)) / sum(samples)
 
     def _slopes(
-        self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor]
-    ) -> tuple[float, dict[str, float]]:
-        """D at t, and ``< d D / d site, error of the site >`` of the sites that the outputs depend on."""
-        out: dict[str, float] = {}
-        leaves: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor],
+        seen: Callable[[str, torch.Tensor | None, torch.Tensor], None] | None,
+    ) -> tuple[float, dict[str, float]]:  # fmt: skip
+        """D at t, and ``< d D / d site, error of the site >`` of the sites that the outputs depend on.
 
-        def add(name: str, slope: torch.Tensor, error: torch.Tensor) -> None:
-            out[name] = out.get(name, 0.0) + _product(slope, error)
+        ``seen`` is told site, what it read (of a weight nothing) and the slope there, of all sites.
+        """
+        out: dict[str, float] = {}
+        leaves: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        wanted = set(self._wanted if seen is None else self.chosen)
+
+        def add(name: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor | None) -> None:
+            out[name] = out.get(name, 0.0) + product(slope, error)
+            if seen is not None:
+                seen(name, x, slope)
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
+            plain = x.detach()
             with torch.no_grad():
-                (error,) = self._rounding[site](x.detach())
+                (error,) = self._rounding[site](plain)
             read = torch.add(x, error, alpha=t)
-            if site not in self._wanted:
+            if site not in wanted:
                 return read
             if torch.is_grad_enabled() and read.requires_grad:
                 # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
-                held = [error]
-                read.register_hook(lambda slope: add(site, slope, held.pop()))
+                held = [(error, None if seen is None else plain)]
+                read.register_hook(lambda slope: add(site, slope, *held.pop()))
             elif torch.is_grad_enabled():
-                leaves.append((site, read.requires_grad_(True), error))
+                leaves.append((site, read.requires_grad_(True), error, plain))
             return read
 
         with (
@@ -136,16 +164,16 @@ class Path:
             EffectiveWeights(self._weights, offsets) as effective,
             InputHooks(self._readers, self._site_of, visit),
         ):
-            weights = {n: reader for n, reader in self._weights.items() if n in self._wanted}
+            weights = {n: reader for n, reader in self._weights.items() if n in wanted}
             for reader in weights.values():
                 if not reader.recomputed:
                     reader.weight.requires_grad_(True)
             loss = target(self._model, batch)
-            leaves += [(name, effective[name], self._errors[name]) for name in weights]
-            slopes = torch.autograd.grad(loss, [leaf for _, leaf, _ in leaves], allow_unused=True)
-        for (name, _, error), slope in zip(leaves, slopes):
+            leaves += [(name, effective[name], self._errors[name], None) for name in weights]
+            slopes = torch.autograd.grad(loss, [leaf for _, leaf, *_ in leaves], allow_unused=True)
+        for (name, _, error, x), slope in zip(leaves, slopes):
             if slope is not None:
-                add(name, slope, error)
+                add(name, slope, error, x)
         return float(loss.detach()), out
 
     @contextmanager
@@ -161,9 +189,3 @@ class Path:
         finally:
             for n, w in plain.items():
                 w.copy_(before[n])
-
-
-def _product(slope: torch.Tensor, error: torch.Tensor) -> float:
-    """Their inner product, in float32 at least."""
-    wide = torch.promote_types(slope.dtype, torch.float32)
-    return float(torch.dot(slope.flatten().to(wide), error.flatten().to(wide)))

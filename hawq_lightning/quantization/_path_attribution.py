@@ -29,7 +29,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.quantization._float_distance import FloatDistance, distance_of_new_statistics
-from hawq_lightning.quantization._forecast import After, Forecast, Mode
+from hawq_lightning.quantization._forecast import After, Forecast, Mode, Tangent
 from hawq_lightning.quantization._path import Path
 from hawq_lightning.sensitivity import on_device
 
@@ -83,6 +83,7 @@ def forecast(
     shares: dict[str, dict[int, float]] = {name: {} for name in candidates}
     taken: dict[int, dict[str, int]] = {}
     measured: dict[int, float] = {}
+    tangent: Tangent | None = None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = on_device(batches, device)
     samples = moved.samples(batch_size_fn)
@@ -90,8 +91,10 @@ def forecast(
     with progress_bar("Forecast", len(widths) * len(batches) * len(_POINTS[mode]), progress) as advance:
         for bits in widths:
             path = Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
-            total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)))
+            every = path.every_width(max(t for t, _ in _POINTS[mode] if t < 1)) if bits == widths[0] else None
+            total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)), every)
             measured[bits] = path.distance(target, moved, samples) if math.isnan(end) else end
+            tangent = every.tangent(measured[bits]) if every is not None else tangent
             taken[bits] = {name: c.bits for name, c in path.chosen.items()}
             for name, value in total.items():
                 shares[name][bits] = value
@@ -99,7 +102,7 @@ def forecast(
     start = 0.0
     if _BY_BATCH[after]:
         start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
-    return Forecast(shares, expected, measured, mode, after, start)
+    return Forecast(shares, expected, measured, mode, after, start, tangent)
 
 
 def shares_of_plan(

@@ -270,12 +270,12 @@ def forecast_of(problem: Problem, choices: Ints, forecast: Forecast) -> Floats:
         choices: ``[points, groups]`` positions in the groups' bits.
         forecast: of its sites.
     """
-    total = np.full(len(choices), forecast.start)
+    shares, slopes = np.zeros(len(choices)), np.zeros(len(choices))
     for g, group in enumerate(problem.groups):
         names = [problem.sites[i].name for i in group.members]
-        shares = [math.fsum(forecast.share(name, b) for name in names) for b in group.bits]
-        total += np.asarray(shares)[choices[:, g]]
-    return total
+        for total, of in ((shares, forecast.share), (slopes, forecast.slope)):
+            total += np.asarray([math.fsum(of(name, b) for name in names) for b in group.bits])[choices[:, g]]
+    return np.asarray(forecast.of_sums(shares, slopes))
 
 
 def omega_table(problem: Problem) -> dict[str, dict[int, float]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hawq_lightning import HawqError
-from hawq_lightning.quantization import Forecast, PlanLoss
+from hawq_lightning.quantization import Forecast, PlanLoss, Tangent
 from hawq_lightning.selection import (
     Outlook,
     forecast_of,
@@ -47,9 +47,12 @@ def outlook_of(kind: str, **given) -> tuple:
     return Outlook({made.after: made}, omega_table(problem), rows, 512, "samples"), front, made, measured, plans
 
 
-def test_the_forecasts_of_a_frontier_are_those_of_its_plans():
+@pytest.mark.parametrize("flattens", [False, True])
+def test_the_forecasts_of_a_frontier_are_those_of_its_plans(flattens):
     problem, front, made, _ = world("forecast", after="batchnorm")
-    made = replace(made, start=0.05)
+    slopes = {n: {b: -0.3 * v for b, v in of.items()} for n, of in made.shares.items()}
+    tangent = Tangent(1.0, slopes, made.forecast_uniform[2]) if flattens else None
+    made = replace(made, start=0.05, tangent=tangent)
     points = np.linspace(0, len(front) - 1, 20).astype(int)
     along = forecast_of(problem, front.choices(points), made)
     assert along == pytest.approx([made.of(front.plan(int(i))) for i in points]) and along.min() > 0.05
