@@ -22,6 +22,8 @@ _NOT_THE_USERS = ("torch.", "lightning.", "hawq_lightning.", "builtins")
 def check_exact_types(module: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
     """Warn if the loss of a batch is another one with fake-quant layers, all of them off, than with the float layers.
 
+    A loss that is another one at every call is told as that.
+
     Args:
         module: left as it was, random states included.
         batch: that it is run on.
@@ -44,7 +46,22 @@ def check_exact_types(module: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
         ) from error
     # the same products in the same order, but for attention, which torch may fuse
     widest = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=1e-7)
-    if not math.isclose(before, after, rel_tol=widest**0.5, abs_tol=widest) and not math.isnan(before):
+
+    def differs(other: float) -> bool:
+        return not math.isclose(before, other, rel_tol=widest**0.5, abs_tol=widest) and not math.isnan(before)
+
+    if not differs(after):
+        return
+    with float_classes(module):
+        again = _loss(module, batch, loss_fn)
+    if differs(again):
+        rank_zero_warn(
+            f"HAWQ: a batch has loss {before:.6g}, and {again:.6g} when the same network runs on it again: the loss is "
+            "not repeatable, since it draws from random numbers of its own that cannot be put back, or depends on how "
+            "often it was called. Draw from the global generators of torch, NumPy or Python, keep the generator as an "
+            "attribute of the module, or give loss_fn= without the draws; else traces are those of many losses."
+        )
+    else:
         rank_zero_warn(
             f"HAWQ: a batch has loss {after:.6g} with fake-quant layers that are off, and {before:.6g} with the layers "
             f"that they stand in for: some code asks for exact types{_where(module)}. Ask for "

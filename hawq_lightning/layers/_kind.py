@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, TypeVar
@@ -294,8 +295,26 @@ def kinds() -> Iterator[LayerKind]:
 
 
 def weight_of(module: nn.Module, parameter: str = "weight") -> torch.Tensor:
-    """A parameter by its dotted name, also where a hook has put a plain tensor in its place."""
-    return reduce(getattr, parameter.split("."), module)  # type: ignore[return-value]
+    """A parameter by its dotted name, also where a hook has put a plain tensor in its place.
+
+    Of a parametrization it is what an evaluation computes: spectral norm would iterate at every look at it in training.
+    """
+    *path, name = parameter.split(".")
+    holder: Any = reduce(getattr, path, module)
+    with _evaluated(holder._modules.get("parametrizations")):
+        return getattr(holder, name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _evaluated(module: nn.Module | None) -> Iterator[None]:
+    training = [] if module is None else [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def channel_axis_of(type_name: str) -> int:

@@ -14,10 +14,10 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Batch, LossFn
-from hawq_lightning.layers import OperandReader, WeightReader, as_reader
+from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, ReplacedOutputs, find_boundary
 from hawq_lightning.sensitivity._grad_capture import GradCapture, not_recording
-from hawq_lightning.sensitivity._input_hooks import InputHooks
+from hawq_lightning.sensitivity._graph_start import graph_started
 from hawq_lightning.sensitivity._isolate import RandomStates, random_states_kept
 from hawq_lightning.sensitivity._loss_differences import DifferenceHessian, check_second_derivative
 from hawq_lightning.sensitivity._loss_parts import LossParts, has_curvature
@@ -243,9 +243,8 @@ def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]
     Raises:
         HawqError: the loss is no finite scalar, or does not depend on the layers.
     """
-    readers = {n: n for n, layer in context.layers.items() if as_reader(layer).read.reads_activation}
     parts, states = context.diagnostics.loss_parts, RandomStates()
-    with InputHooks(context.layers, readers, _in_graph), Outputs(context.model, skip=parts.modules) as outputs:
+    with graph_started(context.layers), Outputs(context.model, skip=parts.modules) as outputs:
         with torch.enable_grad():
             loss = context.loss(batch)
             boundary, nested = find_boundary(loss, outputs)
@@ -263,10 +262,6 @@ def outputs_of(context: MeasureContext, batch: Batch) -> Iterator[OutputHessian]
     del loss
     with forward_pass(context, batch, {s.name: False for s in context.table}) as forward:
         yield forward.hessian
-
-
-def _in_graph(site: str, x: torch.Tensor) -> torch.Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_(True)
 
 
 def check_loss(loss: object) -> torch.Tensor:

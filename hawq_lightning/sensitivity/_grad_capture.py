@@ -13,6 +13,7 @@ from hawq_lightning._batches import plain_tensor
 from hawq_lightning._loss_graph import edge_of, graph_behind
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning.layers import OperandReader, WeightReader, as_reader
+from hawq_lightning.sensitivity._graph_start import start_of_graph
 from hawq_lightning.sensitivity._input_hooks import InputHooks
 from hawq_lightning.sensitivity._rounding import RoundingErrors
 from hawq_lightning.sensitivity._site_products import CallRecord, Overwritten, read_products, weight_products
@@ -165,10 +166,10 @@ class GradCapture:
             if not torch.is_grad_enabled():
                 return None
             if not self.recording:  # what a checkpoint runs again must build the graph that it built before
-                return None if output.requires_grad else _leaf_copy(output)
+                return None if output.requires_grad else start_of_graph(output)
             read, product = plain_tensor(x.detach()), without_base(output)
             if not output.requires_grad:  # a look-up by indices, or a first state of zeros: they have no gradient
-                product = _leaf_copy(output)
+                product = start_of_graph(output)
             if name in self._keep:
                 read = read.clone()
             call = CallRecord(
@@ -248,7 +249,3 @@ def not_recording(network: GradCapture | None) -> Iterator[None]:
     finally:
         if network is not None:
             network.recording = before
-
-
-def _leaf_copy(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().requires_grad_(True).clone()  # a view of a leaf could not be changed in place

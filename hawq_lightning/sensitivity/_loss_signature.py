@@ -16,6 +16,7 @@ from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_bo
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._isolate import random_states_kept
 from hawq_lightning.sensitivity._memory import RanOut, attempt
+from hawq_lightning.sensitivity._parameter_flags import ParametersNeeded
 
 _OTHERS = 8
 
@@ -73,6 +74,8 @@ def _of_batch(context: MeasureContext, batch: Batch, weights: Sequence[torch.Ten
 
     try:
         result = attempt(look)
+    except ParametersNeeded:
+        raise
     except (HawqError, RuntimeError) as error:  # whoever measures this batch will tell
         return type(error).__name__
     return "too large" if isinstance(result, RanOut) else result

@@ -17,6 +17,7 @@ from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
 from hawq_lightning.sensitivity._isolate import isolated_eval, release_memory
+from hawq_lightning.sensitivity._parameter_flags import again_if_needed
 from hawq_lightning.sensitivity._prepare import Reuse, first_look, make_runner
 from hawq_lightning.sensitivity._process_shard import ProcessShard
 from hawq_lightning.sensitivity._repeatable import repeatable
@@ -82,7 +83,8 @@ def measure(
     data = BatchSet.of(model, batches, settings.batch_size_fn, shard)
     progress = progress and data.shard.rank == 0
     with isolated_eval(model, config.seed):
-        look = first_look(model, data, repeatable(model, loss_fn), sites, settings, reuse)
+        settled = repeatable(model, loss_fn)
+        look = again_if_needed(lambda: first_look(model, data, settled, sites, settings, reuse))
         if look.earlier is not None:
             return look.earlier
         runner = make_runner(look, data, settings)

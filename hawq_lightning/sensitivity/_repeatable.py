@@ -20,6 +20,7 @@ from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._fixed_draws import FixedDraws
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState, KeptParameters, memory_of
+from hawq_lightning.sensitivity._parameter_flags import ParameterFlags
 
 _LOOKS = 2  # calls after which it is known which buffers a loss moves
 
@@ -100,11 +101,14 @@ class _Repeatable:
         return loss
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        flags = ParameterFlags(self._model)
         try:
-            return self._loss_fn(model, fresh_copy(batch))
+            with flags:
+                return self._loss_fn(model, fresh_copy(batch))
         except RuntimeError as error:
             if not any(text in str(error) for text in _NO_GRADIENTS):
                 raise
+            flags.need_all()
             raise HawqError(
                 f"The loss asks for gradients of what the network makes, in a pass that computes none ({error}): give "
                 "loss_fn= without that part."

@@ -1,5 +1,6 @@
 """Code that asks for exact types sees another class from ``setup`` on: it is noticed and named."""
 
+import random
 import warnings
 
 import pytest
@@ -103,3 +104,47 @@ def test_other_code_is_not_blamed_and_nothing_moves(tmp_path, chance):
     assert not any("exact types" in str(w.message) for w in told)
     with fake_quant_disabled(net):
         net.training_step(next(iter(loader())), 0)
+
+
+GENERATOR = torch.Generator()
+
+
+class Slotted:
+    __slots__ = ("generator",)
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __call__(self, x):
+        return x + 0.5 * torch.randn(x.shape, generator=self.generator)
+
+
+def closure():
+    draws = random.Random(3)
+    return lambda x: x + 0.5 * draws.random()
+
+
+def of_the_module_file():
+    return lambda x: x + 0.5 * torch.randn(x.shape, generator=GENERATOR)
+
+
+def counted():
+    calls = iter(range(10**6))
+    return lambda x: x * (1 + 0.1 * next(calls))
+
+
+class Noised(Classifier):
+    noise = None  # set later: it is no hyperparameter
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss((self.noise(x), y))
+
+
+@pytest.mark.parametrize("make", [Slotted, closure, of_the_module_file, counted])
+def test_a_loss_that_is_another_at_every_call_is_told_as_that(tmp_path, make):
+    net = Noised()
+    net.noise = make()
+    with pytest.warns(UserWarning, match="the loss is not repeatable") as told:
+        fit(tmp_path, net, loader())
+    assert not [str(w.message) for w in told if "exact types" in str(w.message)]
