@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,9 +17,14 @@ from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
+from hawq_lightning.callbacks._trainer._own_iteration import (
+    copied_sampler,
+    in_other_order,
+    iterate_copy,
+    iterates_itself,
+)
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
-Index = TypeVar("Index")
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
@@ -67,12 +72,18 @@ def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSiz
         if not leaves or leaves[0] is None:
             return []
         loader = leaves[0]
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler) and loader.batch_size:
+        if (
+            isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, SequentialSampler)
+            and (size := loader.batch_size)
+        ):
             order = torch.randperm(len(loader.sampler), generator=torch.Generator().manual_seed(seed)).tolist()
-            loader = DataLoader(
-                loader.dataset, batch_sampler=BatchSampler(order, loader.batch_size, False),
-                collate_fn=loader.collate_fn,
-            )  # fmt: skip
+            if iterates_itself(loader):
+                loader = in_other_order(loader, order)
+            else:
+                loader = DataLoader(
+                    loader.dataset, batch_sampler=BatchSampler(order, size, False), collate_fn=loader.collate_fn,
+                )  # fmt: skip
         return _from_loader(loader, images, seed, 0, size_of)
 
 
@@ -108,6 +119,8 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
             return []
         stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
         return _until(stream, images, size_of)
+    if iterates_itself(loader):
+        return _until(iterate_copy(loader, seed, overfit), images, size_of)
     if isinstance(loader.dataset, IterableDataset):
         fresh = DataLoader(
             copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
@@ -117,31 +130,17 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
     collate = loader.collate_fn or default_collate
     dataset = loader.dataset
     if loader.batch_size is None and loader.batch_sampler is None:
-        indices = (i for i in _copied_sampler(loader.sampler, seed))
+        indices = iter(copied_sampler(loader.sampler, seed))
         return _until((collate(_item(dataset, i, seed)) for i in indices), images, size_of)
     sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
         in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
         sampler = BatchSampler(in_order, loader.batch_size or 1, False)
     assert sampler is not None  # a loader has the one or the other
-    lists = _copied_sampler(sampler, seed)
+    lists: Iterator[Sequence[object]] = iter(copied_sampler(sampler, seed))
     if overfit:
         lists = itertools.islice(lists, overfit)
     return _until((collate(_items(dataset, ids, seed)) for ids in lists), images, size_of)
-
-
-def _copied_sampler(sampler: Iterable[Index], seed: int) -> Iterator[Index]:
-    """Iterate a shallow copy of a sampler, with a generator of its own where the original has one."""
-    copied: Any = copy.copy(sampler)
-    if isinstance(getattr(copied, "generator", None), torch.Generator):
-        copied.generator = torch.Generator().manual_seed(seed)
-    inner = getattr(copied, "sampler", None)
-    if inner is not None and inner is not sampler:
-        inner = copy.copy(inner)
-        if isinstance(getattr(inner, "generator", None), torch.Generator):
-            inner.generator = torch.Generator().manual_seed(seed)
-        copied.sampler = inner
-    return iter(copied)
 
 
 def _item(dataset: Dataset[Batch], index: object, seed: int) -> Batch:
