@@ -107,7 +107,7 @@ class _Repeatable:
                 raise
             raise HawqError(
                 f"The loss asks for gradients of what the network makes, in a pass that computes none ({error}): give "
-                "loss_fn= without that part."
+                "a loss_fn without that part (callbacks take it as MeasureConfig(loss_fn=...))."
             ) from error
 
 

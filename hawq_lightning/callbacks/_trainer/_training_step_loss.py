@@ -24,8 +24,8 @@ from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
 
 _READ = (
     "HAWQ: {name}.training_step reads gradients of parameters before its optimizer steps. What it has sent back until "
-    "then is the loss that is measured; if other losses follow, give HAWQ(loss_fn=...), a function of (module, batch) "
-    "that returns their sum."
+    "then is the loss that is measured; if other losses follow, give HAWQ(measure=MeasureConfig(loss_fn=...)), a "
+    "function of (module, batch) that returns their sum."
 )
 
 
@@ -131,7 +131,7 @@ def _loss(
             raise HawqError(f"loss_fn returned {type(loss).__name__}; it takes (module, batch) and returns the loss.")
         return loss
     step = module.training_step
-    hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
+    hint = "give HAWQ(measure=MeasureConfig(loss_fn=...)), a function of (module, batch) that returns the loss"
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
         raise HawqError(f"{type(module).__name__}.training_step takes dataloader_iter; {hint}.")
     args = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
