@@ -39,7 +39,7 @@ def iterate_copy(loader: DataLoader[Batch], seed: int, overfit: int) -> Iterator
     more: dict[str, Any] = {}
     if isinstance(loader.dataset, IterableDataset):
         more["dataset"] = copy.deepcopy(loader.dataset)
-    elif overfit:
+    elif overfit and loader.batch_sampler is not None:
         more["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
         more["batch_sampler"] = BatchSampler(more["sampler"], loader.batch_size or 1, False)
     else:
