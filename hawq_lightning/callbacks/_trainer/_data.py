@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
-from hawq_lightning._types import Batch, BatchSizeFn
+from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.callbacks._trainer._own_iteration import (
     copied_sampler,
@@ -23,9 +24,11 @@ from hawq_lightning.callbacks._trainer._own_iteration import (
     iterate_copy,
     iterates_itself,
 )
+from hawq_lightning.callbacks._trainer._skipped import SkippedBatch, without_skipped
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+_TRIES = 2  # of eight times as many images each, while training_step skips them all
 Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
@@ -195,7 +198,8 @@ def held_out_batches(
         rest = held_out[judged:] if judged < len(sizes) else measured_on
         return held_out[:judged], rest, f"{sizes[judged - 1]} validation samples"
     seen = sum(measured_on.samples(size_of))
-    drawn = draw_batches(trainer, seen + images, config.seed, size_of)[len(measured_on) :]
+    seen = math.ceil(seen * measured_on.drawn / len(measured_on))  # with those that were left out
+    drawn = draw_batches(trainer, seen + images, config.seed, size_of)[measured_on.drawn :]
     count, what, rest = len(measured_on), "train samples that nothing was measured on", measured_on
     if drawn:
         held_out = onto_device(trainer, pl_module, drawn, size_of)
@@ -207,7 +211,9 @@ def held_out_batches(
     return held_out, rest, f"{sum(held_out.samples(size_of))} {what}"
 
 
-def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int) -> OnDevice:
+def train_batches(
+    trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int, loss_fn: LossFn | None = None
+) -> OnDevice:
     """The Trainer's own train data as :func:`draw_batches` gives them, to be moved as :func:`onto_device` says.
 
     Args:
@@ -215,9 +221,28 @@ def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureC
         pl_module: its module.
         config: seed, and how samples are counted.
         images: at least so many, or all.
+        loss_fn: batches that it skips are left out, and more are drawn where it skips them all; ``None``: all stay.
+
+    Raises:
+        HawqError: there are no train data, or ``loss_fn`` skips them all.
     """
-    drawn = draw_batches(trainer, images, config.seed, config.samples)
-    return onto_device(trainer, pl_module, drawn, config.samples)
+
+    def draw(count: int) -> OnDevice:
+        return onto_device(
+            trainer, pl_module, draw_batches(trainer, count, config.seed, config.samples), config.samples
+        )
+
+    batches = draw(images)
+    if loss_fn is None or config.loss_fn is not None or not pl_module.automatic_optimization:
+        return batches
+    for _ in range(_TRIES):
+        try:
+            return without_skipped(pl_module, batches, loss_fn)
+        except SkippedBatch:
+            before, batches = batches, draw(8 * sum(batches.samples(config.samples)))
+            if len(batches) == len(before):
+                raise
+    return without_skipped(pl_module, batches, loss_fn)
 
 
 def onto_device(

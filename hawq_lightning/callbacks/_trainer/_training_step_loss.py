@@ -20,6 +20,7 @@ from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
+from hawq_lightning.callbacks._trainer._skipped import SkippedBatch
 from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
 
 _READ = (
@@ -176,7 +177,9 @@ def _loss(
     if out is None and losses:  # Lightning skips the batch; the step has done the work
         out = losses[0]
     losses.clear()
+    if out is None and not manual:
+        raise SkippedBatch(f"{type(module).__name__}.training_step returns None, which skips the batch; {hint}.")
     if not isinstance(out, torch.Tensor):
-        what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
+        what = "optimizes by hand" if out is None else f"returns {type(out).__name__}"
         raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
     return out
