@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_length
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.callbacks._trainer._own_iteration import (
     copied_sampler,
@@ -50,6 +51,7 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
     """
     with random_states_kept(seed):
         loaders = _loaders(trainer)
+        foretell_epoch_length(trainer, loaders)
         if isinstance(loaders, kinds("utilities.CombinedLoader")):
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)

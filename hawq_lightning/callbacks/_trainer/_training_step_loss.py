@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
+from hawq_lightning.callbacks._trainer._epoch_length import epoch_length_kept
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
@@ -85,7 +86,8 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
+        with epoch_length_kept(trainer):
+            yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
     finally:
         for name in muted:
             pl_module.__dict__.pop(name, None)
