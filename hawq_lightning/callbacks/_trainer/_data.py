@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from hawq_lightning.callbacks._trainer._own_iteration import (
     iterates_itself,
 )
 from hawq_lightning.callbacks._trainer._skipped import SkippedBatch, without_skipped
+from hawq_lightning.callbacks._trainer._transfer_hooks import hooks_leave_no_trace
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
@@ -193,7 +194,7 @@ def held_out_batches(
     size_of, images = config.samples, config.images
     drawn = _draw_validation(trainer, 2 * images, config.seed, size_of) if validation else []
     if drawn:
-        held_out = onto_device(trainer, pl_module, drawn, size_of)
+        held_out = onto_device(trainer, pl_module, drawn, size_of, config.seed)
         sizes = list(itertools.accumulate(held_out.samples(size_of)))
         enough = min(images, sizes[-1] * 3 / 4)
         judged = next(k + 1 for k, size in enumerate(sizes) if size >= enough)
@@ -204,7 +205,7 @@ def held_out_batches(
     drawn = draw_batches(trainer, seen + images, config.seed, size_of)[measured_on.drawn :]
     count, what, rest = len(measured_on), "train samples that nothing was measured on", measured_on
     if drawn:
-        held_out = onto_device(trainer, pl_module, drawn, size_of)
+        held_out = onto_device(trainer, pl_module, drawn, size_of, config.seed)
     elif count > 1:  # there are no more of them
         kept = max(1, count // 4)
         held_out, rest, what = measured_on[-kept:], measured_on[:-kept], "train samples that nothing was forecast from"
@@ -230,9 +231,8 @@ def train_batches(
     """
 
     def draw(count: int) -> OnDevice:
-        return onto_device(
-            trainer, pl_module, draw_batches(trainer, count, config.seed, config.samples), config.samples
-        )
+        drawn = draw_batches(trainer, count, config.seed, config.samples)
+        return onto_device(trainer, pl_module, drawn, config.samples, config.seed)
 
     batches = draw(images)
     if loss_fn is None or config.loss_fn is not None or not pl_module.automatic_optimization:
@@ -248,7 +248,7 @@ def train_batches(
 
 
 def onto_device(
-    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn
+    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn, seed: int
 ) -> OnDevice:
     """Batches that the Trainer moves, one at a time, when they are asked for.
 
@@ -259,19 +259,30 @@ def onto_device(
         pl_module: its module, with hooks.
         batches: as they were drawn.
         size_of: number of samples in a batch.
+        seed: of what hooks draw.
     """
     strategy = trainer.strategy
     owners = [pl_module, *([trainer.datamodule] if getattr(trainer, "datamodule", None) is not None else [])]  # type: ignore[attr-defined]
     kept = [trainer.precision_plugin.convert_input(batch) for batch in batches]
+    moves_itself = any(overrides("transfer_batch_to_device", owner) for owner in owners)
+
+    def quiet(move: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
+        def moved(batch: Batch) -> Batch:
+            with hooks_leave_no_trace(pl_module, seed):
+                return move(batch)
+
+        return moved if moves_itself else move
+
     if not any(overrides(hook, owner) for hook in _HOOKS for owner in owners):
-        return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0), size_of)
+        return OnDevice(kept, quiet(lambda batch: strategy.batch_to_device(batch, dataloader_idx=0)), size_of)
     home = torch.device("cpu")
     for number, batch in enumerate(kept):
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = strategy.batch_to_device(batch, dataloader_idx=0)
+        with hooks_leave_no_trace(pl_module, seed + number):
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = strategy.batch_to_device(batch, dataloader_idx=0)
         kept[number] = batch if strategy.root_device == home else to_device(batch, home)
     return OnDevice(
         kept,
-        lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0),
+        quiet(lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0)),
         size_of,
     )
