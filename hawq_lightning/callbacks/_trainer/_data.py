@@ -19,6 +19,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_length
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
+from hawq_lightning.callbacks._trainer._own_generators import own_generators_kept
 from hawq_lightning.callbacks._trainer._own_iteration import (
     copied_sampler,
     in_other_order,
@@ -57,7 +58,8 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
-        drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
+        with own_generators_kept(leaves):
+            drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
         batches = drawn[0] if shape is None else [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
@@ -90,7 +92,8 @@ def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSiz
                 loader = DataLoader(
                     loader.dataset, batch_sampler=BatchSampler(order, size, False), collate_fn=loader.collate_fn,
                 )  # fmt: skip
-        return _from_loader(loader, images, seed, 0, size_of)
+        with own_generators_kept(loader):
+            return _from_loader(loader, images, seed, 0, size_of)
 
 
 def _loaders(trainer: Trainer) -> Loaders:
