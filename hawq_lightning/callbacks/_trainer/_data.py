@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -17,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.callbacks._trainer._copied_stream import copied_stream
 from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_length
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.callbacks._trainer._own_generators import own_generators_kept
@@ -126,13 +126,13 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Sized) and len(loader) == 0:
             return []
-        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
+        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copied_stream(loader, "loader"))
         return _until(stream, images, size_of)
     if iterates_itself(loader):
         return _until(iterate_copy(loader, seed, overfit), images, size_of)
     if isinstance(loader.dataset, IterableDataset):
         fresh = DataLoader(
-            copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
+            copied_stream(loader.dataset, "data set"), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
         )  # fmt: skip
         return _until(iter(fresh), images, size_of)

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from hawq_lightning._types import Batch
+from hawq_lightning.callbacks._trainer._copied_stream import copied_stream
 
 
 def iterates_itself(loader: DataLoader[Batch]) -> bool:
@@ -38,7 +39,7 @@ def iterate_copy(loader: DataLoader[Batch], seed: int, overfit: int) -> Iterator
     """
     more: dict[str, Any] = {}
     if isinstance(loader.dataset, IterableDataset):
-        more["dataset"] = copy.deepcopy(loader.dataset)
+        more["dataset"] = copied_stream(loader.dataset, "data set")
     elif overfit and loader.batch_sampler is not None:
         more["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
         more["batch_sampler"] = BatchSampler(more["sampler"], loader.batch_size or 1, False)
