@@ -25,7 +25,7 @@ from hawq_lightning.layers import WeightReader
 NOT_CALLED = "not called in the forward pass"
 BY_FUNCTION_ONLY = "a function reads its weight; the layer itself is not called"
 WITHOUT_GRADIENTS = "run without gradients, as teachers are"
-OTHER_LOSS = "trained by a later loss than the first that the step sends back by hand; loss_fn= can name one"
+OTHER_LOSS = "trained by a later loss than the first that the step sends back; MeasureConfig(loss_fn=...) can name one"
 NO_GRADIENT = "no gradient of the loss comes by it, as with teachers whose outputs are detached"
 FROZEN = "frozen, and nothing trained follows it, as with teachers and perceptual losses"
 

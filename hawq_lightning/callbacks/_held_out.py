@@ -14,7 +14,7 @@ from hawq_lightning._config import MeasureConfig, QuantizerConfig
 from hawq_lightning._plan import Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import LossFn
-from hawq_lightning.callbacks._trainer import held_out_batches
+from hawq_lightning.callbacks._trainer import held_out_batches, without_skipped
 from hawq_lightning.quantization import (
     After,
     FloatDistance,
@@ -71,13 +71,19 @@ class HeldOut:
         draw = partial(held_out_batches, trainer, pl_module, config, batches)
         self._batches, self._rest, self.what = draw()
         try:
+            self._leave_out_skipped()
             self.target = FloatDistance(pl_module, self._batches, loss_fn)
         except Exception as error:  # whatever a step makes of batches of another kind
             if "validation" not in self.what:
                 raise
             rank_zero_info(f"HAWQ: plans are judged on train data: training_step takes no validation batch ({error}).")
             self._batches, self._rest, self.what = draw(validation=False)
+            self._leave_out_skipped()
             self.target = FloatDistance(pl_module, self._batches, loss_fn)
+
+    def _leave_out_skipped(self) -> None:
+        if self._config.loss_fn is None and self._module.automatic_optimization:
+            self._batches = without_skipped(self._module, self._batches, self._loss_fn)
 
     @property
     def samples(self) -> int:

@@ -150,7 +150,7 @@ class MeasureTraces(HasResults, Callback):
                 fake_quant_disabled(pl_module),
                 loss_from_training_step(trainer, pl_module, self.measure.loss_fn, check) as loss_fn,
             ):
-                batches = train_batches(trainer, pl_module, self.measure, 1)
+                batches = train_batches(trainer, pl_module, self.measure, 1, loss_fn)
                 self._check_types(pl_module, batches[0], loss_fn)
                 trained = trained_by(trainer, pl_module)
                 table, _ = preview(
@@ -169,7 +169,7 @@ class MeasureTraces(HasResults, Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):
-            batches = train_batches(trainer, pl_module, config, config.images)
+            batches = train_batches(trainer, pl_module, config, config.images, loss_fn)
             self._check_types(pl_module, batches[0], loss_fn)
             trained = trained_by(trainer, pl_module)
             table, nominal = preview(

@@ -86,7 +86,7 @@ class PostTraining(Companion):
         callback = quantizing_callback(trainer)
         config = self.measure or (MeasureConfig() if callback is None else callback.measure_config)
         with loss_from_training_step(trainer, pl_module, config.loss_fn) as forward:
-            batches = train_batches(trainer, pl_module, config, config.images)
+            batches = train_batches(trainer, pl_module, config, config.images, forward)
             show = (callback is None or callback.progress) and shows_progress(trainer)
             self.improved = post_training(pl_module, batches, self.methods, forward=forward, progress=show)
         if trainer.world_size > 1:  # one processor's rounding may differ from another's

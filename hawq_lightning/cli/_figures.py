@@ -35,7 +35,7 @@ class PaperFigures(pl.Callback):
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn) as loss_fn,
         ):
-            batches = train_batches(trainer, pl_module, config, min(_IMAGES, config.images))
+            batches = train_batches(trainer, pl_module, config, min(_IMAGES, config.images), loss_fn)
             paper_figures(
                 self.folder, pl_module, batches, loss_fn, self.hawq.sensitivity, self.hawq.sites,
                 seed=config.seed, progress=shows_progress(trainer),

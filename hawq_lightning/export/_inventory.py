@@ -61,13 +61,20 @@ def weight_of(site: Site | PlanSite, readers: Mapping[str, WeightReader]) -> Wei
     return reader
 
 
-def rest_to_store(model: nn.Module, sites: Iterable[Site | PlanSite]) -> dict[tuple[str, ...], torch.Tensor]:
+def rest_to_store(
+    model: nn.Module, sites: Iterable[Site | PlanSite], sizes_alone: bool = False
+) -> dict[tuple[str, ...], torch.Tensor]:
     """All keys of each tensor that is stored as it is -> the tensor.
+
+    Args:
+        model: float or with fake-quant layers.
+        sites: whose weights are stored as codes.
+        sizes_alone: nothing is packed: what is no tensor, such as extra state, is left out and not refused.
 
     Raises:
         HawqError: one has a type that the file cannot hold.
     """
-    rest = dict(rest_of(model, owned_by(sites, readers_by_name(model))))
+    rest = dict(rest_of(model, owned_by(sites, readers_by_name(model)), sizes_alone))
     for keys, tensor in rest.items():
         _check_type(keys[0], tensor)
     return rest
@@ -84,9 +91,22 @@ def owned_by(sites: Iterable[Site | PlanSite], readers: Mapping[str, WeightReade
     return {(id(holder), name) for holder, name in (readers[n].holder for n in names if n in readers)}
 
 
-def rest_of(model: nn.Module, owned: Owned) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Keys and tensor of all that a file stores as it is, see :func:`hawq_lightning._float_rest.rest_of`."""
+def rest_of(
+    model: nn.Module, owned: Owned, tensors_alone: bool = False
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Keys and tensor of all that a file stores as it is, see :func:`hawq_lightning._float_rest.rest_of`.
+
+    Args:
+        model: float or with fake-quant layers.
+        owned: parameters that are stored as codes.
+        tensors_alone: pass over what is no tensor.
+
+    Raises:
+        HawqError: the state holds something that is no tensor.
+    """
     for keys, value in all_the_rest(model, owned, lambda module: isinstance(module, (Quantizer, IntegerBias))):
+        if tensors_alone and not isinstance(value, torch.Tensor):
+            continue
         if not isinstance(value, torch.Tensor):
             raise HawqError(
                 f"The model's state holds {keys[0]!r}, a {type(value).__name__}; only tensors can be packed."

@@ -20,6 +20,7 @@ from hawq_lightning.sensitivity._estimator import (
 )
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
+from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
 from hawq_lightning.sensitivity._independence import samples_apart
@@ -71,6 +72,8 @@ __all__ = [
     "GaussNewton",
     "Heap",
     "HeldAttributes",
+    "HeldNames",
+    "HeldState",
     "Hessian",
     "Hutchinson",
     "InputHooks",

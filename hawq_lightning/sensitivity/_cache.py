@@ -146,9 +146,11 @@ def fingerprint(
         if name.startswith(idle):
             continue
         digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
-                value = value if value.layout == torch.strided else value.to_dense()
+        if not isinstance(value, torch.Tensor):  # of get_extra_state, which may return anything
+            _hash_tensors(value, digest)
+            continue
+        with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
+            value = value if value.layout == torch.strided else value.to_dense()
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for batch in batches.kept:
         _hash_tensors(batch, digest)

@@ -19,12 +19,16 @@ class OnDevice(Sequence[Batch]):
         kept: the batches, in the memory of the computer.
         move: gives a batch on the device.
         size_of: number of samples in a batch; ``None``: as whoever reads them counts.
+
+    Attributes:
+        drawn: how many there were before some were left out.
     """
 
     def __init__(
         self, kept: Sequence[Batch], move: Callable[[Batch], Batch], size_of: BatchSizeFn | None = None
     ) -> None:
         self.kept, self.move, self.size_of = kept, move, size_of
+        self.drawn = len(kept)
         self._last: tuple[int, Batch] | None = None
 
     def __len__(self) -> int:
@@ -43,6 +47,12 @@ class OnDevice(Sequence[Batch]):
             self._last = None  # before the next one takes memory
             self._last = (number, self.move(self.kept[number]))
         return self._last[1]
+
+    def only(self, numbers: Sequence[int]) -> OnDevice:
+        """Those of the batches that have these numbers, none of which is moved; as many count as drawn as before."""
+        chosen = OnDevice([self.kept[n] for n in numbers], self.move, self.size_of)
+        chosen.drawn = self.drawn
+        return chosen
 
     def samples(self, size_of: BatchSizeFn) -> list[int]:
         """Number of samples of each batch, by ``size_of`` where the batches have no way of their own."""

@@ -126,7 +126,7 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
     if look.context.diagnostics.differentiates and not estimator.whole_loss:
         raise HawqError(
             f"The loss takes derivatives of the network, whose curvature estimator={estimator.name!r} cannot see: use "
-            "'auto' or 'hutchinson', or a loss without them (loss_fn=)."
+            "'auto' or 'hutchinson', or a loss_fn without them (callbacks take it as MeasureConfig(loss_fn=...))."
         )
     if estimator.from_outputs:
         few = check_samples(sum(data.samples), config.max_probes)

@@ -111,7 +111,7 @@ class _Repeatable:
             flags.need_all()
             raise HawqError(
                 f"The loss asks for gradients of what the network makes, in a pass that computes none ({error}): give "
-                "loss_fn= without that part."
+                "a loss_fn without that part (callbacks take it as MeasureConfig(loss_fn=...))."
             ) from error
 
 

@@ -32,7 +32,8 @@ class NoSecondDerivative(HawqError):
     def __init__(self, operation: str) -> None:
         super().__init__(
             f"The loss has no second derivative, since it goes through {operation}: measure with estimator='ggn', "
-            "which takes differences of gradients there, or with another loss (loss_fn=), such as a smooth stand-in."
+            "which takes differences of gradients there, or with another loss_fn, such as a smooth stand-in (callbacks "
+            "take it as MeasureConfig(loss_fn=...))."
         )
         self.operation = operation
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import launchers
+from lightning.pytorch.utilities import CombinedLoader
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -36,7 +37,7 @@ def names():
     return {
         "torch": torch, "nn": nn, "trainer": trainer, "launchers": launchers, "figure": Figure(), "Double": Double,
         "LightningModule": LightningModule, "StochasticWeightAveraging": StochasticWeightAveraging,
-        "ReduceLROnPlateau": ReduceLROnPlateau,
+        "ReduceLROnPlateau": ReduceLROnPlateau, "CombinedLoader": CombinedLoader,
     }  # fmt: skip
 
 

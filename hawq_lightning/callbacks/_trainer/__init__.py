@@ -14,6 +14,7 @@ from hawq_lightning.callbacks._trainer._patched_step import (
     with_loss,
 )
 from hawq_lightning.callbacks._trainer._scores import scores_begin_anew
+from hawq_lightning.callbacks._trainer._skipped import without_skipped
 from hawq_lightning.callbacks._trainer._trainer import (
     after_last_batch,
     after_layers_exist,
@@ -78,4 +79,5 @@ __all__ = [
     "train_loaders",
     "trained_by",
     "with_loss",
+    "without_skipped",
 ]

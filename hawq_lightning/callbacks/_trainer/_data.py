@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import Any, TypeAlias, TypeVar
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,12 +15,23 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
-from hawq_lightning._types import Batch, BatchSizeFn
+from hawq_lightning._types import Batch, BatchSizeFn, LossFn
+from hawq_lightning.callbacks._trainer._copied_stream import copied_stream
+from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_length
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
+from hawq_lightning.callbacks._trainer._own_generators import own_generators_kept
+from hawq_lightning.callbacks._trainer._own_iteration import (
+    copied_sampler,
+    in_other_order,
+    iterate_copy,
+    iterates_itself,
+)
+from hawq_lightning.callbacks._trainer._skipped import SkippedBatch, without_skipped
+from hawq_lightning.callbacks._trainer._transfer_hooks import hooks_leave_no_trace
 from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
 
-Index = TypeVar("Index")
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+_TRIES = 2  # of eight times as many images each, while training_step skips them all
 Loaders: TypeAlias = Any
 """A dataloader, or several in lists, tuples, dicts or a CombinedLoader."""
 
@@ -42,11 +53,13 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
     """
     with random_states_kept(seed):
         loaders = _loaders(trainer)
+        foretell_epoch_length(trainer, loaders)
         if isinstance(loaders, kinds("utilities.CombinedLoader")):
             loaders = loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
         overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
-        drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
+        with own_generators_kept(leaves):
+            drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
         batches = drawn[0] if shape is None else [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
@@ -67,13 +80,20 @@ def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSiz
         if not leaves or leaves[0] is None:
             return []
         loader = leaves[0]
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler) and loader.batch_size:
+        if (
+            isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, SequentialSampler)
+            and (size := loader.batch_size)
+        ):
             order = torch.randperm(len(loader.sampler), generator=torch.Generator().manual_seed(seed)).tolist()
-            loader = DataLoader(
-                loader.dataset, batch_sampler=BatchSampler(order, loader.batch_size, False),
-                collate_fn=loader.collate_fn,
-            )  # fmt: skip
-        return _from_loader(loader, images, seed, 0, size_of)
+            if iterates_itself(loader):
+                loader = in_other_order(loader, order)
+            else:
+                loader = DataLoader(
+                    loader.dataset, batch_sampler=BatchSampler(order, size, False), collate_fn=loader.collate_fn,
+                )  # fmt: skip
+        with own_generators_kept(loader):
+            return _from_loader(loader, images, seed, 0, size_of)
 
 
 def _loaders(trainer: Trainer) -> Loaders:
@@ -106,42 +126,30 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
     if not isinstance(loader, DataLoader):
         if isinstance(loader, Sized) and len(loader) == 0:
             return []
-        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copy.deepcopy(loader))
+        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copied_stream(loader, "loader"))
         return _until(stream, images, size_of)
+    if iterates_itself(loader):
+        return _until(iterate_copy(loader, seed, overfit), images, size_of)
     if isinstance(loader.dataset, IterableDataset):
         fresh = DataLoader(
-            copy.deepcopy(loader.dataset), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
+            copied_stream(loader.dataset, "data set"), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
             drop_last=loader.drop_last,
         )  # fmt: skip
         return _until(iter(fresh), images, size_of)
     collate = loader.collate_fn or default_collate
     dataset = loader.dataset
     if loader.batch_size is None and loader.batch_sampler is None:
-        indices = (i for i in _copied_sampler(loader.sampler, seed))
+        indices = iter(copied_sampler(loader.sampler, seed))
         return _until((collate(_item(dataset, i, seed)) for i in indices), images, size_of)
     sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
         in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
         sampler = BatchSampler(in_order, loader.batch_size or 1, False)
     assert sampler is not None  # a loader has the one or the other
-    lists = _copied_sampler(sampler, seed)
+    lists: Iterator[Sequence[object]] = iter(copied_sampler(sampler, seed))
     if overfit:
         lists = itertools.islice(lists, overfit)
     return _until((collate(_items(dataset, ids, seed)) for ids in lists), images, size_of)
-
-
-def _copied_sampler(sampler: Iterable[Index], seed: int) -> Iterator[Index]:
-    """Iterate a shallow copy of a sampler, with a generator of its own where the original has one."""
-    copied: Any = copy.copy(sampler)
-    if isinstance(getattr(copied, "generator", None), torch.Generator):
-        copied.generator = torch.Generator().manual_seed(seed)
-    inner = getattr(copied, "sampler", None)
-    if inner is not None and inner is not sampler:
-        inner = copy.copy(inner)
-        if isinstance(getattr(inner, "generator", None), torch.Generator):
-            inner.generator = torch.Generator().manual_seed(seed)
-        copied.sampler = inner
-    return iter(copied)
 
 
 def _item(dataset: Dataset[Batch], index: object, seed: int) -> Batch:
@@ -189,17 +197,18 @@ def held_out_batches(
     size_of, images = config.samples, config.images
     drawn = _draw_validation(trainer, 2 * images, config.seed, size_of) if validation else []
     if drawn:
-        held_out = onto_device(trainer, pl_module, drawn, size_of)
+        held_out = onto_device(trainer, pl_module, drawn, size_of, config.seed)
         sizes = list(itertools.accumulate(held_out.samples(size_of)))
         enough = min(images, sizes[-1] * 3 / 4)
         judged = next(k + 1 for k, size in enumerate(sizes) if size >= enough)
         rest = held_out[judged:] if judged < len(sizes) else measured_on
         return held_out[:judged], rest, f"{sizes[judged - 1]} validation samples"
     seen = sum(measured_on.samples(size_of))
-    drawn = draw_batches(trainer, seen + images, config.seed, size_of)[len(measured_on) :]
+    seen = math.ceil(seen * measured_on.drawn / len(measured_on))  # with those that were left out
+    drawn = draw_batches(trainer, seen + images, config.seed, size_of)[measured_on.drawn :]
     count, what, rest = len(measured_on), "train samples that nothing was measured on", measured_on
     if drawn:
-        held_out = onto_device(trainer, pl_module, drawn, size_of)
+        held_out = onto_device(trainer, pl_module, drawn, size_of, config.seed)
     elif count > 1:  # there are no more of them
         kept = max(1, count // 4)
         held_out, rest, what = measured_on[-kept:], measured_on[:-kept], "train samples that nothing was forecast from"
@@ -208,7 +217,9 @@ def held_out_batches(
     return held_out, rest, f"{sum(held_out.samples(size_of))} {what}"
 
 
-def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int) -> OnDevice:
+def train_batches(
+    trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int, loss_fn: LossFn | None = None
+) -> OnDevice:
     """The Trainer's own train data as :func:`draw_batches` gives them, to be moved as :func:`onto_device` says.
 
     Args:
@@ -216,13 +227,31 @@ def train_batches(trainer: Trainer, pl_module: LightningModule, config: MeasureC
         pl_module: its module.
         config: seed, and how samples are counted.
         images: at least so many, or all.
+        loss_fn: batches that it skips are left out, and more are drawn where it skips them all; ``None``: all stay.
+
+    Raises:
+        HawqError: there are no train data, or ``loss_fn`` skips them all.
     """
-    drawn = draw_batches(trainer, images, config.seed, config.samples)
-    return onto_device(trainer, pl_module, drawn, config.samples)
+
+    def draw(count: int) -> OnDevice:
+        drawn = draw_batches(trainer, count, config.seed, config.samples)
+        return onto_device(trainer, pl_module, drawn, config.samples, config.seed)
+
+    batches = draw(images)
+    if loss_fn is None or config.loss_fn is not None or not pl_module.automatic_optimization:
+        return batches
+    for _ in range(_TRIES):
+        try:
+            return without_skipped(pl_module, batches, loss_fn)
+        except SkippedBatch:
+            before, batches = batches, draw(8 * sum(batches.samples(config.samples)))
+            if len(batches) == len(before):
+                raise
+    return without_skipped(pl_module, batches, loss_fn)
 
 
 def onto_device(
-    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn
+    trainer: Trainer, pl_module: LightningModule, batches: Sequence[Batch], size_of: BatchSizeFn, seed: int
 ) -> OnDevice:
     """Batches that the Trainer moves, one at a time, when they are asked for.
 
@@ -233,19 +262,30 @@ def onto_device(
         pl_module: its module, with hooks.
         batches: as they were drawn.
         size_of: number of samples in a batch.
+        seed: of what hooks draw.
     """
     strategy = trainer.strategy
     owners = [pl_module, *([trainer.datamodule] if getattr(trainer, "datamodule", None) is not None else [])]  # type: ignore[attr-defined]
     kept = [trainer.precision_plugin.convert_input(batch) for batch in batches]
+    moves_itself = any(overrides("transfer_batch_to_device", owner) for owner in owners)
+
+    def quiet(move: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
+        def moved(batch: Batch) -> Batch:
+            with hooks_leave_no_trace(pl_module, seed):
+                return move(batch)
+
+        return moved if moves_itself else move
+
     if not any(overrides(hook, owner) for hook in _HOOKS for owner in owners):
-        return OnDevice(kept, lambda batch: strategy.batch_to_device(batch, dataloader_idx=0), size_of)
+        return OnDevice(kept, quiet(lambda batch: strategy.batch_to_device(batch, dataloader_idx=0)), size_of)
     home = torch.device("cpu")
     for number, batch in enumerate(kept):
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = strategy.batch_to_device(batch, dataloader_idx=0)
+        with hooks_leave_no_trace(pl_module, seed + number):
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = strategy.batch_to_device(batch, dataloader_idx=0)
         kept[number] = batch if strategy.root_device == home else to_device(batch, home)
     return OnDevice(
         kept,
-        lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0),
+        quiet(lambda batch: pl_module._call_batch_hook("transfer_batch_to_device", batch, strategy.root_device, 0)),
         size_of,
     )

@@ -17,15 +17,17 @@ from torchmetrics import Metric
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
+from hawq_lightning.callbacks._trainer._epoch_length import epoch_length_kept
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
 from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
+from hawq_lightning.callbacks._trainer._skipped import SkippedBatch
 from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
 
 _READ = (
     "HAWQ: {name}.training_step reads gradients of parameters before its optimizer steps. What it has sent back until "
-    "then is the loss that is measured; if other losses follow, give HAWQ(loss_fn=...), a function of (module, batch) "
-    "that returns their sum."
+    "then is the loss that is measured; if other losses follow, give HAWQ(measure=MeasureConfig(loss_fn=...)), a "
+    "function of (module, batch) that returns their sum."
 )
 
 
@@ -84,7 +86,8 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
+        with epoch_length_kept(trainer):
+            yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
     finally:
         for name in muted:
             pl_module.__dict__.pop(name, None)
@@ -131,7 +134,7 @@ def _loss(
             raise HawqError(f"loss_fn returned {type(loss).__name__}; it takes (module, batch) and returns the loss.")
         return loss
     step = module.training_step
-    hint = "give HAWQ(loss_fn=...), a function of (module, batch) that returns the loss"
+    hint = "give HAWQ(measure=MeasureConfig(loss_fn=...)), a function of (module, batch) that returns the loss"
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
         raise HawqError(f"{type(module).__name__}.training_step takes dataloader_iter; {hint}.")
     args = (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
@@ -176,7 +179,9 @@ def _loss(
     if out is None and losses:  # Lightning skips the batch; the step has done the work
         out = losses[0]
     losses.clear()
+    if out is None and not manual:
+        raise SkippedBatch(f"{type(module).__name__}.training_step returns None, which skips the batch; {hint}.")
     if not isinstance(out, torch.Tensor):
-        what = "skips the batch or optimizes by hand" if out is None else f"returns {type(out).__name__}"
+        what = "optimizes by hand" if out is None else f"returns {type(out).__name__}"
         raise HawqError(f"{type(module).__name__}.training_step {what}; {hint}.")
     return out
