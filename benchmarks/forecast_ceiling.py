@@ -10,9 +10,10 @@ every site's width adds (to the KL, to its logarithm, to its rank), and is judge
 Spearman rank correlation is what numbers that were taught by hundreds of measurements reach; a forecast has none. How
 much of the rest is chance of the images is told by a second set of 256 images.
 
-Between the two: P's shares (three points, 256 held-out images of neither set) with what 16, 48 or 96 measured plans
-say beside them, by ridge regression of the logarithm of KL / P on the widths, each reaching the square root of its
-share; judged on the other plans, mean over 20 draws of the measured ones. Stopped, the same command goes on.
+Between the two: P's shares (three points, without a tangent, 256 held-out images of neither set; rows of 2026-11-26: of
+training images) with what 16, 48 or 96 measured plans say beside them, by ridge regression of the logarithm of KL / P
+on the widths, each reaching the square root of its share; judged on the other plans, mean over 20 draws of the measured
+ones. Stopped, the same command goes on.
 
 Results: benchmarks/results/forecast_ceiling.{json,md}.
 """

@@ -61,7 +61,7 @@ def tables(report: Mapping[str, Any]) -> str:
         ("four", "of the weights, 4 bits on average"),
         ("mixed", "of weights and activations (4 bits on average)"),
     ):
-        if report.get(name, {}).get("rows"):
+        if report.get(name, {}).get("rows") and "forecasts" in report[name]:
             lines += whole_plans(report[name], what, report["plan images"])
     return "\n".join(lines) + "\n"
 
