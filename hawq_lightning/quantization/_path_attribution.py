@@ -91,7 +91,9 @@ def forecast(
     with progress_bar("Forecast", len(widths) * len(batches) * len(_POINTS[mode]), progress) as advance:
         for bits in widths:
             path = Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
-            every = path.every_width(max(t for t, _ in _POINTS[mode] if t < 1)) if bits == widths[0] else None
+            # networks whose BatchNorm is measured again still work, and shares rank them better than a tangent does
+            near = bits == widths[0] and not _BY_BATCH[after]
+            every = path.every_width(max(t for t, _ in _POINTS[mode] if t < 1)) if near else None
             total, end = path.shares(_POINTS[mode], target, moved, samples, lambda: advance(next(done)), every)
             measured[bits] = path.distance(target, moved, samples) if math.isnan(end) else end
             tangent = every.tangent(measured[bits]) if every is not None else tangent

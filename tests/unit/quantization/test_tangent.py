@@ -122,6 +122,13 @@ def test_there_is_none_where_the_distance_bends_upwards():
     assert made.of(dict.fromkeys(weighed, 4)) == pytest.approx(made.forecast_uniform[4])
 
 
+def test_there_is_none_with_batchnorm_measured_again():
+    net, batches = fragile(), data()
+    table = sites(net, batches[0][0])
+    weighed = candidates(net, batches, None, table, loss_fn, weight_bits=(2, 8), activation_bits=(2, 8))
+    assert forecast(net, batches, loss_fn, table, weighed, after="batchnorm").tangent is None
+
+
 def test_the_two_are_mixed_by_how_far_shares_go():
     net, batches = fragile(), data()
     table = sites(net, batches[0][0])
