@@ -59,7 +59,8 @@ def check_exact_types(module: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
             f"HAWQ: a batch has loss {before:.6g}, and {again:.6g} when the same network runs on it again: the loss is "
             "not repeatable, since it draws from random numbers of its own that cannot be put back, or depends on how "
             "often it was called. Draw from the global generators of torch, NumPy or Python, keep the generator as an "
-            "attribute of the module, or give loss_fn= without the draws; else traces are those of many losses."
+            "attribute of the module, or give MeasureConfig(loss_fn=...) without the draws; else traces are those of "
+            "many losses."
         )
     else:
         rank_zero_warn(

@@ -36,7 +36,8 @@ class ParametersNeeded(HawqError):
         what = "parameters" if name is None else f"the parameter {name!r}"
         super().__init__(
             f"The loss takes gradients with respect to {what}, in a pass in which no parameter has any: measure "
-            "with the batch first that shows it, or give loss_fn= without that part."
+            "with the batch first that shows it, or give a loss_fn without that part (callbacks take it as "
+            "MeasureConfig(loss_fn=...))."
         )
 
 
