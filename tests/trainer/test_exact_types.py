@@ -107,6 +107,7 @@ def test_other_code_is_not_blamed_and_nothing_moves(tmp_path, chance):
 
 
 GENERATOR = torch.Generator()
+LOUD = 10.0  # no two draws come close to one another by chance
 
 
 class Slotted:
@@ -116,16 +117,16 @@ class Slotted:
         self.generator = torch.Generator().manual_seed(1)
 
     def __call__(self, x):
-        return x + 0.5 * torch.randn(x.shape, generator=self.generator)
+        return x + LOUD * torch.randn(x.shape, generator=self.generator)
 
 
 def closure():
     draws = random.Random(3)
-    return lambda x: x + 0.5 * draws.random()
+    return lambda x: x * LOUD * draws.random()
 
 
 def of_the_module_file():
-    return lambda x: x + 0.5 * torch.randn(x.shape, generator=GENERATOR)
+    return lambda x: x + LOUD * torch.randn(x.shape, generator=GENERATOR)
 
 
 def counted():
