@@ -69,21 +69,18 @@ class HeldOut:
         self._trained = batches
         self._seen: dict[tuple[str, tuple[int, ...]], PlanLoss] = {}
         draw = partial(held_out_batches, trainer, pl_module, config, batches)
-        self._batches, self._rest, self.what = draw()
         try:
-            self._leave_out_skipped()
-            self.target = FloatDistance(pl_module, self._batches, loss_fn)
+            self._judge_on(draw())
         except Exception as error:  # whatever a step makes of batches of another kind
             if "validation" not in self.what:
                 raise
             rank_zero_info(f"HAWQ: plans are judged on train data: training_step takes no validation batch ({error}).")
-            self._batches, self._rest, self.what = draw(validation=False)
-            self._leave_out_skipped()
-            self.target = FloatDistance(pl_module, self._batches, loss_fn)
+            self._judge_on(draw(validation=False))
 
-    def _leave_out_skipped(self) -> None:
-        if self._config.loss_fn is None and self._module.automatic_optimization:
-            self._batches = without_skipped(self._module, self._batches, self._loss_fn)
+    def _judge_on(self, drawn: tuple[OnDevice, OnDevice, str]) -> None:
+        batches, self._rest, self.what = drawn
+        self._batches = without_skipped(self._module, batches, self._loss_fn, self._config)
+        self.target = FloatDistance(self._module, self._batches, self._loss_fn)
 
     @property
     def samples(self) -> int:

@@ -62,19 +62,19 @@ def weight_of(site: Site | PlanSite, readers: Mapping[str, WeightReader]) -> Wei
 
 
 def rest_to_store(
-    model: nn.Module, sites: Iterable[Site | PlanSite], sizes_alone: bool = False
+    model: nn.Module, sites: Iterable[Site | PlanSite], tensors_alone: bool = False
 ) -> dict[tuple[str, ...], torch.Tensor]:
     """All keys of each tensor that is stored as it is -> the tensor.
 
     Args:
         model: float or with fake-quant layers.
         sites: whose weights are stored as codes.
-        sizes_alone: nothing is packed: what is no tensor, such as extra state, is left out and not refused.
+        tensors_alone: pass over what is no tensor, such as extra state: nothing is packed.
 
     Raises:
         HawqError: one has a type that the file cannot hold.
     """
-    rest = dict(rest_of(model, owned_by(sites, readers_by_name(model)), sizes_alone))
+    rest = dict(rest_of(model, owned_by(sites, readers_by_name(model)), tensors_alone))
     for keys, tensor in rest.items():
         _check_type(keys[0], tensor)
     return rest
@@ -105,13 +105,12 @@ def rest_of(
         HawqError: the state holds something that is no tensor.
     """
     for keys, value in all_the_rest(model, owned, lambda module: isinstance(module, (Quantizer, IntegerBias))):
-        if tensors_alone and not isinstance(value, torch.Tensor):
-            continue
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            yield keys, value
+        elif not tensors_alone:
             raise HawqError(
                 f"The model's state holds {keys[0]!r}, a {type(value).__name__}; only tensors can be packed."
             )
-        yield keys, value
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def largest(
                 tensors[key] = max(new, tensors.get(key, new), key=lambda s: s.nbytes)
         if layer is not None:
             tensors[f"{site.name}.{CODES}"] = Spec("U8", (packed_bytes(site.numel, forms[-1].site.bits),))
-    rest = {keys: spec_of(t) for keys, t in rest_to_store(model, sites, sizes_alone=True).items()}
+    rest = {keys: spec_of(t) for keys, t in rest_to_store(model, sites, tensors_alone=True).items()}
     return ordered(tensors, rest), metadata_of(entries, rest, biases)
 
 

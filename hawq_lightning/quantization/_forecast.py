@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from hawq_lightning._plan import Plan
 from hawq_lightning._sealed import load_sealed
 from hawq_lightning._types import JsonObject
 
-Floats: TypeAlias = NDArray[np.float64]
 FORMAT = "hawq_lightning.forecast"
 VERSION = 1
 Mode = ForecastMode
@@ -46,6 +45,15 @@ class Tangent:
     def at_end(self) -> float:
         """What the tangent has at the network of the lowest widths, where :attr:`end` was measured."""
         return self.level + math.fsum(of_site[min(of_site)] for of_site in self.slopes.values() if of_site)
+
+    def counts(self, shares: NDArray[np.float64] | float) -> NDArray[np.float64] | float:
+        """How far the tangent counts, from 0 to 1: as far as the sum of a plan's shares goes to :attr:`end`.
+
+        Args:
+            shares: of one plan or of many.
+        """
+        part: NDArray[np.float64] | float = np.clip(shares / self.end, 0.0, 1.0)
+        return part
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class Forecast:
         shares = math.fsum(self.share(name, b) for name, b in bits.items())
         return float(self.of_sums(shares, math.fsum(self.slope(name, b) for name, b in bits.items())))
 
-    def of_sums(self, shares: Floats | float, slopes: Floats | float) -> Floats | float:
+    def of_sums(
+        self, shares: NDArray[np.float64] | float, slopes: NDArray[np.float64] | float
+    ) -> NDArray[np.float64] | float:
         """The forecast from the sums over the sites: as far as shares go to the lowest network, its tangent counts.
 
         Args:
@@ -93,9 +103,8 @@ class Forecast:
         """
         if self.tangent is None:
             return self.start + shares
-        near = np.clip(shares / self.tangent.end, 0.0, 1.0)
-        mixed: Floats | float = self.start + (1 - near) * shares + near * (self.tangent.level + slopes)
-        return mixed
+        near = self.tangent.counts(shares)
+        return self.start + (1 - near) * shares + near * (self.tangent.level + slopes)
 
     def share(self, name: str, bits: int) -> float:
         """What one site adds.
@@ -132,7 +141,7 @@ class Forecast:
         off = math.fsum(abs(share) * abs(self.residual(bits[name])) for name, share in shares.items())
         if self.tangent is None:
             return off
-        near = min(max(math.fsum(shares.values()) / self.tangent.end, 0.0), 1.0)
+        near = float(self.tangent.counts(math.fsum(shares.values())))
         return (1 - near) * off + near * abs(self.tangent.at_end - self.tangent.end)
 
     def residual(self, bits: int) -> float:
@@ -218,10 +227,8 @@ def _tangent(data: object) -> Tangent | None:
         return None
     fields = table(data, "tangent")
     slopes = _by_site(fields.get("slopes"), "slopes")
-    level, end = (
-        number(fields.get("level"), "level of the tangent"),
-        number(fields.get("end"), "end of the tangent", 0.0),
-    )
+    level = number(fields.get("level"), "level of the tangent")
+    end = number(fields.get("end"), "end of the tangent", 0.0)
     if not end > 0:
         raise HawqError("end of the tangent is 0, where there is nothing to tell apart")
     return Tangent(level, slopes, end)

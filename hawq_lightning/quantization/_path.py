@@ -40,7 +40,7 @@ class Path:
     ) -> None:
         spec = quantizer_named(candidates.quantizer, candidates.quantizer_options)
         layers, norms = quantizable_layers(model)[0], norms_to_fold(model, sites.layers)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.chosen: dict[str, Candidate] = {
             name: min(listed, key=lambda c: (abs(c.bits - bits[name]), -c.bits)) for name, listed in candidates.items()
         }
@@ -53,7 +53,7 @@ class Path:
             for name, reader in self._weights.items()
         }
         self._rounding = {
-            s.name: ActivationRounding([self.chosen[s.name]], spec, device)
+            s.name: ActivationRounding([self.chosen[s.name]], spec, self._device)
             for s in sites.activations
             if s.name in candidates
         }
@@ -88,11 +88,9 @@ class Path:
                     for name, value in slopes.items():
                         if name in total:
                             total[name] += weight * share * value
-                        if looking is not None:
-                            looking.along_path += share * value
+                    if looking is not None:
+                        looking.passed(share, here, slopes)
                     advance()
-            if looking is not None:
-                looking.distance = distance
             end = distance if t == 1 else end
         return total, end
 
@@ -102,9 +100,8 @@ class Path:
         Args:
             at: point of the path, one of those that shares are taken at.
         """
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         listed = {name: list({c.bits: c for c in reversed(of)}.values()) for name, of in self._candidates.items()}
-        rounding = {name: ActivationRounding(listed[name], self._spec, device) for name in self._rounding}
+        rounding = {name: ActivationRounding(listed[name], self._spec, self._device) for name in self._rounding}
         weights = {name: (reader, self._norms.get(name)) for name, reader in self._weights.items()}
         return SlopesOfEveryWidth(at, listed, weights, rounding, self._spec)
 

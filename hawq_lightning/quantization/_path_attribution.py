@@ -120,9 +120,7 @@ def shares_of_plan(
 ) -> dict[str, float]:
     """What each site adds to the distance of one plan: path attribution on the way to that plan, by two Gauss points.
 
-    Their sum is the distance of the plan. The mean of a site's share over random plans of about one size, by width,
-    ranks other plans of that size better than :func:`forecast` does at low bits, where a uniform network is far from
-    them.
+    Their sum is the distance of the plan.
 
     Args:
         model: float, or with quantizers off; left as it was.

@@ -64,6 +64,18 @@ class SlopesOfEveryWidth:
 
         return seen
 
+    def passed(self, share: float, distance: float, slopes: Mapping[str, float]) -> None:
+        """Note what a batch came to.
+
+        Args:
+            share: of the batch in all samples.
+            distance: its distance at the point.
+            slopes: site -> slope along its error on the path.
+        """
+        self.distance += share * distance
+        for slope in slopes.values():
+            self.along_path += share * slope
+
     def tangent(self, end: float) -> Tangent | None:
         """The tangent at the point, once weights are back at their values; ``None`` if the distance does not flatten.
 
@@ -75,9 +87,8 @@ class SlopesOfEveryWidth:
             return None
         for site, gradient in self._gradients.items():
             reader, norm = self._weights[site]
-            for k, candidate in enumerate(self._candidates[site]):
-                (error,) = weight_errors(reader, [candidate], self._spec, norm).whole()
-                self._slopes[site][k] = product(gradient, error)
+            errors = weight_errors(reader, self._candidates[site], self._spec, norm)
+            self._slopes[site] = [product(gradient, error) for error in errors]
         slopes = {
             name: {c.bits: slope for c, slope in zip(self._candidates[name], of_site)}
             for name, of_site in self._slopes.items()

@@ -18,6 +18,7 @@ from hawq_lightning.sensitivity._estimator import (
     Rows,
     register_estimator,
 )
+from hawq_lightning.sensitivity._generator_state import generator_put_back
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
@@ -112,6 +113,7 @@ __all__ = [
     "find_boundary",
     "find_sites",
     "forward_pass",
+    "generator_put_back",
     "guarded_mean_traces",
     "hutchinson_batch",
     "isolated_eval",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from hawq_lightning.sensitivity._generator_state import generator_put_back
 
 _INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy", "builtins", "hawq_lightning")
@@ -77,12 +78,8 @@ class HeldAttributes:
             self._contents.append(partial(_copy_into, value, value.copy()))
         elif isinstance(value, (bytearray, array.array)):
             self._contents.append(partial(value.__setitem__, slice(None), value[:]))
-        elif isinstance(value, torch.Generator):
-            self._contents.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, np.random.Generator):
-            self._contents.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif isinstance(value, random.Random):
-            self._contents.append(partial(value.setstate, value.getstate()))
+        elif (put_back := generator_put_back(value)) is not None:
+            self._contents.append(put_back)
         elif isinstance(value, nn.Module):
             parts = [*value.parameters(), *value.buffers()]
         elif (

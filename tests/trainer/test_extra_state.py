@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawq_lightning import HawqError, save_packed
+from hawq_lightning import HawqError, load_packed, save_packed
 from tests.trainers import Classifier, fit, loader, measuring, trainer
 
 
@@ -52,3 +52,6 @@ def test_a_tensor_is_packed(tmp_path):
     model = WithExtra(torch.arange(3.0))
     callback = fit(tmp_path, model, loader())
     save_packed(model, callback.plan, tmp_path / "model.safetensors")
+    loaded = WithExtra(torch.zeros(3))
+    load_packed(tmp_path / "model.safetensors", loaded)
+    assert torch.equal(loaded.extra.state, model.extra.state)

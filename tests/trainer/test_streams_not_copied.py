@@ -88,4 +88,6 @@ def test_a_stream_in_a_loader_with_its_own_iteration_is_named_too(tmp_path):
 
 
 def test_the_remedy_works(tmp_path):
-    trainer(tmp_path, hawq()).fit(Classifier(), DataLoader(OpensAnew(), 16))
+    callback = hawq()
+    trainer(tmp_path, callback).fit(Classifier(), DataLoader(OpensAnew(), 16))
+    assert callback.has_plan

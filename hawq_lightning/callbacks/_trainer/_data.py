@@ -21,6 +21,7 @@ from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_lengt
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
 from hawq_lightning.callbacks._trainer._own_generators import own_generators_kept
 from hawq_lightning.callbacks._trainer._own_iteration import (
+    batches_in_order,
     copied_sampler,
     in_other_order,
     iterate_copy,
@@ -143,8 +144,7 @@ def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, 
         return _until((collate(_item(dataset, i, seed)) for i in indices), images, size_of)
     sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
     if overfit:
-        in_order = SequentialSampler(dataset)  # type: ignore[arg-type]
-        sampler = BatchSampler(in_order, loader.batch_size or 1, False)
+        sampler = batches_in_order(loader)
     assert sampler is not None  # a loader has the one or the other
     lists: Iterator[Sequence[object]] = iter(copied_sampler(sampler, seed))
     if overfit:
@@ -218,7 +218,7 @@ def held_out_batches(
 
 
 def train_batches(
-    trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int, loss_fn: LossFn | None = None
+    trainer: Trainer, pl_module: LightningModule, config: MeasureConfig, images: int, loss_fn: LossFn
 ) -> OnDevice:
     """The Trainer's own train data as :func:`draw_batches` gives them, to be moved as :func:`onto_device` says.
 
@@ -227,7 +227,7 @@ def train_batches(
         pl_module: its module.
         config: seed, and how samples are counted.
         images: at least so many, or all.
-        loss_fn: batches that it skips are left out, and more are drawn where it skips them all; ``None``: all stay.
+        loss_fn: batches that it skips are left out, and more are drawn where it skips them all.
 
     Raises:
         HawqError: there are no train data, or ``loss_fn`` skips them all.
@@ -238,16 +238,14 @@ def train_batches(
         return onto_device(trainer, pl_module, drawn, config.samples, config.seed)
 
     batches = draw(images)
-    if loss_fn is None or config.loss_fn is not None or not pl_module.automatic_optimization:
-        return batches
     for _ in range(_TRIES):
         try:
-            return without_skipped(pl_module, batches, loss_fn)
+            return without_skipped(pl_module, batches, loss_fn, config)
         except SkippedBatch:
             before, batches = batches, draw(8 * sum(batches.samples(config.samples)))
             if len(batches) == len(before):
                 raise
-    return without_skipped(pl_module, batches, loss_fn)
+    return without_skipped(pl_module, batches, loss_fn, config)
 
 
 def onto_device(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -12,6 +11,8 @@ from types import FunctionType, ModuleType
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
+
+from hawq_lightning.sensitivity import generator_put_back
 
 _DEPTH = 12  # of objects in objects: the transforms of a data set in a subset, with the lists that hold them
 _MANY = 64  # longer lists hold samples
@@ -40,17 +41,11 @@ def _note(value: object, depth: int, seen: set[int], put_back: list[Callable[[],
     if value is None or id(value) in seen or depth > _DEPTH or isinstance(value, nothing):
         return
     seen.add(id(value))
-    if isinstance(value, torch.Generator):
-        put_back.append(functools.partial(value.set_state, value.get_state()))
-    elif isinstance(value, np.random.Generator):
-        put_back.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-    elif isinstance(value, np.random.RandomState):
-        put_back.append(functools.partial(value.set_state, value.get_state()))
-    elif isinstance(value, random.Random):
-        put_back.append(functools.partial(value.setstate, value.getstate()))
-    else:
-        for part in _parts(value):
-            _note(part, depth + 1, seen, put_back)
+    if (back := generator_put_back(value)) is not None:
+        put_back.append(back)
+        return
+    for part in _parts(value):
+        _note(part, depth + 1, seen, put_back)
 
 
 def _parts(value: object) -> list[object]:

@@ -41,8 +41,8 @@ def iterate_copy(loader: DataLoader[Batch], seed: int, overfit: int) -> Iterator
     if isinstance(loader.dataset, IterableDataset):
         more["dataset"] = copied_stream(loader.dataset, "data set")
     elif overfit and loader.batch_sampler is not None:
-        more["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
-        more["batch_sampler"] = BatchSampler(more["sampler"], loader.batch_size or 1, False)
+        more["batch_sampler"] = batches_in_order(loader)
+        more["sampler"] = more["batch_sampler"].sampler
     else:
         more = {n: copied_sampler(getattr(loader, n), seed) for n in ("sampler", "batch_sampler")}
     if isinstance(loader.generator, torch.Generator):
@@ -61,6 +61,15 @@ def in_other_order(loader: DataLoader[Batch], order: Sequence[int]) -> DataLoade
     if type(loader.batch_sampler) is not BatchSampler or not loader.batch_size:
         return loader
     return _copy(loader, {"sampler": order, "batch_sampler": BatchSampler(order, loader.batch_size, False)})
+
+
+def batches_in_order(loader: DataLoader[Batch]) -> BatchSampler:
+    """Indices in the order of the data set, as ``Trainer(overfit_batches=...)`` takes them.
+
+    Args:
+        loader: of batches.
+    """
+    return BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, False)  # type: ignore[arg-type]
 
 
 def copied_sampler(sampler: Iterable[Any] | None, seed: int) -> Any:

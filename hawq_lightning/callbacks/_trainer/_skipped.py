@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
+from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import LossFn
 from hawq_lightning.sensitivity import OnDevice, isolated_eval, repeatable
@@ -15,23 +16,25 @@ class SkippedBatch(HawqError):
     """``training_step`` returned None for a batch, with which Lightning goes on to the next one."""
 
 
-def without_skipped(module: nn.Module, batches: OnDevice, loss_fn: LossFn) -> OnDevice:
+def without_skipped(module: LightningModule, batches: OnDevice, loss_fn: LossFn, config: MeasureConfig) -> OnDevice:
     """The batches that have a loss; a line is logged where some have none.
 
     Args:
         module: left as it was.
         batches: as they were drawn.
         loss_fn: of a batch, by ``training_step``.
+        config: with a loss of its own nothing is skipped, nor is it by a step that optimizes by hand.
 
     Raises:
         SkippedBatch: none has a loss.
     """
-    kept: list[int] = []
-    last = None
+    if config.loss_fn is not None or not module.automatic_optimization:
+        return batches
+    run, kept, last = repeatable(module, loss_fn), list[int](), None
     for number in range(len(batches)):
         try:
             with isolated_eval(module), torch.enable_grad():  # a step may ask for gradients
-                repeatable(module, loss_fn)(module, batches[number])
+                run(module, batches[number])
         except SkippedBatch as skipped:
             last = skipped
             continue
