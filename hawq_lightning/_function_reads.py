@@ -186,6 +186,7 @@ def _holders(model: nn.Module, readers: Mapping[str, WeightReader]) -> dict[int,
 def _storage(tensor: torch.Tensor) -> StorageWeakRef | None:
     """A tensor's memory, which views share; ``None`` where there is none, as of sparse tensors and lazy parameters."""
     try:
-        return StorageWeakRef(tensor.untyped_storage())
+        with torch._C.DisableTorchFunction():  # who watches for writes would take it for one
+            return StorageWeakRef(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError, ValueError):
         return None

@@ -19,6 +19,7 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._fixed_draws import FixedDraws
+from hawq_lightning.sensitivity._function_transforms import NOT_SEEN, by_function_transform
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState, KeptParameters, memory_of
 from hawq_lightning.sensitivity._parameter_flags import ParameterFlags
 
@@ -105,7 +106,9 @@ class _Repeatable:
         try:
             with flags:
                 return self._loss_fn(model, fresh_copy(batch))
-        except RuntimeError as error:
+        except RuntimeError as error:  # NotImplementedError among them
+            if by_function_transform(error):
+                raise HawqError(NOT_SEEN) from error
             if not any(text in str(error) for text in _NO_GRADIENTS):
                 raise
             flags.need_all()
