@@ -38,6 +38,7 @@ class Diagnostics:
         operations: between the outputs and the loss, that a second derivative was taken through.
         plain: attention and hard sigmoids take operations that can be differentiated twice.
         differentiates: the loss takes derivatives of the network.
+        past_layers: what reads weights outside of their layers, in sentences that lack what follows from it.
         once_only: what has no second derivative, so that the loss's is taken by differences; empty: all has one.
     """
 
@@ -48,6 +49,7 @@ class Diagnostics:
     operations: set[str] = field(default_factory=set)
     plain: bool = False
     differentiates: bool = False
+    past_layers: list[str] = field(default_factory=list)
     once_only: str = ""
 
     def do_without(self, reason: NoSecondDerivative) -> None:
@@ -71,6 +73,16 @@ class Diagnostics:
         """Add a sentence, unless it is there."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def tell_past_layers(self, counted: bool) -> None:
+        """Note what reads weights outside of their layers.
+
+        Args:
+            counted: whether the estimator that measures sees the curvature from there.
+        """
+        for sentence in self.past_layers:
+            tail = "is counted as well." if counted else "is not counted (estimator='hutchinson' alone counts it)."
+            self.warn_once(f"{sentence} the curvature from there {tail}")
 
     def replace_warning(self, start: str, rest: str) -> None:
         """Add the sentence ``start + rest`` in the place of the one that began like it."""

@@ -10,8 +10,6 @@ from hawq_lightning.layers import FakeQuantLayer, holder_values, layer_type
 from hawq_lightning.sensitivity._boundary import Outputs, read_by
 from hawq_lightning.sensitivity._context import MeasureContext
 
-_BUT = " (estimator='hutchinson' alone counts it)"
-
 
 def check_float(context: MeasureContext) -> None:
     """Refuse layers whose quantizers are on.
@@ -39,7 +37,7 @@ def check_float(context: MeasureContext) -> None:
 
 
 def check_first_loss(context: MeasureContext, batch: Batch) -> float:
-    """The loss of a batch as a number, checked; whatever reads weights outside of their layers is noted.
+    """The loss of a batch as a number, checked; what reads weights outside of their layers is kept to be noted.
 
     Args:
         context: model, loss and sites.
@@ -49,7 +47,6 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
         HawqError: the loss is no finite scalar, or sites that no forward pass has found have a weight that a function
             reads as well.
     """
-    warn_once = context.diagnostics.warn_once
     weights = {id(m.weight): (name, m.weight) for name, m in context.layers.items() if not m.recomputed}
     wanted = [w for _, w in weights.values()]
     wanted += [
@@ -72,22 +69,16 @@ def check_first_loss(context: MeasureContext, batch: Batch) -> float:
             "(exclude=), or let a forward pass find the sites (hawq_lightning.sites(model, batch))."
         )
     context.diagnostics.differentiates = functions.differentiated and bool(penalised)
+    past_layers = context.diagnostics.past_layers
     if penalised and not context.diagnostics.differentiates:
-        warn_once(
-            f"The loss reads the weights of {some(penalised)} outside of their layers (a penalty on weights?); the "
-            f"curvature from there is not counted{_BUT}."
+        past_layers.append(
+            f"The loss reads the weights of {some(penalised)} outside of their layers (a penalty on weights?);"
         )
     if read:
-        warn_once(
-            f"A function reads the weight of {some(read)} as well: that use stays float, and is not counted in the "
-            f"trace{_BUT}."
-        )
+        past_layers.append(f"A function reads the weight of {some(read)} as well: that use stays float, and")
     for name, modules in functions.elsewhere().items():
         kinds = ", ".join(dict.fromkeys(layer_type(m).__name__ for m in modules))
-        warn_once(
-            f"The weight of {name} is also that of another module ({kinds}): that use stays float, and is not counted "
-            f"in the trace{_BUT}."
-        )
+        past_layers.append(f"The weight of {name} is also that of another module ({kinds}): that use stays float, and")
     return value
 
 

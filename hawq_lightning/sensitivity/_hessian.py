@@ -56,7 +56,7 @@ class Hessian(Estimator):
             )
         if not linearity.nonlinear_sites:
             context.diagnostics.warn_once(
-                "The network is piecewise linear: 'ggn' gives the traces of the true Hessian, and was used."
+                "The network is piecewise linear: 'ggn' gives what 'hessian' would, with less noise, and was used."
             )
             return GaussNewton(config.rotate)
         context.diagnostics.warn_once(

@@ -128,6 +128,7 @@ def make_runner(look: FirstLook, data: BatchSet, settings: MeasureSettings) -> P
             f"The loss takes derivatives of the network, whose curvature estimator={estimator.name!r} cannot see: use "
             "'auto' or 'hutchinson', or a loss_fn without them (callbacks take it as MeasureConfig(loss_fn=...))."
         )
+    look.context.diagnostics.tell_past_layers(estimator.whole_loss)
     if estimator.from_outputs:
         few = check_samples(sum(data.samples), config.max_probes)
         check_boundary(look.context, pilot, config.seed, few)
