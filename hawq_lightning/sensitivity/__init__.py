@@ -20,20 +20,14 @@ from hawq_lightning.sensitivity._estimator import (
 )
 from hawq_lightning.sensitivity._generator_state import generator_put_back
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
+from hawq_lightning.sensitivity._heap import Heap, release_memory
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
 from hawq_lightning.sensitivity._independence import samples_apart
 from hawq_lightning.sensitivity._input_hooks import InputHooks
-from hawq_lightning.sensitivity._isolate import (
-    Heap,
-    isolated_eval,
-    noisy_modules,
-    random_states_kept,
-    release_memory,
-    seed_torch,
-)
+from hawq_lightning.sensitivity._isolate import isolated_eval, noisy_modules, random_states_kept, seed_torch
 from hawq_lightning.sensitivity._linearity import check_linearity
 from hawq_lightning.sensitivity._loss_hessian import ProbeVectors, factor_probe, factorize_loss_hessian
 from hawq_lightning.sensitivity._measure import measure

@@ -19,7 +19,7 @@ from hawq_lightning._loss_graph import edge_of
 from hawq_lightning._types import AutogradContext
 from hawq_lightning._types import Outputs as ModelOutputs
 from hawq_lightning.layers import find_kind
-from hawq_lightning.sensitivity._isolate import release_memory
+from hawq_lightning.sensitivity._heap import release_memory
 from hawq_lightning.sensitivity._second_derivative import check_twice_differentiable, told_in_one_sentence
 from hawq_lightning.sensitivity._views import without_base
 

@@ -11,7 +11,7 @@ from hawq_lightning._progress import progress_bar
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._chunks import Chunk, chunks
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
-from hawq_lightning.sensitivity._isolate import Heap
+from hawq_lightning.sensitivity._heap import Heap
 from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, attempt
 from hawq_lightning.sensitivity._probe_runner import ProbeRunner
 from hawq_lightning.sensitivity._sampling import SamplingDesign, sampling_design

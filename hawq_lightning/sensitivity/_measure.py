@@ -16,7 +16,8 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
-from hawq_lightning.sensitivity._isolate import isolated_eval, release_memory
+from hawq_lightning.sensitivity._heap import release_memory
+from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._parameter_flags import again_if_needed
 from hawq_lightning.sensitivity._prepare import Reuse, first_look, make_runner
 from hawq_lightning.sensitivity._process_shard import ProcessShard

@@ -16,8 +16,8 @@ from hawq_lightning.sensitivity._boundary import OutputHessian
 from hawq_lightning.sensitivity._context import ForwardPass, MeasureContext, forward_pass, outputs_of
 from hawq_lightning.sensitivity._estimator import ProbeRequest, Probes, Rows
 from hawq_lightning.sensitivity._grad_capture import with_copies
+from hawq_lightning.sensitivity._heap import release_memory
 from hawq_lightning.sensitivity._independence import check_independent
-from hawq_lightning.sensitivity._isolate import release_memory
 from hawq_lightning.sensitivity._loss_hessian import (
     Block,
     Dense,

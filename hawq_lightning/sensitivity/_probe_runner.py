@@ -13,7 +13,7 @@ from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._estimator import Estimator, ProbeRequest, Probes
 from hawq_lightning.sensitivity._grad_capture import with_copies
-from hawq_lightning.sensitivity._isolate import Heap
+from hawq_lightning.sensitivity._heap import Heap
 from hawq_lightning.sensitivity._memory import RAN_OUT, RanOut, with_fewer
 from hawq_lightning.sensitivity._microbatch import loss_reduction, slice_batch
 from hawq_lightning.sensitivity._seeds import derive_seed
