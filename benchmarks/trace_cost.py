@@ -22,6 +22,7 @@ Results: benchmarks/results/trace_cost.{json,md}, with device and precision in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,7 +103,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
     net, batch = net.to(device), moved(batch, device)
     net.train()
     count = SETTINGS[name][0]
-    peak = Peak(device)
+    peak, stack = Peak(device), contextlib.ExitStack()
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         with forwards:
@@ -138,6 +139,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
             batch_images,
             find_sites,
             isolated_eval,
+            pages_kept,
             release_memory,
             samples_apart,
         )
@@ -155,6 +157,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
                 weighed = candidates(net, [batch], None, table, loss, weight_bits=WIDTHS, activation_bits=WIDTHS)
                 context = dataclasses.replace(context, rounding=rounding_errors(net, weighed, table))
             release_memory()
+        stack.enter_context(pages_kept())  # as around the loop
         seed, heap = 0, Heap()
 
         def run(concave: float) -> None:
@@ -168,10 +171,11 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
             heap.tidy()  # as the loop does after every batch
 
     print(thin, flush=True)
-    for line in sys.stdin:
-        began = now(device, wall)
-        run(float(line))
-        print(now(device, wall) - began, peak(), flush=True)
+    with stack:
+        for line in sys.stdin:
+            began = now(device, wall)
+            run(float(line))
+            print(now(device, wall) - began, peak(), flush=True)
 
 
 def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any]:

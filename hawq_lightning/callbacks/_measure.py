@@ -51,7 +51,7 @@ from hawq_lightning.selection import (
     plan_frontier,
     with_bootstrap_stability,
 )
-from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure
+from hawq_lightning.sensitivity import Sensitivity, guarded_mean_traces, measure, pages_kept
 
 
 class MeasureTraces(HasResults, Callback):
@@ -166,6 +166,7 @@ class MeasureTraces(HasResults, Callback):
         folder, config = self.folder(trainer), self.measure
         show = self.progress and shows_progress(trainer)
         with (
+            pages_kept(),
             fake_quant_disabled(pl_module),
             loss_from_training_step(trainer, pl_module, config.loss_fn, check) as loss_fn,
         ):

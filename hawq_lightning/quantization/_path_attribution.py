@@ -31,7 +31,7 @@ from hawq_lightning._types import Batch, BatchSizeFn, LossFn
 from hawq_lightning.quantization._float_distance import FloatDistance, distance_of_new_statistics
 from hawq_lightning.quantization._forecast import After, Forecast, Mode, Tangent
 from hawq_lightning.quantization._path import Path
-from hawq_lightning.sensitivity import on_device
+from hawq_lightning.sensitivity import on_device, pages_kept
 
 _BY_BATCH: dict[str, bool] = {"quantizing": False, "batchnorm": True}
 _LOBATTO, _RADAU = math.sqrt(0.05), math.sqrt(6)
@@ -88,7 +88,8 @@ def forecast(
     moved = on_device(batches, device)
     samples = moved.samples(batch_size_fn)
     done = itertools.count(1)
-    with progress_bar("Forecast", len(widths) * len(batches) * len(_POINTS[mode]), progress) as advance:
+    steps = len(widths) * len(batches) * len(_POINTS[mode])
+    with pages_kept(), progress_bar("Forecast", steps, progress) as advance:
         for bits in widths:
             path = Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
             # networks whose BatchNorm is measured again still work, and shares rank them better than a tangent does

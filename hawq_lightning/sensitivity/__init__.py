@@ -20,7 +20,7 @@ from hawq_lightning.sensitivity._estimator import (
 )
 from hawq_lightning.sensitivity._generator_state import generator_put_back
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
-from hawq_lightning.sensitivity._heap import Heap, release_memory
+from hawq_lightning.sensitivity._heap import Heap, pages_kept, release_memory
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
 from hawq_lightning.sensitivity._hessian import Hessian
@@ -118,6 +118,7 @@ __all__ = [
     "noisy_modules",
     "of_library",
     "on_device",
+    "pages_kept",
     "pick",
     "plain_attributes",
     "random_states_kept",

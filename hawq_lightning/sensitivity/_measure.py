@@ -16,7 +16,7 @@ from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
-from hawq_lightning.sensitivity._heap import release_memory
+from hawq_lightning.sensitivity._heap import pages_kept, release_memory
 from hawq_lightning.sensitivity._isolate import isolated_eval
 from hawq_lightning.sensitivity._parameter_flags import again_if_needed
 from hawq_lightning.sensitivity._prepare import Reuse, first_look, make_runner
@@ -83,7 +83,7 @@ def measure(
     config, began = settings.config, time.perf_counter()
     data = BatchSet.of(model, batches, settings.batch_size_fn, shard)
     progress = progress and data.shard.rank == 0
-    with isolated_eval(model, config.seed):
+    with pages_kept(), isolated_eval(model, config.seed):
         settled = repeatable(model, loss_fn)
         look = again_if_needed(lambda: first_look(model, data, settled, sites, settings, reuse))
         if look.earlier is not None:
