@@ -140,6 +140,16 @@ class Path:
             if seen is not None:
                 seen(name, x, slope)
 
+        def through(site: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            """The slope at what was read before its error came to it.
+
+            Rounding follows what it rounds, on average, so that the error stays when errors before it move x. Where x
+            is clipped the level stays, and the error takes back t of every move.
+            """
+            add(site, slope, error, x)
+            with torch.no_grad():
+                return torch.addcmul(slope, slope, self._rounding[site].clipped(x, error), value=-t)
+
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             plain = x.detach()
             with torch.no_grad():
@@ -149,8 +159,8 @@ class Path:
                 return read
             if torch.is_grad_enabled() and read.requires_grad:
                 # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
-                held = [(error, None if seen is None else plain)]
-                read.register_hook(lambda slope: add(site, slope, *held.pop()))
+                held = [(error, plain)]
+                read.register_hook(lambda slope: through(site, slope, *held.pop()))
             elif torch.is_grad_enabled():
                 leaves.append((site, read.requires_grad_(True), error, plain))
             return read

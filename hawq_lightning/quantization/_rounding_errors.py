@@ -159,6 +159,22 @@ class ActivationRounding:
             levels = levels.to(x.dtype)
             yield levels - x if levels.data_ptr() == x.data_ptr() else levels.sub_(x)
 
+    def clipped(self, x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        """1 where ``x`` lies beyond the levels of the first candidate, 0 elsewhere.
+
+        Args:
+            x: what the site reads.
+            error: of the first candidate, which is written over.
+        """
+        step, low, high = _grid(self._quantizers[0])
+        if type(self._quantizers[0]).quantize is ActivationQuantizer.quantize:
+            return error.abs_().gt_(step * _MORE_THAN_HALF)  # what is rounded moves by half a step at most
+        beyond = (x < step * (low - 0.5)) | (x > step * (high + 0.5))
+        return error.copy_(beyond)
+
+
+_MORE_THAN_HALF = 0.5001
+
 
 def _grid(quantizer: ActivationQuantizer) -> tuple[float, int, int]:
     """Step, and least and highest level in steps."""

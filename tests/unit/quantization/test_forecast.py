@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from hawq_lightning import Candidates, HawqError, Plan, candidates, forecast, quantize, sites
+from hawq_lightning import Candidate, Candidates, HawqError, Plan, candidates, forecast, quantize, sites
 from hawq_lightning.quantization import FloatDistance, Forecast, loss_of_plan, rounding_errors, shares_of_plan
 from hawq_lightning.quantization.post_training import reestimate_batchnorm
 from hawq_lightning.selection import Problem, select
@@ -156,6 +156,31 @@ def test_shares_are_the_path_integral():
     size = max(map(abs, total.values()))
     for name, share in total.items():
         assert made.shares[name][2] == pytest.approx(share, rel=1e-3, abs=1e-3 * size)
+
+
+def clips(weighed: Candidates, share: float) -> Candidates:
+    """With grids of the activations that end at a share of their range."""
+
+    def shorter(c: Candidate) -> Candidate:
+        return c if c.scale is None else replace(c, scale=share * c.scale)
+
+    return replace(weighed, by_site={n: tuple(map(shorter, of)) for n, of in weighed.items()})
+
+
+@pytest.mark.parametrize("quantizer", ["uniform", "lsq", "pact"])
+@pytest.mark.parametrize("weight_bits", [3, 8])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_what_is_clipped_passes_on_no_more_than_it_does(share, weight_bits, quantizer):
+    """Where it clips, a read answers to errors before it by 1 - t; by 1, shares add up to 1.25 to 1.55 distances."""
+    net, data = network(norm=True), batches()
+    table = sites(net, data[0][0])
+    widths = {"weight_bits": (3, 8), "activation_bits": (8,), "input_bits": None}
+    weighed = clips(candidates(net, data, None, table, classified, quantizer=quantizer, **widths), share)
+    bits = {s.name: weight_bits if s.kind == "weight" else 8 for s in table}
+    shares = shares_of_plan(net, data, classified, table, weighed, bits)
+    plan = select(Problem(table, weighed), None, "manual", bits={n: bits[n] for n in weighed})
+    with loss_of_plan(net, data, FloatDistance(net, data, classified)) as measured:
+        assert math.fsum(shares.values()) == pytest.approx(measured(plan), rel=0.04)
 
 
 def test_weights_that_are_computed_and_shared_ones_move_too():
