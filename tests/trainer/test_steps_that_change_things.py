@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from hawq_lightning import HAWQ, HawqError, MeasureConfig, candidates, load_from_checkpoint, measure, sites
 from hawq_lightning.sensitivity import repeatable
+
+FEW = MeasureConfig(max_probes=4)  # what is compared is exact by probe
 
 
 class Net(LightningModule):
@@ -95,7 +98,7 @@ def rows() -> DataLoader:
 
 
 def run(form: str, tmp_path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    hawq = Kept(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path / form)
+    hawq = Kept(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path / form, measure=FEW)
     trainer = Trainer(
         max_steps=1, callbacks=[hawq], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
@@ -126,7 +129,8 @@ def test_a_step_that_changes_things_is_measured_as_one_that_does_not(form, plain
 @pytest.mark.filterwarnings("ignore:.*returned `None`")  # Lightning says it once a process
 @pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
 def test_a_step_that_goes_back_by_hand_is_measured(tmp_path):
-    net, hawq = Net("backward"), HAWQ(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path)
+    net = Net("backward")
+    hawq = HAWQ(weight_bits=(2, 4, 8), budget="9x", progress=False, dirpath=tmp_path, measure=FEW)
     trainer = Trainer(
         max_epochs=1, limit_train_batches=1, callbacks=[hawq], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
@@ -273,9 +277,9 @@ def test_a_schedule_that_asks_the_trainer_for_its_loader(tmp_path, how):
     traces = {}
     for kind in (Scheduled, Net):
         torch.manual_seed(0)
-        hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / kind.__name__)
+        hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / kind.__name__, measure=FEW)
         if kind is Net:
-            hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / "net", measure=MeasureConfig(loss_fn=_halved))
+            hawq = HAWQ(budget="9x", progress=False, dirpath=tmp_path / "net", measure=replace(FEW, loss_fn=_halved))
         trainer = Trainer(
             max_epochs=1, limit_train_batches=2, callbacks=[hawq], logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
