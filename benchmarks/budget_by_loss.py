@@ -4,8 +4,8 @@
 
 ResNet20 on CIFAR-10 as trained, ResNet20 on digits and a depthwise-separable network on digits, both trained here
 (seconds to minutes; kept in --nets). Weights at 2, 3, 4, 6 or 8 bits, activations at 8. Traces are of 512 train
-images, forecasts and judgements of 512 held-out ones each (CIFAR-10: 256; digits have 540 in all: 135 and 405), as the
-callback HAWQ has it.
+images, forecasts and judgements of 512 held-out ones each (digits have 540 in all: 135 and 405), as the callback HAWQ
+has it.
 
 What is asked of each budget: the measured value of the plan keeps it; and the plan is hardly larger than the smallest
 one that does. For the latter the plans of the frontier are measured one by one, 2% of size apart, from the plan's own
@@ -117,8 +117,7 @@ def network(name: str, args: argparse.Namespace) -> tuple[nn.Module, Batches, Ba
             torch.save(trained.state_dict(), file)
         net.load_state_dict(torch.load(file, weights_only=True))
     data.setup("fit")
-    images = IMAGES // 2 if "CIFAR" in name else IMAGES
-    return net.eval(), drawn(data.train_dataloader().dataset, images)[0], *drawn(data.val_dataloader().dataset, images)
+    return net.eval(), drawn(data.train_dataloader().dataset, IMAGES)[0], *drawn(data.val_dataloader().dataset, IMAGES)
 
 
 def work(name: str, args: argparse.Namespace, part: dict[str, Any], keep: Callable[[], None]) -> None:

@@ -289,7 +289,10 @@ def check_loss(loss: object) -> torch.Tensor:
     if not bool(torch.isfinite(loss.detach()).all()):
         raise HawqError(f"The loss is {loss.item()}; traces need a finite loss.")
     if loss.grad_fn is None:
-        raise HawqError("The loss does not depend on the model's parameters, so it has no curvature in them.")
+        raise HawqError(
+            "The loss does not depend on the weights that are measured, so it has no curvature in them. Of a step that "
+            "sends back several losses by hand the first is measured; MeasureConfig(loss_fn=...) can name another."
+        )
     return loss.reshape(())
 
 

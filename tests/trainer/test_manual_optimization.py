@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.nn import functional as F
 
+from hawq_lightning import HawqError
 from hawq_lightning.callbacks import loss_from_training_step
 from tests.trainers import FEATURES, Classifier, fit, loader, measuring, same_states, trainer
 
@@ -259,3 +260,33 @@ def test_a_step_that_reads_gradients_between_losses_is_told_which_is_measured(tm
     with caplog.at_level(logging.INFO):
         fit(tmp_path, Surgery(), loader())
     assert caplog.text.count("Surgery.training_step reads gradients of parameters before its optimizer steps") == 1
+
+
+class CriticFirst(Gan):
+    """The generator's loss is the second that the step sends back."""
+
+    def generator_loss(self, batch):
+        fake = self.generator(torch.randn(len(batch[0]), 6))
+        return F.binary_cross_entropy_with_logits(self.critic(fake), torch.ones(len(fake), 1))
+
+    def training_step(self, batch, batch_idx):
+        g, d = self.optimizers()
+        fake = self.generator(torch.randn(len(batch[0]), 6)).detach()
+        d.zero_grad()
+        self.manual_backward(
+            self.critic(fake).mean() - self.critic(batch[0]).mean() + self.critic(fake).square().mean()
+        )
+        d.step()
+        g.zero_grad()
+        self.manual_backward(self.generator_loss(batch))
+        g.step()
+
+
+@pytest.mark.filterwarnings("ignore:HAWQ. Much of the network stays float")
+def test_the_way_to_a_later_loss_is_told_and_works(tmp_path):
+    only = {"exclude": ["critic*"], "input_bits": None}
+    with pytest.raises(HawqError, match=r"the first is measured; MeasureConfig\(loss_fn="):
+        trainer(tmp_path, measuring(**only)).fit(CriticFirst(), loader())
+    model = CriticFirst()
+    callback = fit(tmp_path, model, loader(), loss_fn=CriticFirst.generator_loss, **only)
+    assert {s.layers[0].split(".")[0] for s in callback.plan.sites} == {"generator"}
