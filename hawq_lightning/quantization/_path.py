@@ -140,28 +140,28 @@ class Path:
             if seen is not None:
                 seen(name, x, slope)
 
-        def through(site: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def through(site: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
             """The slope at what was read before its error came to it.
 
             Rounding follows what it rounds, on average, so that the error stays when errors before it move x. Where x
             is clipped the level stays, and the error takes back t of every move.
             """
-            add(site, slope, error, x)
+            if site in wanted:
+                add(site, slope, error, x)
             with torch.no_grad():
-                return torch.addcmul(slope, slope, self._rounding[site].clipped(x, error), value=-t)
+                return torch.addcmul(slope, slope, self._rounding[site].clipped(error, x), value=-t)
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
             plain = x.detach()
             with torch.no_grad():
                 (error,) = self._rounding[site](plain)
             read = torch.add(x, error, alpha=t)
-            if site not in wanted:
-                return read
             if torch.is_grad_enabled() and read.requires_grad:
                 # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
-                held = [(error, plain)]
+                needed = self._rounding[site].clips_by_input or (seen is not None and site in wanted)
+                held = [(error, plain if needed else None)]
                 read.register_hook(lambda slope: through(site, slope, *held.pop()))
-            elif torch.is_grad_enabled():
+            elif torch.is_grad_enabled() and site in wanted:
                 leaves.append((site, read.requires_grad_(True), error, plain))
             return read
 

@@ -159,18 +159,23 @@ class ActivationRounding:
             levels = levels.to(x.dtype)
             yield levels - x if levels.data_ptr() == x.data_ptr() else levels.sub_(x)
 
-    def clipped(self, x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        """1 where ``x`` lies beyond the levels of the first candidate, 0 elsewhere.
+    @property
+    def clips_by_input(self) -> bool:
+        """Whether :meth:`clipped` has to know what was read, since levels are not even."""
+        return type(self._quantizers[0]).quantize is not ActivationQuantizer.quantize
+
+    def clipped(self, error: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """1 where the site reads what lies beyond the levels of the first candidate, 0 elsewhere.
 
         Args:
-            x: what the site reads.
             error: of the first candidate, which is written over.
+            x: what the site reads, where :attr:`clips_by_input`.
         """
         step, low, high = _grid(self._quantizers[0])
-        if type(self._quantizers[0]).quantize is ActivationQuantizer.quantize:
+        if x is None:
             return error.abs_().gt_(step * _MORE_THAN_HALF)  # what is rounded moves by half a step at most
         beyond = (x < step * (low - 0.5)) | (x > step * (high + 0.5))
-        return error.copy_(beyond)
+        return error.copy_(beyond & (error != 0))  # outliers that keep their value are not clipped
 
 
 _MORE_THAN_HALF = 0.5001
