@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hawq_lightning.sensitivity import pages_kept
-from hawq_lightning.sensitivity._heap import _mallopt
 from tests.console import python
+from tests.internals import internal
 
 resource = pytest.importorskip("resource")
 if not (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")):
@@ -60,13 +60,14 @@ def test_passes_find_their_pages_again_and_leave_none(tmp_path):
 def test_thresholds_of_the_user_stay(monkeypatch, setting):
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
-    _mallopt.cache_clear()
+    mallopt = internal("sensitivity._heap")._mallopt
+    mallopt.cache_clear()
     try:
-        assert _mallopt() is None
+        assert mallopt() is None
         with pages_kept():
             assert float(torch.ones(3).sum()) == 3
     finally:
-        _mallopt.cache_clear()
+        mallopt.cache_clear()
 
 
 def test_an_error_inside_ends_it(tmp_path):
