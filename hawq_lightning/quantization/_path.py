@@ -79,7 +79,7 @@ class Path:
         total, end = dict.fromkeys(self._wanted, 0.0), math.nan
         for t, weight in points:
             distance, looking = 0.0, every if every is not None and every.at == t else None
-            with self._moved(t) as offsets:
+            with self._moved(t) as offsets, isolated_eval(self._model):
                 for batch, count in zip(batches, samples):
                     share = count / sum(samples)
                     seen = None if looking is None else looking.of_batch(share)
@@ -112,15 +112,14 @@ class Path:
             (error,) = self._rounding[site](x)
             return error.add_(x)
 
-        with torch.no_grad(), self._moved(1.0) as offsets:
-            values = []
-            for batch in batches:
-                with (
-                    isolated_eval(self._model),
-                    EffectiveWeights(self._weights, offsets),
-                    InputHooks(self._readers, self._site_of, visit),
-                ):
-                    values.append(float(target(self._model, batch)))
+        with (
+            torch.no_grad(),
+            self._moved(1.0) as offsets,
+            isolated_eval(self._model),
+            EffectiveWeights(self._weights, offsets),
+            InputHooks(self._readers, self._site_of, visit),
+        ):
+            values = [float(target(self._model, batch)) for batch in batches]
         return sum(v * count for v, count in zip(values, samples)) / sum(samples)
 
     def _slopes(
@@ -167,7 +166,6 @@ class Path:
 
         with (
             torch.enable_grad(),
-            isolated_eval(self._model),
             EffectiveWeights(self._weights, offsets) as effective,
             InputHooks(self._readers, self._site_of, visit),
         ):
