@@ -31,7 +31,7 @@ def checked(done):
     "results or the packed file",
     "started again it ends with the same plan, weights and packed file to the bit; no finished batch is measured again",
 )
-@pytest.mark.parametrize("count", [2, pytest.param(200, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.stress)])
 def test_killed_at_random_points_it_recovers_to_the_undisturbed_plan(count):
     program = "import runpy; runpy.run_module('tests.stress.kills', run_name='__main__')"
     found = checked(python(program, count, 1, cwd=ROOT, timeout=3600))
