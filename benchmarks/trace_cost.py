@@ -103,7 +103,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
     net, batch = net.to(device), moved(batch, device)
     net.train()
     count = SETTINGS[name][0]
-    peak, stack = Peak(device), contextlib.ExitStack()
+    peak, pages = Peak(device), contextlib.nullcontext()
 
     def loss(m: nn.Module, b: Any) -> torch.Tensor:
         with forwards:
@@ -157,7 +157,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
                 weighed = candidates(net, [batch], None, table, loss, weight_bits=WIDTHS, activation_bits=WIDTHS)
                 context = dataclasses.replace(context, rounding=rounding_errors(net, weighed, table))
             release_memory()
-        stack.enter_context(pages_kept())  # as around the loop
+        pages = pages_kept()  # as around the loop
         seed, heap = 0, Heap()
 
         def run(concave: float) -> None:
@@ -171,7 +171,7 @@ def work(name: str, what: str, threads: int, device: str, precision: str, wall: 
             heap.tidy()  # as the loop does after every batch
 
     print(thin, flush=True)
-    with stack:
+    with pages:
         for line in sys.stdin:
             began = now(device, wall)
             run(float(line))
@@ -240,21 +240,21 @@ def _answer(process: subprocess.Popen[str], line: str = "") -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    clock = ", CPU time" if report.get("cpu time") else ""
     lines = [
         "# A probe against a training step", "",
         f"{report['date']}, {report['machine']}, torch {report['torch']}, {report['threads']} threads, load "
-        f"{report['load']:.1f} before{clock}. Made by `benchmarks/trace_cost.py`, whose head says "
+        f"{report['load']:.1f} before. Made by `benchmarks/trace_cost.py`, whose head says "
         "how.", "",
-        "| network | batch | step, s an image | probe, s | time ratio | step, MiB | probe, MiB | memory ratio |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| network | batch | step, s an image | probe, s | time ratio | step, MiB | probe, MiB | memory ratio | by |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for name, r in report["models"].items():
         count, height, width = r["batch"]
         s, m = r["seconds_an_image"], r["memory_mib"]
         lines.append(
             f"| {name} | {count} x {height} x {width} | {s['step']:.3f} | {s['probe']:.3f} | {r['time_ratio']:.2f} | "
-            f"{m['step']:.0f} | {m['probe']:.0f} | {r['memory_ratio']:.2f} |"
+            f"{m['step']:.0f} | {m['probe']:.0f} | {r['memory_ratio']:.2f} | "
+            f"{'CPU' if r.get('cpu time') else 'wall'} |"
         )
     lines += [
         "",
@@ -265,7 +265,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, r in report["models"].items():
         if "forms_time_ratio" in r:
-            ahead = f"{r['forecast_time_ratio']:.2f}" if "forecast_time_ratio" in r else ""
+            by = "" if r.get("forecast batches") else " (one batch)"
+            ahead = f"{r['forecast_time_ratio']:.2f}{by}" if "forecast_time_ratio" in r else ""
             lines.append(f"| {name} | {r['forms_time_ratio']:.2f} | {r['forms_memory_ratio']:.2f} | {ahead} |")
     for name, r in report["models"].items():
         if "double_backward" in r:
@@ -308,12 +309,13 @@ def main() -> None:
     known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{machine(args.device)}, {os.cpu_count()} cores",
-        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0], "cpu time": args.cpu_time,
+        "torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0],
         "models": known,
     }  # fmt: skip
     for name in args.models:
         doubled = name in DOUBLE and not args.no_double
-        report["models"][name] = compare(name, args, doubled) | {"date": report["date"]}
+        how = {"date": report["date"], "cpu time": args.cpu_time, "forecast batches": FORECAST_BATCHES}
+        report["models"][name] = compare(name, args, doubled) | how
         print(name, {k: report["models"][name][k] for k in ("time_ratio", "memory_ratio")}, flush=True)
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
