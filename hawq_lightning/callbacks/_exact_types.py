@@ -54,8 +54,7 @@ def check_exact_types(module: nn.Module, batch: Batch, loss_fn: LossFn) -> None:
     if not differs(after):
         return
     with float_classes(module):  # more than once: two draws may come close to one another by chance
-        again = [_loss(module, batch, loss_fn) for _ in range(_AGAIN)]
-    other = next((loss for loss in again if differs(loss)), None)
+        other = next(filter(differs, (_loss(module, batch, loss_fn) for _ in range(_AGAIN))), None)
     if other is not None:
         rank_zero_warn(
             f"HAWQ: a batch has loss {before:.6g}, and {other:.6g} when the same network runs on it again: the loss is "

@@ -157,7 +157,7 @@ class Path:
             read = torch.add(x, error, alpha=t)
             if torch.is_grad_enabled() and read.requires_grad:
                 # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
-                needed = self._rounding[site].clips_by_input or (seen is not None and site in wanted)
+                needed = self._rounding[site].clips_by_input(x.dtype) or (seen is not None and site in wanted)
                 held = [(error, plain if needed else None)]
                 read.register_hook(lambda slope: through(site, slope, *held.pop()))
             elif torch.is_grad_enabled() and site in wanted:

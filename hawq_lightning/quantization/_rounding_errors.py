@@ -159,17 +159,20 @@ class ActivationRounding:
             levels = levels.to(x.dtype)
             yield levels - x if levels.data_ptr() == x.data_ptr() else levels.sub_(x)
 
-    @property
-    def clips_by_input(self) -> bool:
-        """Whether :meth:`clipped` has to know what was read, since levels are not even."""
-        return type(self._quantizers[0]).quantize is not ActivationQuantizer.quantize
+    def clips_by_input(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`clipped` has to know what was read: levels are not even, or 16 bits round them once more.
+
+        Args:
+            dtype: of what is read.
+        """
+        return type(self._quantizers[0]).quantize is not ActivationQuantizer.quantize or dtype.itemsize < 4
 
     def clipped(self, error: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """1 where the site reads what lies beyond the levels of the first candidate, 0 elsewhere.
 
         Args:
             error: of the first candidate, which is written over.
-            x: what the site reads, where :attr:`clips_by_input`.
+            x: what the site reads, where :meth:`clips_by_input`.
         """
         step, low, high = _grid(self._quantizers[0])
         if x is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 
-_TRANSFORMS = ("/_functorch/", "\\_functorch\\")
-_HERE = ("/hawq_lightning/", "\\hawq_lightning\\")
+import torch
+
+_TRANSFORMS = Path(torch.__file__).parent / "_functorch"
+_HERE = Path(__file__).parents[1]
 _PASSED_ON = ("__torch_function__", "__torch_dispatch__")  # calls of the user's code go through these
 # what torch says, outside of our code, where a loss in a transform meets what watches it
 _WATCHED = "saved tensor hooks"
@@ -24,8 +27,9 @@ def by_function_transform(error: BaseException) -> bool:
         error: as it was caught.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [n for n, frame in enumerate(frames) if any(part in frame.filename for part in _TRANSFORMS)]
-    if not inside:
+    first = next((n for n, frame in enumerate(frames) if _TRANSFORMS in Path(frame.filename).parents), None)
+    if first is None:
         return False
-    ours = (f for f in frames[inside[0] :] if any(part in f.filename for part in _HERE) and f.name not in _PASSED_ON)
-    return _WATCHED in str(error) or any(True for _ in ours)
+    return _WATCHED in str(error) or any(
+        _HERE in Path(frame.filename).parents and frame.name not in _PASSED_ON for frame in frames[first:]
+    )

@@ -81,7 +81,7 @@ def test_the_remedy_gives_traces():
     assert all(torch.isfinite(torch.tensor(t.trace)) for t in traces if t.kind == "weight")
 
 
-def each_cross_entropy(m, x):
+def each_sample_alone(m, x):
     return func.vmap(lambda out: F.softplus(out).sum())(m(x)).mean()
 
 
@@ -89,7 +89,7 @@ def of_another_function(m, x):
     return m(x).square().mean() * (1 + func.grad(lambda v: v.square().sum())(x).mean().detach())
 
 
-@pytest.mark.parametrize("loss", [each_cross_entropy, of_another_function])
+@pytest.mark.parametrize("loss", [each_sample_alone, of_another_function])
 def test_transforms_that_hold_no_layer_are_followed_or_named(loss):
     plain = measure(net(), [POINTS], lambda m, x: F.softplus(m(x)).sum() / len(x), max_probes=4, progress=False)
     try:
