@@ -56,10 +56,12 @@ class EffectiveWeights:
 
     def _hook(self, site: str, reader: WeightReader) -> Callable[[nn.Module, object], None]:
         def replace(module: nn.Module, args: object) -> None:
+            leaf = self._leaves.get(site)
+            if leaf is not None and reader.weight is leaf:
+                return  # a parametrization computes nothing while a tensor lies in its place
             weight = reader.weight.detach()
             if site in self._offsets:
                 weight = weight + self._offsets[site]
-            leaf = self._leaves.get(site)
             if leaf is None:
                 leaf = self._leaves[site] = weight.clone().requires_grad_(True)
             elif not torch.equal(leaf, weight):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
 
 from hawq_lightning import Candidate, Candidates, HawqError, Plan, candidates, forecast, quantize, sites
 from hawq_lightning.quantization import FloatDistance, Forecast, loss_of_plan, rounding_errors, shares_of_plan
@@ -197,6 +199,63 @@ def test_weights_that_are_computed_and_shared_ones_move_too():
     assert all(share[3] != 0 for share in made.shares.values())
     for bits, measured in made.measured_uniform.items():
         assert made.forecast_uniform[bits] == pytest.approx(measured, rel=0.1), bits
+
+
+class Called(nn.Module):
+    """A middle layer of one weight, called so many times."""
+
+    def __init__(self, middle: nn.Module, times: int):
+        super().__init__()
+        self.first, self.middle, self.last, self.times = nn.Linear(6, 6), middle, nn.Linear(6, 4), times
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.times):
+            x = torch.tanh(self.middle(x))
+        return self.last(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+COMPUTED = {
+    "weight_norm": parametrizations.weight_norm,
+    "old_weight_norm": old_weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "old_spectral_norm": old_spectral_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+    "own": doubled,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_moves_as_a_parameter_does(kind, times, mode):
+    torch.manual_seed(0)
+    net, data = Called(COMPUTED[kind](nn.Linear(6, 6)), times).eval(), batches(3)
+    net(data[0][0])  # by which old-style hooks have computed their weight
+    plain = Called(nn.Linear(6, 6), times)
+    with torch.no_grad():
+        for name in ("first", "middle", "last"):
+            getattr(plain, name).weight.copy_(getattr(net, name).weight)
+            getattr(plain, name).bias.copy_(getattr(net, name).bias)
+    made = []
+    for model in (net, plain):
+        table = sites(model, data[0][0])
+        weighed = candidates(model, data, None, table, classified, weight_bits=(2, 8), activation_bits=None)
+        made.append(forecast(model, data, classified, table, weighed, mode=mode))
+    assert made[0].measured_uniform == pytest.approx(made[1].measured_uniform, rel=1e-5)
+    for site, share in made[1].shares.items():
+        assert made[0].shares[site] == pytest.approx(share, rel=1e-4), site
 
 
 def test_the_distance_is_the_mean_divergence_and_knows_its_batches():
