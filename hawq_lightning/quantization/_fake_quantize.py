@@ -50,7 +50,7 @@ def fake_quantize_tensor(
     return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, top)
 
 
-def even_levels(x: torch.Tensor, step: float, low: int, high: int) -> torch.Tensor:
+def even_levels(x: torch.Tensor, step: float, low: int, high: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """What :func:`fake_quantize_tensor` gives on a CPU, by as little as there is to do, and without a gradient.
 
     Args:
@@ -58,8 +58,9 @@ def even_levels(x: torch.Tensor, step: float, low: int, high: int) -> torch.Tens
         step: a float32 number.
         low: the least level, in steps.
         high: the highest.
+        out: where to, if not into new memory.
     """
-    return (x * _inverse(step)).round_().clamp_(low, high).mul_(step)
+    return torch.mul(x, _inverse(step), out=out).round_().clamp_(low, high).mul_(step)
 
 
 def even_channel_levels(

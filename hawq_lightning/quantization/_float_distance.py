@@ -69,7 +69,9 @@ class FloatDistance:
                 if not self.heads:
                     self._find(model, batch)
                 with torch.no_grad():
-                    self._float[batch_digest(batch)] = self._outputs(model, batch)
+                    outputs = self._outputs(model, batch)
+                # networks that differentiate by their input have a graph all the same
+                self._float[batch_digest(batch)] = {n: [t.detach() for t in of] for n, of in outputs.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The distance on one batch, a scalar with its graph.

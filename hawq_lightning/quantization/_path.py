@@ -18,10 +18,32 @@ from hawq_lightning._types import Batch
 from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.quantization._float_distance import FloatDistance
 from hawq_lightning.quantization._fold import norms_to_fold
+from hawq_lightning.quantization._moved_reads import moved
+from hawq_lightning.quantization._pieces import product
 from hawq_lightning.quantization._registry import quantizer_named
 from hawq_lightning.quantization._rounding_errors import ActivationRounding, weight_errors
-from hawq_lightning.quantization._tangent import SlopesOfEveryWidth, product
+from hawq_lightning.quantization._tangent import SlopesOfEveryWidth
 from hawq_lightning.sensitivity import EffectiveWeights, InputHooks, isolated_eval
+
+Seen = Callable[[str, torch.Tensor | None, torch.Tensor], None]
+
+
+class _Slopes:
+    """Products of the slopes with the errors of their sites, as they arrive."""
+
+    def __init__(self, wanted: set[str], seen: Seen | None) -> None:
+        self.attributing, self.along = False, dict[str, float]()
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._wanted, self._seen = wanted, seen
+
+    def add(self, site: str, along: float) -> None:
+        if site in self._wanted:
+            self.along[site] = self.along.get(site, 0.0) + along
+
+    def arrived(self, site: str, slope: torch.Tensor, along: float, x: torch.Tensor | None) -> None:
+        self.add(site, along)
+        if self._seen is not None and site in self._wanted:
+            self._seen(site, x, slope)
 
 
 class Path:
@@ -107,10 +129,12 @@ class Path:
 
     def distance(self, target: FloatDistance, batches: Sequence[Batch], samples: Sequence[int]) -> float:
         """At the end of the path."""
+        slopes = _Slopes(set(), None)  # of what the network differentiates by itself
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-            (error,) = self._rounding[site](x)
-            return error.add_(x)
+            if torch.is_grad_enabled() and x.requires_grad:
+                return moved(x, site, self._rounding[site], 1.0, slopes, keep=False)
+            return self._rounding[site].moved(x, 1.0)[1]
 
         with (
             torch.no_grad(),
@@ -123,46 +147,19 @@ class Path:
         return sum(v * count for v, count in zip(values, samples)) / sum(samples)
 
     def _slopes(
-        self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor],
-        seen: Callable[[str, torch.Tensor | None, torch.Tensor], None] | None,
-    ) -> tuple[float, dict[str, float]]:  # fmt: skip
+        self, target: FloatDistance, batch: Batch, t: float, offsets: Mapping[str, torch.Tensor], seen: Seen | None
+    ) -> tuple[float, dict[str, float]]:
         """D at t, and ``< d D / d site, error of the site >`` of the sites that the outputs depend on.
 
         ``seen`` is told site, what it read (of a weight nothing) and the slope there, of all sites.
         """
-        out: dict[str, float] = {}
-        leaves: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         wanted = set(self._wanted if seen is None else self.chosen)
-
-        def add(name: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor | None) -> None:
-            out[name] = out.get(name, 0.0) + product(slope, error)
-            if seen is not None:
-                seen(name, x, slope)
-
-        def through(site: str, slope: torch.Tensor, error: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-            """The slope at what was read before its error came to it.
-
-            Rounding follows what it rounds, on average, so that the error stays when errors before it move x. Where x
-            is clipped the level stays, and the error takes back t of every move.
-            """
-            if site in wanted:
-                add(site, slope, error, x)
-            with torch.no_grad():
-                return torch.addcmul(slope, slope, self._rounding[site].clipped(error, x), value=-t)
+        slopes = _Slopes(wanted, seen)
 
         def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-            plain = x.detach()
-            with torch.no_grad():
-                (error,) = self._rounding[site](plain)
-            read = torch.add(x, error, alpha=t)
-            if torch.is_grad_enabled() and read.requires_grad:
-                # multiplied as it arrives, and neither is kept: memory that is used again needs no new pages
-                needed = self._rounding[site].clips_by_input(x.dtype) or (seen is not None and site in wanted)
-                held = [(error, plain if needed else None)]
-                read.register_hook(lambda slope: through(site, slope, *held.pop()))
-            elif torch.is_grad_enabled() and site in wanted:
-                leaves.append((site, read.requires_grad_(True), error, plain))
-            return read
+            if not torch.is_grad_enabled() or not (x.requires_grad or site in wanted):
+                return self._rounding[site].moved(x, t)[1]
+            return moved(x, site, self._rounding[site], t, slopes, seen is not None and site in wanted)
 
         with (
             torch.enable_grad(),
@@ -174,12 +171,13 @@ class Path:
                 if not reader.recomputed:
                     reader.weight.requires_grad_(True)
             loss = target(self._model, batch)
-            leaves += [(name, effective[name], self._errors[name], None) for name in weights]
-            slopes = torch.autograd.grad(loss, [leaf for _, leaf, *_ in leaves], allow_unused=True)
-        for (name, _, error, x), slope in zip(leaves, slopes):
+            leaves = [slopes.anchor, *(effective[name] for name in weights)]
+            slopes.attributing = True
+            _, *at_weights = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for name, slope in zip(weights, at_weights):
             if slope is not None:
-                add(name, slope, error, x)
-        return float(loss.detach()), out
+                slopes.arrived(name, slope, product(slope, self._errors[name]), None)
+        return float(loss.detach()), slopes.along
 
     @contextmanager
     def _moved(self, t: float) -> Iterator[dict[str, torch.Tensor]]:

@@ -21,6 +21,7 @@ from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.layers import Directions, KeptDirections, Rows, WeightReader, renew_weight
 from hawq_lightning.quantization._fake_quantize import even_channel_levels, even_levels, per_channel_view
 from hawq_lightning.quantization._fold import norms_to_fold
+from hawq_lightning.quantization._pieces import pieces, product
 from hawq_lightning.quantization._quantizers import ActivationQuantizer, WeightQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec, quantizer_named
 from hawq_lightning.quantization._renormalised import renormalised
@@ -149,15 +150,75 @@ class ActivationRounding:
 
     def __call__(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """One tensor of ``x``'s shape and type a candidate."""
+        even = self._even(x)
         read = x.float() if x.dtype == torch.float64 else x
-        plain = read.device.type == "cpu" and read.dtype == torch.float32
         for quantizer in self._quantizers:
-            if plain and type(quantizer).quantize is ActivationQuantizer.quantize:
-                levels = even_levels(read, *_grid(quantizer))
-            else:
-                levels = quantizer(read)
-            levels = levels.to(x.dtype)
+            levels = (even_levels(read, *_grid(quantizer)) if even else quantizer(read)).to(x.dtype)
             yield levels - x if levels.data_ptr() == x.data_ptr() else levels.sub_(x)
+
+    @torch.no_grad()
+    def moved(self, x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The error of the first candidate, and ``x + t error``.
+
+        Args:
+            x: what the site reads.
+            t: 0 to 1.
+        """
+        if not self._even(x) or x.dtype != torch.float32:
+            error = next(self(x))
+            return error, torch.add(x, error, alpha=t)
+        error, read = torch.empty_like(x), torch.empty_like(x)
+        with torch._C.DisableTorchFunction():  # whoever watches the loss has no say here, and takes time
+            for plain, off, to in pieces(x, error, read):
+                torch.sub(even_levels(plain, *_grid(self._quantizers[0]), out=to), plain, out=off)
+                if t != 1:
+                    torch.add(plain, off, alpha=t, out=to)
+        return error, read
+
+    @torch.no_grad()
+    def back(
+        self, slope: torch.Tensor, error: torch.Tensor, t: float, x: torch.Tensor | None = None
+    ) -> tuple[float, torch.Tensor]:
+        """Product of the first candidate's error with a slope at ``x + t error``, and the slope at ``x``.
+
+        Args:
+            slope: there.
+            error: which is written over.
+            t: 0 to 1.
+            x: what the site reads, where :meth:`clips_by_input`.
+        """
+        if self.clips_by_input(slope.dtype) or slope.dtype != error.dtype:
+            along = product(slope, error)
+            return along, torch.addcmul(slope, slope, self.clipped(error, x), value=-t)
+        along, before, half = 0.0, torch.empty_like(slope), _grid(self._quantizers[0])[0] * _MORE_THAN_HALF
+        with torch._C.DisableTorchFunction():
+            for there, off, here in pieces(slope, error, before):
+                along += product(there, off)
+                # the slope where the error is less than half a step, else 0
+                torch.ops.aten.hardtanh_backward.grad_input(there, off, -half, half, grad_input=here)
+                if t != 1:
+                    here.lerp_(there, 1 - t)
+        return along, before
+
+    @torch.no_grad()
+    def along(self, x: torch.Tensor, slope: torch.Tensor) -> list[float]:
+        """Product of the error of every candidate with a slope.
+
+        Args:
+            x: what the site reads.
+            slope: at it.
+        """
+        total = [0.0] * len(self._quantizers)
+        with torch._C.DisableTorchFunction():
+            for plain, there in pieces(x, slope) if self._even(x) else [(x, slope)]:
+                for k, error in enumerate(self(plain)):
+                    total[k] += product(there, error)
+        return total
+
+    def _even(self, x: torch.Tensor) -> bool:
+        """Whether :func:`even_levels` gives the levels, of any piece by itself."""
+        plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and type(x) is torch.Tensor
+        return plain and type(self._quantizers[0]).quantize is ActivationQuantizer.quantize
 
     def clips_by_input(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`clipped` has to know what was read: levels are not even, or 16 bits round them once more.

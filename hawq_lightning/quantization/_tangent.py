@@ -15,6 +15,7 @@ from torch import nn
 from hawq_lightning._plan import Candidate
 from hawq_lightning.layers import WeightReader
 from hawq_lightning.quantization._forecast import Tangent
+from hawq_lightning.quantization._pieces import product
 from hawq_lightning.quantization._registry import QuantizerSpec
 from hawq_lightning.quantization._rounding_errors import ActivationRounding, weight_errors
 
@@ -58,9 +59,8 @@ class SlopesOfEveryWidth:
                 before = self._gradients.get(site)
                 self._gradients[site] = share * slope if before is None else before.add_(slope, alpha=share)
                 return
-            with torch.no_grad():
-                for k, error in enumerate(self._rounding[site](x)):
-                    self._slopes[site][k] += share * product(slope, error)
+            for k, along in enumerate(self._rounding[site].along(x, slope)):
+                self._slopes[site][k] += share * along
 
         return seen
 
@@ -94,9 +94,3 @@ class SlopesOfEveryWidth:
             for name, of_site in self._slopes.items()
         }
         return Tangent(self.distance - self.at * self.along_path, slopes, end)
-
-
-def product(slope: torch.Tensor, error: torch.Tensor) -> float:
-    """Their inner product, in float32 at least."""
-    wide = torch.promote_types(slope.dtype, torch.float32)
-    return float(torch.dot(slope.flatten().to(wide), error.flatten().to(wide)))

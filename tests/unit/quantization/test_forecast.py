@@ -258,6 +258,48 @@ def test_a_weight_that_is_computed_moves_as_a_parameter_does(kind, times, mode):
         assert made[0].shares[site] == pytest.approx(share, rel=1e-4), site
 
 
+class Forces(nn.Module):
+    """An energy, and what it gives by its derivative, as networks of molecules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.clone().requires_grad_(True)
+            energy = self.energy(x)
+            (forces,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return energy, self.out(forces)
+
+
+def by_energy(model: nn.Module, batch) -> torch.Tensor:
+    return (model(batch[0])[0].squeeze(1) - batch[1]).square().mean()
+
+
+def by_forces(model: nn.Module, batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0])[1], batch[1])
+
+
+@pytest.mark.parametrize("mode", ["fast", "accurate"])
+@pytest.mark.parametrize("widths", [{"activation_bits": None}, {"weight_bits": (8,), "activation_bits": (4, 8)}])
+@pytest.mark.parametrize("loss_fn", [by_energy, by_forces])
+def test_networks_that_differentiate_by_their_input(loss_fn, widths, mode):
+    torch.manual_seed(0)
+    net, data = Forces(), [(torch.randn(256, 6), torch.arange(256) % 4) for _ in range(2)]
+    table = sites(net, data[0], forward=loss_fn)
+    weighed = candidates(net, data, None, table, loss_fn, **{"weight_bits": (3, 8)} | widths)
+    made = forecast(net, data, loss_fn, table, weighed, mode=mode)
+    target, problem = FloatDistance(net, data, loss_fn), Problem(table, weighed)
+    with loss_of_plan(net, data, target) as measured:
+        for bits, distance in made.measured_uniform.items():
+            chosen = {n: min((c.bits for c in of), key=lambda b: abs(b - bits)) for n, of in weighed.items()}
+            plan = select(problem, None, "manual", bits=chosen)
+            assert measured(plan) == pytest.approx(distance, rel=1e-3), bits
+            assert made.forecast_uniform[bits] == pytest.approx(distance, rel=0.1), bits
+
+
 def test_the_distance_is_the_mean_divergence_and_knows_its_batches():
     net, data = network().eval(), batches()
     target = FloatDistance(net, data, classified)
