@@ -183,19 +183,22 @@ class GradCapture:
 
     def _arrived(self, call: CallRecord) -> Callable[[torch.Tensor], None]:
         def hook(grad: torch.Tensor) -> None:
-            if self.recording:
-                return  # the user's own gradient, not a probe
-            if self.leaks is not None:
-                self._note_leak(call, grad)
-                return
-            if call.site not in self._waiting:
-                return
-            call.grads[self._slot] = grad
-            self._waiting[call.site] -= 1
-            if self._slot == self._last and self._waiting[call.site] == 0:
-                self._reduce(call.site)
+            if not self.recording:  # else it is the user's own gradient, not a probe
+                with torch._C.DisableTorchFunction():  # whoever watches the loss has no say here, and takes time
+                    self._take(call, grad)
 
         return hook
+
+    def _take(self, call: CallRecord, grad: torch.Tensor) -> None:
+        if self.leaks is not None:
+            self._note_leak(call, grad)
+            return
+        if call.site not in self._waiting:
+            return
+        call.grads[self._slot] = grad
+        self._waiting[call.site] -= 1
+        if self._slot == self._last and self._waiting[call.site] == 0:
+            self._reduce(call.site)
 
     def _note_leak(self, call: CallRecord, grad: torch.Tensor) -> None:
         assert self.leaks is not None
