@@ -1,7 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes.
 #   make demo     train, quantize and report on real digits (under 4 minutes)
-#   make test     the tests; make lint; make stress: long fault and load tests
-#   make coverage the tests, with the lines counted that they run and a floor; a third longer than make test
+#   make test     the tests; make lint
+#   make test-long   whole runs and large families, as long again; make stress: long fault and load tests, hours
+#   make coverage both, with the lines counted that they run and a floor; a third longer
 #   make test-lowest, make test-newest     with the lowest versions of everything, and with the newest that pip offers
 #                 (their numbers are then in tests/versions); PYTHON=python3.13 with another Python
 #   make gpu      the tests on a GPU, with the torch and lightning of $(PYTHON) (tests/gpu/README.md)
@@ -20,7 +21,7 @@ BIN = .venv/bin
 STAMP = .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test coverage test-lowest test-newest stress gpu lint docs clean install
+.PHONY: demo test test-long coverage test-lowest test-newest stress gpu lint docs clean install
 
 install: $(STAMP)
 
@@ -35,13 +36,16 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/hawq-lightning name=demo hydra.run.dir=$(RUN) onnx=true
 	@echo "open $(RUN)/report.html"
 
-RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress"
+RUN_TESTS = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(RUN_TESTS)
+	$(RUN_TESTS) -m "not stress and not long"
+
+test-long: $(STAMP)
+	$(RUN_TESTS) -m "long and not stress"
 
 coverage: $(STAMP)
-	$(RUN_TESTS) --cov --cov-report=
+	$(RUN_TESTS) -m "not stress" --cov --cov-report=
 
 VERSIONS_lowest = -c tests/versions/lowest.txt
 VERSIONS_newest = --upgrade --upgrade-strategy eager

@@ -12,13 +12,34 @@ _NOT_COUNTED = ("app/test_compare", "app/test_detection", "app/test_docs", "app/
                 "app/test_sweep", "golden/", "oracle/", "trainer/", "unit/sensitivity/test_importance_sampling",
                 "unit/sensitivity/test_statistics")  # fmt: skip
 
+# Whole runs of the console scripts, and families of many members of which other files have the first: `make test-long`.
+# On two slow cores they take as long as all the others (`make test`, which is to be over in twelve minutes).
+_LONG = (
+    "app/test_compare", "app/test_export_cli", "app/test_models_experiments", "app/test_own_project",
+    "app/test_packaging", "app/test_report_export", "app/test_run_folder", "app/test_sweep",
+    "oracle/test_computed_weights", "oracle/test_in_place", "oracle/test_parameters_in_the_loss",
+    "oracle/test_generated", "oracle/test_recomputed", "oracle/test_selection_exact", "stress/",
+    "trainer/test_batches_and_loaders", "trainer/test_copies", "trainer/test_epoch_length", "trainer/test_exact_types",
+    "trainer/test_fine_tuning_schedules", "trainer/test_loaders_with_own_iteration", "trainer/test_losses",
+    "trainer/test_other_callbacks", "trainer/test_own_generators",
+    "trainer/test_requeue", "trainer/test_restart", "trainer/test_skipped_batches", "trainer/test_spawned_processes",
+    "trainer/test_steps_that_change_things", "trainer/test_traces_that_say_nothing", "trainer/test_transfer_hooks",
+    "trainer/test_weight_averaging", "unit/export/test_detector", "unit/export/test_several_weights",
+    "unit/layers/test_function_linear", "unit/layers/test_recurrent", "unit/sensitivity/test_coupled_images",
+    "unit/sensitivity/test_few_outputs", "unit/sensitivity/test_fixed_draws",
+    "unit/sensitivity/test_importance_sampling", "unit/sensitivity/test_statistics",
+)  # fmt: skip
+
 
 def pytest_collection_modifyitems(config, items):
-    """Coverage is not traced where it is dear and adds nothing."""
+    """Marks by file: coverage is not traced where it is dear and adds nothing; what is long has a target of its own."""
     here = config.rootpath / "tests"
     for item in items:
-        if item.path.relative_to(here).as_posix().startswith(_NOT_COUNTED):
+        name = item.path.relative_to(here).as_posix()
+        if name.startswith(_NOT_COUNTED):
             item.add_marker(pytest.mark.no_cover)
+        if name.startswith(_LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session", autouse=True)

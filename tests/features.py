@@ -13,7 +13,7 @@ HEAD = """# HAWQ in other people's Trainers
 
 Every row is proven by the tests that it names, and each of these tests asserts that quantizers are enabled and that
 layers have unequal bits. This page is written by `python -m tests.features`; a test fails if it is not up to date.
-Tests marked \\* run under `make stress`, the others under `make test`.
+Tests marked \\* run under `make stress`, the others under `make test` and `make test-long`.
 """
 TAIL = """
 ## What these tests cannot show
