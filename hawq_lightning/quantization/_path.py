@@ -34,16 +34,16 @@ class _Slopes:
     def __init__(self, wanted: set[str], seen: Seen | None) -> None:
         self.attributing, self.along = False, dict[str, float]()
         self.anchor = torch.zeros((), requires_grad=True)
-        self._wanted, self._seen = wanted, seen
+        self.wanted, self.seen = wanted, seen
 
     def add(self, site: str, along: float) -> None:
-        if site in self._wanted:
+        if site in self.wanted:
             self.along[site] = self.along.get(site, 0.0) + along
 
     def arrived(self, site: str, slope: torch.Tensor, along: float, x: torch.Tensor | None) -> None:
         self.add(site, along)
-        if self._seen is not None and site in self._wanted:
-            self._seen(site, x, slope)
+        if self.seen is not None and site in self.wanted:
+            self.seen(site, x, slope)
 
 
 class Path:
@@ -130,18 +130,12 @@ class Path:
     def distance(self, target: FloatDistance, batches: Sequence[Batch], samples: Sequence[int]) -> float:
         """At the end of the path."""
         slopes = _Slopes(set(), None)  # of what the network differentiates by itself
-
-        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() and x.requires_grad:
-                return moved(x, site, self._rounding[site], 1.0, slopes, keep=False)
-            return self._rounding[site].moved(x, 1.0)[1]
-
         with (
             torch.no_grad(),
             self._moved(1.0) as offsets,
             isolated_eval(self._model),
             EffectiveWeights(self._weights, offsets),
-            InputHooks(self._readers, self._site_of, visit),
+            self._reads_moved(1.0, slopes),
         ):
             values = [float(target(self._model, batch)) for batch in batches]
         return sum(v * count for v, count in zip(values, samples)) / sum(samples)
@@ -155,16 +149,10 @@ class Path:
         """
         wanted = set(self._wanted if seen is None else self.chosen)
         slopes = _Slopes(wanted, seen)
-
-        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
-            if not torch.is_grad_enabled() or not (x.requires_grad or site in wanted):
-                return self._rounding[site].moved(x, t)[1]
-            return moved(x, site, self._rounding[site], t, slopes, seen is not None and site in wanted)
-
         with (
             torch.enable_grad(),
             EffectiveWeights(self._weights, offsets) as effective,
-            InputHooks(self._readers, self._site_of, visit),
+            self._reads_moved(t, slopes),
         ):
             weights = {n: reader for n, reader in self._weights.items() if n in wanted}
             for reader in weights.values():
@@ -178,6 +166,17 @@ class Path:
             if slope is not None:
                 slopes.arrived(name, slope, product(slope, self._errors[name]), None)
         return float(loss.detach()), slopes.along
+
+    def _reads_moved(self, t: float, slopes: _Slopes) -> InputHooks:
+        """Hooks by which what is read is at t; ``slopes`` hear of it where there is a graph."""
+
+        def visit(site: str, x: torch.Tensor) -> torch.Tensor:
+            wanted = site in slopes.wanted
+            if not torch.is_grad_enabled() or not (x.requires_grad or wanted):
+                return self._rounding[site].moved(x, t)[1]
+            return moved(x, site, self._rounding[site], t, slopes, slopes.seen is not None and wanted)
+
+        return InputHooks(self._readers, self._site_of, visit)
 
     @contextmanager
     def _moved(self, t: float) -> Iterator[dict[str, torch.Tensor]]:

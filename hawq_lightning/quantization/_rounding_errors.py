@@ -183,7 +183,7 @@ class ActivationRounding:
 
         Args:
             slope: there.
-            error: which is written over.
+            error: which may be written over.
             t: 0 to 1.
             x: what the site reads, where :meth:`clips_by_input`.
         """
