@@ -9,9 +9,9 @@ with all gradients, without the optimizer. A *probe* is one pass of :func:`hawq_
 pass with the hooks in place, the factor of the loss's Hessian, and one backward pass that yields every weight's and
 every activation's squared norm for every image. Where the loss is slightly concave in places (focal), every eighth
 probe sends that part back as well: its time goes in by an eighth. Both run in processes of their own, in turns (step,
-probe, step, ...); the median of each goes into the ratio. Memory is the peak resident set beyond what model and imports
-hold. *With forms* is a probe that also gives the quadratic form of the rounding error of five widths at every weight
-and activation, of 8 bits alone at the network's input (``measure(..., rounding=)``), against the probe without.
+probe, step, ...); a ratio is the median of the turns' ratios. Memory is the peak resident set beyond what model and
+imports hold. *With forms* is a probe that also gives the quadratic form of the rounding error of five widths at every
+weight and activation, of 8 bits alone at the network's input (``measure(..., rounding=)``), against the probe without.
 *Forecast* is :func:`hawq_lightning.forecast` of four batches by three points of the path to five uniform networks, a
 sixtieth of its time against a step (what it does once whatever the data, such as rounding the weights, is in it). For
 ViT-S and BERT-base a probe of the true Hessian by double backward is timed as well, and told apart.
@@ -215,21 +215,30 @@ def compare(name: str, args: argparse.Namespace, doubled: bool) -> dict[str, Any
         process.stdin.close()
         process.wait()
     count = SETTINGS[name][0]
-    middle = {kind: statistics.median(v) / count for kind, v in seconds.items()}
-    probe = (middle["probe"] * (thin - 1) + middle.get("probe with the concave part", middle["probe"])) / thin
-    double: dict[str, Any] = {}
+    with_concave = seconds.get("probe with the concave part", seconds["probe"])
+    mixed = [(p * (thin - 1) + c) / thin for p, c in zip(seconds["probe"], with_concave, strict=True)]
+    more: dict[str, Any] = {}
     if doubled:
-        times = middle["double backward"] / middle["step"]
-        double |= {"double_backward": {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}}
+        times = ratio(seconds["double backward"], seconds["step"])
+        more["double_backward"] = {"time_ratio": times, "memory_ratio": memory["double"] / memory["step"]}
     if ahead:
         passes = FORECAST_BATCHES * len(WIDTHS) * POINTS
-        double["forecast_time_ratio"] = middle["forecast"] / middle["step"] / passes
-    return double | {
-        "batch": SETTINGS[name], "seconds_an_image": {"step": middle["step"], "probe": probe}, "every": thin,
-        "all_seconds": seconds, "memory_mib": memory,
-        "time_ratio": probe / middle["step"], "memory_ratio": memory["probe"] / memory["step"],
-        "forms_time_ratio": middle["forms"] / middle["probe"], "forms_memory_ratio": memory["forms"] / memory["probe"],
+        more["forecast_time_ratio"] = ratio(seconds["forecast"], seconds["step"]) / passes
+    return more | {
+        "batch": SETTINGS[name],
+        "seconds_an_image": {
+            "step": statistics.median(seconds["step"]) / count, "probe": statistics.median(mixed) / count,
+        },
+        "every": thin, "all_seconds": seconds, "memory_mib": memory,
+        "time_ratio": ratio(mixed, seconds["step"]), "memory_ratio": memory["probe"] / memory["step"],
+        "forms_time_ratio": ratio(seconds["forms"], seconds["probe"]),
+        "forms_memory_ratio": memory["forms"] / memory["probe"],
     }  # fmt: skip
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """Median over the turns: a machine's speed swings by a third within minutes, and less within a turn."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def _answer(process: subprocess.Popen[str], line: str = "") -> str:
