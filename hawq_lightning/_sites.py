@@ -40,8 +40,10 @@ from hawq_lightning.layers import (
     readers_of,
     type_names,
     why_float,
+    writes_to_weights,
 )
 
+WRITTEN_TO = "its forward writes to its weight; torch.nn.utils.parametrize limits one that can be quantized"
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
 Attention = bool | Literal["prepared"]
@@ -173,6 +175,8 @@ def find_sites(
         floats.append(_left_out(name, layers.pop(name), reason))
     for name in [n for n in calls.every_layer if n in calls.read_by_function and n in layers]:
         floats.append(_left_out(name, layers.pop(name), READ_BY_FUNCTION))
+    for name in [n for n, reader in layers.items() if writes_to_weights(reader.module)]:
+        floats.append(_left_out(name, layers.pop(name), WRITTEN_TO))
     if not layers:
         raise HawqError("Nothing can be quantized: a function reads the weight of every layer that is called.")
     floats = [replace(f, macs=calls.macs_of(f.name)) for f in floats]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from hawq_lightning._types import Batch, JsonObject
 from hawq_lightning.cli._calibration import IMAGES
 from hawq_lightning.cli._speeds import show, speeds
 from hawq_lightning.export import EXPORTERS, Deployed, export, network_of
+from hawq_lightning.layers import deep_copy
 from hawq_lightning.quantization import unquantize
 
 ONNX, INTEGER = EXPORTERS["onnx"], EXPORTERS["onnx_integer"]
@@ -126,7 +126,7 @@ def write_onnx(
         record["map"] = mean_average_precision(net, path, batches, images)
         print("mAP " + ", ".join(f"{k} {v:.4f}" for k, v in record["map"].items() if k != "images"))
     if seconds:
-        whole = unquantize(copy.deepcopy(net)).cpu().eval()
+        whole = unquantize(deep_copy(net)).cpu().eval()
         fast = folder / INTEGER_FILE if integer else None
         record |= speeds(network_of(whole), plan, real.first().cpu(), path, integer=fast, seconds=seconds, how=how)
         show(record)

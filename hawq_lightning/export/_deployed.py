@@ -6,7 +6,6 @@ for bit, with folding up to float rounding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +21,14 @@ from hawq_lightning.export import _operators as operators
 from hawq_lightning.export._enabled import check_enabled, quantized_reads_by_name, quantizers_of
 from hawq_lightning.export._folding import Folding, fold_batch_norm
 from hawq_lightning.export._inventory import readers_by_name, renaming
-from hawq_lightning.layers import FakeQuantLayer, bake_parametrizations, holder_of, renew_weight, results_of
+from hawq_lightning.layers import (
+    FakeQuantLayer,
+    bake_parametrizations,
+    deep_copy,
+    holder_of,
+    renew_weight,
+    results_of,
+)
 from hawq_lightning.quantization import (
     QuantizedOperand,
     QuantizedResult,
@@ -279,7 +285,7 @@ def _copy(model: nn.Module) -> nn.Module:
         for name in ("_trainer", "_fabric"):
             if module.__dict__.get(name) is not None:
                 memo[id(module.__dict__[name])] = None
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def at_least_two(example: Inputs) -> tuple[torch.Tensor, ...]:

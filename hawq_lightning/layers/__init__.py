@@ -59,10 +59,11 @@ from hawq_lightning.layers._operands import (
 from hawq_lightning.layers._other_linear import QOtherLinear
 from hawq_lightning.layers._products import InnerProductsKind, recorded, visited
 from hawq_lightning.layers._projections import ProjectedProducts
-from hawq_lightning.layers._read_inside import ReadInsideKind
+from hawq_lightning.layers._read_inside import ReadInsideKind, writes_to_weights
 from hawq_lightning.layers._reader import WeightReader, as_reader, readers_of
 from hawq_lightning.layers._recompute import deterministic, recompute_in_backward
 from hawq_lightning.layers._recurrent import RecurrentKind
+from hawq_lightning.layers._replaced import deep_copy, hold_forward, release_forward
 from hawq_lightning.layers._results import (
     BIAS,
     OUTPUT,
@@ -125,12 +126,14 @@ __all__ = [
     "bake_parametrizations",
     "by_kernel",
     "channel_axis_of",
+    "deep_copy",
     "deterministic",
     "drop_holder",
     "fake_quant_class",
     "find_kind",
     "follow_all",
     "forget_calls",
+    "hold_forward",
     "holder_of",
     "holder_values",
     "inner_products",
@@ -154,6 +157,7 @@ __all__ = [
     "recompute_in_backward",
     "recorded",
     "register_layer",
+    "release_forward",
     "renew_weight",
     "results_of",
     "row_dots",
@@ -163,4 +167,5 @@ __all__ = [
     "visited",
     "weight_of",
     "why_float",
+    "writes_to_weights",
 ]

@@ -7,6 +7,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from hawq_lightning.layers._adopted import changes
 from hawq_lightning.layers._kind import kinds
+from hawq_lightning.layers._replaced import replaced
 
 RECURRENT, ATTENTION = "recurrent", "functional attention"
 _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (((nn.RNNBase, nn.RNNCellBase), RECURRENT),)
@@ -18,6 +19,8 @@ def why_float(module: nn.Module) -> str:
         return "its weight is parametrized"
     for kind in kinds():
         if isinstance(module, kind.float_type):
+            if put := replaced(module, kind.float_type):
+                return f"another {put[0]} was put in the place of that of {kind.float_type.__name__}"
             changed = changes(type(module), kind.float_type)
             if not changed and (reason := kind.why_float(module)):
                 return reason

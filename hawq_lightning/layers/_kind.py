@@ -19,6 +19,7 @@ from hawq_lightning.layers._directions import Directions, KeptDirections
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
 from hawq_lightning.layers._gradients import Pairs, row_dots
 from hawq_lightning.layers._projections import ProjectedProducts, projected_pairs
+from hawq_lightning.layers._replaced import replaced
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -251,9 +252,13 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None  # its weights cannot be read through a quantizer
     kind = _kind_of_type(layer_type(module))
+    quantized = isinstance(module, FakeQuantLayer)
+    if kind is not None:
+        other = not isinstance(module, kind.fake_quant_type) if quantized else replaced(module, kind.float_type)
+        kind = None if other else kind
     if kind is None:
         return next((k for k in _BY_CONTENTS if isinstance(module, k.fake_quant_type) or k.holds(module)), None)
-    if isinstance(module, FakeQuantLayer):
+    if quantized:
         return kind
     if is_parametrized(type(module)) and set(kind.weights(module)) != {"weight"}:
         return None

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, must_be_called
 from hawq_lightning.layers._kind import LayerKind, Record
+from hawq_lightning.layers._replaced import hide_forward, show_forward
 
 Visit = Callable[[torch.Tensor], torch.Tensor]
 Product = Callable[..., torch.Tensor]
@@ -31,8 +32,7 @@ class _Hook:
         hooks = _HOOKS.setdefault(module, [])
         if not hooks:
             _CALLED[module] = module.register_forward_pre_hook(must_be_called)
-            _OWN_FORWARD[module] = module.__dict__.get("forward")
-            module.__dict__["forward"] = forward
+            show_forward(module, forward)
         hooks.append(self)
 
     def remove(self) -> None:
@@ -42,14 +42,11 @@ class _Hook:
             hooks.remove(self)
             if not hooks:
                 _CALLED.pop(self.module).remove()
-                del self.module.__dict__["forward"]
-                if (own := _OWN_FORWARD.pop(self.module)) is not None:
-                    self.module.__dict__["forward"] = own
+                hide_forward(self.module)
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, list[_Hook]] = WeakKeyDictionary()
 _CALLED: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-_OWN_FORWARD: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def visited(module: nn.Module, parameter: str, x: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning.layers._adopted import changes
 from hawq_lightning.layers._fake_quant import (
     ActivationQ,
@@ -25,6 +27,7 @@ from hawq_lightning.layers._fake_quant import (
 from hawq_lightning.layers._gradients import Pairs
 from hawq_lightning.layers._kind import LayerCall, WeightRead, kinds, register_layer
 from hawq_lightning.layers._products import InnerProductsKind, is_recorded, recorded, visited
+from hawq_lightning.layers._replaced import replaced, run_forward
 
 
 class QReadInside(FakeQuantLayer[WeightQ, ActivationQ]):
@@ -69,6 +72,14 @@ class ReadInsideKind(InnerProductsKind):
         return _forward(module, *args, **kwargs)
 
 
+def writes_to_weights(module: nn.Module) -> bool:
+    """Whether the forward of a module wrote to what it reads, to limit its norm for one, when it ran last."""
+    return module in _WRITERS
+
+
+_WRITERS: WeakSet[nn.Module] = WeakSet()
+
+
 def _axes(module: nn.Module) -> dict[str, int]:
     """Name of each weight -> axis of its scales. Position embeddings are no stacks: their first axis is one."""
     names = [n for n, p in module._parameters.items() if _is_stack(p) or _has_codes(module, n)]
@@ -94,7 +105,7 @@ def _channel_axis(module: nn.Module) -> int | None:
     module_type = layer_type(module)
     for kind in kinds():
         if issubclass(kind.float_type, _BASES) and issubclass(module_type, kind.float_type):
-            changed = changes(module_type, kind.float_type)
+            changed = changes(module_type, kind.float_type) + replaced(module, kind.float_type)
             if "weight" in module._parameters and changed and set(changed) <= {"forward", "_conv_forward"}:
                 return kind.channel_axis
     return None
@@ -106,7 +117,7 @@ _BASES = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> object:
     read = {name: _read(module, name) for name in _axes(module)}
     with _in_place(module, read):
-        return cast(Any, layer_type(module)).forward(module, *args, **kwargs)
+        return run_forward(module, *args, **kwargs)
 
 
 def _read(module: nn.Module, name: str) -> torch.Tensor:
@@ -122,11 +133,23 @@ def _read(module: nn.Module, name: str) -> torch.Tensor:
 
 @contextmanager
 def _in_place(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Attributes of the instance go before parameters."""
+    """Attributes of the instance go before parameters.
+
+    Raises:
+        HawqError: a fake-quant layer's forward writes to them, and not to the parameters any more.
+    """
     before = {name: module.__dict__[name] for name in tensors if name in module.__dict__}
+    states = {name: (t.data_ptr(), t._version) for name, t in tensors.items()}
     try:
         module.__dict__.update(tensors)
         yield
+        if any((tensors[name].data_ptr(), tensors[name]._version) != state for name, state in states.items()):
+            _WRITERS.add(module)
+            if isinstance(module, FakeQuantLayer):
+                raise HawqError(
+                    f"The forward of {layer_type(module).__name__} writes to its weight, in whose place there is a "
+                    "quantized tensor: leave such layers float (exclude=)."
+                )
     finally:
         for name in tensors:
             module.__dict__.pop(name, None)

@@ -16,11 +16,13 @@ from hawq_lightning.layers import (
     FakeQuantLayer,
     WeightReader,
     fake_quant_class,
+    hold_forward,
     input_quantizer_attribute,
     kind_of,
     layer_type,
     must_be_called,
     quantizer_attribute,
+    release_forward,
     weight_of,
 )
 from hawq_lightning.quantization._quantizer import Quantizer
@@ -95,7 +97,9 @@ def to_fake_quantized(layer: nn.Module, quantizer: str | QuantizerSpec | None = 
         to_float(layer)
     spec = quantizer_named(quantizer or "uniform")
     made = _new_quantizers(layer, spec)  # first, since memory may run out here: a layer is never half of one
-    layer.__class__ = fake_quant_class(type(layer), kind_of(layer).fake_quant_type)
+    made_class = fake_quant_class(type(layer), kind_of(layer).fake_quant_type)
+    hold_forward(layer)
+    layer.__class__ = made_class
     assert isinstance(layer, FakeQuantLayer)
     layer.register_forward_pre_hook(must_be_called)
     _put_quantizers(layer, spec, made)
@@ -131,6 +135,7 @@ def to_float(layer: nn.Module) -> nn.Module:
         for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is must_be_called]:
             del layer._forward_pre_hooks[key]
         layer.__class__ = layer.float_type  # type: ignore[assignment]
+        release_forward(layer)
     return layer
 
 
@@ -145,8 +150,10 @@ def float_classes(model: nn.Module) -> Iterator[None]:
             hidden = {*quantizers_in(layer), *held}
             layer.__dict__["_modules"] = {k: m for k, m in layer._modules.items() if k not in hidden}
             layer.__class__ = layer_type(layer)
+            release_forward(layer)
         yield
     finally:
         for layer, made, modules in kept:
+            hold_forward(layer)
             layer.__class__ = made
             layer.__dict__["_modules"] = modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -13,6 +12,7 @@ from torchmetrics import Metric
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning.callbacks._trainer._namespaces import kinds
+from hawq_lightning.layers import deep_copy
 
 
 def float_copy(pl_module: LightningModule) -> LightningModule:
@@ -25,7 +25,7 @@ def float_copy(pl_module: LightningModule) -> LightningModule:
     try:
         for p, _ in grads:
             p.grad = None
-        frozen = copy.deepcopy(pl_module)
+        frozen = deep_copy(pl_module)
     except Exception as error:
         raise HawqError(f"{type(pl_module).__name__} cannot be copied for distillation: {error}.") from error
     finally:

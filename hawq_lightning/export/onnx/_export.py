@@ -7,7 +7,6 @@ than UINT8, and DequantizeLinear. Only standard operators are used. INT2 needs o
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,6 +29,7 @@ from hawq_lightning.export.onnx._seven_bits import at_most_seven_bits
 from hawq_lightning.export.onnx._storage import Storage, check_storage, store_weights
 from hawq_lightning.export.onnx._translate import exporters_quiet, free_axes, hint, tell_fixed_axis, translated
 from hawq_lightning.export.onnx.integer import float_weights, still_float, to_integers
+from hawq_lightning.layers import deep_copy
 
 
 def to_onnx(
@@ -131,7 +131,7 @@ def float_onnx(model: nn.Module, example_input: Inputs, path: str | Path, *, fre
     require("onnx")
     require("onnxscript")
     check_writable(Path(path))
-    copied = copy.deepcopy(model).to("cpu").float().eval().requires_grad_(False)
+    copied = deep_copy(model).to("cpu").float().eval().requires_grad_(False)
     inputs = at_least_two(example_input) if free_batch else checked(example_input)
     proto = translated(copied, inputs, free_batch)
     write(proto, Path(path))
