@@ -15,6 +15,7 @@ from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
 from hawq_lightning.layers import quantizer_parts
+from hawq_lightning.sensitivity._backward_hooks import HooksOnlyLook
 from hawq_lightning.sensitivity._chance import WithoutChance
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes
 from hawq_lightning.sensitivity._held_state import HeldNames, put_back_at_end
@@ -112,6 +113,7 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
             random_states_kept(seed),
             put_back_at_end(),  # what a loss moved, such as a teacher
             WithoutChance(),
+            HooksOnlyLook(model),
             torch.compiler.set_stance("force_eager"),
             reentrant_checkpoints_replaced(),
             fused_transformers_off(),
