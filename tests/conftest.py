@@ -25,7 +25,8 @@ _LONG = (
     "trainer/test_requeue", "trainer/test_restart", "trainer/test_skipped_batches", "trainer/test_spawned_processes",
     "trainer/test_steps_that_change_things", "trainer/test_traces_that_say_nothing", "trainer/test_transfer_hooks",
     "trainer/test_weight_averaging", "unit/export/test_detector", "unit/export/test_several_weights",
-    "unit/layers/test_function_linear", "unit/layers/test_recurrent", "unit/sensitivity/test_coupled_images",
+    "unit/layers/test_function_linear", "unit/layers/test_recurrent", "unit/quantization/test_default_dtype",
+    "unit/sensitivity/test_coupled_images",
     "unit/sensitivity/test_few_outputs", "unit/sensitivity/test_fixed_draws",
     "unit/sensitivity/test_importance_sampling", "unit/sensitivity/test_statistics",
 )  # fmt: skip

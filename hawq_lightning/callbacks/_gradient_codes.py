@@ -68,7 +68,7 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
 def _steps(values: torch.Tensor, bits: int) -> torch.Tensor:
     rows = _blocks(values).abs()
     if bits == 1:
-        counts = torch.full((len(rows),), float(BLOCK), device=values.device)
+        counts = torch.full((len(rows),), float(BLOCK), dtype=torch.float32, device=values.device)
         if len(rows):
             counts[-1] = len(values) - BLOCK * (len(rows) - 1)
         return 2 * rows.sum(1) / counts

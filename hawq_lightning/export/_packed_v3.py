@@ -109,7 +109,7 @@ def _activations(index: _Index, parts: Mapping[str, _Parts]) -> Iterator[StoredS
         check_choice(str(name), "activation", bits, "affine")
         facts: JsonObject = {"scale": float(parts["act_scales"].take(1))}
         facts["zero_point"] = float(parts["act_zeros"].take(1))
-        basis = parts["act_basis"].take(_BASIS) if "act_basis" in parts else torch.zeros(_BASIS)
+        basis = parts["act_basis"].take(_BASIS) if "act_basis" in parts else torch.zeros(_BASIS, dtype=torch.float32)
         learned = bool(basis.any())
         site = PlanSite(str(name), "activation", tuple(map(str, _list(layers))), shape, numel, bits, "affine")
         yield _site(site, Storage({"basis": basis} if learned else {}, facts, plain=not learned))

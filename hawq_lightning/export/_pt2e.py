@@ -283,7 +283,7 @@ class _Rewrite:
         channels = node.meta["val"].shape[1] - before - after
         ones = torch.zeros(channels + before + after, channels, 1, 1, dtype=torch.int8)
         ones[torch.arange(channels) + before, torch.arange(channels)] = 1
-        weight = self._dequantized(node.name, ones, torch.ones(len(ones)), 0)
+        weight = self._dequantized(node.name, ones, torch.ones(len(ones), dtype=torch.float32), 0)
         made = self.graph.call_function(aten.conv2d.default, (self._read(source), weight, None, [steps[2], steps[3]]))
         grid = self._grid(source)
         return self._quantize(made, grid), grid

@@ -107,7 +107,7 @@ def _linear(ao: Any, layer: Any, stored: DequantizeWeight, grid: QuantizeActivat
         how = {
             # "symmetric", for torchao would add up the weights in every call for the zero point's part
             "act_quant_kwargs": ao.QuantizeTensorToInt8Kwargs(granularity=granularity),
-            "act_quant_scale": torch.full((1, 1), grid.scale),
+            "act_quant_scale": torch.full((1, 1), grid.scale, dtype=torch.float32),
             "act_quant_zero_point": torch.full((1, 1), zero, dtype=torch.int8),
         }
         shift = -zero * grid.scale * stored.scale.double() * codes.sum(1)

@@ -29,7 +29,7 @@ class IntegerBias(nn.Module):
         super().__init__()
         self._of = (layer, norm)  # in a tuple, so that they are no submodules
         self._last: torch.Tensor | None = None
-        self.register_buffer(path, torch.zeros(()))
+        self.register_buffer(path, torch.zeros((), dtype=torch.float32))
 
     @property
     def layer(self) -> nn.Module:

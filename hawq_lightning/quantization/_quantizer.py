@@ -42,9 +42,9 @@ class Quantizer(nn.Module):
 
     def __init__(self, channels: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("num_bits", torch.zeros(()))
+        self.register_buffer("num_bits", torch.zeros((), dtype=torch.float32))
         self.make_scale(() if channels is None else (channels,))
-        self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.float32))
         self.bits = 0
         self.zero = 0.0
         self.fake_quant_disabled = False
@@ -59,7 +59,7 @@ class Quantizer(nn.Module):
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """Register what ``scale`` is kept in: a buffer, or a Parameter where it is learned."""
-        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float32))
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """Fill it, in place."""

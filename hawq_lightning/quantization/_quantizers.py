@@ -59,7 +59,7 @@ class WeightQuantizer(Quantizer):
     def named(self, name: str) -> None:
         """Let state dicts tell the registered name, in a key, since values are numbers; ``uniform`` goes without."""
         if name != _DEFAULT:
-            self.register_buffer(_MARK + name, torch.zeros((), device=self.num_bits.device))
+            self.register_buffer(_MARK + name, torch.zeros((), dtype=torch.float32, device=self.num_bits.device))
 
     @property
     def name(self) -> str:
@@ -176,7 +176,7 @@ class WeightQuantizer(Quantizer):
         tensors = {"scale": self.scale.detach().float().cpu().reshape(-1)}
         zero_point = 0 if self.code == "midrise" else round(float(self.zero_point))
         if self.zero_points or zero_point:
-            tensors["zero_point"] = torch.tensor(float(zero_point))
+            tensors["zero_point"] = torch.tensor(float(zero_point), dtype=torch.float32)
         return Storage(tensors)
 
     @torch.no_grad()
@@ -233,7 +233,9 @@ class ActivationQuantizer(Quantizer):
             zero: of :meth:`calibrate`.
             bits: 2 to 8.
         """
-        return fake_quantize_tensor(x, torch.tensor(step), torch.tensor(float(zero)), (1 << bits) - 1)
+        return fake_quantize_tensor(
+            x, torch.tensor(step, dtype=torch.float32), torch.tensor(float(zero), dtype=torch.float32), (1 << bits) - 1
+        )
 
     @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
@@ -256,7 +258,7 @@ class ActivationQuantizer(Quantizer):
             raise HawqError(f"activations have no {code_format} codes")
         if zero_point not in range(1 << bits):
             raise HawqError(f"zero_point is {zero_point:g}, which codes of {bits} bits do not have")
-        if float(torch.tensor(scale)) != scale or not scale > 0:
+        if float(torch.tensor(scale, dtype=torch.float32)) != scale or not scale > 0:
             raise HawqError(f"scale is {scale!r}, not a positive float32")
         return scale, zero_point
 

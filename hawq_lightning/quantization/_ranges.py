@@ -64,7 +64,7 @@ def weight_step(
     if ranges == "percentile":
         best = _quantile(unit.abs(), 1.0 - OUTSIDE).clamp_min(1e-6) / top
     least = error(sample, best)
-    for ratio in torch.linspace(1.0, 0.08, _GRID)[1:].tolist() if ranges == "mse" else ():
+    for ratio in torch.linspace(1.0, 0.08, _GRID, dtype=torch.float32)[1:].tolist() if ranges == "mse" else ():
         trial = torch.full_like(peak, ratio / top)
         now = error(sample, trial)
         best = torch.where(now < least, trial, best)
@@ -101,7 +101,9 @@ def activation_step(
     Raises:
         HawqError: the values hold NaN or infinity.
     """
-    if not (torch.isfinite(torch.tensor([low, high])).all() and bool(torch.isfinite(sample).all())):
+    if not (
+        torch.isfinite(torch.tensor([low, high], dtype=torch.float32)).all() and bool(torch.isfinite(sample).all())
+    ):
         raise HawqError("the activation holds NaN or infinity")
     levels = (1 << bits) - 1
     low, high = min(low, 0.0), max(high, 0.0)
@@ -124,7 +126,7 @@ def activation_step(
         ends = [float(_quantile(x[None], q)) for q in (OUTSIDE, 1.0 - OUTSIDE)]
         ends = [min(ends[0], 0.0), max(ends[1], 0.0)]
         return grid(*ends) if ends[1] - ends[0] > TINY else grid(low, high)
-    ratios = torch.linspace(1.0, 0.1, 37).tolist()
+    ratios = torch.linspace(1.0, 0.1, 37, dtype=torch.float32).tolist()
     _, ratio = min((error(low * r, high * r), r) for r in ratios)
     a, b = low * ratio, high * ratio
     if low < 0.0:  # the two ends need not shrink alike

@@ -251,7 +251,7 @@ class OutputHessian:
 
     def random_vectors(self, generator: torch.Generator) -> list[torch.Tensor]:
         """Normal vectors like the boundary's values, to try the Hessian on."""
-        return [torch.randn(v.shape, generator=generator).to(v) for v in self.values]
+        return [torch.randn(v.shape, generator=generator, dtype=torch.float32).to(v) for v in self.values]
 
     def linear_in(self, number: int) -> bool:
         """Whether the loss's slope along one tensor of the boundary is a constant."""

@@ -157,7 +157,9 @@ class ImportanceSampler:
         if probes.curvature is None:
             raise NotDrawableError("the curvature of the loss at the outputs has no closed form")
         before = torch.cat([self._of(b, self.curvature)[ids] for b, ids in chunk.segments])
-        size = torch.cat([torch.full((len(ids),), float(self.data.samples[b])) for b, ids in chunk.segments])
+        size = torch.cat(
+            [torch.full((len(ids),), float(self.data.samples[b]), dtype=torch.float32) for b, ids in chunk.segments]
+        )
         top = float(self.curvature.max())
         for reduction, now in (("mean", probes.curvature * chunk.samples / size), ("sum", probes.curvature)):
             agree = (now - before).abs() <= _AGREE * before + _SIGNIFICANT * top

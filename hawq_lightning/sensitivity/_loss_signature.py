@@ -88,7 +88,7 @@ def _projected(tensors: Sequence[torch.Tensor]) -> list[str]:
     for t in tensors:
         x = t.detach().double().cpu().flatten()
         norm = float(x.norm())
-        direction = torch.randn(x.shape, generator=generator)
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float32)
         sign = -1.0 if count % 2 else 1.0
         count += 1
         if norm > 0 and math.isfinite(norm):

@@ -84,7 +84,10 @@ def loss_reduction(context: MeasureContext, batch: Batch, samples: int, size: in
             )
         with forward_pass(context, part, nothing) as forward:
             values = forward.hessian.values
-            probe = [torch.cos(torch.arange(v[0].numel(), device=v.device)).reshape(v[0].shape).to(v) for v in values]
+            probe = [
+                torch.cos(torch.arange(v[0].numel(), dtype=torch.float32, device=v.device)).reshape(v[0].shape).to(v)
+                for v in values
+            ]
             turned = forward.hessian([p.expand_as(v) for p, v in zip(probe, values)])
             return [t.detach() for t in (*forward.hessian([torch.ones_like(v) for v in values]), *turned)]
 

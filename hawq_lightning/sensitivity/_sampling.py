@@ -50,7 +50,7 @@ def sampling_design(curvature: torch.Tensor) -> SamplingDesign:
     whole = count * _PROBE_NOISE * float(squares.sum())
     best, least = torch.ones_like(a), whole
     fewest = min(count, _FEWEST)
-    for exponent in torch.linspace(0.0, 1.0, 65).tolist():
+    for exponent in torch.linspace(0.0, 1.0, 65, dtype=torch.float32).tolist():
         scale = float(a.max()) ** -1.0 * float(a.max() / a.min()) ** exponent
         pi = (scale * a).clamp_max(1.0)
         if float(pi.sum()) < fewest:

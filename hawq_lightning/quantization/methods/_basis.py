@@ -11,7 +11,7 @@ _RIDGE = 1e-9
 def bit_table(bits: int, off: float, device: torch.device) -> torch.Tensor:
     """What every code takes of every member of the basis, ``[bits, 2^bits]``: 1 where its bit is set, ``off`` else."""
     numbers = torch.arange(1 << bits, device=device)
-    return torch.stack([((numbers >> k) & 1) * (1.0 - off) + off for k in range(bits)])
+    return torch.stack([((numbers >> k) & 1).float() * (1.0 - off) + off for k in range(bits)])
 
 
 def basis_levels(basis: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

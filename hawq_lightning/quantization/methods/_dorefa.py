@@ -27,7 +27,7 @@ class ActivationPACT(ActivationQuantizer):
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """A float32 Parameter: the width of the range."""
-        self.alpha = nn.Parameter(torch.ones(shape))
+        self.alpha = nn.Parameter(torch.ones(shape, dtype=torch.float32))
         self.alpha.decays = True  # type: ignore[attr-defined]
 
     def set_scale(self, scale: torch.Tensor) -> None:
@@ -69,7 +69,7 @@ class WeightDoReFa(WeightQuantizer):
 
     def __init__(self, channels: int, axis: int = 0) -> None:
         super().__init__(channels, axis)
-        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("gain", torch.ones((), dtype=torch.float32))
 
     def code_formats(self, bits: int) -> tuple[str, ...]:
         """Levels at odd halves at every width."""

@@ -35,8 +35,8 @@ class ActivationEMA(ActivationQuantizer):
         if not 0 < momentum <= 1:
             raise HawqError(f"momentum is {momentum!r}; it is a share, more than 0 and at most 1.")
         self.momentum = momentum
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("low", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("high", torch.zeros((), dtype=torch.float32))
 
     @torch.no_grad()
     def enable(self, bits: int, scale: torch.Tensor | float, zero_point: float = 0.0) -> None:
@@ -90,8 +90,8 @@ class WeightIntOnly(WeightQuantizer):
 
     def __init__(self, channels: int, axis: int = 0) -> None:
         super().__init__(channels, axis, ranges="minmax")
-        self.register_buffer("factor", torch.ones(channels))
-        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("factor", torch.ones(channels, dtype=torch.float32))
+        self.register_buffer("step", torch.ones((), dtype=torch.float32))
         self._norm: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
 
     def code_formats(self, bits: int) -> tuple[str, ...]:

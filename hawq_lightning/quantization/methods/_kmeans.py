@@ -43,9 +43,9 @@ class WeightKMeans(WeightQuantizer):
         if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 <= prune < 1:
             raise HawqError(f"prune is {prune!r}; it is a share of the weights, 0 or more and less than 1.")
         self.prune = float(prune)
-        self.centroids = nn.Parameter(torch.zeros(_MOST_LEVELS))
-        self.register_buffer("thresholds", torch.full((_MOST_LEVELS - 1,), torch.inf))
-        self.register_buffer("band", torch.tensor(_NONE))
+        self.centroids = nn.Parameter(torch.zeros(_MOST_LEVELS, dtype=torch.float32))
+        self.register_buffer("thresholds", torch.full((_MOST_LEVELS - 1,), torch.inf, dtype=torch.float32))
+        self.register_buffer("band", torch.tensor(_NONE, dtype=torch.float32))
 
     @property
     def code(self) -> str:
@@ -176,7 +176,7 @@ def _lloyd(values: torch.Tensor, entries: int) -> torch.Tensor:
     peak = values.abs().amax().clamp_min(1e-300)  # sums of large weights stay finite
     unit = values / peak
     sums = torch.cat([unit.new_zeros(1), unit.cumsum(0)])
-    shares = torch.arange(entries, device=unit.device) / max(1, entries - 1)
+    shares = torch.arange(entries, dtype=torch.float32, device=unit.device) / max(1, entries - 1)
     centroids = unit[0] + (unit[-1] - unit[0]) * shares.to(unit)
     ends = torch.tensor([0, len(unit)], device=unit.device)
     for _ in range(_SWEEPS):

@@ -45,7 +45,7 @@ class ActivationLQ(ActivationQuantizer):
 
     def __init__(self, *, ranges: Ranges = "mse") -> None:
         super().__init__(ranges=ranges)
-        self.register_buffer("basis", torch.zeros(MOST_BITS))
+        self.register_buffer("basis", torch.zeros(MOST_BITS, dtype=torch.float32))
         self.learned = False
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class ActivationLQ(ActivationQuantizer):
         super().enable(bits, scale, zero_point)
         basis = torch.zeros_like(self.basis)
         if bits <= MOST_BITS and zero_point == 0:
-            basis[:bits] = self.scale * 2.0 ** torch.arange(bits, device=basis.device)
+            basis[:bits] = self.scale * 2.0 ** torch.arange(bits, dtype=torch.float32, device=basis.device)
         self.enable_basis(basis)
 
     @torch.no_grad()
@@ -98,7 +98,11 @@ class ActivationLQ(ActivationQuantizer):
         storage.only("scale", "zero_point", "basis")
         scale, zero_point = self._stored_grid(bits, code_format, storage)
         # a file without a basis is of even steps
-        basis = storage.tensor("basis", (MOST_BITS,)) if "basis" in storage.tensors else torch.zeros(MOST_BITS)
+        basis = (
+            storage.tensor("basis", (MOST_BITS,))
+            if "basis" in storage.tensors
+            else torch.zeros(MOST_BITS, dtype=torch.float32)
+        )
         if bool(basis[bits:].any()) or (bool(basis.any()) and (bits > MOST_BITS or zero_point != 0)):
             raise HawqError(f"basis is {basis.tolist()}, which codes of {bits} bits and zero point {zero_point:g} lack")
         self.enable(bits, scale, zero_point)

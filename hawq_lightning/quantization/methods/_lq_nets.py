@@ -41,7 +41,7 @@ class WeightLQ(WeightQuantizer):
 
     def __init__(self, channels: int, axis: int = 0) -> None:
         super().__init__(channels, axis)
-        self.register_buffer("basis", torch.zeros(channels, 8))
+        self.register_buffer("basis", torch.zeros(channels, 8, dtype=torch.float32))
 
     @property
     def code(self) -> str:
@@ -78,7 +78,7 @@ class WeightLQ(WeightQuantizer):
         """Alternate from even steps until nothing changes; see :meth:`WeightQuantizer.fit`."""
         check_finite(weight)
         step, _ = weight_step(weight, bits, "midrise", self.axis)
-        halves = 2.0 ** torch.arange(-1, bits - 1, device=weight.device)
+        halves = 2.0 ** torch.arange(-1, bits - 1, dtype=torch.float32, device=weight.device)
         self.enable_basis(bits, step[:, None] * halves)
         rows = self._rows(weight)
         best, least = self.basis.clone(), self._error(rows)

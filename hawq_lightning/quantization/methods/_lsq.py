@@ -24,7 +24,7 @@ class _LearnedStep(Quantizer):
 
     def make_scale(self, shape: tuple[int, ...]) -> None:
         """A float32 Parameter."""
-        self.step = nn.Parameter(torch.ones(shape))
+        self.step = nn.Parameter(torch.ones(shape, dtype=torch.float32))
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """The value to start from."""

@@ -71,7 +71,13 @@ class ActivationRVQ(ActivationQuantizer):
     def levels_at(self, x: torch.Tensor, step: float, zero: int, bits: int) -> torch.Tensor:
         """What is not beyond the grid, on it."""
         levels = super().levels_at(x, step, zero, bits)
-        return torch.where(self._beyond(x, torch.tensor(step), torch.tensor(float(zero)), bits), x, levels)
+        return torch.where(
+            self._beyond(
+                x, torch.tensor(step, dtype=torch.float32), torch.tensor(float(zero), dtype=torch.float32), bits
+            ),
+            x,
+            levels,
+        )
 
     @deterministic
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,8 +122,10 @@ class WeightRVQ(WeightQuantizer):
         super().__init__(channels, axis, ranges=ranges)
         self.share = _checked(share)
         self.blocks = 0
-        self.register_buffer("places", torch.zeros(0, 2))  # block, and place in it: exact in float32
-        self.register_buffer("values", torch.zeros(0), persistent=False)  # as of the last codes
+        self.register_buffer(
+            "places", torch.zeros(0, 2, dtype=torch.float32)
+        )  # block, and place in it: exact in float32
+        self.register_buffer("values", torch.zeros(0, dtype=torch.float32), persistent=False)  # as of the last codes
 
     @property
     def code(self) -> str:
@@ -221,11 +229,13 @@ class WeightRVQ(WeightQuantizer):
     def _hold(self, places: torch.Tensor) -> None:
         pair = torch.stack([places // _BLOCK, places % _BLOCK], 1)
         self.places = pair.to(self.scale.device, torch.float32)
-        self.values = torch.zeros(len(places), device=self.scale.device)
+        self.values = torch.zeros(len(places), dtype=torch.float32, device=self.scale.device)
 
     def _mask(self, weight: torch.Tensor) -> torch.Tensor:
         # torch.jit.trace has no index_fill of truth values
-        mask = torch.zeros(weight.numel(), device=weight.device).index_fill(0, self.outliers(), 1.0)
+        mask = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device).index_fill(
+            0, self.outliers(), 1.0
+        )
         return mask.reshape(weight.shape) > 0
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
@@ -234,4 +244,4 @@ class WeightRVQ(WeightQuantizer):
             self.places = torch.zeros_like(held, device=self.places.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(self.values) != len(self.places):
-            self.values = torch.zeros(len(self.places), device=self.places.device)
+            self.values = torch.zeros(len(self.places), dtype=torch.float32, device=self.places.device)
