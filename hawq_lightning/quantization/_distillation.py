@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 from hawq_lightning._types import Outputs as ModelOutputs
+from hawq_lightning.quantization._class_axis import class_axis
 from hawq_lightning.sensitivity import Outputs, find_boundary
 
 _TINY = 1e-12
@@ -72,18 +73,19 @@ def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     """
     boundary = _outputs_before(find_boundary(loss, outputs)[0], outputs)
     softmax = _softmax_behind(loss, {(outputs.edges[i].node, outputs.edges[i].output_nr): i for i in boundary})
+    axes = {i: class_axis(loss, outputs.tensors[i], node) for i, node in softmax.items()}
     heads: dict[str, Head] = {}
     for i in boundary:
-        head = Head(outputs.names[i], _axis(tuple(outputs.tensors[i].shape), softmax.get(i)))
+        head = Head(outputs.names[i], axes.get(i))
         first = heads.setdefault(head.name, head)
         if first.axis != head.axis:
             heads[head.name] = Head(head.name, None)
     return list(heads.values())
 
 
-def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Node, int], int]) -> dict[int, tuple[tuple[int, ...], int]]:
-    """Number of a boundary output -> shape and axis of the softmax between it and the loss."""
-    softmaxes: dict[int, tuple[tuple[int, ...], int]] = {}
+def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Node, int], int]) -> dict[int, Node]:
+    """Number of a boundary output -> the softmax between it and the loss."""
+    softmaxes: dict[int, Node] = {}
     stack: list[tuple[Any, Any]] = [(loss.grad_fn, None)]
     visited = set()
     while stack:
@@ -92,8 +94,7 @@ def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Node, int], int]) ->
             continue
         visited.add((node, softmax))
         if "SoftmaxBackward" in node.name():
-            axis, shape = node._saved_dim, tuple(node._saved_result.shape)
-            softmax = shape, axis - 2**64 if axis >= 2**63 else axis  # negative axes are saved as unsigned numbers
+            softmax = node
         for parent, nr in node.next_functions:
             if (parent, nr) in ends:
                 if softmax is not None:
@@ -101,17 +102,6 @@ def _softmax_behind(loss: torch.Tensor, ends: Mapping[tuple[Node, int], int]) ->
             else:
                 stack.append((parent, softmax))
     return softmaxes
-
-
-def _axis(shape: tuple[int, ...], softmax: tuple[tuple[int, ...], int] | None) -> int | None:
-    """The softmax's axis in an output that was perhaps reshaped before it."""
-    if softmax is None:
-        return None
-    classes = softmax[0][softmax[1]]
-    if shape == softmax[0]:
-        return softmax[1] % len(shape)
-    places = [i for i in (len(shape) - 1, 1) if 0 <= i < len(shape) and shape[i] == classes]
-    return places[0] if places else None
 
 
 class HeadOutputs:
