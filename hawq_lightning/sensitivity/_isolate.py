@@ -40,8 +40,12 @@ def noisy_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Of its class and of the hooks before its call: old-style spectral norm iterates there."""
-    return [type(x).__name__ for x in (module, *module._forward_pre_hooks.values())]
+    """Of its class and of the hooks before its call: old-style spectral norm iterates there.
+
+    A network is a container whatever it is called, as a ``DropoutUNet`` is.
+    """
+    children = next(module.children(), None) is not None and next(module.parameters(), None) is not None
+    return [type(x).__name__ for x in (*([] if children else [module]), *module._forward_pre_hooks.values())]
 
 
 class RandomStates:
