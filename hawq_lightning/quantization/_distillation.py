@@ -73,7 +73,10 @@ def find_heads(loss: torch.Tensor, outputs: GraphOutputs) -> list[Head]:
     """
     boundary = _outputs_before(find_boundary(loss, outputs)[0], outputs)
     softmax = _softmax_behind(loss, {(outputs.edges[i].node, outputs.edges[i].output_nr): i for i in boundary})
-    axes = {i: class_axis(loss, outputs.tensors[i], node) for i, node in softmax.items()}
+    axes = {
+        i: class_axis(loss, outputs.tensors[i], node) for i, node in softmax.items()
+        if not outputs.tensors[i].is_complex()  # its sizes are no logits
+    }  # fmt: skip
     heads: dict[str, Head] = {}
     for i in boundary:
         head = Head(outputs.names[i], axes.get(i))
@@ -158,6 +161,10 @@ def _tensors(output: ModelOutputs) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _real(x: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).float()
+
+
 def distance(
     heads: Sequence[Head],
     student: Mapping[str, Sequence[torch.Tensor]],
@@ -183,8 +190,8 @@ def distance(
     for head in heads:
         ours, theirs = student[head.name], teacher[head.name]
         if head.axis is None:
-            error = torch.stack([(s.float() - t.float()).square().sum() for s, t in zip(ours, theirs)]).sum()
-            values = torch.cat([t.float().flatten() for t in theirs])
+            error = torch.stack([(_real(s) - _real(t)).square().sum() for s, t in zip(ours, theirs)]).sum()
+            values = torch.cat([_real(t).flatten() for t in theirs])
             parts.append(error / (values - values.mean()).square().sum().clamp_min(_TINY))
             continue
         total, positions = [], 0

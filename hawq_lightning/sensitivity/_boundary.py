@@ -130,6 +130,10 @@ class Outputs:
             if not self.recording:
                 return output  # activation checkpointing runs the forward pass again
             self._visited += 1
+            if output.is_complex():  # the loss is real: its curvature is that of real and imaginary parts
+                return torch.view_as_complex(
+                    self._visit_tensor(name, torch.view_as_real(output.resolve_conj()), self._visited)
+                )
             return self._visit_tensor(name, output, self._visited)
         if isinstance(output, Mapping):
             for key, value in output.items():

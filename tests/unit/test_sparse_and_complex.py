@@ -82,3 +82,68 @@ def test_complex_parameters_are_packed(tmp_path):
     )
     with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
         assert file.get_slice("spectrum").get_dtype() == "C64"
+
+
+class Filtered(nn.Module):
+    """A spectrum as the output, perhaps conjugated, of a module with a parameter or of none."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.form = nn.Linear(5, 6), nn.Linear(6, 8), form
+        self.last = Weighted() if form != "linear" else nn.Linear(5, 4, dtype=torch.complex64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(torch.fft.rfft(self.second(self.first(x).relu())))
+        return y.conj() if self.form == "conjugated" else y
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+OF_SPECTRA = {
+    "distance": lambda y, t: (y - t).abs().square().mean(),
+    "parts": lambda y, t: (y.real - t.real).square().mean() + y.imag.pow(4).mean(),
+    "magnitude": lambda y, t: (y.abs() - t.abs()).square().mean(),
+    "viewed": lambda y, t: F.mse_loss(torch.view_as_real(y.resolve_conj()), torch.view_as_real(t)),
+    "classes": lambda y, t: F.cross_entropy(y.abs(), t.real.argmax(1)),
+}
+
+
+@pytest.mark.parametrize("form", ["filter", "conjugated", "linear"])
+@pytest.mark.parametrize("what", OF_SPECTRA)
+def test_complex_outputs_count_with_both_parts(form, what):
+    net = Filtered(form).eval()
+    torch.manual_seed(1)
+    batch = torch.randn(6, 5), torch.randn(6, 4 if form == "linear" else 5, dtype=torch.complex64)
+
+    def of(model: nn.Module, some) -> torch.Tensor:
+        return OF_SPECTRA[what](model(some[0]), some[1])
+
+    table = hl.sites(net, batch, forward=of)
+    traces = hl.measure(net, [batch], of, sites=table, estimator="exact", progress=False)
+    found = {r.name: r.trace for r in traces}
+    weight = net.second.weight  # the outputs are linear in it, so that no second derivative is left out
+
+    def at(w: torch.Tensor) -> torch.Tensor:
+        return OF_SPECTRA[what](torch.func.functional_call(net, {"second.weight": w}, batch[0]), batch[1])
+
+    dense = torch.autograd.functional.hessian(at, weight.detach()).reshape(weight.numel(), -1)
+    assert found["second.weight"] == pytest.approx(float(dense.trace()), rel=1e-3)
+    listed = hl.candidates(net, [batch], traces, table, of, weight_bits=(2, 4), activation_bits=(8,))
+    ahead = hl.forecast(net, [batch], of, table, listed, mode="accurate")
+    plan = hl.select(hl.Problem(table, listed, traces), "7.9x", selector="uniform")
+    assert {plan.bits[s.name] for s in table.weights} == {4}
+    net.form = "filter"  # the distance is that of what the last layer puts out
+    with torch.no_grad():
+        before = torch.view_as_real(net(batch[0]))
+        hl.quantize(net, plan)
+        after = torch.view_as_real(net(batch[0]))
+    truth = float((after - before).square().sum() / (before - before.mean()).square().sum())
+    assert ahead.measured_uniform[4] == pytest.approx(truth, rel=0.05)
