@@ -3,8 +3,9 @@
 from hawq_lightning._batches import batch_images
 from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
+from hawq_lightning.sensitivity._batch_hash import BatchKeys, batch_digest
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._cache import TraceCache, batch_digest, read_intact
+from hawq_lightning.sensitivity._cache import TraceCache, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
@@ -61,6 +62,7 @@ __all__ = [
     "AllOutputs",
     "AnyOf",
     "Auto",
+    "BatchKeys",
     "EffectiveWeights",
     "Eigenpairs",
     "Estimator",
