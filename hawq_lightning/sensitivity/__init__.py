@@ -23,6 +23,7 @@ from hawq_lightning.sensitivity._generator_state import generator_put_back
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
 from hawq_lightning.sensitivity._heap import Heap, pages_kept, release_memory
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
+from hawq_lightning.sensitivity._held_contents import PutBack, contents_put_back, dict_put_back, worth_a_look
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
@@ -86,6 +87,7 @@ __all__ = [
     "Probes",
     "ProcessShard",
     "Progress",
+    "PutBack",
     "QuadraticForm",
     "RelativeError",
     "RoundingErrors",
@@ -104,6 +106,8 @@ __all__ = [
     "check_linearity",
     "chunks",
     "concave_share",
+    "contents_put_back",
+    "dict_put_back",
     "factor_probe",
     "factorize_loss_hessian",
     "find_boundary",
@@ -136,4 +140,5 @@ __all__ = [
     "top_eigenpairs",
     "top_eigenvalues",
     "trace_history",
+    "worth_a_look",
 ]
