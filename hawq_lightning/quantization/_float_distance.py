@@ -191,9 +191,10 @@ def distance_of_new_statistics(
     if not norms_with_statistics(model):
         return 0.0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved, target = on_device(batches, device), FloatDistance(model, batches, loss_fn)
+    moved = on_device(batches, device)
+    target = FloatDistance(model, moved, loss_fn)
     with isolated_eval(model), torch.no_grad():  # which puts the statistics back
         with new_statistics(model):
-            for batch in on_device(batches if statistics is None else statistics, device):
+            for batch in moved if statistics is None else on_device(statistics, device):
                 loss_fn(model, fresh_copy(batch))
         return sum(float(target(model, b)) * n for b, n in zip(moved, samples)) / sum(samples)

@@ -3,7 +3,7 @@
 from hawq_lightning._batches import batch_images
 from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
-from hawq_lightning.sensitivity._batch_hash import BatchKeys, batch_digest
+from hawq_lightning.sensitivity._batch_hash import BatchKeys, batch_digest, batches_digest
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
 from hawq_lightning.sensitivity._cache import TraceCache, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
@@ -103,6 +103,7 @@ __all__ = [
     "backpropagate",
     "batch_digest",
     "batch_images",
+    "batches_digest",
     "check_linearity",
     "chunks",
     "concave_share",

@@ -60,6 +60,15 @@ def batch_digest(batch: Batch) -> str:
     return _digest(batch, None)
 
 
+def batches_digest(batches: Iterable[Batch]) -> str:
+    """A hash of several batches, in their order; see :func:`batch_digest`.
+
+    Args:
+        batches: of any kind.
+    """
+    return hashlib.sha256("".join(map(batch_digest, batches)).encode()).hexdigest()[:32]
+
+
 def hash_batch(batch: Batch, digest: hashlib._Hash) -> None:
     """Put all that a batch holds into a hash, as :func:`batch_digest` does.
 
