@@ -61,12 +61,16 @@ def batch_digest(batch: Batch) -> str:
 
 
 def batches_digest(batches: Iterable[Batch]) -> str:
-    """A hash of several batches, in their order; see :func:`batch_digest`.
+    """A hash of several batches, in their order, the same for as long as their data are.
 
     Args:
-        batches: of any kind.
+        batches: of any kind; of what is in objects of somebody's own, which may count and note, tensors and arrays
+            alone.
     """
-    return hashlib.sha256("".join(map(batch_digest, batches)).encode()).hexdigest()[:32]
+    digest = hashlib.sha256()
+    for batch in batches:
+        _Hasher(digest, None, data_alone=True).value(batch, ())
+    return digest.hexdigest()[:32]
 
 
 def hash_batch(batch: Batch, digest: hashlib._Hash) -> None:
@@ -104,10 +108,12 @@ class _Hasher:
         digest: that grows.
         unread: collects objects whose contents cannot be read, by their id, and tells them apart by it; ``None``: their
             class counts alone.
+        data_alone: of what is in objects that are no containers, tensors and arrays count alone.
     """
 
-    def __init__(self, digest: hashlib._Hash, unread: dict[int, object] | None) -> None:
+    def __init__(self, digest: hashlib._Hash, unread: dict[int, object] | None, data_alone: bool = False) -> None:
         self._digest, self._unread = digest, unread
+        self._data_alone, self._silent = data_alone, False
 
     def value(self, value: object, around: tuple[int, ...]) -> None:
         """Put a value into the hash; ``around``: ids of the objects that it lies in."""
@@ -130,7 +136,8 @@ class _Hasher:
             self._object(value, (*around, id(value)))
 
     def _text(self, text: str) -> None:
-        self._digest.update(text.encode(errors="surrogatepass"))
+        if not self._silent:
+            self._digest.update(text.encode(errors="surrogatepass"))
 
     def _named(self, value: object) -> None:
         name = getattr(value, "__qualname__", type(value).__name__)
@@ -157,18 +164,25 @@ class _Hasher:
         held = parts_of(value)
         keys: Sequence[object] = list(value) if isinstance(value, Mapping) else ""
         beside: list[object] = []
+        own = False
         if held or isinstance(value, (Mapping, list, tuple)):
             beside = list(_more_attributes(value).values())
         else:
+            own = True
             held, whole = _state(value)
             if not whole:
                 self._opaque(value)
         plain = all(isinstance(key, _CONSTANTS) for key in keys)
-        self._text(f"{type(value).__name__} {len(held)} {keys if plain else len(keys)}")
+        count = 0 if own and self._data_alone else len(held)
+        self._text(f"{type(value).__name__} {count} {keys if plain else len(keys)}")
         if not plain:
             self._all(keys, around)
+        before = self._silent
+        self._silent = before or (self._data_alone and own)
         self._all(held, around)
+        self._silent = before or (self._data_alone and bool(beside))
         self._all(beside, around)
+        self._silent = before
 
     def _all(self, values: Iterable[object], around: tuple[int, ...]) -> None:
         for value in values:

@@ -42,12 +42,18 @@ def coupled(model, batch):
 
 
 def measured(batches, loss_fn=mean_loss):
-    return hl.measure(net(), batches, loss_fn, estimator="exact", progress=False)
+    return hl.measure(net(), batches, loss_fn, estimator="exact", progress=False, batch_size_fn=size)
+
+
+def size(batch):
+    return len(batch.x if isinstance(batch, Noted) else batch[0])
 
 
 def omegas(batches, traces, loss_fn=mean_loss, **settings):
     model = net()
-    weighed = hl.candidates(model, batches, traces, hl.sites(model, data().tensors), loss_fn, **settings)
+    weighed = hl.candidates(
+        model, batches, traces, hl.sites(model, data().tensors), loss_fn, batch_size_fn=size, **settings
+    )
     return {(name, c.bits): (c.omega, c.perturbation) for name, of in weighed.items() for c in of}
 
 
@@ -58,7 +64,21 @@ def loaders():
     yield "other order", drawn, drawn[::-1]
     yield "other samples", drawn, [(x + 1, y) for x, y in drawn]
     yield "other labels", drawn, [(x, (y + 1) % 3) for x, y in drawn]
+    yield "objects", [Noted(*batch) for batch in drawn], [Noted(*batch) for batch in drawn[::-1]]
     yield "augmented", drawn, [(x + 0.01 * torch.randn_like(x), y) for x, y in drawn]
+
+
+class Noted:
+    """A batch of somebody's own that counts and notes whatever is done with it."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.notes, self.count = x, y, [], 0
+
+    def __getitem__(self, i):
+        self.count += 1
+        self.notes.append((self.count, {self.count}))
+        self.more = [self.count]
+        return (self.x, self.y)[i]
 
 
 def paired():
@@ -69,6 +89,8 @@ def paired():
     yield "generator", iter(drawn), iter(drawn)
     yield "copies", drawn, copy.deepcopy(drawn)
     yield "tuple", drawn, tuple(drawn)
+    noted = [Noted(*batch) for batch in drawn]
+    yield "objects that count", noted, noted
 
 
 @pytest.mark.parametrize("loss_fn", [mean_loss, coupled])
