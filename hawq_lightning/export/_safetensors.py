@@ -215,6 +215,7 @@ def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str], checksum: st
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
+    tensor = tensor.resolve_conj().resolve_neg()  # what it says, where the memory is that of its conjugate
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,8 +24,12 @@ from hawq_lightning.layers import OperandReader, WeightReader
 from hawq_lightning.quantization._inputs import network_inputs
 from hawq_lightning.quantization._quantizers import ActivationQuantizer
 from hawq_lightning.quantization._registry import QuantizerSpec
-from hawq_lightning.sensitivity import InputHooks, OnDevice, Sensitivity, isolated_eval, repeatable
+from hawq_lightning.sensitivity import InputHooks, OnDevice, Sensitivity, batches_digest, isolated_eval, repeatable
 
+_OTHERS = (
+    "The traces were measured on other batches than these, so Ω of activations is mean trace times mean perturbation, "
+    "and not paired by sample. A DataLoader that shuffles gives others every time: give both list(loader), made once."
+)
 _Look = Callable[[str, torch.Tensor], Callable[[bool], None]]
 # Layers round once more what lies on the grid of a result. Steps of least squared error are ratios of small integers:
 # codes would lie in the middle between two, where float rounding decides, in every runtime otherwise.
@@ -61,11 +66,18 @@ def activation_candidates(
     Raises:
         HawqError: a site that no batch uses, or one that reads NaN.
     """
+    if not len(batches):
+        raise HawqError(
+            "No batches to weigh activations on: the iterable is empty, or was read before, as a generator is."
+        )
     run = _Runs(model, batches, loss_fn, sites, progress)
     with isolated_eval(model):
         steps = _calibrated(run, sites, config, spec)
         rows = _Perturbations(steps, batches.samples(batch_size_fn), sensitivity.row_unit, spec.activation_quantizer())
         run.all("Activation perturbations", rows.visit)
+    rows.paired = not sensitivity.data or sensitivity.data == batches_digest(batches.kept)
+    if not rows.paired and any(rows.as_many(s.name, sensitivity) for s in sites.activations):
+        warnings.warn(_OTHERS, stacklevel=3)
     found = {}
     for site in sites.activations:
         lift = _lift(sensitivity, site.name, mean_traces[site.name])
@@ -186,7 +198,11 @@ class _Ranges:
 
 
 class _Perturbations:
-    """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity; 0 where a batch does not use a site."""
+    """||Q(a_n) - a_n||^2 for every row and width, rows as in the sensitivity; 0 where a batch does not use a site.
+
+    Attributes:
+        paired: whether the rows are of the samples that the sensitivity has traces of.
+    """
 
     def __init__(
         self,
@@ -195,7 +211,7 @@ class _Perturbations:
         unit: Mapping[str, str],
         quantizer: ActivationQuantizer,
     ) -> None:
-        self._quantizer, self.code = quantizer, quantizer.code
+        self._quantizer, self.code, self.paired = quantizer, quantizer.code, True
         self._steps, self._samples, self._unit = steps, samples, unit
         self._rows: dict[tuple[str, int, bool], dict[int, torch.Tensor]] = {}
 
@@ -234,15 +250,21 @@ class _Perturbations:
             rows.append(found.get(batch, torch.zeros((), dtype=torch.float64)).expand(count))
         return torch.cat(rows)
 
+    def as_many(self, site: str, sensitivity: Sensitivity) -> bool:
+        """Whether there are as many rows of a site as traces."""
+        rows = sum(self._samples) if self._per_sample(site) else len(self._samples)
+        return len(sensitivity.rows.get(site, ())) == rows
+
     def omega(self, site: str, bits: int, sensitivity: Sensitivity, lift: float | None) -> tuple[float, float]:
         """Omega = mean over rows of (trace / size) * perturbation, and the mean perturbation."""
         perturbation = self._perturbation(site, bits)
+        paired = self.paired and self.as_many(site, sensitivity)
         weight = torch.as_tensor(sensitivity.row_weights.get(site, [1.0] * len(perturbation)), dtype=torch.float64)
         share = weight / weight.sum()
         mean = float((share * perturbation).sum())
         trace = torch.as_tensor(sensitivity.rows.get(site, ()), dtype=torch.float64)
         size = torch.as_tensor(sensitivity.sizes.get(site, ()), dtype=torch.float64)
-        if lift is not None or len(trace) != len(perturbation):
+        if lift is not None or not paired:
             return (sensitivity[site].mean_trace if lift is None else lift) * mean, mean
         omega = float((share * trace / size.clamp_min(1) * perturbation).sum())
         if math.isnan(omega):  # which max would take for 0, and the site would get the fewest bits

@@ -38,7 +38,8 @@ def candidates(
 
     Args:
         model: left as it was.
-        batches: those that the traces were measured on: activations' Omega pairs trace and perturbation by sample.
+        batches: those that the traces were measured on: activations' Omega pairs trace and perturbation by sample. Of
+            others it is the product of the means, with a warning; a DataLoader that shuffles gives others every time.
         sensitivity: traces of ``sites``; ``None``: none were measured, and Omega is the perturbation alone.
         sites: table from :func:`hawq_lightning.sites`.
         loss_fn: runs the model on a batch.

@@ -18,7 +18,7 @@ from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, LossFn
 from hawq_lightning.quantization._distillation import Enough, GraphOutputs, Head, HeadOutputs, distance, find_heads
 from hawq_lightning.quantization._norm_statistics import batch_statistics, new_statistics, norms_with_statistics
-from hawq_lightning.sensitivity import batch_digest, isolated_eval, on_device, repeatable
+from hawq_lightning.sensitivity import BatchKeys, isolated_eval, on_device, repeatable
 
 _Tensors = dict[str, list[torch.Tensor]]
 
@@ -61,6 +61,7 @@ class FloatDistance:
         self._loss_fn = repeatable(model, loss_fn)
         self._by_batch = by_batch
         self._float: dict[str, _Tensors] = {}
+        self._keys = BatchKeys()
         self.heads: list[Head] = []
         self._copy = False
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -71,7 +72,7 @@ class FloatDistance:
                 with torch.no_grad():
                     outputs = self._outputs(model, batch)
                 # networks that differentiate by their input have a graph all the same
-                self._float[batch_digest(batch)] = {n: [t.detach() for t in of] for n, of in outputs.items()}
+                self._float[self._keys.add(batch)] = {n: [t.detach() for t in of] for n, of in outputs.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The distance on one batch, a scalar with its graph.
@@ -145,9 +146,13 @@ class FloatDistance:
             return self._loss_fn(model, batch)
 
     def _then(self, batch: Batch) -> _Tensors:
-        then = self._float.get(batch_digest(batch))
+        then = self._float.get(self._keys.of(batch))
         if then is None:
-            raise HawqError("This batch is none of those that the float network's outputs are known of.")
+            unread = ", ".join(self._keys.unread(batch))
+            why = f" It holds objects that cannot be read ({unread}): give the same ones, or let pickle read them."
+            raise HawqError(
+                "This batch is none of those that the float network's outputs are known of." + (why if unread else "")
+            )
         return then
 
     def _outputs(self, model: nn.Module, batch: Batch, then: _Tensors | None = None) -> _Tensors:
@@ -186,9 +191,10 @@ def distance_of_new_statistics(
     if not norms_with_statistics(model):
         return 0.0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved, target = on_device(batches, device), FloatDistance(model, batches, loss_fn)
+    moved = on_device(batches, device)
+    target = FloatDistance(model, moved, loss_fn)
     with isolated_eval(model), torch.no_grad():  # which puts the statistics back
         with new_statistics(model):
-            for batch in on_device(batches if statistics is None else statistics, device):
+            for batch in moved if statistics is None else on_device(statistics, device):
                 loss_fn(model, fresh_copy(batch))
         return sum(float(target(model, b)) * n for b, n in zip(moved, samples)) / sum(samples)

@@ -78,17 +78,17 @@ def forecast(
     choice("after", after, get_args(After))
     if not candidates:
         raise HawqError("There are no candidates to forecast.")
-    target = FloatDistance(model, batches, loss_fn, by_batch=_BY_BATCH[after])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    moved = on_device(batches, device)  # once: a DataLoader that shuffles gives others every time
+    target = FloatDistance(model, moved, loss_fn, by_batch=_BY_BATCH[after])
     widths = sorted({c.bits for listed in candidates.values() for c in listed})
     shares: dict[str, dict[int, float]] = {name: {} for name in candidates}
     taken: dict[int, dict[str, int]] = {}
     measured: dict[int, float] = {}
     tangent: Tangent | None = None
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved = on_device(batches, device)
     samples = moved.samples(batch_size_fn)
     done = itertools.count(1)
-    steps = len(widths) * len(batches) * len(_POINTS[mode])
+    steps = len(widths) * len(moved) * len(_POINTS[mode])
     with pages_kept(), progress_bar("Forecast", steps, progress) as advance:
         for bits in widths:
             path = Path(model, sites, candidates, dict.fromkeys(candidates, bits), nearest=False)
@@ -104,7 +104,7 @@ def forecast(
     expected = {bits: math.fsum(shares[n][b] for n, b in of.items()) for bits, of in taken.items()}
     start = 0.0
     if _BY_BATCH[after]:
-        start = distance_of_new_statistics(model, batches, loss_fn, samples, statistics)
+        start = distance_of_new_statistics(model, moved, loss_fn, samples, statistics)
     return Forecast(shares, expected, measured, mode, after, start, tangent)
 
 
@@ -139,8 +139,8 @@ def shares_of_plan(
     choice("after", after, get_args(After))
     if missing := [n for n in candidates if n not in bits]:
         raise HawqError(f"The plan says nothing of site {missing[0]!r}.{nearest(missing[0], bits)}")
-    target = FloatDistance(model, batches, loss_fn, by_batch=_BY_BATCH[after])
     moved = on_device(batches, next((p.device for p in model.parameters()), torch.device("cpu")))
+    target = FloatDistance(model, moved, loss_fn, by_batch=_BY_BATCH[after])
     samples = moved.samples(batch_size_fn)
     path = Path(model, sites, candidates, bits)
     return path.shares(_TWO_POINTS, target, moved, samples)[0]

@@ -3,8 +3,9 @@
 from hawq_lightning._batches import batch_images
 from hawq_lightning._sites import find_sites
 from hawq_lightning.sensitivity._auto import Auto
+from hawq_lightning.sensitivity._batch_hash import BatchKeys, batch_digest, batches_digest
 from hawq_lightning.sensitivity._boundary import OutputHessian, Outputs, find_boundary
-from hawq_lightning.sensitivity._cache import TraceCache, batch_digest, read_intact
+from hawq_lightning.sensitivity._cache import TraceCache, read_intact
 from hawq_lightning.sensitivity._chunks import chunks, join
 from hawq_lightning.sensitivity._context import MeasureContext, forward_pass
 from hawq_lightning.sensitivity._convergence import landscape, trace_history
@@ -22,6 +23,7 @@ from hawq_lightning.sensitivity._generator_state import generator_put_back
 from hawq_lightning.sensitivity._ggn import AllOutputs, GaussNewton
 from hawq_lightning.sensitivity._heap import Heap, pages_kept, release_memory
 from hawq_lightning.sensitivity._held_attributes import HeldAttributes, of_library, plain_attributes
+from hawq_lightning.sensitivity._held_contents import PutBack, contents_put_back, dict_put_back, worth_a_look
 from hawq_lightning.sensitivity._held_state import HeldNames, HeldState
 from hawq_lightning.sensitivity._hessian import Hessian
 from hawq_lightning.sensitivity._hutchinson import Hutchinson, hutchinson_batch
@@ -61,6 +63,7 @@ __all__ = [
     "AllOutputs",
     "AnyOf",
     "Auto",
+    "BatchKeys",
     "EffectiveWeights",
     "Eigenpairs",
     "Estimator",
@@ -84,6 +87,7 @@ __all__ = [
     "Probes",
     "ProcessShard",
     "Progress",
+    "PutBack",
     "QuadraticForm",
     "RelativeError",
     "RoundingErrors",
@@ -99,9 +103,12 @@ __all__ = [
     "backpropagate",
     "batch_digest",
     "batch_images",
+    "batches_digest",
     "check_linearity",
     "chunks",
     "concave_share",
+    "contents_put_back",
+    "dict_put_back",
     "factor_probe",
     "factorize_loss_hessian",
     "find_boundary",
@@ -134,4 +141,5 @@ __all__ = [
     "top_eigenpairs",
     "top_eigenvalues",
     "trace_history",
+    "worth_a_look",
 ]

@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
-from hawq_lightning._batches import parts_of
 from hawq_lightning._errors import HawqError
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch
 from hawq_lightning.layers import quantizers_by_attribute
+from hawq_lightning.sensitivity._batch_hash import hash_batch, hash_values
 from hawq_lightning.sensitivity._context import MeasureContext
 from hawq_lightning.sensitivity._first_loss import check_first_loss
 from hawq_lightning.sensitivity._loss_signature import loss_signature
@@ -147,26 +147,16 @@ def fingerprint(
             continue
         digest.update(name.encode())
         if not isinstance(value, torch.Tensor):  # of get_extra_state, which may return anything
-            _hash_tensors(value, digest)
+            hash_batch(value, digest)
             continue
-        with torch._C.DisableTorchFunction():  # reads only: no reason to keep a copy of the parameter
-            value = value if value.layout == torch.strided else value.to_dense()
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        hash_values(value, digest)
     for batch in batches.kept:
-        _hash_tensors(batch, digest)
+        hash_batch(batch, digest)
     with torch.enable_grad():
         loss = check_first_loss(context, first)
     context.diagnostics.figures["loss"] = loss
     digest.update(loss_signature(context, first, batches, seed).encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def batch_digest(batch: Batch) -> str:
-    """A hash of all that a batch holds, on whatever device."""
-    digest = hashlib.sha256()
-    with torch._C.DisableTorchFunction():  # reads only
-        _hash_tensors(batch, digest)
-    return digest.hexdigest()
 
 
 def _idle_quantizers(model: nn.Module) -> Iterator[str]:
@@ -175,18 +165,3 @@ def _idle_quantizers(model: nn.Module) -> Iterator[str]:
         for key, quantizer in quantizers_by_attribute(layer).items():
             if not quantizer.bits or quantizer.fake_quant_disabled:
                 yield f"{name}.{key}." if name else f"{key}."
-
-
-def _hash_tensors(batch: Batch, digest: hashlib._Hash, around: tuple[int, ...] = ()) -> None:
-    if isinstance(batch, torch.Tensor):
-        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
-        digest.update(batch.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(batch, (int, float, str)) or batch is None:
-        digest.update(f"{type(batch).__name__} {batch!r}".encode())
-    else:
-        keys = list(batch) if isinstance(batch, Mapping) else ""
-        parts = parts_of(batch) or list(getattr(batch, "__dict__", {}).values())  # of a class of the user's own
-        digest.update(f"{type(batch).__name__} {len(parts)} {keys}".encode())
-        for value in parts:
-            if id(value) not in around:
-                _hash_tensors(value, digest, (*around, id(batch)))

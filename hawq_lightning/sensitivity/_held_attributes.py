@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import array
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from hawq_lightning.sensitivity._generator_state import generator_put_back
+from hawq_lightning.sensitivity._held_contents import PutBack, contents_put_back, dict_put_back, worth_a_look
 
 _INTERNAL = {"training", "_parameters", "_buffers", "_modules", "_trainer", "_fabric", "trainer"}
 _LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy", "builtins", "hawq_lightning")
 _DEPTH = 4  # of objects in objects
-
-PutBack = Callable[[], object]
+_KNOWN = (tuple, torch.Tensor)
 
 
 class HeldAttributes:
@@ -62,45 +57,19 @@ class HeldAttributes:
             return
         self._seen.add(id(value))
         parts: Iterable[object] = ()
-        if isinstance(value, (list, deque)):
-            self._contents.append(partial(_refill, value, list(value)))
-            parts = list(value)
-        elif isinstance(value, dict):
-            self._contents.append(partial(_replace, value, dict(value)))
-            parts = list(value.values())
-        elif isinstance(value, set):
-            self._contents.append(partial(_replace_set, value, set(value)))
-        elif isinstance(value, tuple):
+        if isinstance(value, (list, deque, tuple)):
             parts = value
-        elif isinstance(value, torch.Tensor):
-            self._note_tensor(value)
-        elif isinstance(value, np.ndarray):
-            self._contents.append(partial(_copy_into, value, value.copy()))
-        elif isinstance(value, (bytearray, array.array)):
-            self._contents.append(partial(value.__setitem__, slice(None), value[:]))
-        elif (put_back := generator_put_back(value)) is not None:
-            self._contents.append(put_back)
+        elif isinstance(value, dict):
+            parts = value.values()
         elif isinstance(value, nn.Module):
             parts = [*value.parameters(), *value.buffers()]
-        elif (
-            depth < _DEPTH
-            and hasattr(value, "__dict__")
-            and not isinstance(value, MethodType)
-            and not of_library(value)
-        ):
-            self._contents.append(partial(_replace, value.__dict__, dict(value.__dict__)))
-            parts = list(value.__dict__.values())
-        for part in parts:
+        if (put_back := contents_put_back(value)) is not None:
+            self._contents.append(put_back)
+        elif depth < _DEPTH and _is_users(value) and not isinstance(value, (nn.Module, *_KNOWN)):
+            self._contents.append(dict_put_back(value.__dict__))
+            parts = value.__dict__.values()
+        for part in worth_a_look(parts):
             self._note(part, depth + 1)
-
-    def _note_tensor(self, tensor: torch.Tensor) -> None:
-        if tensor.is_inference() or tensor.is_meta or tensor.layout != torch.strided or type(tensor) not in _TENSORS:
-            return
-        data = tensor.data
-        for axis, stride in enumerate(data.stride()):  # of an expanded tensor there is one in memory
-            if stride == 0 and data.shape[axis]:
-                data = data.narrow(axis, 0, 1)
-        self._contents.append(partial(_put_back_tensor, tensor, tensor.data, data, data.clone()))
 
 
 def plain_attributes(module: nn.Module) -> dict[str, object]:
@@ -115,39 +84,3 @@ def of_library(value: object, *more: str) -> bool:
 
 def _is_users(value: object) -> bool:
     return hasattr(value, "__dict__") and not isinstance(value, MethodType) and not of_library(value)
-
-
-_TENSORS = (torch.Tensor, nn.Parameter)
-
-
-def _refill(value: list[object] | deque[object], held: list[object]) -> None:
-    if len(value) != len(held) or any(a is not b for a, b in zip(value, held)):
-        value.clear()
-        value.extend(held)
-
-
-def _replace(value: dict[Any, object], held: dict[Any, object]) -> None:
-    if [*value] != [*held] or any(value[k] is not v for k, v in held.items()):
-        value.clear()
-        value.update(held)
-
-
-def _replace_set(value: set[object], held: set[object]) -> None:
-    if value != held:
-        value.clear()
-        value.update(held)
-
-
-def _copy_into(value: np.ndarray, held: np.ndarray) -> None:
-    if value.shape != held.shape:
-        value.resize(held.shape, refcheck=False)
-    if value.flags.writeable:
-        np.copyto(value, held)
-
-
-@torch.no_grad()
-def _put_back_tensor(tensor: torch.Tensor, data: torch.Tensor, memory: torch.Tensor, held: torch.Tensor) -> None:
-    if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
-        tensor.data = data
-    if not torch.equal(memory, held):
-        memory.copy_(held)

@@ -14,6 +14,7 @@ from hawq_lightning._config import MeasureConfig
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._types import Batch, LossFn
+from hawq_lightning.sensitivity._batch_hash import batches_digest
 from hawq_lightning.sensitivity._batch_set import BatchSet
 from hawq_lightning.sensitivity._checkpoint import MeasurementCheckpoint
 from hawq_lightning.sensitivity._heap import pages_kept, release_memory
@@ -54,7 +55,8 @@ def measure(
     Args:
         model: any module; dropout is off and BatchNorm uses running statistics while measuring.
         batches: any iterable of batches, all kept in memory; each is a unit of the loss. Where memory runs out they are
-            taken in parts, if the loss is a mean or sum over samples that does not couple them.
+            taken in parts, if the loss is a mean or sum over samples that does not couple them. A DataLoader that
+            shuffles gives others every time: ``list(loader)`` are the same for :func:`hawq_lightning.candidates`.
         loss_fn: ``loss_fn(model, batch) -> scalar``, a mean over samples or any other reduction.
         config: how to measure; of its fields ``images``, ``stop_when``, ``loss_per_site``, ``quadratic_forms``,
             ``loss_fn`` and ``cache`` are for the callback.
@@ -112,4 +114,5 @@ def measure(
     seconds = seconds_since(began)
     record = settings_record(config, runner, sampling, final, loop.stopped.reason, seconds)
     measured = to_sensitivity(final, key, exact=estimator.exact, settings=record, notes=diagnostics.notes)
-    return replace(measured, forms=final.form_records(rounding.candidates, estimator.exact))
+    forms = final.form_records(rounding.candidates, estimator.exact)
+    return replace(measured, forms=forms, data=batches_digest(data.batches.kept))

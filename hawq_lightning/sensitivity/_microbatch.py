@@ -41,7 +41,7 @@ def _pick(x: Batch, samples: int, ids: torch.Tensor, top: bool = False) -> Batch
     """One entry of a batch; ``top``: the batch itself, which must hold something that goes by samples."""
     if isinstance(x, torch.Tensor):
         if x.ndim and x.shape[0] == samples:
-            return x[ids.to(x.device)]
+            return x[ids.to(x.device)] if x.layout == torch.strided else _rows_of_sparse(x, ids)
         raise _UnclearError
     if parts := parts_of(x):
         try:
@@ -53,6 +53,14 @@ def _pick(x: Batch, samples: int, ids: torch.Tensor, top: bool = False) -> Batch
     if top:
         raise _UnclearError
     return x  # numbers, strings and None concern all samples
+
+
+def _rows_of_sparse(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    try:
+        rows: torch.Tensor = x.to_sparse_coo().index_select(0, ids.to(x.device))
+        return rows if x.layout == torch.sparse_coo else rows.to_sparse(layout=x.layout)
+    except (RuntimeError, NotImplementedError) as error:  # blocks, or batches of matrices, that torch cannot divide
+        raise _UnclearError from error
 
 
 def loss_reduction(context: MeasureContext, batch: Batch, samples: int, size: int, batch_size_fn: BatchSizeFn) -> str:

@@ -34,6 +34,7 @@ class Sensitivity:
         notes: what the user should know, in sentences.
         fingerprint: of weights, data and settings.
         forms: site name -> quadratic form of the rounding error of each of its candidates, if they were measured.
+        data: hash of the batches that it was measured on, see :func:`batches_digest`; empty: not known.
     """
 
     records: tuple[SiteTrace, ...]
@@ -45,6 +46,7 @@ class Sensitivity:
     notes: Sequence[str] = ()
     fingerprint: str = ""
     forms: Mapping[str, Sequence[QuadraticForm]] = field(default_factory=dict)
+    data: str = ""
 
     def __iter__(self) -> Iterator[SiteTrace]:
         return iter(self.records)
@@ -69,18 +71,23 @@ class Sensitivity:
             return {k: [float(f"{x:.7g}") for x in v] for k, v in table.items()}
 
         forms = {name: [f.to_dict() for f in forms] for name, forms in self.forms.items()}
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "records": [_with_null(asdict(r)) for r in self.records],
-            "settings": without_infinity(dict(self.settings)),
-            "notes": list(self.notes),
-            "fingerprint": self.fingerprint,
-            "row_unit": dict(self.row_unit),
-            "rows": short(self.rows),
-            "sizes": short(self.sizes),
-            "row_weights": short(self.row_weights),
-        } | ({"forms": forms} if forms else {})
+        data: JsonObject = {"data": self.data} if self.data else {}
+        return (
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "records": [_with_null(asdict(r)) for r in self.records],
+                "settings": without_infinity(dict(self.settings)),
+                "notes": list(self.notes),
+                "fingerprint": self.fingerprint,
+                "row_unit": dict(self.row_unit),
+                "rows": short(self.rows),
+                "sizes": short(self.sizes),
+                "row_weights": short(self.row_weights),
+            }
+            | data
+            | ({"forms": forms} if forms else {})
+        )
 
     @classmethod
     def from_dict(cls, data: object) -> Sensitivity:

@@ -52,7 +52,7 @@ def read_fields(data: JsonObject) -> JsonObject:
     """
     check_names(
         data, "it", ("format", "version", "records"),
-        (CHECKSUM, "settings", "notes", "fingerprint", "row_unit", "forms", *_TABLES),
+        (CHECKSUM, "settings", "notes", "fingerprint", "data", "row_unit", "forms", *_TABLES),
     )  # fmt: skip
     records = tuple(_record(r, i) for i, r in enumerate(sequence(data["records"], "records")))
     kinds = {r.name: r.kind for r in records}
@@ -70,6 +70,7 @@ def read_fields(data: JsonObject) -> JsonObject:
         "settings": table(data.get("settings", {}), "settings"),
         "notes": tuple(text(n, f"note {i}") for i, n in enumerate(sequence(data.get("notes", []), "notes"))),
         "fingerprint": text(data.get("fingerprint", ""), "fingerprint"),
+        "data": text(data.get("data", ""), "data"),
         "row_unit": unit,
         "forms": read_forms(data, kinds),
         **tables,

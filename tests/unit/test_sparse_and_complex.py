@@ -147,3 +147,51 @@ def test_complex_outputs_count_with_both_parts(form, what):
         after = torch.view_as_real(net(batch[0]))
     truth = float((after - before).square().sum() / (before - before.mean()).square().sum())
     assert ahead.measured_uniform[4] == pytest.approx(truth, rel=0.05)
+
+
+class Seen(nn.Module):
+    """Reads its buffer, which may be a lazily conjugated or negated view."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.register_buffer("seen", buffer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(F.relu(self.first(x + as_real(self.seen))))
+
+
+def as_real(x: torch.Tensor) -> torch.Tensor:
+    return x.real + x.imag if x.is_complex() else x
+
+
+VIEWS = {"conjugate": torch.conj, "negative": lambda z: z.conj().imag}
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_conjugate_and_negative_views_are_what_they_say(tmp_path, view, in_batch):
+    torch.manual_seed(1)
+    z, x, y = torch.randn(5, dtype=torch.complex64), torch.randn(6, 5), torch.arange(6) % 3
+    lazy = VIEWS[view](z)
+    assert lazy.is_conj() or lazy.is_neg()
+    plain = lazy.resolve_conj().resolve_neg().clone()
+    results = []
+    for buffer in (plain, lazy):
+        net = Seen(torch.zeros_like(plain) if in_batch else buffer).eval()
+        batch = (x, y, buffer) if in_batch else (x, y)
+
+        def step(model, batch):
+            return F.cross_entropy(model(sum(as_real(part) for part in batch[::2])), batch[1])
+
+        table = hl.sites(net, batch[0])
+        traces = hl.measure(net, [batch], step, sites=table, estimator="exact", progress=False)
+        problem = hl.Problem(table, hl.candidates(net, [batch], traces, table, step), traces)
+        plan = hl.select(problem, "6x")
+        hl.quantize(net, plan)
+        hl.save_packed(net, plan, tmp_path / "net.safetensors")
+        again = hl.load_packed(tmp_path / "net.safetensors", Seen(torch.zeros_like(plain)).eval())
+        assert torch.equal(again(x), net(x))
+        results.append((traces.fingerprint, {r.name: r.trace for r in traces}))
+    assert results[0] == results[1]

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hawq_lightning._config import MeasureConfig
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, BatchSizeFn, LossFn
-from hawq_lightning.callbacks._trainer._copied_stream import copied_stream
-from hawq_lightning.callbacks._trainer._epoch_length import foretell_epoch_length
+from hawq_lightning.callbacks._trainer._data_state import data_of, data_state_kept
+from hawq_lightning.callbacks._trainer._epoch_length import batches_to_overfit, foretell_epoch_length
 from hawq_lightning.callbacks._trainer._namespaces import kinds, overrides
-from hawq_lightning.callbacks._trainer._own_generators import own_generators_kept
-from hawq_lightning.callbacks._trainer._own_iteration import (
-    batches_in_order,
-    copied_sampler,
-    in_other_order,
-    iterate_copy,
-    iterates_itself,
-)
+from hawq_lightning.callbacks._trainer._own_iteration import in_data_order, in_other_order, iterates_itself
+from hawq_lightning.callbacks._trainer._read_loader import read_loader
 from hawq_lightning.callbacks._trainer._skipped import SkippedBatch, without_skipped
 from hawq_lightning.callbacks._trainer._transfer_hooks import hooks_leave_no_trace
-from hawq_lightning.sensitivity import OnDevice, random_states_kept, seed_torch, to_device
+from hawq_lightning.sensitivity import HeldAttributes, OnDevice, random_states_kept, to_device
 
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 _TRIES = 2  # of eight times as many images each, while training_step skips them all
@@ -52,15 +47,21 @@ def draw_batches(trainer: Trainer, images: int, seed: int, size_of: BatchSizeFn)
     Raises:
         HawqError: no train data, or it is empty.
     """
-    with random_states_kept(seed):
+    with _nothing_moves(trainer, seed):
         loaders = _loaders(trainer)
         foretell_epoch_length(trainer, loaders)
+        mode = "max_size_cycle"
         if isinstance(loaders, kinds("utilities.CombinedLoader")):
-            loaders = loaders.iterables
+            mode, loaders = loaders._mode, loaders.iterables
         leaves, shape = tree_flatten(loaders) if isinstance(loaders, (dict, list, tuple)) else ([loaders], None)
-        overfit = int(getattr(trainer, "overfit_batches", 0) or 0)
-        with own_generators_kept(leaves):
-            drawn = [_from_loader(x, images, seed, overfit, size_of) for x in leaves]
+        limits: Sequence[int | None] = [None] * len(leaves)
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            leaves = _to_overfit(leaves)
+            limits = batches_to_overfit(trainer, leaves, mode)
+        drawn = [read_loader(x, images, seed, size_of, most) for x, most in zip(leaves, limits)]
+        if None not in limits and mode == "max_size_cycle" and all(drawn):
+            longest = max(map(len, drawn))
+            drawn = [list(itertools.islice(itertools.cycle(of), longest)) for of in drawn]
         batches = drawn[0] if shape is None else [tree_unflatten(list(parts), shape) for parts in zip(*drawn)]
     if not batches:
         raise HawqError("The train dataloader is empty; there is nothing to measure on.")
@@ -75,7 +76,7 @@ def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSiz
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if trainer.state.fn != "fit" or not source.is_defined() or trainer.limit_val_batches == 0:
         return []
-    with random_states_kept(seed):
+    with _nothing_moves(trainer, seed):
         loaders = source.dataloader()
         leaves = tree_flatten(loaders)[0] if isinstance(loaders, (dict, list, tuple)) else [loaders]
         if not leaves or leaves[0] is None:
@@ -93,8 +94,26 @@ def _draw_validation(trainer: Trainer, images: int, seed: int, size_of: BatchSiz
                 loader = DataLoader(
                     loader.dataset, batch_sampler=BatchSampler(order, size, False), collate_fn=loader.collate_fn,
                 )  # fmt: skip
-        with own_generators_kept(loader):
-            return _from_loader(loader, images, seed, 0, size_of)
+        return read_loader(loader, images, seed, size_of)
+
+
+def _to_overfit(leaves: Sequence[Loaders]) -> list[Loaders]:
+    """Loaders as Lightning makes them for ``overfit_batches``: all in the order of the data, if one is in another."""
+    if all(isinstance(x.sampler, SequentialSampler) for x in leaves if hasattr(x, "sampler")):
+        return list(leaves)
+    return [in_data_order(x) if isinstance(x, DataLoader) else x for x in leaves]
+
+
+@contextmanager
+def _nothing_moves(trainer: Trainer, seed: int) -> Iterator[None]:
+    """Random states, and what loaders and whoever makes them hold, are put back."""
+    module = trainer.lightning_module
+    attributes = HeldAttributes([module])
+    try:
+        with random_states_kept(seed), data_state_kept(*data_of(trainer), network=module):
+            yield
+    finally:
+        attributes.put_back()
 
 
 def _loaders(trainer: Trainer) -> Loaders:
@@ -121,57 +140,6 @@ def _train_data(trainer: Trainer) -> Loaders:
             raise
         data.setup("fit")  # it was set up for validation only
         return source.dataloader()
-
-
-def _from_loader(loader: Iterable[Batch], images: int, seed: int, overfit: int, size_of: BatchSizeFn) -> list[Batch]:
-    if not isinstance(loader, DataLoader):
-        if isinstance(loader, Sized) and len(loader) == 0:
-            return []
-        stream = iter(loader) if isinstance(loader, (list, tuple)) else iter(copied_stream(loader, "loader"))
-        return _until(stream, images, size_of)
-    if iterates_itself(loader):
-        return _until(iterate_copy(loader, seed, overfit), images, size_of)
-    if isinstance(loader.dataset, IterableDataset):
-        fresh = DataLoader(
-            copied_stream(loader.dataset, "data set"), batch_size=loader.batch_size, collate_fn=loader.collate_fn,
-            drop_last=loader.drop_last,
-        )  # fmt: skip
-        return _until(iter(fresh), images, size_of)
-    collate = loader.collate_fn or default_collate
-    dataset = loader.dataset
-    if loader.batch_size is None and loader.batch_sampler is None:
-        indices = iter(copied_sampler(loader.sampler, seed))
-        return _until((collate(_item(dataset, i, seed)) for i in indices), images, size_of)
-    sampler: Iterable[Sequence[object]] | None = loader.batch_sampler
-    if overfit:
-        sampler = batches_in_order(loader)
-    assert sampler is not None  # a loader has the one or the other
-    lists: Iterator[Sequence[object]] = iter(copied_sampler(sampler, seed))
-    if overfit:
-        lists = itertools.islice(lists, overfit)
-    return _until((collate(_items(dataset, ids, seed)) for ids in lists), images, size_of)
-
-
-def _item(dataset: Dataset[Batch], index: object, seed: int) -> Batch:
-    seed_torch(seed + 7919 * int(index) if isinstance(index, int) else seed)  # transforms: a seed an index
-    return dataset[index]
-
-
-def _items(dataset: Dataset[Batch], ids: Iterable[object], seed: int) -> list[Batch]:
-    if hasattr(dataset, "__getitems__"):
-        items: list[Batch] = dataset.__getitems__(list(ids))
-        return items
-    return [_item(dataset, i, seed) for i in ids]
-
-
-def _until(stream: Iterator[Batch], images: int, size_of: BatchSizeFn) -> list[Batch]:
-    out, count = [], 0
-    for batch in stream:
-        out.append(batch)
-        count += size_of(batch)
-        if count >= images:
-            break
-    return out
 
 
 def held_out_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
+from hawq_lightning._errors import HawqError
 from hawq_lightning.callbacks._trainer._namespaces import kinds
 
 
@@ -37,12 +38,42 @@ def foretell_epoch_length(trainer: Trainer, loaders: object) -> None:
         trainer.fit_loop.max_batches = _batches_of(trainer, loaders)
 
 
+def batches_to_overfit(trainer: Trainer, loaders: Sequence[object], mode: str) -> list[int | None]:
+    """How many batches of each loader ``Trainer(overfit_batches=...)`` trains on; ``None``: all.
+
+    Where processes share the data, each has so many of its own: all of theirs count, as they lie in the data set.
+
+    Args:
+        trainer: with ``overfit_batches``, a number of batches (int) or a share of them (float).
+        loaders: of the train data, in the order that they will have.
+        mode: how they make one epoch.
+
+    Raises:
+        HawqError: the share is less than a batch.
+    """
+    overfit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+    for length in (_length(trainer, loader) for loader in loaders):
+        if length and not _limited(length, overfit):
+            raise HawqError(
+                f"Trainer(overfit_batches={overfit}) is less than one of {length} batches; the least share is "
+                f"{1 / length:.3g}, and an int is a number of batches."
+            )
+    count = _together(trainer, loaders, mode)
+    if math.isinf(count):
+        return [None] * len(loaders)
+    shared = [isinstance(x, DataLoader) and _is_divided(trainer, x) for x in loaders]
+    return [int(count) * (trainer.world_size if divided else 1) for divided in shared]
+
+
 def _batches_of(trainer: Trainer, loaders: Any) -> int | float:
     mode = "max_size_cycle"
     if isinstance(loaders, kinds("utilities.CombinedLoader")):
         mode, loaders = loaders._mode, loaders.iterables
-    leaves = tree_leaves(loaders) if isinstance(loaders, (dict, list, tuple)) else [loaders]
-    lengths = [_limited(_length(trainer, loader), trainer.limit_train_batches) for loader in leaves]
+    return _together(trainer, tree_leaves(loaders) if isinstance(loaders, (dict, list, tuple)) else [loaders], mode)
+
+
+def _together(trainer: Trainer, loaders: Sequence[object], mode: str) -> int | float:
+    lengths = [_limited(_length(trainer, loader), trainer.limit_train_batches) for loader in loaders]
     if not lengths:
         return 0
     return min(lengths) if mode == "min_size" else max(lengths)  # fit takes no sequential one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,29 +25,24 @@ def iterates_itself(loader: DataLoader[Batch]) -> bool:
     return kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator
 
 
-def iterate_copy(loader: DataLoader[Batch], seed: int, overfit: int) -> Iterator[Batch]:
-    """Iterate a copy of such a loader, in this process; the loader itself is not moved on.
+def iterate_copy(loader: DataLoader[Batch], seed: int, workers: bool = False) -> Iterator[Batch]:
+    """Iterate a copy of a loader; the loader itself is not moved on.
 
     The data set is shared, unless it is a stream: it may fill the memory.
 
     Args:
-        loader: one that :func:`iterates_itself`.
+        loader: of any class.
         seed: of samplers that have a generator of their own.
-        overfit: so many batches in the order of the data set, as ``Trainer(overfit_batches=...)`` takes them; 0: all,
-            in the loader's order.
+        workers: as many processes as the loader has read, each with a copy of the data set; else this one does.
     """
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"num_workers": loader.num_workers, "timeout": loader.timeout} if workers else {}
     if isinstance(loader.dataset, IterableDataset):
         more["dataset"] = copied_stream(loader.dataset, "data set")
-    elif overfit and loader.batch_sampler is not None:
-        more["batch_sampler"] = batches_in_order(loader)
-        more["sampler"] = more["batch_sampler"].sampler
     else:
-        more = {n: copied_sampler(getattr(loader, n), seed) for n in ("sampler", "batch_sampler")}
-    if isinstance(loader.generator, torch.Generator):
+        more |= {n: copied_sampler(getattr(loader, n), seed) for n in ("sampler", "batch_sampler")}
+    if workers or isinstance(loader.generator, torch.Generator):
         more["generator"] = torch.Generator().manual_seed(seed)
-    batches = iter(_copy(loader, more))
-    return itertools.islice(batches, overfit) if overfit else batches
+    return iter(_copy(loader, more))
 
 
 def in_other_order(loader: DataLoader[Batch], order: Sequence[int]) -> DataLoader[Batch]:
@@ -63,13 +57,22 @@ def in_other_order(loader: DataLoader[Batch], order: Sequence[int]) -> DataLoade
     return _copy(loader, {"sampler": order, "batch_sampler": BatchSampler(order, loader.batch_size, False)})
 
 
-def batches_in_order(loader: DataLoader[Batch]) -> BatchSampler:
-    """Indices in the order of the data set, as ``Trainer(overfit_batches=...)`` takes them.
+def in_data_order(loader: DataLoader[Batch]) -> DataLoader[Batch]:
+    """A copy of a loader that takes the items as they lie in the data set, as ``Trainer(overfit_batches=...)`` has it.
 
     Args:
-        loader: of batches.
+        loader: of any class.
     """
-    return BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, False)  # type: ignore[arg-type]
+    if isinstance(loader.dataset, IterableDataset):
+        return loader
+    order: SequentialSampler = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    batches = loader.batch_sampler
+    if isinstance(batches, BatchSampler):
+        batches = copy.copy(batches)
+        batches.sampler = order
+    elif loader.batch_size is not None:
+        batches = BatchSampler(order, loader.batch_size, loader.drop_last)
+    return _shallow(loader, {"sampler": order, "batch_sampler": batches})
 
 
 def copied_sampler(sampler: Iterable[Any] | None, seed: int) -> Any:
@@ -92,13 +95,18 @@ def copied_sampler(sampler: Iterable[Any] | None, seed: int) -> Any:
 
 
 def _copy(loader: DataLoader[Batch], more: dict[str, Any]) -> DataLoader[Batch]:
-    """A shallow copy without workers, whose attributes ``more`` are others."""
-    copied = copy.copy(loader)
-    own = vars(copied)  # DataLoader refuses new samplers by setattr
-    own.update(more, num_workers=0, timeout=0)
-    if inspect.ismethod(loader.collate_fn) and loader.collate_fn.__self__ is loader:
-        own["collate_fn"] = loader.collate_fn.__func__.__get__(copied)
+    """A shallow copy, with iterators of its own, whose attributes ``more`` are others."""
+    copied = _shallow(loader, {"num_workers": 0, "timeout": 0, "persistent_workers": False, **more})
     for name, value in vars(loader).items():  # loaders that keep one iterator for all epochs
         if isinstance(value, _BaseDataLoaderIter):
-            own[name] = None if name == "_iterator" else DataLoader.__iter__(copied)
+            vars(copied)[name] = None if name == "_iterator" else DataLoader.__iter__(copied)
+    return copied
+
+
+def _shallow(loader: DataLoader[Batch], more: dict[str, Any]) -> DataLoader[Batch]:
+    copied = copy.copy(loader)
+    own = vars(copied)  # DataLoader refuses new samplers by setattr
+    own.update(more)
+    if inspect.ismethod(loader.collate_fn) and loader.collate_fn.__self__ is loader:
+        own["collate_fn"] = loader.collate_fn.__func__.__get__(copied)
     return copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from hawq_lightning._batches import fresh_copy
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import Batch, FunctionInputs, LossFn, Options
+from hawq_lightning.callbacks._trainer._data_state import data_of, data_state_kept
 from hawq_lightning.callbacks._trainer._epoch_length import epoch_length_kept
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
@@ -60,7 +61,7 @@ def loss_from_training_step(
 
     ``before`` is called before every loss, and may raise.
 
-    Logging is muted; metrics, counters, lists and modes of every submodule are put back.
+    Logging is muted; metrics, counters, lists and modes of every submodule are put back, and those of the data.
     """
     stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
     modules = list(pl_module.modules())
@@ -86,7 +87,7 @@ def loss_from_training_step(
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        with epoch_length_kept(trainer):
+        with epoch_length_kept(trainer), _data_kept(trainer, pl_module):
             yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
     finally:
         for name in muted:
@@ -97,6 +98,15 @@ def loss_from_training_step(
         pl_module._current_fx_name = hook
         trainer.loggers = loggers
         trainer.state.stage = stage
+
+
+def _data_kept(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[None]:
+    """What steps and hooks move of the data, unless the loaders that training will read were made meanwhile."""
+    loop = trainer.fit_loop
+    ready = loop._combined_loader is not None
+    return data_state_kept(
+        *data_of(trainer), network=pl_module, unless=lambda: not ready and loop._combined_loader is not None
+    )
 
 
 def _has_train_data(trainer: Trainer) -> bool:

@@ -6,6 +6,7 @@ import array
 import collections
 import copy
 import random
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hawq_lightning as hl
+from hawq_lightning.sensitivity import HeldAttributes
 from tests.trainers import Classifier, fit, loader
 
 
@@ -122,3 +124,30 @@ def test_attributes_of_a_training_step_come_back(tmp_path):
     steps = len(loader())
     assert len(model.recent) == min(3, steps) and model.counts.tolist() == [steps, steps]
     assert model.wide[0].tolist() == [steps, steps] and len(model.meter.seen) == steps
+
+
+MANY = 1_000_000
+LARGE = {
+    "numbers": (lambda: [*range(MANY)], lambda s: s.append(3)),
+    "floats": (lambda: [i / 7 for i in range(MANY)], list.pop),
+    "queue": (lambda: collections.deque(range(MANY), maxlen=MANY), lambda s: s.append(3)),
+    "files": (lambda: [(f"{i}.png", i % 10) for i in range(MANY)], lambda s: s.reverse()),
+    "table": (lambda: {f"{i}.png": i for i in range(MANY)}, lambda s: s.update(new=1)),
+    "set": (lambda: {*range(MANY)}, lambda s: s.discard(5)),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_million_numbers_or_texts_take_less_than_a_second(kind):
+    make, change = LARGE[kind]
+    module = nn.Identity()
+    module.state = made = make()
+    expected = copy.copy(made)
+    begun = time.process_time()
+    held = HeldAttributes([module])
+    noted = time.process_time()
+    change(made)
+    changed = time.process_time()
+    held.put_back()
+    assert time.process_time() - changed + noted - begun < 0.9
+    assert module.state is made and made == expected
