@@ -27,6 +27,7 @@ from hawq_lightning._patterns import Patterns, as_list, matches, named_modules
 from hawq_lightning._reads import Key, Read
 from hawq_lightning._site_calls import BY_FUNCTION_ONLY, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
+from hawq_lightning._tensor_sizes import size_of
 from hawq_lightning._types import Batch, Outputs
 from hawq_lightning.layers import (
     ATTENTION,
@@ -87,8 +88,7 @@ def quantizable_layers(
                 held |= set(made.modules())  # what the weight is computed from
             held |= {m for q in quantizers_by_attribute(module).values() for m in q.modules()}
         elif parameters:
-            size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
-            floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
+            floats.append(_float_part(name, type(module).__name__, why_float(module), parameters))
     for patterns in (include, exclude):
         for pattern in as_list(patterns):
             if not any(matches(pattern, n, x.module) for n, x in candidates.items()) and not (
@@ -248,13 +248,17 @@ def _beside_weights(name: str, module: nn.Module, readers: Iterable[WeightReader
     rest = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and n not in weights}
     if not rest or not kind_of(module).by_contents:
         return []
-    size = sum(p.numel() * p.element_size() for p in rest.values())
-    return [FloatPart(name, layer_type(module).__name__, f"beside its weights: {', '.join(rest)}", size, 0)]
+    reason = f"beside its weights: {', '.join(rest)}"
+    return [_float_part(name, layer_type(module).__name__, reason, rest.values())]
 
 
 def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
-    size = sum(p.numel() * p.element_size() for p in reader.module.parameters(recurse=False))
-    return FloatPart(name, reader.type_name, reason, size, 0)
+    return _float_part(name, reader.type_name, reason, reader.module.parameters(recurse=False))
+
+
+def _float_part(name: str, type_name: str, reason: str, parameters: Iterable[torch.Tensor]) -> FloatPart:
+    size = size_of(parameters)
+    return FloatPart(name, type_name, reason, size.bytes, 0, size.float32_bytes, size.elements)
 
 
 def _functional(macs: int, floats: Sequence[FloatPart]) -> list[FloatPart]:

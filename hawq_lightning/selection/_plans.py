@@ -147,7 +147,9 @@ def _rest(plan: Plan) -> tuple[FloatTensor, ...] | None:
     full = plan.costs.get("float_model_bytes")
     if full is None:
         return None
-    return (FloatTensor("", int(full) - sum(4 * s.numel for s in plan.weights), "not listed in plans"),)
+    rest = int(full) - sum(4 * s.numel for s in plan.weights)
+    kept = int(plan.costs.get("kept_bytes", rest))  # plans of earlier releases counted one for the other
+    return (FloatTensor("", kept, "not listed in plans", float32_bytes=rest),)
 
 
 def _candidate(problem: Problem, site: int, bits: int, code: str | None) -> Candidate:
