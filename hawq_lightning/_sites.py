@@ -69,6 +69,7 @@ def quantizable_layers(
     Raises:
         HawqError: a pattern that matches no layer.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     layers: dict[str, WeightReader] = {}
     floats: list[FloatPart] = []
     candidates: dict[str, WeightReader] = {}
@@ -90,7 +91,7 @@ def quantizable_layers(
         elif parameters:
             floats.append(_float_part(name, type(module).__name__, why_float(module), parameters))
     for patterns in (include, exclude):
-        for pattern in as_list(patterns):
+        for pattern in patterns:
             if not any(matches(pattern, n, x.module) for n, x in candidates.items()) and not (
                 attention_operands(model, pattern)
             ):
@@ -99,8 +100,8 @@ def quantizable_layers(
                 raise HawqError(f"The pattern {text!r} matches no quantizable layer.{hint}")
     for name, reader in candidates.items():
         module = reader.module
-        included = not as_list(include) or any(matches(p, name, module) for p in as_list(include))
-        excluded = any(matches(p, name, module) for p in as_list(exclude))
+        included = not include or any(matches(p, name, module) for p in include)
+        excluded = any(matches(p, name, module) for p in exclude)
         if isinstance(reader.weight, nn.UninitializedParameter):
             floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
         elif not reader.weight.is_floating_point():
@@ -145,6 +146,7 @@ def find_sites(
     Raises:
         HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     layers, floats = quantizable_layers(model, include, exclude)
     if not layers:
         raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
@@ -152,7 +154,7 @@ def find_sites(
         table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
         return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
     named = dict(named_modules(model))
-    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(as_list(include)))
+    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(include))
     if attention:
         operands = attention_operands(model, include, exclude, prepared=attention == "prepared")
         modules = {x.name.rpartition(":")[0]: x.module for x in operands.values()}
