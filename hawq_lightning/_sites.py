@@ -19,7 +19,7 @@ from torch import nn
 
 from hawq_lightning._attention_calls import AttentionCalls, attention_operands
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
-from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._errors import HawqError, nearest, some
 from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._integer_calls import IntegerCalls
 from hawq_lightning._loss_graph import Trained
@@ -29,6 +29,7 @@ from hawq_lightning._site_calls import BY_FUNCTION_ONLY, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
 from hawq_lightning._tensor_sizes import size_of
 from hawq_lightning._types import Batch, Outputs
+from hawq_lightning._values import refuse_lazy
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
@@ -43,6 +44,7 @@ from hawq_lightning.layers import (
     why_float,
 )
 
+NOT_INITIALISED = "not initialised yet"
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
 Attention = bool | Literal["prepared"]
@@ -103,7 +105,8 @@ def quantizable_layers(
         included = not include or any(matches(p, name, module) for p in include)
         excluded = any(matches(p, name, module) for p in exclude)
         if isinstance(reader.weight, nn.UninitializedParameter):
-            floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
+            reason = NOT_INITIALISED if included and not excluded else "excluded"
+            floats.append(FloatPart(name, reader.type_name, reason, 0, 0))
         elif not reader.weight.is_floating_point():
             floats.append(_left_out(name, reader, f"its weight is {str(reader.weight.dtype).removeprefix('torch.')}"))
         elif included and not excluded:
@@ -111,6 +114,25 @@ def quantizable_layers(
         else:
             floats.append(_left_out(name, reader, "excluded" if excluded else "not included"))
     return layers, floats
+
+
+def check_layers(model: nn.Module, layers: Mapping[str, WeightReader], floats: Sequence[FloatPart]) -> None:
+    """Refuse a model with nothing to quantize, or with weights that cannot be looked at yet.
+
+    Args:
+        model: any module.
+        layers: from :func:`quantizable_layers`.
+        floats: the same.
+
+    Raises:
+        HawqError: there is no layer, all are left out, or lazy ones have not run.
+    """
+    kind = type(model).__name__
+    refuse_lazy(model, [f.name for f in floats if f.reason == NOT_INITIALISED])
+    if not layers and (left := [f.name for f in floats if f.reason == "excluded"]):
+        raise HawqError(f"include and exclude leave {kind} no quantizable layer; left out are {some(left)}.")
+    if not layers:
+        raise HawqError(f"{kind} has no quantizable layer; looked for {', '.join(type_names())}.")
 
 
 def find_sites(
@@ -148,8 +170,8 @@ def find_sites(
     """
     include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     layers, floats = quantizable_layers(model, include, exclude)
-    if not layers:
-        raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
+    if not layers or run is not None:
+        check_layers(model, layers, floats)
     if run is None:
         table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
         return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
