@@ -39,7 +39,8 @@ class Problem:
     table: SiteTable | Sequence[Site]
     """Sites of the model, weights before activations. An activation site without candidates stays float."""
     candidates: Mapping[str, Sequence[Candidate]]
-    """Site name -> what was weighed for it; of equal bits the one with the least score counts."""
+    """Site name -> what was weighed for it; of equal bits the one with the least score counts. Of
+    :class:`hawq_lightning.Candidates` plans take the quantizer; of another mapping it is ``uniform``."""
     sensitivity: Sensitivity | None = None
     """The traces behind Ω: for selectors that order sites by trace, scores that need traces, and the bootstrap."""
     file_overhead: int = 0
