@@ -140,14 +140,15 @@ def attention_operands(
         exclude: the same forms; wins over ``include``.
         prepared: only of modules that have quantizers for it.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     operands: dict[str, OperandReader] = {}
     for name, module in named_modules(model):
         if prepared and holder_of(module) is None:
             continue
         for operand in operand_readers(name, module):
-            either = [any(matches(p, n, module) for p in as_list(exclude)) for n in (operand.name, name)]
-            chosen = [any(matches(p, n, module) for p in as_list(include)) for n in (operand.name, name)]
-            if (any(chosen) or not as_list(include)) and not any(either):
+            either = [any(matches(p, n, module) for p in exclude) for n in (operand.name, name)]
+            chosen = [any(matches(p, n, module) for p in include) for n in (operand.name, name)]
+            if (any(chosen) or not include) and not any(either):
                 operands[operand.name] = operand
     return operands
 

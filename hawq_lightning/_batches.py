@@ -113,24 +113,36 @@ def like(batch: Batch, parts: Sequence[Any]) -> Batch:
     return copied
 
 
-def fresh_copy(batch: Batch, _copies: dict[int, Any] | None = None) -> Batch:
+def fresh_copy(batch: Batch, _copies: dict[int, Any] | None = None, *, tensors: bool = True) -> Batch:
     """A batch that may be changed in place, tensors and containers alike, without a trace in ``batch``.
 
     Tensors are cloned, one that stands in several places once. Objects that are no containers are copied by their
-    method ``clone``, as graphs and tensor classes have it; without one they stay.
+    method ``clone``, as graphs and tensor classes have it; without one, those that move by their method ``to`` are
+    copied with what they hold, and others stay.
+
+    Args:
+        batch: any nesting of tuples, lists, dicts and dataclasses.
+        tensors: clone tensors that stand in such containers; otherwise they are the same ones, in new containers.
     """
     copies: dict[int, Any] = {} if _copies is None else _copies
     if id(batch) in copies:
         return copies[id(batch)]
     copied = batch
     if isinstance(batch, torch.Tensor):
-        copied = batch.detach().clone().requires_grad_(batch.requires_grad) if batch.is_leaf else batch.clone()
+        if tensors:
+            copied = batch.detach().clone().requires_grad_(batch.requires_grad) if batch.is_leaf else batch.clone()
     elif parts := parts_of(batch):
-        copied = like(batch, [fresh_copy(v, copies) for v in parts])
+        copied = like(batch, [fresh_copy(v, copies, tensors=tensors) for v in parts])
     elif isinstance(batch, np.ndarray):
         copied = batch.copy()
-    elif not isinstance(batch, (type, nn.Module)) and callable(getattr(batch, "clone", None)):
+    elif isinstance(batch, (type, nn.Module)):
+        pass
+    elif callable(getattr(batch, "clone", None)):
         copied = batch.clone()
+    elif callable(getattr(batch, "to", None)) and hasattr(batch, "__dict__"):
+        copied = copies[id(batch)] = copy.copy(batch)  # before what it holds, which may hold it
+        for name, value in vars(batch).items():
+            object.__setattr__(copied, name, fresh_copy(value, copies))
     copies[id(batch)] = copied
     return copied
 

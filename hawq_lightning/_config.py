@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from hawq_lightning._batches import batch_images
 from hawq_lightning._errors import HawqError, choice
-from hawq_lightning._patterns import Patterns
+from hawq_lightning._patterns import Patterns, as_list
 from hawq_lightning._plan import ACTIVATION_BITS, WEIGHT_BITS
 from hawq_lightning._registry import check_registered
 from hawq_lightning._types import Batch, BatchSizeFn, Budget, LossFn
@@ -114,6 +114,11 @@ class QuantizerConfig:
         if self.deploy == "integer" and self.activation_bits is None:
             raise HawqError('deploy="integer" needs activations on grids; give activation_bits, such as 8.')
         choice("code_format", self.code_format, get_args(CodeFormat))
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            patterns = as_list(value, f"QuantizerConfig({name}=...)")
+            if isinstance(value, Iterable) and not isinstance(value, (str, type, list, tuple)):
+                object.__setattr__(self, name, tuple(patterns))  # a generator gives them once
         for name in ("weight_bits", "activation_bits"):  # lists, as YAML has them, become what the default is
             value = getattr(self, name)
             if isinstance(value, Iterable):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._site_table import FloatPart, FloatTensor
+from hawq_lightning._tensor_sizes import size_of
 from hawq_lightning.layers import FakeQuantLayer, WeightReader, find_kind, made_by_hook, quantizer_parts
 
 Owned = set[tuple[int, str]]
@@ -72,8 +73,8 @@ def float_tensors(
         if isinstance(value, torch.Tensor) and not isinstance(value, _LAZY):
             holder = keys[0].rpartition(".")[0]
             reason = _reason(holder, modules, value, reasons)
-            size = value.numel() * value.element_size()
-            out.append(FloatTensor(keys[0], size, reason, _is_small(keys[0], value, modules.get(holder))))
+            size, small = size_of([value]), _is_small(keys[0], value, modules.get(holder))
+            out.append(FloatTensor(keys[0], size.bytes, reason, small, size.float32_bytes))
     return tuple(out)
 
 

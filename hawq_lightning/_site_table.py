@@ -34,6 +34,11 @@ class Site:
     channels: int = 1
 
     @property
+    def float32_bytes(self) -> int:
+        """Bytes as float32, which compressions and shares are against; of an activation, of one image."""
+        return 4 * self.numel
+
+    @property
     def fixed_bits(self) -> int | None:
         """The one width of grids that integer kernels want where no layer reads; ``None``: there is a choice."""
         return RESULT_BITS if all(map(is_result, self.layers)) else None
@@ -92,13 +97,25 @@ class ActivationProduct:
 
 @dataclass(frozen=True)
 class FloatPart:
-    """A module, or an operation inside one, that stays float, and why."""
+    """A module, or an operation inside one, that stays float, and why.
+
+    Attributes:
+        name: of the module, or of the modules that the operations are in.
+        type: of the module.
+        reason: why it has no site.
+        bytes: of its parameters, at their own types.
+        macs: multiply-accumulates of one image.
+        float32_bytes: of its parameters, with floats counted as float32.
+        elements: of its parameters.
+    """
 
     name: str
     type: str
     reason: str
     bytes: int
     macs: int
+    float32_bytes: int = 0
+    elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,12 +127,14 @@ class FloatTensor:
         bytes: at its own type.
         reason: why no plan changes it.
         small: one number a channel, such as biases and the scales of norms, which nobody quantizes.
+        float32_bytes: the same with floats counted as float32; ``None``: as ``bytes``.
     """
 
     name: str
     bytes: int
     reason: str
     small: bool = False
+    float32_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,12 +199,19 @@ class SiteTable:
         return None if self.float_tensors is None else sum(t.bytes for t in self.float_tensors)
 
     @property
-    def quantized_share(self) -> float | None:
-        """Share of the float model's bytes that the weight sites have; ``None``: not known."""
-        if self.float_bytes is None:
+    def float_rest(self) -> int | None:
+        """:attr:`float_bytes` with floats counted as float32, which compressions are against; ``None``: not known."""
+        if self.float_tensors is None:
             return None
-        size = sum(4 * s.numel for s in self.weights)
-        return size / (size + self.float_bytes)
+        return sum(t.bytes if t.float32_bytes is None else t.float32_bytes for t in self.float_tensors)
+
+    @property
+    def quantized_share(self) -> float | None:
+        """Share of the bytes of the model as float32 that the weight sites have; ``None``: not known."""
+        if self.float_rest is None:
+            return None
+        size = sum(s.float32_bytes for s in self.weights)
+        return size / (size + self.float_rest)
 
     @property
     def macs_share(self) -> float | None:
@@ -195,8 +221,8 @@ class SiteTable:
         return quantized / total if self.traced and total else None
 
     def rows(self) -> list[JsonObject]:
-        """One dict a line, sites first, then what stays float; shares are of the listed bytes and MACs."""
-        total_bytes = sum(4 * s.numel for s in self.weights) + sum(f.bytes for f in self.floats) or 1
+        """One dict a line, sites first, then what stays float; shares are of the listed float32 bytes and MACs."""
+        total_bytes = sum(s.float32_bytes for s in self.weights) + sum(f.float32_bytes for f in self.floats) or 1
         total_macs = sum(p.macs for p in self.products) + sum(f.macs for f in self.floats)
         total_macs = total_macs + sum(layer.macs for layer in self.layers) or 1
         macs_of = {s.name: sum(x.macs for x in self.layers if x.weight == s.name) for s in self.weights}
@@ -207,14 +233,18 @@ class SiteTable:
                 asdict(s)
                 | {
                     "quantized": True,
-                    "bytes_share": 4 * s.numel / total_bytes if weight else 0.0,
+                    "bytes_share": s.float32_bytes / total_bytes if weight else 0.0,
                     "macs_share": macs_of[s.name] / total_macs if weight else 0.0,
                 }
             )
         for f in self.floats:
             out.append(
                 asdict(f)
-                | {"quantized": False, "bytes_share": f.bytes / total_bytes, "macs_share": f.macs / total_macs}
+                | {
+                    "quantized": False,
+                    "bytes_share": f.float32_bytes / total_bytes,
+                    "macs_share": f.macs / total_macs,
+                }
             )
         return out
 
@@ -223,7 +253,7 @@ class SiteTable:
         for r in self.rows():
             what = r["kind"] if r["quantized"] else "float"
             shape = "x".join(map(str, r["shape"])) if r["quantized"] else r["type"]
-            count = r["numel"] if r["quantized"] else r["bytes"] // 4
+            count = r["numel" if r["quantized"] else "elements"]
             why = "" if r["quantized"] else f"  {r['reason']}"
             shares = f"{r['bytes_share']:.1%}", f"{r['macs_share']:.1%}"
             cells.append((r["name"], what, shape, f"{count:,}", *shares, why))

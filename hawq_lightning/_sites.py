@@ -19,7 +19,7 @@ from torch import nn
 
 from hawq_lightning._attention_calls import AttentionCalls, attention_operands
 from hawq_lightning._batches import batch_images, default_forward, fresh_copy
-from hawq_lightning._errors import HawqError, nearest
+from hawq_lightning._errors import HawqError, nearest, some
 from hawq_lightning._float_rest import float_tensors
 from hawq_lightning._integer_calls import IntegerCalls
 from hawq_lightning._loss_graph import Trained
@@ -27,7 +27,9 @@ from hawq_lightning._patterns import Patterns, as_list, matches, named_modules
 from hawq_lightning._reads import Key, Read
 from hawq_lightning._site_calls import BY_FUNCTION_ONLY, SiteCalls
 from hawq_lightning._site_table import FloatPart, Layer, Site, SiteTable
+from hawq_lightning._tensor_sizes import size_of
 from hawq_lightning._types import Batch, Outputs
+from hawq_lightning._values import refuse_lazy
 from hawq_lightning.layers import (
     ATTENTION,
     RECURRENT,
@@ -44,6 +46,7 @@ from hawq_lightning.layers import (
 )
 
 WRITTEN_TO = "its forward writes to its weight; torch.nn.utils.parametrize limits one that can be quantized"
+NOT_INITIALISED = "not initialised yet"
 READ_BY_FUNCTION = "a function reads its weight as well, past any quantizer"
 MOST_PASSES = 64  # further batches that are tried while there are layers that none has used
 Attention = bool | Literal["prepared"]
@@ -70,6 +73,7 @@ def quantizable_layers(
     Raises:
         HawqError: a pattern that matches no layer.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     layers: dict[str, WeightReader] = {}
     floats: list[FloatPart] = []
     candidates: dict[str, WeightReader] = {}
@@ -89,10 +93,9 @@ def quantizable_layers(
                 held |= set(made.modules())  # what the weight is computed from
             held |= {m for q in quantizers_by_attribute(module).values() for m in q.modules()}
         elif parameters:
-            size = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, nn.UninitializedParameter))
-            floats.append(FloatPart(name, type(module).__name__, why_float(module), size, 0))
+            floats.append(_float_part(name, type(module).__name__, why_float(module), parameters))
     for patterns in (include, exclude):
-        for pattern in as_list(patterns):
+        for pattern in patterns:
             if not any(matches(pattern, n, x.module) for n, x in candidates.items()) and not (
                 attention_operands(model, pattern)
             ):
@@ -101,10 +104,11 @@ def quantizable_layers(
                 raise HawqError(f"The pattern {text!r} matches no quantizable layer.{hint}")
     for name, reader in candidates.items():
         module = reader.module
-        included = not as_list(include) or any(matches(p, name, module) for p in as_list(include))
-        excluded = any(matches(p, name, module) for p in as_list(exclude))
+        included = not include or any(matches(p, name, module) for p in include)
+        excluded = any(matches(p, name, module) for p in exclude)
         if isinstance(reader.weight, nn.UninitializedParameter):
-            floats.append(FloatPart(name, reader.type_name, "not initialised yet", 0, 0))
+            reason = NOT_INITIALISED if included and not excluded else "excluded"
+            floats.append(FloatPart(name, reader.type_name, reason, 0, 0))
         elif not reader.weight.is_floating_point():
             floats.append(_left_out(name, reader, f"its weight is {str(reader.weight.dtype).removeprefix('torch.')}"))
         elif included and not excluded:
@@ -112,6 +116,25 @@ def quantizable_layers(
         else:
             floats.append(_left_out(name, reader, "excluded" if excluded else "not included"))
     return layers, floats
+
+
+def check_layers(model: nn.Module, layers: Mapping[str, WeightReader], floats: Sequence[FloatPart]) -> None:
+    """Refuse a model with nothing to quantize, or with weights that cannot be looked at yet.
+
+    Args:
+        model: any module.
+        layers: from :func:`quantizable_layers`.
+        floats: the same.
+
+    Raises:
+        HawqError: there is no layer, all are left out, or lazy ones have not run.
+    """
+    kind = type(model).__name__
+    refuse_lazy(model, [f.name for f in floats if f.reason == NOT_INITIALISED])
+    if not layers and (left := [f.name for f in floats if f.reason == "excluded"]):
+        raise HawqError(f"include and exclude leave {kind} no quantizable layer; left out are {some(left)}.")
+    if not layers:
+        raise HawqError(f"{kind} has no quantizable layer; looked for {', '.join(type_names())}.")
 
 
 def find_sites(
@@ -147,14 +170,15 @@ def find_sites(
     Raises:
         HawqError: no quantizable layer, a pattern without a match, or a pass that calls none of the layers.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     layers, floats = quantizable_layers(model, include, exclude)
-    if not layers:
-        raise HawqError(f"{type(model).__name__} has no quantizable layer; looked for {', '.join(type_names())}.")
+    if not layers or run is not None:
+        check_layers(model, layers, floats)
     if run is None:
         table = _assemble(layers, dict.fromkeys(layers, 0), [], {}, floats, traced=False)
         return replace(table, float_tensors=float_tensors(model, layers.values(), floats))
     named = dict(named_modules(model))
-    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(as_list(include)))
+    calls = SiteCalls(model, layers, quantizable_layers(model)[0], trained, bool(include))
     if attention:
         operands = attention_operands(model, include, exclude, prepared=attention == "prepared")
         modules = {x.name.rpartition(":")[0]: x.module for x in operands.values()}
@@ -252,13 +276,17 @@ def _beside_weights(name: str, module: nn.Module, readers: Iterable[WeightReader
     rest = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and n not in weights}
     if not rest or not kind_of(module).by_contents:
         return []
-    size = sum(p.numel() * p.element_size() for p in rest.values())
-    return [FloatPart(name, layer_type(module).__name__, f"beside its weights: {', '.join(rest)}", size, 0)]
+    reason = f"beside its weights: {', '.join(rest)}"
+    return [_float_part(name, layer_type(module).__name__, reason, rest.values())]
 
 
 def _left_out(name: str, reader: WeightReader, reason: str) -> FloatPart:
-    size = sum(p.numel() * p.element_size() for p in reader.module.parameters(recurse=False))
-    return FloatPart(name, reader.type_name, reason, size, 0)
+    return _float_part(name, reader.type_name, reason, reader.module.parameters(recurse=False))
+
+
+def _float_part(name: str, type_name: str, reason: str, parameters: Iterable[torch.Tensor]) -> FloatPart:
+    size = size_of(parameters)
+    return FloatPart(name, type_name, reason, size.bytes, 0, size.float32_bytes, size.elements)
 
 
 def _functional(macs: int, floats: Sequence[FloatPart]) -> list[FloatPart]:

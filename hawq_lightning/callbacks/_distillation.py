@@ -10,9 +10,11 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from hawq_lightning._errors import HawqError
 from hawq_lightning._types import StateDict
+from hawq_lightning.callbacks._batch_before import BatchBefore
 from hawq_lightning.callbacks._companion import Companion
 from hawq_lightning.callbacks._trainer import (
     StepOutput,
@@ -41,9 +43,10 @@ class Distillation(Companion):
     """Add to the training loss how far the last layers' outputs are from those of the float network.
 
     The teacher is the network as it was before its quantizers were enabled, in evaluation mode where modes matter
-    (BatchNorm, dropout). It runs the module's own ``training_step`` on the same batch with the same random draws up to
-    its last layer, without gradients. What the loss does with an output decides how it is compared: logits of a softmax
-    by KL divergence, others by squared error; see :func:`hawq_lightning.quantization.distance`.
+    (BatchNorm, dropout). It runs the module's own ``training_step`` on the same batch, as it was before the module
+    changed it, with the same random draws up to its last layer, without gradients. What the loss does with an output
+    decides how it is compared: logits of a softmax by KL divergence, others by squared error; see
+    :func:`hawq_lightning.quantization.distance`.
 
     The teacher's weights go into the checkpoint with the callback's state, never into the module's state dict.
 
@@ -56,7 +59,7 @@ class Distillation(Companion):
 
     Raises:
         HawqError: a number out of range; at the start of training: optimization by hand, a strategy that splits layers,
-            or a module that cannot be copied.
+            a step that takes ``dataloader_iter``, or a module that cannot be copied.
     """
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
@@ -69,6 +72,7 @@ class Distillation(Companion):
         self._of: weakref.ref[LightningModule] | None = None
         self._saved: dict[str, torch.Tensor] | None = None
         self._copy = False
+        self._before = BatchBefore()
 
     def before_enable(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The float network becomes the teacher."""
@@ -87,10 +91,16 @@ class Distillation(Companion):
             )
         if name := is_sharded(trainer):
             raise HawqError(f"{name} splits the layers; distillation needs them whole.")
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise HawqError(
+                f"{type(pl_module).__name__}.training_step takes dataloader_iter, so its teacher would get another "
+                "batch than it; let the step take batch, or leave Distillation out."
+            )
         self._teacher = float_copy(pl_module)
         unquantize(self._teacher)
         self._of = weakref.ref(pl_module)
         self.heads = []
+        self._before = BatchBefore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the teacher of a checkpoint."""
@@ -136,16 +146,18 @@ class Distillation(Companion):
         self, step: Callable[..., StepOutput], pl_module: LightningModule, *args: object, **kwargs: object
     ) -> StepOutput:
         states = random_states()
+        held_args, held_kwargs = self._before.hold((args, kwargs))
         if not self.heads:
             out, student = self._first(step, pl_module, *args, **kwargs)
         else:
             with HeadOutputs(pl_module, self.heads, copy=self._copy) as seen:
                 out = step(*args, **kwargs)
             student = seen.tensors
-        loss = loss_of(out)
-        if loss is None or not student:
+        loss, kept = loss_of(out), self._before.is_held()
+        if loss is None or not student or not kept:
             return out
-        added = distance(self.heads, student, self._teacher_outputs(states, student, *args, **kwargs), self.temperature)
+        teacher = self._teacher_outputs(states, student, *held_args, **held_kwargs)
+        added = distance(self.heads, student, teacher, self.temperature)
         pl_module.log("train/distillation", added.detach())
         return with_loss(out, loss + self.weight * added.to(loss.dtype))
 

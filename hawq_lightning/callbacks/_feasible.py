@@ -14,7 +14,7 @@ from hawq_lightning._batches import batch_images, fresh_copy
 from hawq_lightning._config import QuantizerConfig, SelectConfig, check_bits
 from hawq_lightning._errors import HawqError
 from hawq_lightning._loss_graph import Trained
-from hawq_lightning._patterns import Pattern, Patterns
+from hawq_lightning._patterns import Pattern, as_list, own_exclude
 from hawq_lightning._plan import Plan
 from hawq_lightning._site_table import SiteTable
 from hawq_lightning._sites import find_sites
@@ -40,11 +40,7 @@ _SLOPE_OVER = 2.0  # times half of Omega: trained networks reach 1.5 (ResNet20 o
 
 def exclude_patterns(quantizer: QuantizerConfig, module: nn.Module) -> list[Pattern]:
     """Patterns of layers that stay float: those of the config, and the module's own ``quantization_exclude``."""
-    patterns: list[Pattern] = [*(getattr(module, "quantization_exclude", ()) or ())]
-    given: Patterns = quantizer.exclude
-    if given is None:
-        return patterns
-    return [*patterns, *(given if isinstance(given, Sequence) and not isinstance(given, str) else [given])]
+    return [*own_exclude(module), *as_list(quantizer.exclude, "exclude")]
 
 
 def preview(

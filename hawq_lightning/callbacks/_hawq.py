@@ -14,7 +14,7 @@ from hawq_lightning._config import MeasureConfig, QuantizerConfig, SelectConfig,
 from hawq_lightning._errors import HawqError
 from hawq_lightning._patterns import Patterns
 from hawq_lightning._plan import Plan
-from hawq_lightning._sites import quantizable_layers
+from hawq_lightning._sites import check_layers, quantizable_layers
 from hawq_lightning._types import BatchSizeFn, Budget, StateDict
 from hawq_lightning.callbacks._apply import ApplyPlan
 from hawq_lightning.callbacks._feasible import exclude_patterns
@@ -114,8 +114,7 @@ class HAWQ(HasResults, ApplyPlan):
                 )
             return
         self._plan = None  # of a model that this callback quantized before
-        if not quantizable_layers(pl_module)[0]:
-            raise HawqError(f"{type(pl_module).__name__} has no quantizable layer (convolution or linear).")
+        check_layers(pl_module, *quantizable_layers(pl_module, self.quantizer_config.include, self.excluded(pl_module)))
         epochs, start = trainer.max_epochs, self.start_epoch
         if start == 0:
             self.quantize(trainer, pl_module)

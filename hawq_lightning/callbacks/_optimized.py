@@ -6,22 +6,33 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from hawq_lightning._errors import some
+from hawq_lightning._errors import HawqError, some
+from hawq_lightning.callbacks._taking_groups import TakingGroups
 from hawq_lightning.callbacks._trainer import is_sharded, optimized
 from hawq_lightning.quantization import QuantizedWeight, quantized_reads
 
+_NONE_TAKES = (
+    "{kind} takes no learned steps of quantizers, such as that of {name!r}, of shape {shape}, and no other optimizer "
+    "is there to take them: give what is no matrix an optimizer such as torch.optim.AdamW beside {kind}, or take a "
+    "quantizer without learned steps, such as 'uniform'."
+)
+
 
 def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Put learned steps that no optimizer holds into the group that holds their layer.
+    """Put learned steps that no optimizer holds into the group that holds their layer, or that takes them.
 
     An optimizer that was made before ``setup``, or from a list of parameters, does not know them. Groups stay as many
     as they are, so that schedulers fit, and a resumed run does the same before its optimizers are restored.
+
+    Raises:
+        HawqError: what holds a layer takes no parameters of its steps' shapes, and neither does any other group.
     """
     if is_sharded(trainer):
         return
-    held = {id(p) for p in optimized(trainer)}
+    held, groups = {id(p) for p in optimized(trainer)}, TakingGroups(trainer.optimizers, pl_module)
     added: dict[str, None] = {}  # in order, each layer once
     alone: dict[str, None] = {}
+    elsewhere: dict[str, str] = {}
     for name, layer in quantized_reads(pl_module).items():
         mine = {id(p) for p in layer.module.parameters()}
         weight = layer if isinstance(layer, QuantizedWeight) else None
@@ -29,21 +40,27 @@ def add_learned_steps(trainer: Trainer, pl_module: LightningModule) -> None:
         for step in steps:
             if not step.requires_grad or id(step) in held:
                 continue
-            group = next(
-                (g for o in trainer.optimizers if not hasattr(o, "consolidate_state_dict") for g in o.param_groups
-                 if not mine.isdisjoint(map(id, g["params"]))),
-                None,
-            )  # fmt: skip
-            if group is not None:
-                group["params"].append(step)
+            holders, found = groups.holders(mine), groups.find(step, mine, name)
+            if found is not None:
+                found[1]["params"].append(step)
                 held.add(id(step))
-                added[name] = None
+                if any(found[1] is group for _, group in holders):
+                    added[name] = None
+                else:
+                    elsewhere[name] = f"{type(holders[0][0]).__name__} takes none, {type(found[0]).__name__} does"
+            elif holders:
+                raise HawqError(_NONE_TAKES.format(kind=type(holders[0][0]).__name__, name=name, shape=[*step.shape]))
             elif (weight is None or weight.weight.requires_grad) and not mine.isdisjoint(held):
                 alone[name] = None
     if added:
         rank_zero_info(
             f"HAWQ: no optimizer held the learned steps of {some([*added])}: they were added to the group that holds "
             "the layer."
+        )
+    if elsewhere:
+        rank_zero_info(
+            f"HAWQ: no optimizer held the learned steps of {some([*elsewhere])}: they were added to the nearest group "
+            f"that takes their shapes ({'; '.join(dict.fromkeys(elsewhere.values()))})."
         )
     if alone:
         rank_zero_warn(

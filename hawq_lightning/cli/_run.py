@@ -14,12 +14,12 @@ from lightning.pytorch.core.hooks import DataHooks
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch.nn.parameter import is_lazy
 
 from hawq_lightning._extra import require
 from hawq_lightning._plan import Plan
 from hawq_lightning._progress import seconds_since
 from hawq_lightning._shares import binary_size, compression_text
+from hawq_lightning._tensor_sizes import size_of
 from hawq_lightning._types import JsonObject
 from hawq_lightning.callbacks import HAWQ, overrides
 from hawq_lightning.callbacks.fault_tolerance import KeepRandomStates
@@ -142,21 +142,15 @@ def _write_onnx(folder: Path, task: pl.LightningModule, hooks: DataHooks) -> Non
 
 
 def _empty_record(cfg: DictConfig, task: pl.LightningModule) -> JsonObject:
+    state = task.state_dict().values()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "name": cfg.name,
         "seed": cfg.seed,
-        "sizes": {"float_bytes": sum(map(_size, task.state_dict().values()))},
+        "sizes": {"float_bytes": size_of(t for t in state if isinstance(t, torch.Tensor)).float32_bytes},
         "seconds": {},
         "history": [],
     } | ({} if cfg.get("monitor") is None else {MONITOR: {"name": cfg.monitor}})
-
-
-def _size(tensor: object) -> int:
-    """Bytes of a part of a state; layers that are built later have none yet."""
-    if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
-        return 0
-    return tensor.numel() * tensor.element_size()
 
 
 def _report(cfg: DictConfig, folder: Path, only_missing: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hawq_lightning._errors import HawqError
-from hawq_lightning._patterns import Patterns
+from hawq_lightning._patterns import Patterns, as_list
 from hawq_lightning._plan import Plan, PlanSite
 from hawq_lightning._sites import quantizable_layers
 from hawq_lightning._types import Model
@@ -49,6 +49,7 @@ def prepare(
     Raises:
         HawqError: no such quantizer, or a pattern that matches no layer.
     """
+    include, exclude = as_list(include, "include"), as_list(exclude, "exclude")
     readers = quantizable_layers(model, include, exclude)[0]
     for reader in readers.values():
         to_fake_quantized(reader.module, quantizer)

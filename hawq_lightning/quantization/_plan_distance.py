@@ -39,7 +39,7 @@ def distance_of_plan(
         settle: called with every quantized model before it is measured, to renew its buffers, such as BatchNorm's
             statistics by :func:`hawq_lightning.quantization.post_training.reestimate_batchnorm`.
         batch_size_fn: number of samples in a batch.
-        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        quantizer: registered name; ``None``: the layers' own; for a float model that of the first plan.
         attention: plans have sites of attention.
         results: those of the plans' sites, among layers' names.
     """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from hawq_lightning._attention_calls import results_named
 from hawq_lightning._batches import batch_images
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._progress import progress_bar
 from hawq_lightning._site_table import Site, SiteTable
@@ -94,7 +95,8 @@ def loss_per_site(
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         sites: table of the model.
         candidates: what to try at each.
-        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        quantizer: registered name; ``None``: the layers' own; for a float model that of the candidates, or ``uniform``
+            where they tell none.
         batch_size_fn: number of samples in a batch.
         progress: show a bar.
         target: of the same model, batches and ``loss_fn``: measures the distance to the float network in the same
@@ -103,6 +105,8 @@ def loss_per_site(
     Returns:
         rows ``site, kind, bits, predicted`` (half of Omega), ``measured`` (loss change) and, with a target, ``kl``.
     """
+    if quantizer is None and isinstance(candidates, Candidates) and not quantized_layers(model):
+        quantizer = quantizer_named(candidates.quantizer, candidates.quantizer_options)
     mean_loss = _MeanLoss(model, batches, loss_fn, batch_size_fn, target)
     norms = norms_to_fold(model, sites.layers)
     trials = [(s, c) for s in sites for c in candidates.get(s.name, ())]
@@ -147,7 +151,7 @@ def loss_of_plan(
         batches: the mean loss is over these.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         batch_size_fn: number of samples in a batch.
-        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        quantizer: registered name; ``None``: the layers' own; for a float model that of the first plan.
         attention: plans have sites of attention.
         results: those of the plans' sites, among layers' names.
     """
@@ -175,14 +179,22 @@ def plans_in_place(
 
     Args:
         model: float, or with quantizers in any state.
-        quantizer: registered name; ``None``: the layers' own, ``uniform`` for a float model.
+        quantizer: registered name; ``None``: the layers' own; for a float model that of the first plan.
         attention: plans have sites of attention.
         results: those of the plans' sites, among layers' names.
         anew: all sites are enabled again, since what their ranges depend on is changed between two plans.
     """
     enabled: dict[str, PlanSite] = {}
+    layers: dict[str, QuantizedWeight | QuantizedOperand] = {}
+    inside = ExitStack()
+
+    def enter(spec: str | QuantizerSpec | None) -> None:
+        layers.update(inside.enter_context(temporarily_quantized(model, spec, attention, results)))
+        inside.enter_context(isolated_eval(model))
 
     def put(plan: Plan) -> None:
+        if not layers:
+            enter(quantizer_named(plan.quantizer, plan.quantizer_options))
         if not enabled:
             check_plan(model, plan)
         norms = norms_to_fold(model, plan.layers)
@@ -193,7 +205,9 @@ def plans_in_place(
                     enable_site(layers[name], site, norms.get(name))
                 enabled[site.name] = site
 
-    with temporarily_quantized(model, quantizer, attention, results) as layers, isolated_eval(model):
+    with inside:
+        if quantizer is not None or quantized_layers(model):
+            enter(quantizer)
         yield put
 
 

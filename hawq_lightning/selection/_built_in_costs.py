@@ -79,8 +79,9 @@ class FileBytes(StoredBytes):
         return problem.file_overhead
 
     def float32(self, problem: Problem) -> float:
-        """Without scales, which float weights do not have."""
-        return problem.file_overhead + sum(4.0 * s.numel for s in problem.sites if s.kind == "weight")
+        """Every float tensor as float32; without scales, which float weights do not have."""
+        wider = (problem.float_rest or 0) - (problem.float_bytes or 0)
+        return problem.file_overhead + wider + 4.0 * _elements(problem, "weight")
 
     def figures(self, problem: Problem, cost: float) -> dict[str, float]:
         """What :func:`hawq_lightning.selection.recost` needs to predict the file again."""
@@ -262,7 +263,7 @@ def _steps(problem: Problem) -> Iterator[tuple[dict[str, int], int]]:
 
 @register_cost("model_bytes")
 class ModelBytes(StoredBytes):
-    """The whole model: codes and scales of the quantized weights, everything else at its float size.
+    """The whole model: codes and scales of the quantized weights, everything else at its own type.
 
     It is what the tensors of the packed file take; its header, and tables of activations' quantizers, are left out.
     """
@@ -284,13 +285,13 @@ class ModelBytes(StoredBytes):
         return problem.float_bytes or 0
 
     def float32(self, problem: Problem) -> float:
-        """Quantized weights as float32, the others at their own type."""
-        return self.constant(problem) + 4.0 * _elements(problem, "weight")
+        """Every float tensor as float32, whatever its type in the model; others at their own type."""
+        return (problem.float_rest or 0) + 4.0 * _elements(problem, "weight")
 
     def figures(self, problem: Problem, cost: float) -> dict[str, float]:
-        """Size of the float model, compression, share of the float model that the quantized weights have."""
+        """Size of the model as float32, compression, the quantized weights' share, and what of it stays float."""
         full = self.float32(problem)
         return {
-            "float_model_bytes": full, "model_comp": full / cost,
+            "float_model_bytes": full, "model_comp": full / cost, "kept_bytes": float(self.constant(problem)),
             "quantized_share": 4.0 * _elements(problem, "weight") / full,
         }  # fmt: skip

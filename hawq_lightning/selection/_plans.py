@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._errors import HawqError
 from hawq_lightning._plan import Candidate, Plan, PlanSite
 from hawq_lightning._site_table import FloatTensor, Site, SiteTable
@@ -27,6 +28,8 @@ def make_plan(
     codes: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of a choice, with every candidate that was weighed and every cost that the problem has the numbers for.
+
+    Its quantizer is the one that the candidates were weighed with, where they are :class:`Candidates`, which tell it.
 
     Args:
         problem: where the numbers come from.
@@ -63,9 +66,9 @@ def make_plan(
                 options=tuple(problem.candidates[site.name]),
             )
         )
-    measured = problem.sensitivity
+    measured, weighed = problem.sensitivity, problem.candidates
     score = {} if problem.score == DEFAULT_SCORE else {"score": problem.score}
-    return Plan(
+    plan = Plan(
         sites=tuple(sites),
         layers=problem.layers,
         products=problem.products,
@@ -76,6 +79,9 @@ def make_plan(
         settings=(dict(measured.settings) if measured else {}) | score | dict(settings or {}),
         fingerprint=measured.fingerprint if measured else "",
     )
+    if isinstance(weighed, Candidates):
+        return plan.replace(quantizer=weighed.quantizer, quantizer_options=dict(weighed.quantizer_options))
+    return plan
 
 
 def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> Problem:
@@ -111,7 +117,8 @@ def problem_of(plan: Plan, latency: LatencyTable | str | Path | None = None) -> 
         overhead += 4 * (int(scales) - sum(s.channels for s in sites if s.kind == "weight"))
     score = str(plan.settings.get("score", DEFAULT_SCORE))
     table = SiteTable(tuple(sites), plan.layers, float_tensors=_rest(plan), products=plan.products, biases=plan.biases)
-    return Problem(table, candidates, sensitivity, overhead, latency=latency, score=score)
+    weighed = Candidates.of(candidates, table, plan.quantizer, plan.quantizer_options)
+    return Problem(table, weighed, sensitivity, overhead, latency=latency, score=score)
 
 
 def recost(plan: Plan, problem: Problem | None = None) -> Plan:
@@ -147,7 +154,9 @@ def _rest(plan: Plan) -> tuple[FloatTensor, ...] | None:
     full = plan.costs.get("float_model_bytes")
     if full is None:
         return None
-    return (FloatTensor("", int(full) - sum(4 * s.numel for s in plan.weights), "not listed in plans"),)
+    rest = int(full) - sum(4 * s.numel for s in plan.weights)
+    kept = int(plan.costs.get("kept_bytes", rest))  # plans of earlier releases counted one for the other
+    return (FloatTensor("", kept, "not listed in plans", float32_bytes=rest),)
 
 
 def _candidate(problem: Problem, site: int, bits: int, code: str | None) -> Candidate:

@@ -39,7 +39,8 @@ class Problem:
     table: SiteTable | Sequence[Site]
     """Sites of the model, weights before activations. An activation site without candidates stays float."""
     candidates: Mapping[str, Sequence[Candidate]]
-    """Site name -> what was weighed for it; of equal bits the one with the least score counts."""
+    """Site name -> what was weighed for it; of equal bits the one with the least score counts. Of
+    :class:`hawq_lightning.Candidates` plans take the quantizer; of another mapping it is ``uniform``."""
     sensitivity: Sensitivity | None = None
     """The traces behind Ω: for selectors that order sites by trace, scores that need traces, and the bootstrap."""
     file_overhead: int = 0
@@ -126,13 +127,15 @@ class Problem:
         """:attr:`layers`, the network's last one at the end: what ``first`` and ``last`` mean."""
         return self.table.first_to_last if isinstance(self.table, SiteTable) else ()
 
-    @cached_property
+    @property
     def float_bytes(self) -> int | None:
-        """Bytes of the model that no site's bits change, at their own type; ``None``: not known."""
-        if not isinstance(self.table, SiteTable) or self.table.float_bytes is None:
-            return None
-        left = sum(4 * s.numel for s in self.table.weights if s.name not in self.candidates)
-        return self.table.float_bytes + left
+        """Bytes of the model that are no site's weight, at their own type; ``None``: not known."""
+        return self.table.float_bytes if isinstance(self.table, SiteTable) else None
+
+    @property
+    def float_rest(self) -> int | None:
+        """:attr:`float_bytes` with floats counted as float32; ``None``: not known."""
+        return self.table.float_rest if isinstance(self.table, SiteTable) else None
 
     @cached_property
     def index(self) -> dict[str, int]:

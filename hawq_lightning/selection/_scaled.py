@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from hawq_lightning._candidates import Candidates
 from hawq_lightning._plan import Candidate
 from hawq_lightning.sensitivity import Sensitivity, SiteTrace
 
@@ -15,9 +16,10 @@ Factors = Mapping[str, float]
 
 def scaled_candidates(
     candidates: Mapping[str, Sequence[Candidate]], factors: Factors
-) -> dict[str, tuple[Candidate, ...]]:
-    """With the Ω of the multiplied traces."""
-    return {name: tuple(_with_factor(c, factors.get(name, 1.0)) for c in cs) for name, cs in candidates.items()}
+) -> Mapping[str, tuple[Candidate, ...]]:
+    """With the Ω of the multiplied traces; of the same quantizer, where they tell it."""
+    scaled = {name: tuple(_with_factor(c, factors.get(name, 1.0)) for c in cs) for name, cs in candidates.items()}
+    return replace(candidates, by_site=scaled) if isinstance(candidates, Candidates) else scaled
 
 
 def scaled_traces(sensitivity: Sensitivity, factors: Factors) -> Sensitivity:

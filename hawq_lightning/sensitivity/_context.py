@@ -288,10 +288,16 @@ def check_loss(loss: object) -> torch.Tensor:
         raise HawqError(f"The loss has shape {list(loss.shape)}, not a scalar; reduce it in loss_fn.")
     if not bool(torch.isfinite(loss.detach()).all()):
         raise HawqError(f"The loss is {loss.item()}; traces need a finite loss.")
+    if loss.is_inference():
+        raise HawqError(
+            "The loss is computed under torch.inference_mode(), where there are no gradients: measure outside of it, "
+            "or within torch.inference_mode(False)."
+        )
     if loss.grad_fn is None:
         raise HawqError(
-            "The loss does not depend on the weights that are measured, so it has no curvature in them. Of a step that "
-            "sends back several losses by hand the first is measured; MeasureConfig(loss_fn=...) can name another."
+            "The loss does not depend on the weights that are measured, or torch.no_grad() is in it, so it has no "
+            "curvature in them. Of a step that sends back several losses by hand the first is measured; "
+            "MeasureConfig(loss_fn=...) can name another."
         )
     return loss.reshape(())
 

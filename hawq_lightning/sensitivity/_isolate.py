@@ -14,6 +14,7 @@ from torch import nn
 from hawq_lightning._fused import fused_transformers_off
 from hawq_lightning._loss_graph import trainable_remembered
 from hawq_lightning._recomputed import reentrant_checkpoints_replaced
+from hawq_lightning._values import check_can_be_trained
 from hawq_lightning.layers import quantizer_parts
 from hawq_lightning.sensitivity._backward_hooks import HooksOnlyLook
 from hawq_lightning.sensitivity._chance import WithoutChance
@@ -98,7 +99,11 @@ def isolated_eval(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     Args:
         model: left as it was, bit for bit, whatever happens inside.
         seed: for random draws that the loss itself makes.
+
+    Raises:
+        HawqError: lazy layers that have not run yet, or parameters made in inference mode.
     """
+    check_can_be_trained(model)
     modes = [(m, m.training) for m in model.modules()]
     attributes = HeldAttributes(_without_quantizers(model))
     names = HeldNames(_without_quantizers(model))

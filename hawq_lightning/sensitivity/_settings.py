@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from hawq_lightning._config import Distribution, L1Curvature, MeasureConfig, Precision, Sampling
 from hawq_lightning._errors import HawqError, nearest
-from hawq_lightning._patterns import Patterns
+from hawq_lightning._patterns import Patterns, as_list
 from hawq_lightning._types import BatchSizeFn
 from hawq_lightning.sensitivity._result import Sensitivity
 from hawq_lightning.sensitivity._rounding import RoundingErrors
@@ -73,6 +73,7 @@ class MeasureSettings:
                     f"measure() takes no {name!r}; it takes {', '.join(keywords)}.{nearest(name, keywords)}"
                 )
         beside = {k: v for k, v in overrides.items() if k in cls.__dataclass_fields__}
+        beside |= {k: as_list(beside[k], k) for k in ("include", "exclude") if k in beside}
         fields = {k: v for k, v in overrides.items() if k not in beside}
         return cls(replace(config or MeasureConfig(), **fields), **beside)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from hawq_lightning._errors import HawqError
+from hawq_lightning._patterns import own_exclude
 from hawq_lightning._types import Outputs
 from hawq_lightning.tasks._optimizers import check_names, make_optimizer
 
@@ -69,7 +70,7 @@ class ClassificationTask(pl.LightningModule):
         self.optimizer, self.lr, self.momentum = optimizer, lr, momentum
         self.weight_decay, self.schedule = weight_decay, schedule
         self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
-        self.quantization_exclude = tuple(f"net.{p}" for p in getattr(net, "quantization_exclude", ()))
+        self.quantization_exclude = tuple(own_exclude(net, "net."))
         metrics = {"acc": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             metrics["acc_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")

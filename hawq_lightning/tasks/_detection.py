@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from hawq_lightning._extra import require
+from hawq_lightning._patterns import own_exclude
 from hawq_lightning.tasks._matching import join, match_image, objects_of
 from hawq_lightning.tasks._optimizers import check_names, make_optimizer
 
@@ -54,7 +55,7 @@ class DetectionTask(LightningModule):
         logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it prints its table at every validation
         self.save_hyperparameters(ignore=["net"])
         self.net = net
-        self.quantization_exclude = tuple(f"net.{p}" for p in getattr(net, "quantization_exclude", ()))
+        self.quantization_exclude = tuple(own_exclude(net, "net."))
         self.optimizer, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule = schedule
         self.freeze_batchnorm = freeze_batchnorm

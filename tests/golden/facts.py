@@ -25,7 +25,7 @@ SENSITIVE = ("trace", "stderr", "stderr_data", "numel", "mean_trace")
 SITE = ("bits", "code", "scale", "zero_point", "trace", "stderr", "stderr_data", "mean_trace", "omega", "perturbation",
         "stability")  # fmt: skip
 # of costs: the file's, whose layout may change, and those of the whole model, which 0.1.0 did not have
-NOT_KEPT = ("file_bytes", "model_bytes", "float_model_bytes", "model_comp", "quantized_share")
+NOT_KEPT = ("file_bytes", "model_bytes", "float_model_bytes", "model_comp", "quantized_share", "kept_bytes")
 LEFT_OUT = ("seconds", "lifted", "stays_float")  # of settings: clocks, sentences
 
 

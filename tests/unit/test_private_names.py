@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "CONTRIBUTING.md"
@@ -38,6 +39,7 @@ def names():
         "torch": torch, "nn": nn, "trainer": trainer, "launchers": launchers, "figure": Figure(), "Double": Double,
         "LightningModule": LightningModule, "StochasticWeightAveraging": StochasticWeightAveraging,
         "ReduceLROnPlateau": ReduceLROnPlateau, "CombinedLoader": CombinedLoader,
+        "MeanMetric": MeanMetric,
     }  # fmt: skip
 
 

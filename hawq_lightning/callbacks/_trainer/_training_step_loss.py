@@ -21,7 +21,8 @@ from hawq_lightning.callbacks._trainer._data_state import data_of, data_state_ke
 from hawq_lightning.callbacks._trainer._epoch_length import epoch_length_kept
 from hawq_lightning.callbacks._trainer._made_later import made_later
 from hawq_lightning.callbacks._trainer._manual_loss import LossCaptured, manual_backward
-from hawq_lightning.callbacks._trainer._namespaces import kind_beside, kinds
+from hawq_lightning.callbacks._trainer._namespaces import kinds
+from hawq_lightning.callbacks._trainer._silent_logging import silent_logging
 from hawq_lightning.callbacks._trainer._skipped import SkippedBatch
 from hawq_lightning.sensitivity import HeldAttributes, random_states_kept
 
@@ -30,6 +31,17 @@ _READ = (
     "then is the loss that is measured; if other losses follow, give HAWQ(measure=MeasureConfig(loss_fn=...)), a "
     "function of (module, batch) that returns their sum."
 )
+_EARLY = (
+    "HAWQ runs training_step before training starts, with loggers that write nothing and return nothing. If that is "
+    "why it fails: {hint}."
+)
+
+_MAYBE_EARLY = (
+    TypeError,
+    ValueError,
+    LookupError,
+    OSError,
+)  # what code raises that got other values than it reckons with
 
 
 class _Backward(TorchFunctionMode):
@@ -61,13 +73,13 @@ def loss_from_training_step(
 
     ``before`` is called before every loss, and may raise.
 
-    Logging is muted; metrics, counters, lists and modes of every submodule are put back, and those of the data.
+    Logging is silent, see :func:`silent_logging`; metrics, counters, lists and modes of every submodule are put back,
+    and those of the data.
     """
-    stage, loggers, hook = trainer.state.stage, trainer.loggers, pl_module._current_fx_name
+    stage, hook = trainer.state.stage, pl_module._current_fx_name
     modules = list(pl_module.modules())
     modes = [(m, m.training) for m in modules]
     attributes = HeldAttributes(modules)
-    muted = {name: lambda *a, **k: None for name in ("log", "log_dict")}
     losses: list[torch.Tensor] = []
 
     def by_hand(
@@ -80,23 +92,27 @@ def loss_from_training_step(
 
     try:
         trainer.training = True
-        trainer.loggers = [kind_beside(trainer, "loggers.logger.DummyLogger")()] if loggers else []
         pl_module._current_fx_name = "training_step"
-        pl_module.__dict__.update(muted)
         for m in modules:
             if isinstance(m, Metric):
                 m.dist_sync_on_step = False  # ranks hold unequal numbers of batches
                 m.sync_on_compute = False
-        with epoch_length_kept(trainer), _data_kept(trainer, pl_module):
-            yield functools.partial(_loss, before, loss_fn, losses, by_hand, [])
+        with (
+            epoch_length_kept(trainer),
+            _data_kept(trainer, pl_module),
+            silent_logging(trainer, pl_module) as forget,
+        ):
+
+            def start() -> None:
+                before()
+                forget()
+
+            yield functools.partial(_loss, start, loss_fn, losses, by_hand, [])
     finally:
-        for name in muted:
-            pl_module.__dict__.pop(name, None)
         attributes.put_back()
         for m, mode in modes:
             m.training = mode
         pl_module._current_fx_name = hook
-        trainer.loggers = loggers
         trainer.state.stage = stage
 
 
@@ -179,6 +195,10 @@ def _loss(
         raise HawqError(
             f"{type(module).__name__}.training_step reads what is not there before training starts ({error}); {hint}."
         ) from error
+    except _MAYBE_EARLY as error:
+        if not isinstance(error, HawqError):
+            error.add_note(_EARLY.format(hint=hint))
+        raise
     finally:
         for p, needed in needs:  # toggle_optimizer had its way with them
             p.requires_grad_(needed)
