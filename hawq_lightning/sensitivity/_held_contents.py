@@ -93,7 +93,8 @@ def _copy_into(value: np.ndarray, held: np.ndarray) -> None:
 
 
 def _tensor_put_back(tensor: torch.Tensor) -> PutBack | None:
-    if tensor.is_inference() or tensor.is_meta or tensor.layout != torch.strided or type(tensor) not in _TENSORS:
+    unlike = tensor.is_inference() or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided
+    if unlike or type(tensor) not in _TENSORS:
         return None
     data = tensor.data
     for axis, stride in enumerate(data.stride()):  # of an expanded tensor there is one in memory

@@ -26,6 +26,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from hawq_lightning.sensitivity import HeldAttributes
 from tests.internals import internal
 from tests.trainers import IMAGES, Classifier, blobs, measuring, same_states, trainer
 
@@ -375,6 +376,23 @@ def test_a_file_that_reading_opens_is_not_open_when_workers_begin(tmp_path):
     loader = DataLoader(data, BATCH)
     trainer(tmp_path, measuring(images=24), max_steps=0).fit(Plain(), loader)
     assert data.file is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor", "ignore:The PyTorch API of nested")
+def test_tensors_of_other_layouts_are_passed_by():
+    layouts = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+    odd = [torch.eye(3).to_sparse(layout=layout) for layout in layouts]
+    odd += [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=k) for k in (torch.strided, torch.jagged)]
+    odd += [torch.ones(3, device="meta"), torch.ones(3, dtype=torch.complex64).conj(), torch.ones(1).expand(4)]
+    held = [{"x": x, "more": [x]} for x in odd]
+    module = nn.Identity()
+    module.odd = odd
+    with data_state_kept(held, module):
+        held[0]["more"].append(1)
+        held.pop()
+        HeldAttributes([module]).put_back()
+    assert all(rows["x"] is x for rows, x in zip(held, odd, strict=True))
+    assert len(held[0]["more"]) == 1
 
 
 def test_objects_of_packages_and_what_works_in_the_background_stay_as_they_are():

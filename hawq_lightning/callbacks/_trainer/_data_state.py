@@ -136,6 +136,8 @@ class _DataState:
             self._put_back.append(put_back)
 
     def _array(self, value: torch.Tensor | np.ndarray | bytearray | array.array[float]) -> None:
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_nested):
+            return
         size = value.nbytes if isinstance(value, (torch.Tensor, np.ndarray)) else len(memoryview(value).cast("B"))
         fixed = isinstance(value, np.memmap) or (isinstance(value, np.ndarray) and not value.flags.writeable)
         if fixed or size > _ARRAY or self._bytes + size > _ARRAYS:
