@@ -136,6 +136,11 @@ class FloatTensor:
     small: bool = False
     float32_bytes: int | None = None
 
+    @property
+    def as_float32(self) -> int:
+        """Bytes with floats counted as float32."""
+        return self.bytes if self.float32_bytes is None else self.float32_bytes
+
 
 @dataclass(frozen=True)
 class SiteTable:
@@ -201,9 +206,7 @@ class SiteTable:
     @property
     def float_rest(self) -> int | None:
         """:attr:`float_bytes` with floats counted as float32, which compressions are against; ``None``: not known."""
-        if self.float_tensors is None:
-            return None
-        return sum(t.bytes if t.float32_bytes is None else t.float32_bytes for t in self.float_tensors)
+        return None if self.float_tensors is None else sum(t.as_float32 for t in self.float_tensors)
 
     @property
     def quantized_share(self) -> float | None:

@@ -21,7 +21,7 @@ def stays_float(table: SiteTable) -> str:
         table: with what stays float.
     """
     weights = [
-        (t.name, t.bytes if t.float32_bytes is None else t.float32_bytes, f"{binary_size(t.bytes)}; {t.reason}")
+        (t.name, t.as_float32, f"{binary_size(t.bytes)}; {t.reason}")
         for t in table.float_tensors or () if not t.small
     ]  # fmt: skip
     parts = _part(weights, sum(s.float32_bytes for s in table.weights), "bytes of its weights")

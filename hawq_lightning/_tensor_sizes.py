@@ -35,15 +35,25 @@ def size_of(tensors: Iterable[torch.Tensor]) -> TensorSize:
     return sum((_size(t) for t in tensors if not torch.nn.parameter.is_lazy(t)), TensorSize())
 
 
-def _size(tensor: torch.Tensor) -> TensorSize:
-    values, indices = tensor, list[torch.Tensor]()
+def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Indices of a sparse tensor, and last its values; nothing of a tensor of another layout."""
     if tensor.layout == torch.sparse_coo:
-        tensor = tensor.detach().coalesce()
-        values, indices = tensor.values(), [tensor.indices()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        values, indices = tensor.values(), [tensor.crow_indices(), tensor.col_indices()]
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        values, indices = tensor.values(), [tensor.ccol_indices(), tensor.row_indices()]
+        merged = tensor.detach().coalesce()
+        return [merged.indices(), merged.values()]
+    names = _COMPRESSED.get(tensor.layout)
+    return [] if names is None else [*(getattr(tensor, name)() for name in names), tensor.values()]
+
+
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+
+
+def _size(tensor: torch.Tensor) -> TensorSize:
+    *indices, values = sparse_parts(tensor) or [tensor]
     own, beside = _bytes(values), sum(map(_bytes, indices))
     whole = values.numel() * _FLOAT32 * (2 if values.is_complex() else 1)
     is_float = values.is_floating_point() or values.is_complex()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from hawq_lightning._batches import fresh_copy, parts_of
+from hawq_lightning._batches import fresh_copy
+from hawq_lightning._loss_graph import tensors_of
 from hawq_lightning._types import Batch
 
 
@@ -25,9 +24,9 @@ class BatchBefore:
 
     def hold(self, batch: Batch) -> Batch:
         """A copy that stays as it is while a step runs on ``batch``."""
-        self._given = [(t, _version(t)) for t in _tensors(batch)]
+        self._given = [(t, _version(t)) for t in tensors_of(batch)]
         held = fresh_copy(batch, tensors=self._clones)
-        self._copies = list(_tensors(held)) if self._first else []
+        self._copies = tensors_of(held) if self._first else []
         return held
 
     def is_held(self) -> bool:
@@ -44,13 +43,6 @@ class BatchBefore:
             return True
         kept, self._clones = self._clones or not written, self._clones or written
         return kept
-
-
-def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    for part in parts_of(batch):
-        yield from _tensors(part)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

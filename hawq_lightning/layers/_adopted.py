@@ -12,8 +12,8 @@ from torch import nn
 
 from hawq_lightning.layers._fake_quant import FakeQuantLayer
 
-# what a subclass may define without the layer being another one
-_HARMLESS = {
+# what a subclass, or a single module, may define without the layer being another one
+HARMLESS = {
     "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__constants__", "__repr__", "__str__",
     "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__",
     "__annotate_func__", "__annotations_cache__", "reset_parameters", "_reset_parameters", "extra_repr", "_get_name",
@@ -49,7 +49,7 @@ def changes(module_type: type, float_type: type) -> list[str]:
     # parameters are no attributes of the class: a property of that name puts something else in their place
     return [
         name for t in own for name, value in vars(t).items()
-        if name not in _HARMLESS and (name in used or (isinstance(value, property) and name in _PARAMETERS))
+        if name not in HARMLESS and (name in used or (isinstance(value, property) and name in _PARAMETERS))
     ]  # fmt: skip
 
 

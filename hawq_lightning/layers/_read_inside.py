@@ -73,7 +73,7 @@ class ReadInsideKind(InnerProductsKind):
 
 
 def writes_to_weights(module: nn.Module) -> bool:
-    """Whether the forward of a module wrote to what it reads, to limit its norm for one, when it ran last."""
+    """Whether the forward of a module has written to what it reads, to limit its norm for one."""
     return module in _WRITERS
 
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from hawq_lightning.layers._adopted import HARMLESS
 from hawq_lightning.layers._fake_quant import FakeQuantLayer, layer_type
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -35,23 +36,16 @@ def replaced(module: nn.Module, float_type: type[nn.Module]) -> list[str]:
     names = [n for n, value in own.items() if not _is_that_of_class(value, module, n)]
     if own_forward(module) is not None:
         names.insert(0, "forward")
-    return names + replaced_in_class(layer_type(module))
-
-
-def replaced_in_class(module_type: type) -> list[str]:
-    """``forward`` and ``_conv_forward`` of torch's classes whose code is from another file than the class."""
-    return [n for n in ("forward", "_conv_forward") if _is_foreign(module_type, n)]
+    return names + [n for n in ("forward", "_conv_forward") if _is_foreign(layer_type(module), n)]
 
 
 def own_forward(module: nn.Module) -> Callable[..., object] | None:
     """What somebody has put in the place of this module's ``forward``; ``None``: nothing."""
-    if module in _SHOWN:
-        forward, _ = _SHOWN[module]
-    elif isinstance(module, FakeQuantLayer):  # what is put there later calls the fake-quant layer's
+    if isinstance(module, FakeQuantLayer):  # what is put there later calls the fake-quant layer's
         held = module.__dict__.get(_HELD)
         forward = held and held.forward
     else:
-        forward = module.__dict__.get("forward")
+        forward = _SHOWN[module] if module in _SHOWN else module.__dict__.get("forward")
     return None if forward is None or _is_that_of_class(forward, module, "forward") else forward
 
 
@@ -66,15 +60,14 @@ def run_forward(module: nn.Module, *args: Any, **kwargs: Any) -> object:
 
 def show_forward(module: nn.Module, forward: Callable[..., object]) -> None:
     """Put another ``forward`` there for a while; :func:`hide_forward` undoes it."""
-    _SHOWN[module] = own_forward(module), module.__dict__.get("forward")
+    _SHOWN[module] = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
 
 
 def hide_forward(module: nn.Module) -> None:
     """What was there before :func:`show_forward`."""
     del module.__dict__["forward"]
-    _, before = _SHOWN.pop(module)
-    if before is not None:
+    if (before := _SHOWN.pop(module)) is not None:
         module.__dict__["forward"] = before
 
 
@@ -123,10 +116,7 @@ def _methods(float_type: Any) -> tuple[str, ...]:
     """What a class computes with, its ``forward`` apart."""
     classes = [t for t in float_type.__mro__ if t not in (nn.Module, object)]
     names = {n for t in classes for n, value in vars(t).items() if isinstance(value, FunctionType)}
-    return tuple(sorted(names - {"forward"} - _HARMLESS))
-
-
-_HARMLESS = {"__init__", "extra_repr", "reset_parameters", "_reset_parameters", "__setstate__", "__repr__"}
+    return tuple(sorted(names - {"forward"} - HARMLESS))
 
 
 def _is_that_of_class(value: object, module: nn.Module, name: str) -> bool:
@@ -136,6 +126,7 @@ def _is_that_of_class(value: object, module: nn.Module, name: str) -> bool:
 
 
 def _is_foreign(module_type: type, name: str) -> bool:
+    """Whether the code of a method of torch's is from another file than its class."""
     owner = next((t for t in module_type.__mro__ if name in vars(t)), None)
     if owner is None or not owner.__module__.startswith("torch.nn.modules."):
         return False
@@ -171,9 +162,8 @@ _BUSY: set[int] = set()  # a function may know itself
 
 def _function_rebound(function: FunctionType, of: Mapping[int, Any]) -> FunctionType:
     code, cells = function.__code__, function.__closure__ or ()
-    used: dict[str, Any] = {
-        n: function.__globals__[n] for n in code.co_names if n in function.__globals__
-    }  # a script's
+    # functions of a script know its names, those of another function its variables
+    used: dict[str, Any] = {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
     held: dict[str, Any] = {n: c.cell_contents for n, c in zip(code.co_freevars, cells) if _full(c)}
     given = list(function.__defaults__ or ())
     names, inside = ({n: _rebound(x, of) for n, x in old.items()} for old in (used, held))

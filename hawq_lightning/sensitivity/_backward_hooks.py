@@ -6,9 +6,8 @@ change how a network trains, not what it computes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, MutableMapping
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -17,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from hawq_lightning._types import FunctionInputs, Options
+from hawq_lightning.sensitivity._asking import asking_module
 
 Hook = Callable[..., object]
+_BETWEEN = ("torch.overrides", "torch._tensor")
 
 
 class HooksOnlyLook(TorchFunctionMode):
@@ -55,7 +56,7 @@ class HooksOnlyLook(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
-        if func is torch.Tensor.register_hook and not _asked_by_us():
+        if func is torch.Tensor.register_hook and not f"{asking_module(*_BETWEEN)}.".startswith("hawq_lightning."):
             tensor, hook = (*args, *(kwargs or {}).values())
             return func(tensor, _only_looking(hook))
         return func(*args, **(kwargs or {}))
@@ -71,17 +72,3 @@ def _only_looking(hook: Hook) -> Hook:
 def _copies(grads: object) -> object:
     """So that what is written to them is lost."""
     return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, grads)
-
-
-def _asked_by_us() -> bool:
-    frame = inspect.currentframe()
-    while frame is not None and (_module(frame) in _BETWEEN or frame.f_code.co_name == "__torch_function__"):
-        frame = frame.f_back
-    return frame is not None and f"{_module(frame)}.".startswith("hawq_lightning.")
-
-
-_BETWEEN = (__name__, "torch.overrides", "torch._tensor")
-
-
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))

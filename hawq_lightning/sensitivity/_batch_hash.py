@@ -13,14 +13,9 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hawq_lightning._batches import parts_of
+from hawq_lightning._tensor_sizes import sparse_parts
 from hawq_lightning._types import Batch
 
-_COMPRESSED = {
-    torch.sparse_csr: ("crow_indices", "col_indices"),
-    torch.sparse_bsr: ("crow_indices", "col_indices"),
-    torch.sparse_csc: ("ccol_indices", "row_indices"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices"),
-}
 _CONSTANTS = (int, float, str, complex, bytes)
 _BY_NAME = (type, ModuleType, BuiltinFunctionType, FunctionType, weakref.ReferenceType)
 
@@ -203,13 +198,8 @@ def _stored(tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
         parts = list(tensor.unbind())
     elif tensor.is_quantized:
         parts = [tensor.int_repr(), tensor.dequantize()]
-    elif layout == torch.sparse_coo:
-        merged = tensor.coalesce()
-        parts = [merged.indices(), merged.values()]
-    elif layout in _COMPRESSED:
-        parts = [*(getattr(tensor, name)() for name in _COMPRESSED[layout]), tensor.values()]
     elif layout != torch.strided:
-        parts = [tensor.to_dense()]
+        parts = sparse_parts(tensor) or [tensor.to_dense()]
     elif is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]

@@ -8,7 +8,6 @@ former get the parameters as they are in training for as long as they run; the l
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hawq_lightning._errors import HawqError
 from hawq_lightning._loss_graph import trainable
 from hawq_lightning._types import FunctionInputs, Options
+from hawq_lightning.sensitivity._asking import asking_module
 
 Result = TypeVar("Result")
 _DIFFERENTIATED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the parameters of which a loss takes gradients
@@ -79,7 +79,7 @@ class ParameterFlags(TorchFunctionMode):
         self, func: Callable[..., object], types: object, args: FunctionInputs = (), kwargs: Options | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func == _WANTS_GRADIENT and id(args[0]) in self._ids and _asked_by_user():
+        if func == _WANTS_GRADIENT and id(args[0]) in self._ids and _is_users(asking_module()):
             return id(args[0]) in self._trained
         if func is torch.autograd.grad:
             self._check(args[1] if len(args) > 1 else kwargs.get("inputs"))
@@ -107,9 +107,6 @@ class ParameterFlags(TorchFunctionMode):
         return [p for p in self._model.parameters() if id(p) in self._trained and not p.requires_grad]
 
 
-def _asked_by_user() -> bool:
-    """Whether it is code of the user's own, or of a library of networks, that reads an attribute of a tensor."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name in (_asked_by_user.__name__, "__torch_function__"):
-        frame = frame.f_back
-    return frame is not None and not f"{frame.f_globals.get('__name__', '')}.".startswith(_NOT_THE_USERS)
+def _is_users(module: str) -> bool:
+    """Whether a module is code of the user's own, or of a library of networks."""
+    return bool(module) and not f"{module}.".startswith(_NOT_THE_USERS)
