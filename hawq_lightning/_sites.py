@@ -199,8 +199,11 @@ def find_sites(
         floats.append(_left_out(name, layers.pop(name), reason))
     for name in [n for n in calls.every_layer if n in calls.read_by_function and n in layers]:
         floats.append(_left_out(name, layers.pop(name), READ_BY_FUNCTION))
-    for name in [n for n, reader in layers.items() if writes_to_weights(reader.module)]:
+    written = [n for n, reader in layers.items() if writes_to_weights(reader.module)]
+    for name in written:
         floats.append(_left_out(name, layers.pop(name), WRITTEN_TO))
+    if not layers and written:
+        raise HawqError(f"Nothing can be quantized: {some(written)} stays float, since {WRITTEN_TO}.")
     if not layers:
         raise HawqError("Nothing can be quantized: a function reads the weight of every layer that is called.")
     floats = [replace(f, macs=calls.macs_of(f.name)) for f in floats]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hawq_lightning import load_packed, measure, quantize, save_packed, sites
+from hawq_lightning import HawqError, load_packed, measure, quantize, save_packed, sites
 from hawq_lightning.export import deploy
 from hawq_lightning.layers import deep_copy
 from hawq_lightning.quantization import unquantize
@@ -224,6 +224,8 @@ def test_a_layer_that_writes_to_its_weight_stays_float():
     assert plan.bits.keys() == {"0.weight", "0.input"}
     told = {f.name: f.reason for f in sites(net, batch_of(), forward=loss_of).floats}
     assert told["1"].startswith("its forward writes to its weight")
+    with pytest.raises(HawqError, match="0 stays float, since its forward writes to its weight"):
+        sites(nn.Sequential(Limited(6, 3)), batch_of(), forward=loss_of)
     net[1].weight.data.normal_()
     net.train()(batch_of()[0])
     assert float(net[1].weight.norm(dim=1).max()) <= 0.1001
